@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+"""Kernels for representation learning on medical images, and the papers built on them.
+
+The ground floor needs torch and numpy only:
+
+    >>> import torch, protokernels
+    >>> z, prototypes = torch.randn(8, 32), torch.randn(4, 32)
+    >>> protokernels.soft_assign(z, prototypes, temperature=0.1).shape
+    torch.Size([8, 4])
+
+Modules: ``protokernels.nn`` (torch modules), ``protokernels.reference`` (the same equations in plain PyTorch), ``protokernels.backend``
+(which of the two runs), ``protokernels.papers`` (the reproductions; needs the extra ``protokernels[train]``).
+"""
+
+from __future__ import annotations
+
+from . import backend, nn, reference
+from ._version import __version__
+from .ops.prototypes import (
+    PrototypeStep,
+    PrototypeUpdate,
+    SoftAssignment,
+    prototype_step,
+    soft_assign,
+    update_prototypes,
+    update_prototypes_,
+)
+
+__all__ = [
+    "PrototypeStep",
+    "PrototypeUpdate",
+    "SoftAssignment",
+    "__version__",
+    "backend",
+    "nn",
+    "prototype_step",
+    "reference",
+    "soft_assign",
+    "update_prototypes",
+    "update_prototypes_",
+]

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""Argument checks shared by the ops. An error says what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def describe(value: object) -> str:
+    """``float32 [8, 32] on cpu`` for a tensor, the type's name for anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return type(value).__name__
+
+
+def check_matrix(op: str, name: str, value: object, shape: str) -> None:
+    """A floating-point tensor with two dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor of shape {shape}; got {describe(value)}")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16 of shape {shape}; got {describe(value)}; convert it, e.g. {name}.float()"
+        )
+    if value.dim() != 2:
+        advice = f"; pass {name}[None] for a single row" if value.dim() == 1 else f"; flatten it, e.g. {name}.flatten(0, -2)"
+        raise ValueError(f"{op}: {name} must have shape {shape}; got {describe(value)}{advice if value.dim() else ''}")
+
+
+def check_same_device(op: str, first_name: str, first: Tensor, name: str, value: Tensor) -> None:
+    if first.device != value.device:
+        raise ValueError(f"{op}: {first_name} is on {first.device} and {name} on {value.device}; move one of them, e.g. {name}.to({first_name}.device)")
+
+
+def check_unit_interval(op: str, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number in [0, 1]; got {describe(value)}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{op}: {name} must lie in [0, 1]; got {value}")
+    return float(value)
+
+
+def check_temperature(op: str, value: object, device: torch.device) -> None:
+    """A positive finite number, or a one-element floating-point tensor (whose value is not read: that would wait for the device)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}")
+        if value.device != device:
+            raise ValueError(f"{op}: temperature is on {value.device} and z on {device}; pass temperature.to(z.device)")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}")
+    if isinstance(value, (int, float)) and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{op}: temperature must be positive and finite; got {value}")

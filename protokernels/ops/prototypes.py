@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: MIT
+"""Prototypes: soft assignment of embeddings to prototype vectors and the moving-average update, fused into one pass over the embeddings.
+
+Source: VAESim (Ferrante et al., Image and Vision Computing 2023), Eq. 1 and Algorithm 2. The native kernels stand in ``csrc/ops/prototypes.h``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native, backend
+from ..reference import prototypes as reference
+from . import _checks
+
+Similarity = Literal["cosine", "dot"]
+
+
+class SoftAssignment(NamedTuple):
+    """What :func:`soft_assign` returns when labels or entropy are asked for; a field that was not asked for is ``None``."""
+
+    assignment: Tensor  # [B, K]
+    labels: Tensor | None  # [B] int64
+    entropy: Tensor | None  # [B], nats
+
+
+class PrototypeUpdate(NamedTuple):
+    """What :func:`update_prototypes` returns."""
+
+    prototypes: Tensor  # [K, D]
+    counts: Tensor  # [K] int64, samples that entered each cluster
+
+
+class PrototypeStep(NamedTuple):
+    """What :func:`prototype_step` returns. ``sums`` and ``counts`` are what ranks add up before they blend."""
+
+    assignment: Tensor  # [B, K], differentiable
+    labels: Tensor  # [B] int64; -1 for a row that was skipped
+    prototypes: Tensor  # [K, D], updated; the argument is left as it was
+    counts: Tensor  # [K] int64
+    sums: Tensor  # [K, D] float64
+    entropy: Tensor | None  # [B], nats, differentiable
+
+
+def soft_assign(
+    z: Tensor,  # [B, D]
+    prototypes: Tensor,  # [K, D]
+    *,
+    temperature: float | Tensor,
+    similarity: Similarity = "cosine",
+    return_labels: bool = False,
+    return_entropy: bool = False,
+) -> Tensor | SoftAssignment:
+    """Soft assignment of every embedding to every prototype.
+
+        c_ik = softmax_k(s_ik),   s_ik = <z_i, q_k> / temperature        (VAESim, Eq. 1)
+
+    with unit vectors for ``similarity="cosine"``. In plain PyTorch:
+    ``softmax(normalize(z) @ normalize(prototypes).T / temperature, -1)``.
+
+    Differentiable in ``z``, ``prototypes`` and, if it is a tensor, ``temperature``; not twice. A zero vector is at the same distance from
+    everything: uniform assignment, zero gradient. Half-precision inputs are computed in float32; the result has the wider of the two dtypes.
+
+    Args:
+        z: embeddings [B, D], float32, float64, bfloat16 or float16, any strides; B may be 0.
+        prototypes: [K, D] with K >= 1, on the device of ``z``; may have another floating-point dtype.
+        temperature: positive number, or a one-element tensor on the device of ``z`` (its value is not checked: that would wait for the GPU).
+        similarity: ``"cosine"`` or ``"dot"``.
+        return_labels: also return the most similar prototype of each row (ties: lowest index), from the same pass.
+        return_entropy: also return the entropy of each row in nats, differentiable, from the same pass.
+
+    Returns:
+        The assignment [B, K], rows sum to 1; a :class:`SoftAssignment` if labels or entropy are asked for.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor or number.
+        ValueError: shapes, devices or values do not fit.
+
+    Example:
+        >>> import torch, protokernels
+        >>> z = torch.tensor([[2.0, 0.0], [0.0, 3.0]], requires_grad=True)
+        >>> c = protokernels.soft_assign(z, torch.eye(2), temperature=0.5)
+        >>> [[round(v, 3) for v in row] for row in c.tolist()]
+        [[0.881, 0.119], [0.119, 0.881]]
+    """
+    _check_pair("soft_assign", z, prototypes, similarity)
+    _checks.check_temperature("soft_assign", temperature, z.device)
+    dtype = torch.promote_types(z.dtype, prototypes.dtype)
+    if backend.native_serves(z.device):
+        number, tensor = _split_temperature(temperature, reference.compute_dtype(z, prototypes))
+        outputs = torch.ops.protokernels.prototypes_forward(
+            z, prototypes, tensor, number, similarity == "cosine", None, return_labels, return_entropy, False, 0.0, False
+        )
+        assignment, labels, entropy = outputs[:3]
+    else:
+        assignment, labels, entropy = reference.soft_assign(z, prototypes, temperature, similarity)
+    assignment = assignment.to(dtype)
+    if not (return_labels or return_entropy):
+        return assignment
+    return SoftAssignment(assignment, labels if return_labels else None, entropy.to(dtype) if return_entropy else None)
+
+
+def update_prototypes(
+    prototypes: Tensor,  # [K, D]
+    z: Tensor,  # [B, D]
+    labels_or_assignments: Tensor,  # [B] integers, or [B, K] probabilities
+    *,
+    new_weight: float,
+    sample: bool = False,
+    generator: torch.Generator | None = None,
+    skip_nonfinite: bool = False,
+    revive: Tensor | None = None,  # [K] bool
+) -> PrototypeUpdate:
+    """Moves every prototype towards the mean of its members.
+
+        q_k <- new_weight * mean{z_i : label_i = k} + (1 - new_weight) * q_k        (VAESim, Algorithm 2)
+
+    ``new_weight`` is the weight of the NEW mean: VAESim uses 0.95, the opposite of a usual "decay". A cluster without members keeps its
+    prototype bit for bit. No gradient flows. Sums run in float64 in a fixed order, so the result is the same for any number of threads.
+
+    Args:
+        prototypes: [K, D]; not modified (see :func:`update_prototypes_`).
+        z: embeddings [B, D].
+        labels_or_assignments: cluster of each row [B] (an integer dtype; negative: the row is ignored), or probabilities [B, K], of which the
+            largest counts (ties: lowest index) or, with ``sample=True``, one is drawn.
+        new_weight: in [0, 1]; 1 gives the class means.
+        sample: draw labels from the rows of the probabilities (VAESim's "multinomial"); needs probabilities.
+        generator: source of the random numbers of ``sample`` and ``revive``; default: torch's global one.
+        skip_nonfinite: ignore rows that hold NaN or infinity; otherwise such a row spoils its own cluster, and only that.
+        revive: prototypes marked here that also got no member in this call are replaced by distinct random rows of ``z``
+            (if there are more of them than rows, the last ones stay dead).
+
+    Returns:
+        The new prototypes, same dtype, and the number of members of each cluster in this call.
+
+    Raises:
+        TypeError, ValueError: arguments do not fit. IndexError: a label is K or more (on CUDA: a device-side trap, as in torch).
+
+    Example:
+        >>> import torch, protokernels
+        >>> new, counts = protokernels.update_prototypes(torch.zeros(2, 1), torch.tensor([[1.0], [3.0]]), torch.tensor([1, 1]), new_weight=0.5)
+        >>> new.tolist(), counts.tolist()
+        ([[0.0], [1.0]], [0, 2])
+    """
+    op = "update_prototypes"
+    _check_pair(op, z, prototypes, "dot")
+    new_weight = _checks.check_unit_interval(op, "new_weight", new_weight)
+    labels = _labels(op, z, prototypes, labels_or_assignments, sample, generator)
+    sums, counts = _accumulate(z, labels, prototypes.shape[0], skip_nonfinite)
+    updated = _blend(prototypes, sums, counts, new_weight)
+    if revive is not None:
+        if not isinstance(revive, Tensor) or revive.dtype != torch.bool or revive.shape != counts.shape:
+            raise ValueError(f"{op}: revive must be a bool tensor of shape {list(counts.shape)}; got {_checks.describe(revive)}")
+        updated = revive_prototypes(updated, z, revive & (counts == 0), generator=generator)
+    return PrototypeUpdate(updated, counts)
+
+
+def update_prototypes_(
+    prototypes: Tensor,  # [K, D]
+    z: Tensor,  # [B, D]
+    labels_or_assignments: Tensor,  # [B] or [B, K]
+    *,
+    new_weight: float,
+    sample: bool = False,
+    generator: torch.Generator | None = None,
+    skip_nonfinite: bool = False,
+    revive: Tensor | None = None,  # [K] bool
+) -> PrototypeUpdate:
+    """:func:`update_prototypes` in place: ``prototypes`` is overwritten and returned. Same arguments, same errors.
+
+    Example:
+        >>> import torch, protokernels
+        >>> q = torch.zeros(2, 1)
+        >>> _ = protokernels.update_prototypes_(q, torch.tensor([[1.0], [3.0]]), torch.tensor([1, 1]), new_weight=1.0)
+        >>> q.tolist()
+        [[0.0], [2.0]]
+    """
+    updated, counts = update_prototypes(
+        prototypes,
+        z,
+        labels_or_assignments,
+        new_weight=new_weight,
+        sample=sample,
+        generator=generator,
+        skip_nonfinite=skip_nonfinite,
+        revive=revive,
+    )
+    with torch.no_grad():
+        prototypes.copy_(updated)
+    return PrototypeUpdate(prototypes, counts)
+
+
+def prototype_step(
+    z: Tensor,  # [B, D]
+    prototypes: Tensor,  # [K, D]
+    *,
+    temperature: float | Tensor,
+    new_weight: float,
+    similarity: Similarity = "cosine",
+    sample: bool = False,
+    generator: torch.Generator | None = None,
+    skip_nonfinite: bool = False,
+    return_entropy: bool = False,
+) -> PrototypeStep:
+    """:func:`soft_assign` and :func:`update_prototypes` in one pass over ``z``: the inner step of VAESim.
+
+    The assignment is computed with the prototypes as given and is differentiable; the updated ones come back beside it. Equal to::
+
+        c, labels, _ = soft_assign(z, prototypes, temperature=temperature, similarity=similarity, return_labels=True)
+        updated, counts = update_prototypes(prototypes, z, labels, new_weight=new_weight)      # or c and sample=True
+
+    Arguments and errors are those of the two functions. ``sums`` and ``counts`` are returned for data-parallel training: add them up over the
+    ranks, then blend (``protokernels.nn.Prototypes`` does).
+
+    Example:
+        >>> import torch, protokernels
+        >>> z = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 5.0]])
+        >>> step = protokernels.prototype_step(z, torch.eye(2), temperature=0.1, new_weight=1.0)
+        >>> step.prototypes.tolist(), step.counts.tolist()
+        ([[2.0, 0.0], [0.0, 4.0]], [1, 2])
+    """
+    op = "prototype_step"
+    _check_pair(op, z, prototypes, similarity)
+    _checks.check_temperature(op, temperature, z.device)
+    new_weight = _checks.check_unit_interval(op, "new_weight", new_weight)
+    dtype = torch.promote_types(z.dtype, prototypes.dtype)
+    uniform = _uniform(z.shape[0], z.device, generator) if sample else None
+    if backend.native_serves(z.device):
+        number, tensor = _split_temperature(temperature, reference.compute_dtype(z, prototypes))
+        c, labels, entropy, sums, counts, updated = torch.ops.protokernels.prototypes_forward(
+            z, prototypes, tensor, number, similarity == "cosine", uniform, True, return_entropy, True, new_weight, skip_nonfinite
+        )
+    else:
+        c, labels, entropy = reference.soft_assign(z, prototypes, temperature, similarity)
+        if uniform is not None:
+            labels = reference.sample_labels(c.detach(), uniform)
+        if skip_nonfinite:
+            labels = torch.where(z.isfinite().all(-1), labels, -1)
+        sums, counts = reference.accumulate(z, labels, prototypes.shape[0], False)
+        updated = reference.blend(prototypes, sums, counts, new_weight)
+    return PrototypeStep(c.to(dtype), labels, updated.detach(), counts, sums.detach(), entropy.to(dtype) if return_entropy else None)
+
+
+def blend_prototypes(
+    prototypes: Tensor,  # [K, D]
+    sums: Tensor,  # [K, D] float64
+    counts: Tensor,  # [K] int64
+    *,
+    new_weight: float,
+) -> Tensor:  # [K, D]
+    """The last half of :func:`update_prototypes`, from sums and counts that were added up elsewhere (over ranks, over micro-batches)."""
+    op = "blend_prototypes"
+    _checks.check_matrix(op, "prototypes", prototypes, "[K, D]")
+    if sums.shape != prototypes.shape or sums.dtype != torch.float64:
+        raise ValueError(f"{op}: sums must be float64 of shape {list(prototypes.shape)}; got {_checks.describe(sums)}")
+    if counts.shape != prototypes.shape[:1] or counts.dtype != torch.int64:
+        raise ValueError(f"{op}: counts must be int64 of shape [{prototypes.shape[0]}]; got {_checks.describe(counts)}")
+    _checks.check_same_device(op, "prototypes", prototypes, "sums", sums)
+    _checks.check_same_device(op, "prototypes", prototypes, "counts", counts)
+    return _blend(prototypes, sums, counts, _checks.check_unit_interval(op, "new_weight", new_weight))
+
+
+def revive_prototypes(
+    prototypes: Tensor,  # [K, D]
+    z: Tensor,  # [B, D]
+    dead: Tensor,  # [K] bool
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # [K, D]
+    """Replaces the prototypes marked ``dead`` by distinct random rows of ``z``; if there are more of them than rows, the last ones stay.
+
+    Nothing is read back from the device and the argument is left as it was.
+    """
+    if z.shape[0] == 0:
+        return prototypes.clone()
+    device = generator.device if generator is not None else z.device
+    order = torch.randperm(z.shape[0], device=device, generator=generator).to(z.device)
+    rank = dead.cumsum(0) - 1  # the r-th dead prototype takes the r-th row of a random order
+    row = order[rank.clamp(0, z.shape[0] - 1)]
+    replaced = dead & (rank < z.shape[0])
+    return torch.where(replaced.unsqueeze(-1), z.detach()[row].to(prototypes.dtype), prototypes)
+
+
+# ------------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _check_pair(op: str, z: object, prototypes: object, similarity: str) -> None:
+    _checks.check_matrix(op, "z", z, "[B, D]")
+    _checks.check_matrix(op, "prototypes", prototypes, "[K, D]")
+    assert isinstance(z, Tensor) and isinstance(prototypes, Tensor)
+    _checks.check_same_device(op, "z", z, "prototypes", prototypes)
+    if z.shape[1] != prototypes.shape[1]:
+        raise ValueError(f"{op}: z [B, D] and prototypes [K, D] must share D; got {list(z.shape)} and {list(prototypes.shape)}")
+    if prototypes.shape[0] == 0 or prototypes.shape[1] == 0:
+        raise ValueError(f"{op}: prototypes must hold at least one vector of at least one dimension; got {list(prototypes.shape)}")
+    if similarity not in ("cosine", "dot"):
+        raise ValueError(f"{op}: similarity must be 'cosine' or 'dot'; got {similarity!r}")
+
+
+def _split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+    if isinstance(temperature, Tensor):
+        return 1.0, temperature.to(dtype)
+    return temperature, None
+
+
+def _uniform(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:  # [B] float32 in [0, 1)
+    return torch.rand(count, device=generator.device if generator is not None else device, generator=generator).to(device)
+
+
+def _labels(op: str, z: Tensor, prototypes: Tensor, value: object, sample: bool, generator: torch.Generator | None) -> Tensor:  # [B] int64
+    expected = f"integer labels [{z.shape[0]}] or probabilities [{z.shape[0]}, {prototypes.shape[0]}]"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: labels_or_assignments must be a tensor: {expected}; got {_checks.describe(value)}")
+    _checks.check_same_device(op, "z", z, "labels_or_assignments", value)
+    if value.dtype in _checks.FLOATING:
+        if value.shape != (z.shape[0], prototypes.shape[0]):
+            raise ValueError(f"{op}: labels_or_assignments must be {expected}; got {_checks.describe(value)}")
+        if sample:
+            return reference.sample_labels(value.detach(), _uniform(z.shape[0], z.device, generator))
+        return value.detach().argmax(-1)
+    if value.dtype == torch.bool or value.is_complex() or value.shape != (z.shape[0],):
+        raise ValueError(f"{op}: labels_or_assignments must be {expected}; got {_checks.describe(value)}")
+    if sample:
+        raise ValueError(f"{op}: sample=True needs probabilities [{z.shape[0]}, {prototypes.shape[0]}], got labels; pass the soft assignment")
+    return value.to(torch.int64)
+
+
+def _accumulate(z: Tensor, labels: Tensor, num_prototypes: int, skip_nonfinite: bool) -> tuple[Tensor, Tensor]:
+    if backend.native_serves(z.device):
+        sums, counts = torch.ops.protokernels.prototypes_accumulate(z.detach(), labels, num_prototypes, skip_nonfinite)
+        return sums, counts
+    return reference.accumulate(z, labels, num_prototypes, skip_nonfinite)
+
+
+def _blend(prototypes: Tensor, sums: Tensor, counts: Tensor, new_weight: float) -> Tensor:
+    if backend.native_serves(prototypes.device):
+        updated: Tensor = torch.ops.protokernels.prototypes_blend(prototypes.detach(), sums, counts, new_weight)
+        return updated
+    return reference.blend(prototypes, sums, counts, new_weight)
+
+
+# --------------------------------------------------------------------------- fake kernels and autograd of the native operators
+
+
+def _fake_forward(
+    z: Tensor,
+    prototypes: Tensor,
+    temperature_tensor: Tensor | None,
+    temperature: float,
+    cosine: bool,
+    uniform: Tensor | None,
+    with_labels: bool,
+    with_entropy: bool,
+    with_update: bool,
+    new_weight: float,
+    skip_nonfinite: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, D), K = z.shape, prototypes.shape[0]
+    dtype = reference.compute_dtype(z, prototypes)
+    updates = K if with_update else 0
+    return (
+        z.new_empty(B, K, dtype=dtype),
+        z.new_empty(B if with_labels or with_update else 0, dtype=torch.int64),
+        z.new_empty(B if with_entropy else 0, dtype=dtype),
+        z.new_empty(updates, D, dtype=torch.float64),
+        z.new_empty(updates, dtype=torch.int64),
+        prototypes.new_empty(updates, D),
+    )
+
+
+def _fake_backward(
+    grad_assignment: Tensor,
+    grad_entropy: Tensor | None,
+    assignment: Tensor,
+    z: Tensor,
+    prototypes: Tensor,
+    temperature_tensor: Tensor | None,
+    temperature: float,
+    cosine: bool,
+    with_prototypes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        z.new_empty(z.shape),
+        prototypes.new_empty(prototypes.shape if with_prototypes else (0, prototypes.shape[1])),
+        assignment.new_empty(()),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z, prototypes, temperature_tensor, temperature, cosine = inputs[:5]
+    assignment, labels, _, sums, counts, updated = output
+    ctx.mark_non_differentiable(labels, sums, counts, updated)
+    ctx.save_for_backward(z, prototypes, temperature_tensor, assignment)
+    ctx.temperature, ctx.cosine, ctx.with_entropy = temperature, cosine, inputs[7]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_assignment: Tensor | None, _labels: None, grad_entropy: Tensor | None, *_rest: None) -> tuple[Tensor | None, ...]:
+    z, prototypes, temperature_tensor, assignment = ctx.saved_tensors
+    needs_z, needs_prototypes, needs_temperature = ctx.needs_input_grad[:3]
+    if grad_assignment is None and grad_entropy is None:
+        return (None,) * 11
+    if grad_assignment is None:
+        grad_assignment = torch.zeros_like(assignment)
+    grad_z, grad_prototypes, grad_temperature = torch.ops.protokernels.prototypes_backward(
+        grad_assignment, grad_entropy, assignment, z, prototypes, temperature_tensor, ctx.temperature, ctx.cosine, needs_prototypes
+    )
+    return (
+        grad_z if needs_z else None,
+        grad_prototypes if needs_prototypes else None,
+        grad_temperature.reshape(temperature_tensor.shape) if needs_temperature else None,
+        *(None,) * 8,
+    )
+
+
+def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
+    raise NotImplementedError(
+        "soft_assign: the native kernels have no second derivative; use `with protokernels.backend.use('reference')` around the forward pass"
+    )
+
+
+if _native.LIBRARY is not None:
+    torch.library.register_fake("protokernels::prototypes_forward")(_fake_forward)
+    torch.library.register_fake("protokernels::prototypes_backward")(_fake_backward)
+    torch.library.register_autograd("protokernels::prototypes_forward", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("protokernels::prototypes_backward", _no_second_derivative)
+
+    @torch.library.register_fake("protokernels::prototypes_accumulate")
+    def _(z: Tensor, labels: Tensor, num_prototypes: int, skip_nonfinite: bool) -> tuple[Tensor, Tensor]:
+        return z.new_empty(num_prototypes, z.shape[1], dtype=torch.float64), z.new_empty(num_prototypes, dtype=torch.int64)
+
+    @torch.library.register_fake("protokernels::prototypes_blend")
+    def _(prototypes: Tensor, sums: Tensor, counts: Tensor, new_weight: float) -> Tensor:
+        return prototypes.new_empty(prototypes.shape)
