@@ -82,8 +82,7 @@ void fiber_prepare(Fiber& fiber, std::size_t index, void (*entry)()) {
     const std::size_t colour = (index % 61) * 64;
 #if defined(__x86_64__)
     auto** top = reinterpret_cast<void**>(bottom + stack_bytes - 64 - colour);
-    *--top = nullptr;
-    *--top = nullptr;
+    *--top = nullptr;   // the return address of `entry`; also puts the stack where a called function expects it
     *--top = reinterpret_cast<void*>(entry);
     for (int saved_register = 0; saved_register < 6; ++saved_register) *--top = nullptr;
     fiber.stack_pointer = top;

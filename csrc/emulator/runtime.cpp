@@ -46,7 +46,7 @@ struct Thread {
 };
 
 struct Launch {
-    const char* kernel = "";
+    std::string kernel;
     Invoke invoke = nullptr;
     const void* context = nullptr;
     dim3 grid, block;
@@ -209,7 +209,7 @@ void run_ready() {
 
 void report_outside_fiber(const std::string& message) {
     state.failed = true;
-    state.report = "kernel " + std::string(state.kernel) + ", block (" + std::to_string(state.block_index.x) + ", " +
+    state.report = "kernel " + state.kernel + ", block (" + std::to_string(state.block_index.x) + ", " +
                    std::to_string(state.block_index.y) + ", " + std::to_string(state.block_index.z) + "), seed " +
                    std::to_string(current_seed) + ": " + message;
 }
@@ -317,8 +317,11 @@ std::string describe_thread(unsigned thread) {
 std::string describe_location(const char* file, unsigned line) { return std::string(file) + ":" + std::to_string(line); }
 
 int launch(const char* kernel, Invoke invoke, const void* context, dim3 grid, dim3 block, std::size_t dynamic_shared_bytes) {
+    // A template instance comes as "(name<arguments>)".
+    state.kernel = kernel;
+    std::erase_if(state.kernel, [](char c) { return c == '(' || c == ')'; });
     const auto refuse = [&](int error, const std::string& message) {
-        state.report = "kernel " + std::string(kernel) + ": " + message;
+        state.report = "kernel " + state.kernel + ": " + message;
         return error;
     };
     const std::size_t threads = static_cast<std::size_t>(block.x) * block.y * block.z;
@@ -334,7 +337,6 @@ int launch(const char* kernel, Invoke invoke, const void* context, dim3 grid, di
         return refuse(error_invalid_value, std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory; " +
                       architecture().name + " has " + std::to_string(architecture().shared_bytes_per_block) + " per block");
     }
-    state.kernel = kernel;
     state.invoke = invoke;
     state.context = context;
     state.grid = grid;

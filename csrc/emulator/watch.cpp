@@ -75,8 +75,9 @@ bool known_in_warp(const Access& previous) {
     return previous.time < std::max(clock.all_joined, clock.joined[thread % 32][previous.thread % 32]);
 }
 
-bool ordered_before_now(const Access& previous) {
-    if (previous.epoch < block_state.launch_first_epoch) return true;
+bool ordered_before_now(const Access& previous, bool shared) {
+    // Shared memory is a new one for every block.
+    if (previous.epoch < (shared ? block_state.block_first_epoch : block_state.launch_first_epoch)) return true;
     if (previous.epoch < block_state.block_first_epoch) {
         const auto next = std::upper_bound(blocks.begin(), blocks.end(), previous.epoch,
                                            [](std::uint32_t epoch, const BlockRecord& block) { return epoch < block.first_epoch; });
@@ -122,7 +123,7 @@ void check_cell(Cell& cell, std::size_t offset, const Access& now, bool shared) 
         }
     }
     const bool both_atomic = now.kind == AccessKind::atomic && write.kind == AccessKind::atomic;
-    if (now.kind != AccessKind::copy_landing && !both_atomic && !ordered_before_now(write)) report_race(offset, now, write);
+    if (now.kind != AccessKind::copy_landing && !both_atomic && !ordered_before_now(write, shared)) report_race(offset, now, write);
     if (now.kind == AccessKind::read) {
         std::array<Access, 2>& reads = cell.reads;
         const bool foreign = reads[0].epoch < block_state.block_first_epoch || reads[0].thread / 32 != now.thread / 32;
@@ -134,7 +135,7 @@ void check_cell(Cell& cell, std::size_t offset, const Access& now, bool shared) 
         return;
     }
     for (const Access& read : cell.reads) {
-        if (!ordered_before_now(read)) report_race(offset, now, read);
+        if (!ordered_before_now(read, shared)) report_race(offset, now, read);
     }
     cell.write = now;
 }
