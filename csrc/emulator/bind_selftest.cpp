@@ -1,4 +1,8 @@
 // SPDX-License-Identifier: MIT
+#include <array>
+#include <map>
+#include <string>
+
 #include "emulator/host.h"
 #include "emulator/selftest/selftest.h"
 
@@ -122,6 +126,7 @@ PK_EMULATOR_MODULE(module) {
             {"write_write", Mistake::write_write},
             {"missing_warp_barrier", Mistake::missing_warp_barrier},
             {"misaligned_vector", Mistake::misaligned_vector},
+            {"misaligned_cast", Mistake::misaligned_cast},
             {"misaligned_copy", Mistake::misaligned_copy},
             {"unordered_blocks", Mistake::unordered_blocks},
             {"modified_input", Mistake::modified_input},

@@ -28,7 +28,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -45,9 +45,7 @@ RUNTIME = ("fiber", "runtime", "memory", "warp", "atomics")
 SEEDS = (0, 1, 2, 3, 4)
 """Thread orders that a kernel test goes through; 0 is the natural order."""
 
-COMMON_FLAGS = (
-    "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-strict-aliasing -Icsrc -Wall -Wextra -Wno-unknown-pragmas"
-)
+COMMON_FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-strict-aliasing -Icsrc -Wall -Wextra -Wno-unknown-pragmas"
 ADDRESS_FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,alignment,bounds -fno-sanitize-recover=all"
 RUNTIME_FLAGS = {"watched": "-O2 -DPK_EMULATOR_WATCHED", "plain": "-O2", "address": ADDRESS_FLAGS}
 KERNEL_FLAGS = {
@@ -141,7 +139,9 @@ def build(op: str, variant: Variant = "watched") -> Path:
     if missing:
         raise BuildError(missing)
     if op not in operations():
-        raise BuildError(f"emulator: op must be one of {', '.join(operations())}; got {op}; add csrc/emulator/bind_{op}.cpp")
+        raise BuildError(
+            f"emulator: op must be one of {', '.join(operations())}; got {op}; add csrc/emulator/bind_{op}.cpp"
+        )
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -168,7 +168,7 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(op: str, variant: Variant = "watched") -> Any:
     """Builds and imports the emulator module of `op`; see the module docstring for the variants."""
     if variant == "address" and "libasan" not in os.environ.get("LD_PRELOAD", ""):
@@ -188,12 +188,16 @@ def run_under_address_sanitizer(op: str, code: str, timeout: float = 120.0) -> s
         The finished process. The sanitizer's report, if there is one, stands in `stderr`, and `returncode` is not 0.
     """
     path = build(op, "address")
-    library = subprocess.run(
-        [COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True, timeout=60, check=True
-    ).stdout.strip()
+    # The C++ library must be there when the sanitizer looks for the function that throws.
+    libraries = [
+        subprocess.run(
+            [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, timeout=60, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = {
         **os.environ,
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),

@@ -80,6 +80,11 @@ __global__ void broken_kernel(float* in, float* out, int size) {
             const float4 value = pk::load_vector<float4>(in + 4 * thread + 1);   // mistake: not a multiple of 16 bytes
             out[thread] = value.x + value.y + value.z + value.w;
         }
+    } else if constexpr (mistake == Mistake::misaligned_cast) {
+        if (4 * thread + 5 <= size) {
+            const float4 value = *reinterpret_cast<const float4*>(in + 4 * thread + 1);   // mistake: not a multiple of 16 bytes
+            out[thread] = value.x + value.y + value.z + value.w;
+        }
     } else if constexpr (mistake == Mistake::misaligned_copy) {
         if (thread == 0) pk::copy_async_16(&values[0], in + 1);   // mistake: not a multiple of 16 bytes
         pk::copy_async_commit();
@@ -126,6 +131,7 @@ int launch_broken(Mistake mistake, float* in, float* out, int threads, void* str
         PK_CASE(write_write)
         PK_CASE(missing_warp_barrier)
         PK_CASE(misaligned_vector)
+        PK_CASE(misaligned_cast)
         PK_CASE(misaligned_copy)
         PK_CASE(unordered_blocks)
         PK_CASE(modified_input)

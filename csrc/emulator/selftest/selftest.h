@@ -40,7 +40,7 @@ int launch_warp_exchange(const float* in, float* out, int threads, void* stream)
 int launch_half_rotate(const float* in, float* out, int threads, void* stream);
 // Each thread: rounds of a warp sum by shuffles and a block exchange with two barriers. out [blocks * threads].
 int launch_workload(const float* in, float* out, int blocks, int threads, int rounds, void* stream);
-// Fills shared memory of the given dynamic size; static size is fixed at 8 KB. For launch errors.
+// out[block] = 3 (1 without dynamic memory), by way of 8 KB of static and the given dynamic shared memory. For launch errors.
 int launch_probe(int* out, int grid_x, int grid_y, int block_x, int block_z, std::size_t dynamic_shared_bytes, void* stream);
 
 // ---- broken kernels ----
@@ -62,6 +62,7 @@ enum class Mistake : int {
     write_write,              // two threads write one word
     missing_warp_barrier,     // exchanges through shared memory, ordered by a shuffle only
     misaligned_vector,        // float4 at an odd address
+    misaligned_cast,          // the same through a raw pointer cast
     misaligned_copy,          // 16-byte asynchronous copy from an odd address
     unordered_blocks,         // reads another block's result without fence and atomic
     modified_input,           // writes to its input
