@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: MIT
+// Instruction sets: every CPU kernel is compiled once per level and the best one the machine can run is chosen at run time.
+//
+// PK_LEVEL_TABLE(name) is name_generic, name_avx2 or name_avx512, whichever this file is being compiled for.
+#pragma once
+
+#define PK_JOIN_(a, b) a##_##b
+#define PK_JOIN(a, b) PK_JOIN_(a, b)
+#define PK_LEVEL_TABLE(name) PK_JOIN(name, PROTOKERNELS_LEVEL)
+#define PK_STRINGIFY_(x) #x
+#define PK_STRINGIFY(x) PK_STRINGIFY_(x)
+
+namespace protokernels {
+
+enum class CpuLevel : int { generic, avx2, avx512 };
+
+// The best level that this file holds, this machine runs and PROTOKERNELS_CPU_LEVEL (generic, avx2, avx512; default: no limit) allows.
+// Read once. Throws for an unknown value of the variable.
+CpuLevel cpu_level();
+const char* cpu_level_name(CpuLevel level);
+
+}  // namespace protokernels

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: MIT
+// Vectors of the width this file is compiled for, on the compiler's own vector types: one source serves AVX-512, AVX2 and any other CPU.
+//
+// The build compiles every CPU kernel once per level (PROTOKERNELS_LEVEL = generic, avx2, avx512) with that level's flags. Everything here has
+// internal linkage, so that no AVX-512 body of a shared inline function can end up in the generic path.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/kind.h"
+
+#define PK_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+constexpr int TILE_ROWS = 8;  // 8 x 2 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+constexpr int TILE_ROWS = 4;  // 4 x 2 accumulators of 16 registers
+#else
+constexpr int VECTOR_BYTES = 16;
+constexpr int TILE_ROWS = 4;
+#endif
+
+template <class T>
+constexpr int LANES = VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+// GCC ignores vector_size on a dependent type inside an alias template's argument list, so the types are spelled out.
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef float half __attribute__((vector_size(VECTOR_BYTES / 2)));
+  typedef int32_t index __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int64_t index __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+using Index = typename VectorOf<T>::index;
+
+template <class T>
+PK_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+PK_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+PK_INLINE Vec<T> broadcast(T x) {
+  return Vec<T>{} + x;
+}
+
+// Horizontal reductions: halving trees, log2(lanes) shuffles each.
+template <class V, class Op>
+PK_INLINE auto reduce(V v, Op op) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  if constexpr (lanes == 16) {
+    v = op(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    v = op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  } else if constexpr (lanes == 8) {
+    v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+    v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+    v = op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+  } else if constexpr (lanes == 4) {
+    v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+    v = op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
+  } else {
+    static_assert(lanes == 2);
+    v = op(v, __builtin_shufflevector(v, v, 1, 0));
+  }
+  return v[0];
+}
+
+template <class V>
+PK_INLINE auto reduce_sum(V v) {
+  return reduce(v, [](V a, V b) { return a + b; });
+}
+template <class V>
+PK_INLINE auto reduce_max(V v) {
+  return reduce(v, [](V a, V b) { return a > b ? a : b; });
+}
+template <class V>
+PK_INLINE auto reduce_min(V v) {
+  return reduce(v, [](V a, V b) { return a < b ? a : b; });
+}
+
+template <class T>
+PK_INLINE T dot(const T* x, const T* y, int64_t count) {
+  Vec<T> sum{};
+  int64_t i = 0;
+  for (; i + LANES<T> <= count; i += LANES<T>) sum += load(x + i) * load(y + i);
+  T total = reduce_sum(sum);
+  for (; i < count; ++i) total += x[i] * y[i];
+  return total;
+}
+
+// exp(x) for x <= 0, to one unit in the last place; 0 below -87.3 at full speed, where libraries fall into denormals. NaN stays NaN.
+PK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+  typedef Index<float> I;
+  const Vec<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
+  const Vec<float> t = x * 1.44269504f + magic;
+  const Vec<float> n = t - magic;
+  const Vec<float> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+  Vec<float> p = broadcast(1.38888889e-3f);
+  p = p * r + 8.33333377e-3f;
+  p = p * r + 4.16666679e-2f;
+  p = p * r + 1.66666672e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  I exponent, result;
+  std::memcpy(&exponent, &t, sizeof t);
+  std::memcpy(&result, &p, sizeof p);
+  result += exponent << 23;
+  Vec<float> y;
+  std::memcpy(&y, &result, sizeof y);
+  y = x < -87.3f ? Vec<float>{} : y;
+  return x == x ? y : x;
+}
+
+PK_INLINE Vec<double> exp_nonpositive(Vec<double> x) {  // double is for checking gradients; the library's exp will do
+  for (int i = 0; i < LANES<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// ------------------------------------------------------------------------------- rows of any floating-point kind
+
+PK_INLINE float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, 4);
+  return x;
+}
+
+PK_INLINE uint16_t to_bf16(float x) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <class T>
+PK_INLINE void read_row(const void* base, Kind kind, int64_t offset, T* out, int64_t count) {
+  if (kind == Kind::f32) {
+    const float* p = static_cast<const float*>(base) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(p[i]);
+  } else if (kind == Kind::f64) {
+    const double* p = static_cast<const double*>(base) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(p[i]);
+  } else if (kind == Kind::bf16) {
+    const uint16_t* p = static_cast<const uint16_t*>(base) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(from_bf16(p[i]));
+  } else {
+    const _Float16* p = static_cast<const _Float16*>(base) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(p[i]);
+  }
+}
+
+template <class T>
+PK_INLINE void write_row(void* base, Kind kind, int64_t offset, const T* in, int64_t count) {
+  if (kind == Kind::f32) {
+    float* p = static_cast<float*>(base) + offset;
+    for (int64_t i = 0; i < count; ++i) p[i] = static_cast<float>(in[i]);
+  } else if (kind == Kind::f64) {
+    double* p = static_cast<double*>(base) + offset;
+    for (int64_t i = 0; i < count; ++i) p[i] = static_cast<double>(in[i]);
+  } else if (kind == Kind::bf16) {
+    uint16_t* p = static_cast<uint16_t*>(base) + offset;
+    for (int64_t i = 0; i < count; ++i) p[i] = to_bf16(static_cast<float>(in[i]));
+  } else {
+    _Float16* p = static_cast<_Float16*>(base) + offset;
+    for (int64_t i = 0; i < count; ++i) p[i] = static_cast<_Float16>(in[i]);
+  }
+}
+
+// Sum of squares in double: no overflow, no underflow for float rows.
+PK_INLINE double squared_norm(const float* x, int64_t count) {
+  typedef VectorOf<float>::half H;
+  constexpr int step = LANES<float> / 2;
+  Vec<double> sum{};
+  int64_t i = 0;
+  for (; i + step <= count; i += step) {
+    H h;
+    std::memcpy(&h, x + i, sizeof h);
+    const Vec<double> d = __builtin_convertvector(h, Vec<double>);
+    sum += d * d;
+  }
+  double total = reduce_sum(sum);
+  for (; i < count; ++i) total += static_cast<double>(x[i]) * x[i];
+  return total;
+}
+
+PK_INLINE double squared_norm(const double* x, int64_t count) {
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) total += x[i] * x[i];
+  return total;
+}
+
+}  // namespace
