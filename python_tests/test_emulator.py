@@ -104,7 +104,7 @@ class TestSharedMemory:
         out = poisoned(shape[::-1])
         emulator.configure(seed=seed)
         emulator.transpose(source, out, scale)
-        np.testing.assert_array_equal(out, source.T * np.resize(np.float32(scale), shape[1])[:, None])
+        np.testing.assert_array_equal(out, source.T * np.resize(np.array(scale, np.float32), shape[1])[:, None])
 
     @pytest.mark.parametrize("seed", SEEDS)
     @pytest.mark.parametrize("threads", [1, 2, 64, 1024])
@@ -264,11 +264,12 @@ class TestAsynchronousCopies:
 def _round_tf32(values: np.ndarray) -> np.ndarray:
     """Rounds normal numbers to 11 significant bits, ties away from zero."""
     fraction, exponent = np.frexp(values.astype(np.float64))
-    return np.ldexp(np.sign(fraction) * np.floor(np.abs(fraction) * 2048 + 0.5), exponent - 11).astype(np.float32)
+    rounded = np.sign(fraction) * np.floor(np.abs(fraction) * 2048 + 0.5)
+    return np.asarray(np.ldexp(rounded, exponent - 11), np.float32)
 
 
 def _round_bf16(values: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(values).to(torch.bfloat16).to(torch.float32).numpy()
+    return np.asarray(torch.from_numpy(values).to(torch.bfloat16).to(torch.float32))
 
 
 class TestTensorCores:
@@ -296,15 +297,11 @@ class TestTensorCores:
 class TestRounding:
     def test_tf32_bf16_and_half(self, emulator: Any, generator: np.random.Generator) -> None:
         scales = np.exp2(generator.integers(-30, 20, 4000)).astype(np.float32)
-        ties = np.float32(
-            [1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 2.0**-25, 3 * 2.0**-25, -1 - 2.0**-11]
-        )
-        edges = np.float32(
-            [0.0, -0.0, 65504, 65519.99, 65520, 65536, 2.0**-14, 2.0**-24, 3.4e38, -3.4e38, np.inf, -np.inf]
-        )
-        values = np.concatenate(
-            [generator.standard_normal(4000).astype(np.float32) * scales, ties, edges, np.float32([np.nan])]
-        )
+        one = 2.0**-11  # half a unit in the last place of tf32 at 1
+        ties = [1 + one, 1 + 3 * one, 1 + 8 * one, 1 + 24 * one, 2.0**-25, 3 * 2.0**-25, -1 - one]
+        edges = [0.0, -0.0, 65504, 65519.99, 65520, 65536, 2.0**-14, 2.0**-24, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan]
+        random = generator.standard_normal(4000).astype(np.float32) * scales
+        values = np.concatenate([random, np.array(ties + edges, np.float32)])
         size = len(values)
         tf32, bf16, half = poisoned(size, np.uint32), poisoned(size, np.uint16), poisoned(size, np.float16)
         back = poisoned((2, size))

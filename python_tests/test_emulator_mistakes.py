@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The CUDA emulator's detectors: every small broken kernel must be caught, at the line that is wrong.
 
-The kernels are in `csrc/emulator/selftest/broken_kernels.cu`; each wrong line carries a comment that begins with "mistake:".
+The kernels are in `csrc/emulator/selftest/broken_kernels.cu`; each wrong line carries a comment "mistake: ...".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from python_tests.emulator import SEEDS, load, missing_tools, poisoned, run_under_address_sanitizer
+from python_tests.emulator import SEEDS, Variant, load, missing_tools, poisoned, run_under_address_sanitizer
 from python_tests.emulator.build import COMMON_FLAGS, COMPILER, ROOT
 
 pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
@@ -37,16 +37,16 @@ def wrong_lines(name: str) -> list[str]:
     return found
 
 
-def run(variant: str, name: str, seed: int) -> np.ndarray:
-    emulator: Any = load("selftest", variant)  # type: ignore[arg-type]
+def run(variant: Variant, name: str, seed: int) -> np.ndarray:
+    emulator: Any = load("selftest", variant)
     emulator.configure(seed=seed)
     out = poisoned(THREADS)
     emulator.broken(name, np.arange(1, THREADS + 1, dtype=np.float32), out)
     return out
 
 
-def report(variant: str, name: str, seed: int) -> str:
-    emulator: Any = load("selftest", variant)  # type: ignore[arg-type]
+def report(variant: Variant, name: str, seed: int) -> str:
+    emulator: Any = load("selftest", variant)
     with pytest.raises(emulator.EmulatorError) as caught:
         run(variant, name, seed)
     text = str(caught.value)
@@ -102,34 +102,34 @@ class TestWatch:
 class TestDeadlocks:
     """Caught by the scheduler, in every variant."""
 
-    def test_barriers_in_two_branches(self, variant: str, seed: int) -> None:
+    def test_barriers_in_two_branches(self, variant: Variant, seed: int) -> None:
         text = report(variant, "divergent_barrier", seed)
         first, second = wrong_lines("divergent_barrier")
         assert re.search(rf"32 threads wait in __syncthreads at \S*{first} \(first: thread \(0, 0, 0\)\)", text)
         assert re.search(rf"32 threads wait in __syncthreads at \S*{second} \(first: thread \(32, 0, 0\)\)", text)
 
-    def test_threads_that_returned(self, variant: str, seed: int) -> None:
+    def test_threads_that_returned(self, variant: Variant, seed: int) -> None:
         text = report(variant, "return_before_barrier", seed)
         assert "32 threads returned without reaching a barrier (first: thread (32, 0, 0))" in text
         assert re.search(r"32 threads wait in __syncthreads at \S*broken_kernels.cu:\d+", text)
 
-    def test_shuffle_that_half_of_the_warp_takes(self, variant: str, seed: int) -> None:
+    def test_shuffle_that_half_of_the_warp_takes(self, variant: Variant, seed: int) -> None:
         text = report(variant, "divergent_shuffle", seed)
         (line,) = wrong_lines("divergent_shuffle")
         assert re.search(rf"wait in __shfl_xor_sync at \S*{line} with mask 0xffffffff", text)
         assert "wait in __syncthreads" in text
 
-    def test_mask_without_the_caller(self, variant: str, seed: int) -> None:
+    def test_mask_without_the_caller(self, variant: Variant, seed: int) -> None:
         text = report(variant, "foreign_mask", seed)
         assert "mask 0x0000ffff does not name the calling lane" in text
         assert wrong_lines("foreign_mask")[0] in text
 
-    def test_trap(self, variant: str, seed: int) -> None:
+    def test_trap(self, variant: Variant, seed: int) -> None:
         assert "thread (5, 0, 0): __trap" in report(variant, "trap", seed)
 
-    def test_the_next_launch_is_healthy(self, variant: str, seed: int) -> None:
+    def test_the_next_launch_is_healthy(self, variant: Variant, seed: int) -> None:
         report(variant, "divergent_shuffle", seed)
-        emulator: Any = load("selftest", variant)  # type: ignore[arg-type]
+        emulator: Any = load("selftest", variant)
         source, out = np.arange(96, dtype=np.float32), poisoned(96)
         emulator.half_rotate(source, out)
         np.testing.assert_array_equal(out, np.roll(source, -1))
@@ -151,7 +151,7 @@ class TestResults:
             assert np.isnan(run("plain", name, seed)).sum() == poisoned_results
 
     @pytest.mark.parametrize("variant", ["plain", "watched"])
-    def test_unwritten_output_is_nan(self, variant: str) -> None:
+    def test_unwritten_output_is_nan(self, variant: Variant) -> None:
         for seed in SEEDS:
             out = run(variant, "unwritten_output", seed)
             assert np.isnan(out[-1])

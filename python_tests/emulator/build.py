@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Builds and loads the CUDA emulator: one small Python module per op.
 
-The module of an op is made of `csrc/emulator/bind_<op>.cpp`, the kernels `csrc/ops/cuda/<op>_*.cu` and the emulator itself. It exists
-in three variants:
+The module of an op is made of `csrc/emulator/bind_<op>.cpp`, the kernels `csrc/ops/cuda/<op>_*.cu` and the emulator
+itself. It exists in three variants:
 
 - `"watched"`: every memory access of a kernel is checked (bounds, races, reads before writes). The one to use.
 - `"plain"`: no checks beyond barriers, alignment and poison; for speed and for results over several seeds.
@@ -45,7 +45,10 @@ RUNTIME = ("fiber", "runtime", "memory", "warp", "atomics")
 SEEDS = (0, 1, 2, 3, 4)
 """Thread orders that a kernel test goes through; 0 is the natural order."""
 
-COMMON_FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-strict-aliasing -Icsrc -Wall -Wextra -Wno-unknown-pragmas"
+COMMON_FLAGS = (
+    "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-strict-aliasing -Icsrc"
+    " -Wall -Wextra -Wno-unknown-pragmas"
+)
 ADDRESS_FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,alignment,bounds -fno-sanitize-recover=all"
 RUNTIME_FLAGS = {"watched": "-O2 -DPK_EMULATOR_WATCHED", "plain": "-O2", "address": ADDRESS_FLAGS}
 KERNEL_FLAGS = {
@@ -218,7 +221,7 @@ def run_under_address_sanitizer(op: str, code: str, timeout: float = 120.0) -> s
 
 
 def poisoned(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    """Returns an array for an output: NaN, or -1 and its like for integers, in every element a kernel forgets to write."""
+    """Returns an array for an output: what a kernel forgets to write stays NaN (all bits set, for integers)."""
     array = np.empty(shape, dtype=dtype)
     array.view(np.uint8).reshape(-1)[:] = 0xFF
     return array
