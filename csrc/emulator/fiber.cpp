@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: MIT
 #include "emulator/fiber.h"
 
+// A switch written by hand saves six registers; ucontext, for other processors, also asks the kernel for the signal mask.
+#if defined(__x86_64__) && !defined(PK_EMULATOR_UCONTEXT)
+#define PK_HAND_WRITTEN_SWITCH
+#endif
+
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -8,7 +13,7 @@
 #include <cstdlib>
 #include <new>
 
-#if !defined(__x86_64__)
+#if !defined(PK_HAND_WRITTEN_SWITCH)
 #include <ucontext.h>
 #endif
 
@@ -44,7 +49,7 @@ char* stack_slot(std::size_t index) {
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if defined(PK_HAND_WRITTEN_SWITCH)
 
 extern "C" void pk_emulator_switch(void** save_stack_pointer, void* load_stack_pointer);
 asm(R"(
@@ -80,7 +85,7 @@ void fiber_prepare(Fiber& fiber, std::size_t index, void (*entry)()) {
     fiber.fake_stack = nullptr;
     // Stacks start at different cache lines: at equal distances of whole pages all threads would fight for one cache set.
     const std::size_t colour = (index % 61) * 64;
-#if defined(__x86_64__)
+#if defined(PK_HAND_WRITTEN_SWITCH)
     auto** top = reinterpret_cast<void**>(bottom + stack_bytes - 64 - colour);
     *--top = nullptr;   // the return address of `entry`; also puts the stack where a called function expects it
     *--top = reinterpret_cast<void*>(entry);
@@ -124,7 +129,7 @@ void fiber_switch(Fiber& from, Fiber& to, bool last) {
     __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.stack_bottom, to.stack_bytes);
 #endif
     (void)last;
-#if defined(__x86_64__)
+#if defined(PK_HAND_WRITTEN_SWITCH)
     pk_emulator_switch(&from.stack_pointer, to.stack_pointer);
 #else
     if (from.context == nullptr) from.context = new ucontext_t;

@@ -79,6 +79,7 @@ bool ordered_before_now(const Access& previous, bool shared) {
     // Shared memory is a new one for every block.
     if (previous.epoch < (shared ? block_state.block_first_epoch : block_state.launch_first_epoch)) return true;
     if (previous.epoch < block_state.block_first_epoch) {
+        if (previous.kind == AccessKind::atomic) return acquired;   // the atomics of two blocks meet in one order
         const auto next = std::upper_bound(blocks.begin(), blocks.end(), previous.epoch,
                                            [](std::uint32_t epoch, const BlockRecord& block) { return epoch < block.first_epoch; });
         return acquired && previous.epoch <= std::prev(next)->released_epoch;

@@ -107,7 +107,8 @@ __global__ void atomics_kernel(const int* in, int size, int bins, int* counts, f
     for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) atomicAdd(&counts[bin], block_counts[bin]);
 }
 
-// Stage s of the ring is read by thread t only where t itself copied, except that width > 1 threads share a copy: hence barriers.
+// A copy of several floats serves several threads, hence the barrier after the wait; the same barrier keeps a stage from being
+// refilled while a slower thread still reads it.
 __global__ void pipeline_kernel(const float* in, float* out, int rows, int columns, int width) {
     PK_SHARED(float, stages, 3, 64);
     const int column = blockIdx.x * 64 + threadIdx.x;
@@ -184,17 +185,17 @@ __global__ void last_block_sum_kernel(const float* in, float* partial, unsigned*
     PK_SHARED(float, scratch, 64);
     PK_SHARED(unsigned, finished);
     const float sum = add_up(scratch, in[blockIdx.x * 64 + threadIdx.x]);
-    if (threadIdx.x == 0) {
-        partial[blockIdx.x] = sum;
-        __threadfence();
-        finished = atomicAdd(counter, 1u);
-    }
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) finished = atomicAdd(counter, 1u);
     __syncthreads();
     if (finished != gridDim.x - 1) return;
     if (threadIdx.x == 0) {
         float total = 0.0f;
         for (unsigned block = 0; block < gridDim.x; ++block) total += __ldcg(partial + block);
         out[0] = total;
+        *counter = 0u;   // ready for the next launch
     }
 }
 
