@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""Batch normalisation over the images of all processes, so that R processes with B / R images each train like one with B."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum over processes; every process gets the sum, and its gradient is the sum of all processes' gradients."""
+
+    @staticmethod
+    def forward(_context: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_context: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+class SynchronizedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation with the mean and variance over all processes, on any device (torch's own needs a GPU).
+
+    Statistics are taken in float32 under autocast. Processes may hold different numbers of images.
+
+    Shape: [B, C, H, W] -> [B, C, H, W].
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training or process_count() == 1:
+            return super().forward(images)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        values = images.float()
+        count = values.new_tensor([float(values.numel() // values.shape[1])])
+        totals: Tensor = _SumOverProcesses.apply(torch.cat([values.sum(dim=(0, 2, 3)), count]))
+        total_count = totals[-1].detach()
+        mean = totals[:-1] / total_count
+        centred = values - mean[:, None, None]
+        squares: Tensor = _SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3)))
+        variance = squares / total_count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(squares / (total_count - 1).clamp_min(1), self.momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        scaled = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        return (scaled * self.weight[:, None, None] + self.bias[:, None, None]).to(images.dtype)
+
+
+def synchronize_batch_norm(model: nn.Module) -> nn.Module:
+    """Makes every ``BatchNorm2d`` inside ``model`` use the statistics of all processes; parameters and buffers stay the same objects."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SynchronizedBatchNorm2d
+    return model
+
+
+def process_count() -> int:
+    """Number of processes that train together; 1 without ``torch.distributed``."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum over processes without a gradient; ``value`` itself where there is one process."""
+    if process_count() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def largest_over_processes(value: int, device: torch.device) -> int:
+    """The largest ``value`` of all processes."""
+    if process_count() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+@torch.no_grad()
+def gather_batch(value: Tensor) -> Tensor:  # [b, D] -> [B, D]
+    """The rows of all processes in the order of the batch, of which process r holds rows r, r + R, r + 2R, ... (see ``Session.steps``)."""
+    processes = process_count()
+    if processes == 1:
+        return value
+    total = int(sum_over_processes(torch.tensor(len(value), device=value.device)))
+    longest = -(-total // processes)
+    padded = torch.cat([value, value.new_zeros(longest - len(value), *value.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(processes)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]

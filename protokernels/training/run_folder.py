@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""The folder of one run: everything that is remembered of it, and nothing is remembered anywhere else.
+
+    config.json      the resolved configuration
+    environment.json versions, device, threads, where the data came from and what was odd about it
+    metrics.jsonl    one line per epoch
+    checkpoints/     see :mod:`protokernels.training.checkpoints`
+    results.json     the evaluation
+    figures/         pictures
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from .checkpoints import CheckpointStore
+from .files import append_json_line, read_json, read_json_lines, remove_leftovers, write_json, write_json_lines
+
+
+class RunFolderError(ValueError):
+    """A run folder is missing, holds another run, or cannot be continued."""
+
+
+class RunFolder:
+    """Access to the files of one run; see the module's docstring for what they are."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = CheckpointStore(self.path / "checkpoints")
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    @property
+    def figures(self) -> Path:
+        """The folder of the pictures."""
+        return self.path / "figures"
+
+    @classmethod
+    def create(cls, path: str | Path, config: dict[str, Any], *, resume: bool = False) -> RunFolder:
+        """Makes the folder and writes ``config``; with ``resume``, continues the run that is there, if there is one.
+
+        Raises:
+            RunFolderError: the folder holds a run and ``resume`` is false, holds a run with another configuration, or holds other files.
+        """
+        run = cls(path)
+        if (run.path / "config.json").exists():
+            if not resume:
+                raise RunFolderError(f"{run.path} already holds a run; pass --resume to continue it or another --out to start one")
+            run._check_same(config)
+            remove_leftovers(run.path)
+            return run
+        if run.path.exists() and any(entry.suffix != ".partial" for entry in run.path.iterdir()):
+            raise RunFolderError(f"{run.path} is not empty and holds no run (no config.json); pass another --out")
+        run.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run.path)
+        write_json(run.path / "config.json", config)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The run in ``path``; ``RunFolderError`` where there is none."""
+        run = cls(path)
+        if not (run.path / "config.json").is_file():
+            raise RunFolderError(f"{run.path} holds no run: there is no config.json; expected a folder written by `protokernels train`")
+        return run
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        value = read_json(self.path / "config.json")
+        if not isinstance(value, dict):
+            raise RunFolderError(f"{self.path / 'config.json'}: expected an object; got {type(value).__name__}")
+        return value
+
+    def write_environment(self, **more: Any) -> None:
+        """Writes the environment, with what the caller adds (device, data provenance)."""
+        write_json(self.path / "environment.json", {**environment(), **more})
+
+    def environment(self) -> dict[str, Any]:
+        """What :meth:`write_environment` wrote, or an empty dictionary."""
+        path = self.path / "environment.json"
+        value: dict[str, Any] = read_json(path) if path.exists() else {}
+        return value
+
+    def append_metrics(self, values: dict[str, Any]) -> None:
+        """Adds one line to ``metrics.jsonl``."""
+        append_json_line(self.path / "metrics.jsonl", values)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of ``metrics.jsonl``."""
+        return read_json_lines(self.path / "metrics.jsonl")
+
+    def rewind_metrics(self, epochs: int) -> None:
+        """Drops the lines of epochs after the first ``epochs``: they were trained after the checkpoint that is being continued."""
+        write_json_lines(self.path / "metrics.jsonl", [line for line in self.metrics() if line["epoch"] <= epochs])
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Writes ``results.json``."""
+        write_json(self.path / "results.json", results)
+
+    def results(self) -> dict[str, Any] | None:
+        """What :meth:`write_results` wrote, or ``None``."""
+        path = self.path / "results.json"
+        value: dict[str, Any] | None = read_json(path) if path.exists() else None
+        return value
+
+    def _check_same(self, config: dict[str, Any]) -> None:
+        before = self.config()
+        differing = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
+        if differing:
+            pairs = ", ".join(f"{key}: {before.get(key)!r} there, {config.get(key)!r} now" for key in differing)
+            raise RunFolderError(f"{self.path} holds a run with another configuration ({pairs}); a run can only be continued as it was started")
+
+
+def next_free_folder(path: Path) -> Path:
+    """``path``, or ``path-2``, ``path-3``, ... : the first that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a result may depend on."""
+    packages = ("torch", "numpy", "accelerate", "scikit-learn", "matplotlib", "medmnist")
+    return {
+        "protokernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in packages},
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "byte_order": sys.byteorder,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""Several runs of one configuration with different seeds, in one folder.
+
+One seed: the folder is the run. Several: it holds one run per seed (``seed-0``, ``seed-1``, ...) and a summary in its own ``results.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from .run_folder import RunFolder, next_free_folder
+from .session import Precision, make_accelerator
+from .summary import summarize_runs
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How to run, as against what to run."""
+
+    seed: int = 0  # of the first run; the others count up from it
+    runs: int = 1  # number of seeds
+    resume: bool = False  # continue what is in the folder
+    precision: Precision = "fp32"  # fp16 needs a GPU; bf16 pays on processors with AMX or AVX512-BF16
+    device: Literal["auto", "cpu"] = "auto"
+    quiet: bool = False  # no progress output
+
+    def __post_init__(self) -> None:
+        if self.runs < 1 or self.seed < 0:
+            raise ValueError(f"RunSettings: runs must be at least 1 and seed at least 0; got {self.runs} and {self.seed}")
+
+
+def train_runs(
+    name: str,
+    record: dict[str, Any],
+    run_one: Callable[[RunFolder, int, Accelerator], dict[str, Any]],
+    *,
+    out: str | Path | None,
+    settings: RunSettings,
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    """Calls ``run_one(run, seed, accelerator)`` for every seed and writes what it returns, then the summary.
+
+    Args:
+        name: of the default folder, ``runs/<name>``.
+        record: paper and configuration, for ``config.json``.
+        run_one: trains and scores one run; its result counts on the main process.
+        out: the folder, or ``None`` for the first free default.
+        settings: seeds, precision and so on.
+        provenance: of the data, with its warnings; goes to ``environment.json`` and the results.
+
+    Returns:
+        On the main process the results, with the folder as ``"folder"``; elsewhere an empty dictionary.
+    """
+    accelerator = make_accelerator(settings.device, settings.precision)
+    folder = Path(broadcast_object_list([str(out or next_free_folder(Path("runs") / name))])[0])
+    seeds = list(range(settings.seed, settings.seed + settings.runs))
+    record = {**record, "precision": settings.precision, "processes": accelerator.num_processes}
+    if accelerator.is_main_process and len(seeds) > 1:
+        RunFolder.create(folder, _as_json({**record, "seeds": seeds}), resume=settings.resume)
+    for seed in seeds:
+        run = RunFolder(folder if len(seeds) == 1 else folder / f"seed-{seed}")
+        if accelerator.is_main_process:
+            RunFolder.create(run.path, _as_json({**record, "seed": seed}), resume=settings.resume)
+        accelerator.wait_for_everyone()
+        if run.results() is not None:  # finished before
+            continue
+        if accelerator.is_main_process:
+            run.write_environment(device=str(accelerator.device), precision=settings.precision, data=_as_json(provenance))
+        started = time.perf_counter()
+        results = run_one(run, seed, accelerator)
+        if accelerator.is_main_process:
+            seconds = round(time.perf_counter() - started, 1)
+            losses = {key: value for key, value in run.metrics()[-1].items() if key not in ("epoch", "seconds")}
+            warnings = list(provenance.get("warnings", []))
+            run.write_results({**record, "seed": seed, **results, "last_epoch": losses, "seconds_since_resume": seconds, "data_warnings": warnings})
+        accelerator.wait_for_everyone()
+    return {**write_summary(folder), "folder": str(folder)} if accelerator.is_main_process else {}
+
+
+def load_runs(folder: str | Path) -> list[RunFolder]:
+    """The runs in ``folder``: itself, or one per seed."""
+    top = RunFolder.open(folder)
+    seeds = top.config().get("seeds")
+    return [top] if seeds is None else [RunFolder.open(top.path / f"seed-{seed}") for seed in seeds]
+
+
+def write_summary(folder: str | Path) -> dict[str, Any]:
+    """Mean and standard deviation over the runs in ``folder`` that are finished; written beside them where there are several.
+
+    Returns:
+        The first run's results with ``"splits"`` replaced by the summary (see :func:`summarize_runs`), ``"seeds"`` and ``"number_of_runs"``.
+    """
+    runs = load_runs(folder)
+    results = [(run.config()["seed"], result) for run in runs if (result := run.results()) is not None]
+    if not results:
+        raise FileNotFoundError(f"{folder} has no results yet; continue the run with --resume")
+    first = {key: value for key, value in results[0][1].items() if key not in ("seed", "splits", "last_epoch", "seconds_since_resume")}
+    summary = {
+        **first,
+        "seeds": [seed for seed, _ in results],
+        "number_of_runs": len(results),
+        "splits": summarize_runs([result["splits"] for _, result in results]),
+    }
+    if RunFolder(folder).config().get("seeds") is not None:
+        RunFolder(folder).write_results(summary)
+    return summary
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """``value`` as it will be read back, so that it compares equal (tuples become lists, paths become strings)."""
+    converted: dict[str, Any] = json.loads(json.dumps(value, default=str))
+    return converted
