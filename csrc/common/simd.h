@@ -62,7 +62,7 @@ PK_INLINE void store(T* p, Vec<T> v) {
 
 template <class T>
 PK_INLINE Vec<T> broadcast(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // folds to a plain broadcast; x + 0 would not (-0)
 }
 
 // Horizontal reductions: halving trees, log2(lanes) shuffles each.

@@ -32,9 +32,9 @@ inline Tensor with_dense_rows(const Tensor& matrix) {
   return matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : torch::stable::contiguous(matrix);
 }
 
-inline Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
-}
+// An uninitialised tensor on the device of like. Large ones on the CPU ask the kernel for huge pages: a fresh 64 MB output otherwise costs
+// 16,384 page faults, as long as the arithmetic that fills it.
+Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 
 template <class T>
 T* data_or_null(const std::optional<Tensor>& tensor) {
