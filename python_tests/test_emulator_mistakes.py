@@ -84,6 +84,7 @@ class TestWatch:
                 r"misaligned asynchronous copy of 16 bytes from buffer 'in' \+ 4 bytes to shared 'values'",
             ),
             ("unordered_blocks", r"race on buffer 'out' .*by a thread of another block"),
+            ("unpublished_block", r"race on buffer 'out' .*by a thread of another block"),
             ("modified_input", r"write to the read-only buffer 'in'"),
         ],
     )

@@ -129,6 +129,7 @@ PK_EMULATOR_MODULE(module) {
             {"misaligned_cast", Mistake::misaligned_cast},
             {"misaligned_copy", Mistake::misaligned_copy},
             {"unordered_blocks", Mistake::unordered_blocks},
+            {"unpublished_block", Mistake::unpublished_block},
             {"modified_input", Mistake::modified_input},
             {"trap", Mistake::trap},
         };

@@ -2,7 +2,8 @@
 // The memory watch: bounds, reads before writes, races. Two accesses of one word by different threads, at least one of them a
 // plain write, are a race unless something orders them:
 //   same block:       a __syncthreads between them, or, within a warp, a chain of __syncwarp (shuffles and votes order nothing);
-//   different blocks: the earlier block wrote, then called __threadfence; the later block did an atomic operation first.
+//   different blocks: the earlier block wrote, called __threadfence, and then did an atomic operation (by the same thread, or
+//                     with a __syncthreads in between); the later block did an atomic operation first.
 #include "emulator/watch.h"
 
 #include <dlfcn.h>
@@ -39,7 +40,10 @@ struct WarpClock {
 };
 struct BlockRecord {
     std::uint32_t first_epoch = 0;
-    std::uint32_t released_epoch = 0;   // epoch of its last __threadfence
+    std::uint32_t fenced_epoch = 0;       // of its last __threadfence
+    std::uint32_t released_epoch = 0;     // what was fenced at its last atomic operation on device memory
+    std::uint32_t published_epoch = 0;    // of that operation
+    std::vector<std::uint16_t> publishers;   // the threads that did one in that epoch
 };
 
 template <typename T>
@@ -69,6 +73,17 @@ std::array<WarpClock, 32> clocks;
 std::vector<BlockRecord> blocks;
 bool acquired = false;   // the running block has done an atomic operation on device memory
 
+void publish_and_acquire() {
+    acquired = true;
+    BlockRecord& block = blocks.back();
+    if (block.published_epoch != block_state.epoch) block.publishers.clear();
+    // A thread runs on until it has to wait, so the atomics of a loop follow each other.
+    const auto thread = static_cast<std::uint16_t>(block_state.thread);
+    if (block.publishers.empty() || block.publishers.back() != thread) block.publishers.push_back(thread);
+    block.published_epoch = block_state.epoch;
+    block.released_epoch = block.fenced_epoch;
+}
+
 bool known_in_warp(const Access& previous) {
     const unsigned thread = block_state.thread;
     const WarpClock& clock = clocks[thread / 32];
@@ -82,7 +97,10 @@ bool ordered_before_now(const Access& previous, bool shared) {
         if (previous.kind == AccessKind::atomic) return acquired;   // the atomics of two blocks meet in one order
         const auto next = std::upper_bound(blocks.begin(), blocks.end(), previous.epoch,
                                            [](std::uint32_t epoch, const BlockRecord& block) { return epoch < block.first_epoch; });
-        return acquired && previous.epoch <= std::prev(next)->released_epoch;
+        const BlockRecord& block = *std::prev(next);
+        if (!acquired || previous.epoch > block.released_epoch) return false;
+        return previous.epoch < block.published_epoch ||
+               std::find(block.publishers.begin(), block.publishers.end(), previous.thread) != block.publishers.end();
     }
     if (previous.epoch < block_state.epoch || previous.thread == block_state.thread) return true;
     return previous.thread / 32 == block_state.thread / 32 && known_in_warp(previous);
@@ -179,7 +197,7 @@ void watch_access(const void* address, std::size_t bytes, AccessKind kind, const
              describe_caller(return_address));
     }
     const bool shared = offset < shared_region_bytes;
-    if (kind == AccessKind::atomic && !shared) acquired = true;
+    if (kind == AccessKind::atomic && !shared) publish_and_acquire();
     Access now;
     now.epoch = block_state.epoch;
     now.time = clocks[block_state.thread / 32].now;
@@ -205,13 +223,13 @@ void watch_launch_started() {
 }
 
 void watch_block_started() {
-    blocks.push_back({block_state.block_first_epoch, 0});
+    blocks.emplace_back().first_epoch = block_state.block_first_epoch;
     acquired = false;
     for (unsigned warp = 0; warp < (block_state.threads + 31) / 32; ++warp) clocks[warp] = WarpClock{};
 }
 
 void watch_fence() {
-    if (block_state.running) blocks.back().released_epoch = block_state.epoch;
+    if (block_state.running) blocks.back().fenced_epoch = block_state.epoch;
 }
 
 void watch_warp_synchronised(unsigned warp, unsigned participants, unsigned lanes) {

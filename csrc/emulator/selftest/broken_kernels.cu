@@ -95,6 +95,12 @@ __global__ void broken_kernel(float* in, float* out, int size) {
         out[i] = in[i];
         __syncthreads();
         if (blockIdx.x > 0) out[i] += out[i - block_threads];   // mistake: the other block may not have run
+    } else if constexpr (mistake == Mistake::unpublished_block) {
+        if (thread > 0) out[i] = in[i];
+        __threadfence();
+        if (thread == 0) atomicAdd(&out[i], 1.0f);   // announces what the other threads may not have written
+        __syncthreads();
+        if (blockIdx.x > 0 && thread > 0) out[i] += out[i - block_threads];   // mistake: no barrier before the announcement
     } else if constexpr (mistake == Mistake::modified_input) {
         in[i] = 0.0f;   // mistake: inputs are never modified
         out[i] = 1.0f;
@@ -134,6 +140,7 @@ int launch_broken(Mistake mistake, float* in, float* out, int threads, void* str
         PK_CASE(misaligned_cast)
         PK_CASE(misaligned_copy)
         PK_CASE(unordered_blocks)
+        PK_CASE(unpublished_block)
         PK_CASE(modified_input)
         PK_CASE(trap)
 #undef PK_CASE

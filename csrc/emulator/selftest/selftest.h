@@ -65,6 +65,7 @@ enum class Mistake : int {
     misaligned_cast,          // the same through a raw pointer cast
     misaligned_copy,          // 16-byte asynchronous copy from an odd address
     unordered_blocks,         // reads another block's result without fence and atomic
+    unpublished_block,        // fences, then announces its results by an atomic, with no barrier between
     modified_input,           // writes to its input
     trap,
 };
