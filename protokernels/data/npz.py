@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""Arrays out of an ``.npz`` file that nobody vouches for: every claim of a header is checked before memory is allocated for it."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple, cast
+
+import numpy as np
+
+from .types import DataError
+
+LIMIT = 1 << 35  # bytes in one array; the largest of MedMNIST, pathmnist_224, has 13.5e9
+BLOCK = 1 << 20  # bytes read at a time
+
+
+class Header(NamedTuple):
+    """What an array's header says."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran_order: bool
+    offset: int  # bytes before the data
+
+
+class NpzFile:
+    """Reads single arrays; every failure is a :class:`DataError` with the file's name and the reason. Nothing is ever unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._named_errors():
+            if not zipfile.is_zipfile(path):
+                raise DataError(f"{path} is not an .npz file: {_what_it_is(path)}")
+            with zipfile.ZipFile(path) as archive:
+                self._members = {info.filename: info for info in archive.infolist()}
+
+    def __contains__(self, name: str) -> bool:
+        return f"{name}.npy" in self._members
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the arrays."""
+        return sorted(name.removesuffix(".npy") for name in self._members)
+
+    def header(self, name: str) -> Header:
+        """Shape and dtype of an array, without reading it."""
+        with self._open(name) as file:
+            return self._read_header(name, file)
+
+    def read(self, name: str) -> np.ndarray:
+        """An array in C order. The checksum of the archive is verified."""
+        with self._open(name) as file:
+            header = self._read_header(name, file)
+            array = np.empty(math.prod(header.shape), dtype=header.dtype)
+            target = memoryview(array.view(np.uint8)) if array.size else memoryview(b"")
+            position = 0
+            while position < len(target):
+                block = file.read(min(BLOCK, len(target) - position))
+                if not block:
+                    raise EOFError(f"{len(target) - position:,} bytes are missing")
+                target[position : position + len(block)] = block
+                position += len(block)
+            if file.read(1):  # also lets zipfile compare the checksum at the end
+                raise DataError(f"{self.path}: {name} is damaged: data follow after its end")
+        order = "F" if header.fortran_order else "C"
+        return np.ascontiguousarray(array.reshape(header.shape, order=cast("str", order)))  # type: ignore[call-overload]
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
+        info = self._members.get(f"{name}.npy")
+        if info is None:
+            raise DataError(f"{self.path}: no array {name!r}; it holds {', '.join(self.names) or 'nothing'}")
+        with self._named_errors(name), zipfile.ZipFile(self.path) as archive, archive.open(info) as file:
+            yield file
+
+    def _read_header(self, name: str, file: IO[bytes]) -> Header:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        elif version == (2, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
+        else:
+            raise DataError(f"{self.path}: {name} has npy format version {version}; plain arrays have 1.0 or 2.0")
+        if dtype.hasobject:
+            raise DataError(
+                f"{self.path}: {name} holds pickled Python objects, which could run any code when read; ask for a file with plain arrays"
+            )
+        if any(length < 0 for length in shape):
+            raise DataError(f"{self.path}: {name} is damaged: its header claims the shape {list(shape)}")
+        offset, size = file.tell(), math.prod(shape) * dtype.itemsize
+        stored = self._members[f"{name}.npy"].file_size - offset
+        if size != stored:
+            raise DataError(
+                f"{self.path}: {name} is damaged: its header claims {list(shape)} of {dtype} ({size:,} bytes), the archive holds {stored:,} bytes"
+            )
+        limit = min(LIMIT, _memory())
+        if size > limit:
+            raise DataError(f"{self.path}: {name} claims {list(shape)} of {dtype}, {size:,} bytes; at most {limit:,} are loaded on this machine")
+        return Header(shape, dtype, fortran_order, offset)
+
+    @contextmanager
+    def _named_errors(self, name: str | None = None) -> Iterator[None]:
+        """Turns every way in which a bad archive shows itself into a DataError that names the file."""
+        try:
+            yield
+        except DataError:
+            raise
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OverflowError) as error:
+            where = f"{self.path}: {name}" if name else str(self.path)
+            raise DataError(f"{where} is truncated or damaged ({error}); delete it and fetch it again") from error
+
+
+def _what_it_is(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(8)
+    if not start:
+        return "it is empty; fetch it again"
+    if start.startswith(b"\x80"):
+        return "it is a Python pickle, which could run any code when read; ask for a file with plain arrays"
+    if start.startswith(b"PK"):
+        return "it is a truncated zip archive; delete it and fetch it again"
+    if start.startswith(b"\x93NUMPY"):
+        return "it is a single array (.npy); save the splits with numpy.savez_compressed"
+    if start.lstrip().lower().startswith((b"<!doc", b"<html")):
+        return "it is a web page, probably an error message of the server; fetch it again"
+    return f"it starts with {start!r}; an .npz is a zip archive and starts with b'PK'"
+
+
+def _memory() -> int:
+    """Physical memory in bytes, as far as the system tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return LIMIT
