@@ -74,7 +74,7 @@ def report() -> dict[str, Any]:
         True
     """
     build, build_problem = _build_info()
-    archs = build.get("cuda_archs", "")
+    archs = re.findall(r"[^\s;,]+", build.get("cuda_archs", ""))
     gpus, gpu_problem = _gpus(archs)
     devices = ["cpu", *(gpu["device"] for gpu in gpus)]
     result: dict[str, Any] = {
@@ -96,7 +96,7 @@ def report() -> dict[str, Any]:
         },
         "cuda": {
             "compiler": build.get("cuda_compiler") or None,
-            "archs": archs.split(";") if archs else [],
+            "archs": archs,
             "torch": torch.version.cuda,
             "gpus": gpus,
             "problem": gpu_problem,
@@ -194,7 +194,7 @@ def _cpu_flags() -> list[str]:
     return match[1].split() if match else []
 
 
-def _gpus(archs: str) -> tuple[list[dict[str, Any]], str | None]:
+def _gpus(archs: Sequence[str]) -> tuple[list[dict[str, Any]], str | None]:
     if torch.version.cuda is None:
         return [], "torch was built without CUDA"
     try:
@@ -208,7 +208,7 @@ def _gpus(archs: str) -> tuple[list[dict[str, Any]], str | None]:
                     "device": f"cuda:{index}",
                     "name": torch.cuda.get_device_name(index),
                     "capability": f"{capability[0]}.{capability[1]}",
-                    "covered_by": covers(archs.split(";"), capability),
+                    "covered_by": covers(archs, capability),
                 }
             )
         return found, None
