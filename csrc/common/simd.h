@@ -65,6 +65,14 @@ PK_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // folds to a plain broadcast; x + 0 would not (-0)
 }
 
+template <class T>
+PK_INLINE Index<T> lane_numbers() {
+  if constexpr (LANES<T> == 16) return Index<T>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  else if constexpr (LANES<T> == 8) return Index<T>{0, 1, 2, 3, 4, 5, 6, 7};
+  else if constexpr (LANES<T> == 4) return Index<T>{0, 1, 2, 3};
+  else return Index<T>{0, 1};
+}
+
 // Horizontal reductions: halving trees, log2(lanes) shuffles each.
 template <class V, class Op>
 PK_INLINE auto reduce(V v, Op op) {

@@ -71,6 +71,10 @@ void fill_problem(PrototypesProblem& problem, const Tensor& z, const Tensor& pro
   problem.cosine = cosine;
 }
 
+[[maybe_unused]] void check_int_sizes(int64_t K, int64_t D) {  // kernels count prototypes and dimensions in int
+  STD_TORCH_CHECK(K < (int64_t{1} << 31) && D < (int64_t{1} << 31), "prototypes: K and D must be below 2^31 on CUDA");
+}
+
 double multiply_adds(const PrototypesProblem& p) { return static_cast<double>(p.B) * static_cast<double>(p.K) * static_cast<double>(p.D) + 800.0 * static_cast<double>(p.B); }
 
 struct ForwardOutputs {
@@ -100,11 +104,9 @@ ForwardOutputs allocate_forward(PrototypesForward& p, const Tensor& z, const Ten
   p.counts = with_update ? static_cast<int64_t*>(out.counts.data_ptr()) : nullptr;
   p.new_weight = new_weight;
   p.updated = with_update ? out.updated.data_ptr() : nullptr;
+  p.blend_source = prototypes.data_ptr();
+  p.blend_kind = kind_of(prototypes, "prototypes");
   return out;
-}
-
-void run_blend(const PrototypesCpu& cpu, const PrototypesForward& p) {
-  cpu.blend({p.K, p.D, p.prototypes, p.prototypes_kind, p.sums, p.counts, p.new_weight, p.updated});
 }
 
 Outputs forward_cpu(Tensor z_any, Tensor prototypes_any, OptionalTensor temperature_tensor, double temperature, bool cosine, OptionalTensor uniform,
@@ -125,7 +127,7 @@ Outputs forward_cpu(Tensor z_any, Tensor prototypes_any, OptionalTensor temperat
              [&](int64_t begin, int64_t end) { cpu.forward(p, panels.data_ptr(), chunks, sums, counts, begin, end); });
   if (with_update) {
     cpu.finish_sums(p.K, p.D, chunks, sums, counts, p.sums, p.counts);
-    run_blend(cpu, p);
+    cpu.blend({p.K, p.D, p.blend_source, p.blend_kind, p.sums, p.counts, p.new_weight, p.updated});
   }
   return out.tuple();
 }
@@ -213,20 +215,75 @@ std::tuple<Tensor, Tensor> accumulate_cpu(Tensor z_any, Tensor labels_any, int64
   return {sums, counts};
 }
 
-void check_blend(const Tensor& prototypes, const Tensor& sums, const Tensor& counts) {
-  STD_TORCH_CHECK(prototypes.dim() == 2 && sums.dim() == 2 && sums.size(0) == prototypes.size(0) && sums.size(1) == prototypes.size(1) &&
-                      counts.numel() == prototypes.size(0) && sums.scalar_type() == ScalarType::Double && counts.scalar_type() == ScalarType::Long,
-                  "prototypes: prototypes [K, D], sums float64 [K, D] and counts int64 [K] do not fit");
+struct BlendInputs {
+  Tensor prototypes, sums, counts, updated;
+
+  BlendInputs(const Tensor& prototypes_any, const Tensor& sums_any, const Tensor& counts_any)
+      : prototypes(torch::stable::contiguous(prototypes_any)), sums(torch::stable::contiguous(sums_any)), counts(torch::stable::contiguous(counts_any)) {
+    STD_TORCH_CHECK(prototypes.dim() == 2 && sums.dim() == 2 && sums.size(0) == prototypes.size(0) && sums.size(1) == prototypes.size(1) &&
+                        counts.numel() == prototypes.size(0) && sums.scalar_type() == ScalarType::Double && counts.scalar_type() == ScalarType::Long,
+                    "prototypes: prototypes [K, D], sums float64 [K, D] and counts int64 [K] do not fit");
+    updated = empty_beside(prototypes, {prototypes.size(0), prototypes.size(1)}, prototypes.scalar_type());
+  }
+
+  PrototypesBlend problem(double new_weight) const {
+    return {prototypes.size(0), prototypes.size(1), prototypes.data_ptr(), kind_of(prototypes, "prototypes"),
+            static_cast<const double*>(sums.data_ptr()), static_cast<const int64_t*>(counts.data_ptr()), new_weight, updated.data_ptr()};
+  }
+};
+
+Tensor blend_cpu(Tensor prototypes, Tensor sums, Tensor counts, double new_weight) {
+  const BlendInputs in(prototypes, sums, counts);
+  prototypes_cpu().blend(in.problem(new_weight));
+  return in.updated;
 }
 
-Tensor blend_cpu(Tensor prototypes_any, Tensor sums_any, Tensor counts_any, double new_weight) {
-  const Tensor prototypes = torch::stable::contiguous(prototypes_any), sums = torch::stable::contiguous(sums_any), counts = torch::stable::contiguous(counts_any);
-  check_blend(prototypes, sums, counts);
-  Tensor updated = empty_beside(prototypes, {prototypes.size(0), prototypes.size(1)}, prototypes.scalar_type());
-  prototypes_cpu().blend({prototypes.size(0), prototypes.size(1), prototypes.data_ptr(), kind_of(prototypes, "prototypes"),
-                          static_cast<const double*>(sums.data_ptr()), static_cast<const int64_t*>(counts.data_ptr()), new_weight, updated.data_ptr()});
-  return updated;
+#if defined(PROTOKERNELS_WITH_CUDA)
+
+// Kernels take prototypes in the compute type and z in it or in half precision; anything else is converted here.
+Tensor in_compute_type(const Tensor& tensor, bool double_compute, bool keep_half) {
+  const ScalarType type = tensor.scalar_type(), compute = double_compute ? ScalarType::Double : ScalarType::Float;
+  const bool half = type == ScalarType::Half || type == ScalarType::BFloat16;
+  return type == compute || (half && keep_half && !double_compute) ? tensor : torch::stable::to(tensor, compute);
 }
+
+Outputs forward_cuda(Tensor z_any, Tensor prototypes_any, OptionalTensor temperature_tensor, double temperature, bool cosine, OptionalTensor uniform,
+                     bool with_labels, bool with_entropy, bool with_update, double new_weight, bool skip_nonfinite) {
+  const torch::stable::accelerator::DeviceGuard guard(z_any.get_device_index());
+  const bool wide = z_any.scalar_type() == ScalarType::Double || prototypes_any.scalar_type() == ScalarType::Double;
+  const Tensor given = torch::stable::contiguous(prototypes_any), prototypes = in_compute_type(given, wide, false);
+  const Tensor z = with_dense_rows(in_compute_type(z_any, wide, true));
+  PrototypesForward p;
+  fill_problem(p, z, prototypes, temperature_tensor, temperature, cosine);
+  check_int_sizes(p.K, p.D);
+  const ForwardOutputs out = allocate_forward(p, z, given, uniform, with_labels, with_entropy, with_update, new_weight, skip_nonfinite);
+  const Tensor workspace = empty_beside(z, {prototypes_forward_workspace(p)}, ScalarType::Byte);
+  check_cuda(launch_prototypes_forward(p, workspace.data_ptr(), current_cuda_stream(z)), "prototypes_forward");
+  return out.tuple();
+}
+
+std::tuple<Tensor, Tensor> accumulate_cuda(Tensor z_any, Tensor labels_any, int64_t num_prototypes, bool skip_nonfinite) {
+  const torch::stable::accelerator::DeviceGuard guard(z_any.get_device_index());
+  const Tensor z = with_dense_rows(z_any), labels = torch::stable::contiguous(labels_any);
+  PrototypesAccumulate p;
+  fill_accumulate(p, z, labels, num_prototypes, skip_nonfinite);
+  check_int_sizes(p.K, p.D);
+  Tensor sums = empty_beside(z, {p.K, p.D}, ScalarType::Double), counts = empty_beside(z, {p.K}, ScalarType::Long);
+  p.sums = static_cast<double*>(sums.data_ptr());
+  p.counts = static_cast<int64_t*>(counts.data_ptr());
+  const Tensor workspace = empty_beside(z, {prototypes_accumulate_workspace(p)}, ScalarType::Byte);
+  check_cuda(launch_prototypes_accumulate(p, workspace.data_ptr(), current_cuda_stream(z)), "prototypes_accumulate");
+  return {sums, counts};
+}
+
+Tensor blend_cuda(Tensor prototypes_any, Tensor sums_any, Tensor counts_any, double new_weight) {
+  const torch::stable::accelerator::DeviceGuard guard(prototypes_any.get_device_index());
+  const BlendInputs in(prototypes_any, sums_any, counts_any);
+  check_cuda(launch_prototypes_blend(in.problem(new_weight), current_cuda_stream(in.prototypes)), "prototypes_blend");
+  return in.updated;
+}
+
+#endif
 
 }  // namespace
 }  // namespace protokernels
@@ -238,3 +295,13 @@ STABLE_TORCH_LIBRARY_IMPL(protokernels, CPU, library) {
   library.impl("prototypes_accumulate", TORCH_BOX(&accumulate_cpu));
   library.impl("prototypes_blend", TORCH_BOX(&blend_cpu));
 }
+
+#if defined(PROTOKERNELS_WITH_CUDA)
+// prototypes_backward on CUDA stands in protokernels/ops/prototypes.py: two cuBLAS products and torch's softmax backward.
+STABLE_TORCH_LIBRARY_IMPL(protokernels, CUDA, library) {
+  using namespace protokernels;
+  library.impl("prototypes_forward", TORCH_BOX(&forward_cuda));
+  library.impl("prototypes_accumulate", TORCH_BOX(&accumulate_cuda));
+  library.impl("prototypes_blend", TORCH_BOX(&blend_cuda));
+}
+#endif

@@ -47,7 +47,9 @@ struct PrototypesForward : PrototypesProblem {
   double* sums;          // [K, D] or null: no update
   int64_t* counts;       // [K]
   double new_weight;
-  void* updated;  // [K, D] of prototypes_kind
+  const void* blend_source;  // [K, D] of blend_kind: the prototypes before they were converted to T, if they were
+  Kind blend_kind;
+  void* updated;  // [K, D] of blend_kind
 };
 
 struct PrototypesBackward : PrototypesProblem {
@@ -109,10 +111,9 @@ const PrototypesCpu& prototypes_cpu();  // the best table this machine can run
 
 // ---------------------------------------------------------------------------------------------- CUDA (csrc/ops/cuda)
 
-// Each returns a cudaError_t as int; workspace sizes are in bytes and depend on the shape only.
+// Each returns a cudaError_t as int; workspace sizes are in bytes and depend on the shape only. Prototypes are of T, z of T or of half precision.
 int64_t prototypes_forward_workspace(const PrototypesForward&);
 int launch_prototypes_forward(const PrototypesForward&, void* workspace, void* stream);
-int launch_prototypes_softmax_backward(const PrototypesBackward&, void* grad_scores, void* stream);
 int64_t prototypes_accumulate_workspace(const PrototypesAccumulate&);
 int launch_prototypes_accumulate(const PrototypesAccumulate&, void* workspace, void* stream);
 int launch_prototypes_blend(const PrototypesBlend&, void* stream);

@@ -129,7 +129,7 @@ def update_prototypes(
         sample: draw labels from the rows of the probabilities (VAESim's "multinomial"); needs probabilities.
         generator: source of the random numbers of ``sample`` and ``revive``; default: torch's global one.
         skip_nonfinite: ignore rows that hold NaN or infinity; otherwise such a row spoils its own cluster, and only that.
-        revive: prototypes marked here that also got no member in this call are replaced by distinct random rows of ``z``
+        revive: prototypes marked here that also got no member in this call are replaced by distinct random finite rows of ``z``
             (if there are more of them than rows, the last ones stay dead).
 
     Returns:
@@ -269,17 +269,19 @@ def revive_prototypes(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # [K, D]
-    """Replaces the prototypes marked ``dead`` by distinct random rows of ``z``; if there are more of them than rows, the last ones stay.
+    """Replaces the prototypes marked ``dead`` by distinct random rows of ``z`` without NaN or infinity.
 
-    Nothing is read back from the device and the argument is left as it was.
+    If there are more of them than such rows, the last ones stay. Nothing is read back from the device and the argument is left as it was.
     """
     if z.shape[0] == 0:
         return prototypes.clone()
     device = generator.device if generator is not None else z.device
     order = torch.randperm(z.shape[0], device=device, generator=generator).to(z.device)
-    rank = dead.cumsum(0) - 1  # the r-th dead prototype takes the r-th row of a random order
+    finite = z.detach().isfinite().all(-1)
+    order = order[(~finite)[order].to(torch.int8).argsort(stable=True)]  # finite rows first, still in random order
+    rank = dead.cumsum(0) - 1  # the r-th dead prototype takes the r-th row of that order
     row = order[rank.clamp(0, z.shape[0] - 1)]
-    replaced = dead & (rank < z.shape[0])
+    replaced = dead & (rank < finite.sum())
     return torch.where(replaced.unsqueeze(-1), z.detach()[row].to(prototypes.dtype), prototypes)
 
 
@@ -328,10 +330,18 @@ def _labels(op: str, z: Tensor, prototypes: Tensor, value: object, sample: bool,
 
 
 def _accumulate(z: Tensor, labels: Tensor, num_prototypes: int, skip_nonfinite: bool) -> tuple[Tensor, Tensor]:
-    if backend.native_serves(z.device):
+    if not backend.native_serves(z.device):
+        return reference.accumulate(z, labels, num_prototypes, skip_nonfinite)
+    try:
         sums, counts = torch.ops.protokernels.prototypes_accumulate(z.detach(), labels, num_prototypes, skip_nonfinite)
-        return sums, counts
-    return reference.accumulate(z, labels, num_prototypes, skip_nonfinite)
+    except RuntimeError as error:
+        if "a label is not below" not in str(error):
+            raise
+        raise IndexError(
+            f"update_prototypes: labels must be below K = {num_prototypes}; got {int(labels.max())}; "
+            "negative labels are ignored, larger ones need more prototypes"
+        ) from None
+    return sums, counts
 
 
 def _blend(prototypes: Tensor, sums: Tensor, counts: Tensor, new_weight: float) -> Tensor:
@@ -415,6 +425,46 @@ def _backward(ctx: Any, grad_assignment: Tensor | None, _labels: None, grad_entr
     )
 
 
+def _backward_in_torch(
+    grad_assignment: Tensor,  # [B, K]
+    grad_entropy: Tensor | None,  # [B]
+    assignment: Tensor,  # [B, K]
+    z: Tensor,
+    prototypes: Tensor,
+    temperature_tensor: Tensor | None,
+    temperature: float,
+    cosine: bool,
+    with_prototypes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """prototypes_backward for CUDA: the equations of csrc/ops/prototypes.h as two cuBLAS products and element-wise kernels."""
+    dtype = assignment.dtype
+    inverse_t = 1.0 / (temperature if temperature_tensor is None else temperature_tensor.reshape(()))
+    ds = assignment * (grad_assignment - (grad_assignment * assignment).sum(-1, keepdim=True))
+    if grad_entropy is not None:
+        log_c = torch.where(assignment > 0, assignment, 1.0).log()
+        entropy = -(assignment * log_c).sum(-1, keepdim=True)
+        ds = ds - grad_entropy.unsqueeze(-1) * assignment * (log_c + entropy)
+    unit_z, scale_z = _unit_and_scale(z.to(dtype), cosine)
+    unit_q, scale_q = _unit_and_scale(prototypes.to(dtype), cosine)
+    t = ds @ unit_q * inverse_t
+    along = (unit_z * t).sum(-1, keepdim=True)  # = <ds, s>
+    grad_temperature = -(along.sum() * inverse_t)
+    grad_z = ((t - unit_z * along) if cosine else t) * scale_z
+    if not with_prototypes:
+        return grad_z.to(z.dtype), prototypes.new_empty(0, prototypes.shape[1]), grad_temperature
+    t = ds.T @ unit_z * inverse_t
+    grad_prototypes = ((t - unit_q * (unit_q * t).sum(-1, keepdim=True)) if cosine else t) * scale_q
+    return grad_z.to(z.dtype), grad_prototypes.to(prototypes.dtype), grad_temperature
+
+
+def _unit_and_scale(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | float]:  # [N, D], [N, 1] = 1 / |x|, 0 for a zero vector
+    if not cosine:
+        return x, 1.0
+    squared = x.double().square().sum(-1, keepdim=True)
+    scale = torch.where(squared <= reference.NORM_FLOOR**2, 0.0, squared.rsqrt()).to(x.dtype)
+    return x * scale, scale
+
+
 def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
     raise NotImplementedError(
         "soft_assign: the native kernels have no second derivative; use `with protokernels.backend.use('reference')` around the forward pass"
@@ -422,6 +472,7 @@ def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
 
 
 if _native.LIBRARY is not None:
+    torch.library.impl("protokernels::prototypes_backward", "CUDA")(_backward_in_torch)
     torch.library.register_fake("protokernels::prototypes_forward")(_fake_forward)
     torch.library.register_fake("protokernels::prototypes_backward")(_fake_backward)
     torch.library.register_autograd("protokernels::prototypes_forward", _backward, setup_context=_setup_context)

@@ -66,7 +66,8 @@ def sample_labels(
     """Categorical sampling by the inverse distribution function: the first k whose cumulative probability exceeds ``uniform``."""
     cumulative = assignment.cumsum(-1)
     below = cumulative <= (uniform.to(cumulative.dtype) * cumulative[:, -1]).unsqueeze(-1)
-    return below.sum(-1).clamp(max=assignment.shape[1] - 1)
+    last = assignment.shape[1] - 1 - (assignment > 0).flip(-1).int().argmax(-1)  # the last with a weight: where rounding leaves none above
+    return torch.minimum(below.sum(-1), last)
 
 
 def accumulate(
@@ -75,6 +76,8 @@ def accumulate(
     num_prototypes: int,
     skip_nonfinite: bool,
 ) -> tuple[Tensor, Tensor]:  # sums [K, D] float64, counts [K] int64
+    if labels.device.type == "cpu" and labels.numel() and int(labels.max()) >= num_prototypes:
+        raise IndexError(f"prototypes: labels must be below {num_prototypes}; got {int(labels.max())}")
     keep = labels >= 0
     if skip_nonfinite:
         keep = keep & z.isfinite().all(-1)

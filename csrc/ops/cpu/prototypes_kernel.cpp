@@ -96,16 +96,16 @@ struct RowResult {
 // Softmax of one row of scores in place, not yet divided by its sum. Lanes from K to padded are ignored.
 template <class T>
 PK_INLINE RowResult<T> softmax_row(T* s, int64_t K, int64_t padded, T inverse_t, bool with_entropy) {
-  for (int64_t k = K; k < padded; ++k) s[k] = -std::numeric_limits<T>::infinity();
-  Index<T> number{}, best_number{}, step{};
-  for (int i = 0; i < LANES<T>; ++i) number[i] = i, step[i] = LANES<T>;
-  Vec<T> best = broadcast(-std::numeric_limits<T>::infinity());
+  const Vec<T> lowest = broadcast(-std::numeric_limits<T>::infinity());
+  const Index<T> end = Index<T>{} + static_cast<int>(K);
+  Index<T> number = lane_numbers<T>(), best_number = number;
+  Vec<T> best = lowest;
   for (int64_t k = 0; k < padded; k += LANES<T>) {
-    const Vec<T> v = load(s + k) * inverse_t;
+    const Vec<T> v = number < end ? load(s + k) * inverse_t : lowest;  // blended in, not stored before: the load would wait for the stores
     store(s + k, v);
     best_number = v > best ? number : best_number;
     best = v > best ? v : best;
-    number += step;
+    number += LANES<T>;
   }
   const T top = reduce_max(best);
   const Index<T> candidates = best == top ? best_number : Index<T>{} + std::numeric_limits<int32_t>::max();
@@ -132,16 +132,18 @@ PK_INLINE int64_t first_nan(const T* s, int64_t K) {
   return 0;
 }
 
-// The first k whose cumulative weight exceeds uniform * sum.
+// The first k whose cumulative weight exceeds uniform * sum; if rounding leaves none, the last with a weight.
 template <class T>
 PK_INLINE int64_t draw_label(const T* weights, int64_t K, T sum, float uniform) {
   const T threshold = sum * static_cast<T>(uniform);
   T cumulative = 0;
+  int64_t last = 0;
   for (int64_t k = 0; k < K; ++k) {
     cumulative += weights[k];
+    if (weights[k] > 0) last = k;
     if (cumulative > threshold) return k;
   }
-  return K - 1;
+  return last;
 }
 
 // c = weights / sum. Whole vectors run over the end of the row into the next one, which is written later; never past limit.

@@ -1,0 +1,504 @@
+// SPDX-License-Identifier: MIT
+// Prototypes on the GPU. The equations stand in ops/prototypes.h.
+//
+// assign_kernel: a block takes tiles of 64 rows of z. Scores come from tensor cores as three tf32 products (high x high, high x low, low x high:
+// float32 accuracy), 64 x 128 at a time, and wait in shared memory (in the output itself where K is too large) until the row is complete; a warp
+// turns a row into softmax, label and entropy. The tile's rows are then put in order of their labels and every thread adds up its own dimensions
+// into the block's partial sums: no atomics, a fixed order.
+// finish_kernel: adds the blocks' partial sums in order, in float64, and blends. A second launch, not a last-block tail: at K D = 32,768 one block
+// would have to read 32 MB alone.
+// Limit at B = 65536, D = 128, K = 256 on an H200: 26 us of tf32 products, 23 us of memory. Not yet run on a GPU; runs in the emulator.
+
+#include "common/simt.cuh"
+#include "ops/prototypes.h"
+
+namespace {
+
+using namespace protokernels;
+
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+constexpr int ROWS = 64;    // rows of z in a tile
+constexpr int DEPTH = 32;   // dimensions in shared memory at a time
+constexpr int STRIDE = DEPTH + 4;  // 4 group + member: the fragments of a warp touch 32 different banks
+constexpr int MAX_BLOCKS = 256;    // a constant, so that the order of summation does not depend on the GPU
+constexpr int SCORE_BYTES = 96 * 1024;  // scores of a tile stay in shared memory up to this size
+constexpr unsigned ALL = 0xffffffffu;
+
+template <class T>
+constexpr int COLUMNS = sizeof(T) == 4 ? 128 : 32;  // prototypes in shared memory at a time
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+__device__ __forceinline__ float logarithm(float x) { return logf(x); }
+__device__ __forceinline__ double logarithm(double x) { return log(x); }
+
+template <class V>
+__device__ __forceinline__ V warp_sum(V value) {
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
+  return value;
+}
+
+// 1 / |x| of a row shared by a warp, 0 for a vector that counts as zero. Squares add up in float64: no overflow for float rows.
+template <class Z>
+__device__ __forceinline__ double inverse_norm(const Z* row, int D) {
+  double squared = 0;
+  for (int d = threadIdx.x % 32; d < D; d += 32) {
+    const double x = widen(row[d]);
+    squared += x * x;
+  }
+  squared = warp_sum(squared);
+  return squared <= PROTOTYPE_NORM_FLOOR * PROTOTYPE_NORM_FLOOR ? 0.0 : 1.0 / sqrt(squared);
+}
+
+template <class Z>
+__device__ __forceinline__ bool is_finite_row(const Z* row, int D) {
+  bool finite = true;
+  for (int d = threadIdx.x % 32; d < D; d += 32) finite &= widen(row[d]) * 0 == 0;
+  return __all_sync(ALL, finite);
+}
+
+// The parts of a problem a kernel needs, T the compute type.
+template <class T, class Z>
+struct Assign {
+  int64_t B;
+  int K, D, tiles_per_block;
+  int64_t z_stride;
+  const Z* z;           // [B, D]
+  const T* prototypes;  // [K, D]
+  const T* temperature_pointer;
+  double temperature;
+  bool cosine, skip_nonfinite, scores_in_shared;
+  const float* uniform;      // [B] or null
+  T* assignment;             // [B, K]
+  int64_t* labels;           // [B] or null
+  T* entropy;                // [B] or null
+  T* partial_sums;           // [blocks, K, D] or null
+  int64_t* partial_counts;   // [blocks, K]
+};
+
+// --------------------------------------------------------------------------------------------------------- products of a tile
+
+// A float as the sum of two tf32 numbers.
+__device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
+  high = pk::to_tf32(x);
+  low = pk::to_tf32(x - __uint_as_float(high));
+}
+
+// scores [ROWS, columns] of the panel at column0 from the tiles in shared memory; accumulated over the chunks of D in registers.
+template <class T>
+struct Product;
+
+template <>
+struct Product<float> {  // warps 4 x 2, each 16 rows x 64 columns: 8 fragments of 16 x 8
+  float sum[8][4] = {};
+
+  __device__ __forceinline__ void add(const float (&z)[ROWS][STRIDE], const float (&q)[COLUMNS<float>][STRIDE], int columns) {
+    const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+    const int row = warp % 4 * 16 + group, column0 = warp / 4 * 64;
+    for (int k = 0; k < DEPTH; k += 8) {
+      unsigned high[4], low[4];
+      split(z[row][k + member], high[0], low[0]);
+      split(z[row + 8][k + member], high[1], low[1]);
+      split(z[row][k + member + 4], high[2], low[2]);
+      split(z[row + 8][k + member + 4], high[3], low[3]);
+#pragma unroll
+      for (int f = 0; f < 8; ++f) {
+        const int column = column0 + f * 8;
+        if (column >= columns) continue;  // the same for the whole warp
+        unsigned q_high[2], q_low[2];
+        split(q[column + group][k + member], q_high[0], q_low[0]);
+        split(q[column + group][k + member + 4], q_high[1], q_low[1]);
+        pk::mma_m16n8k8_tf32(sum[f], low, q_high);
+        pk::mma_m16n8k8_tf32(sum[f], high, q_low);
+        pk::mma_m16n8k8_tf32(sum[f], high, q_high);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write(float* scores, int64_t stride, int rows, int columns, float scale) const {
+    const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+#pragma unroll
+    for (int f = 0; f < 8; ++f)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = warp % 4 * 16 + group + i / 2 * 8, column = warp / 4 * 64 + f * 8 + member * 2 + i % 2;
+        if (row < rows && column < columns) scores[row * stride + column] = sum[f][i] * scale;
+      }
+  }
+};
+
+template <>
+struct Product<double> {  // a thread has 8 columns of a row; double is for checking gradients
+  double sum[8] = {};
+
+  __device__ __forceinline__ void add(const double (&z)[ROWS][STRIDE], const double (&q)[COLUMNS<double>][STRIDE], int) {
+    const int row = threadIdx.x % ROWS, column = threadIdx.x / ROWS * 8;
+    for (int k = 0; k < DEPTH; ++k)
+#pragma unroll
+      for (int f = 0; f < 8; ++f) sum[f] += z[row][k] * q[column + f][k];
+  }
+
+  __device__ __forceinline__ void write(double* scores, int64_t stride, int rows, int columns, double scale) const {
+    const int row = threadIdx.x % ROWS, column = threadIdx.x / ROWS * 8;
+#pragma unroll
+    for (int f = 0; f < 8; ++f)
+      if (row < rows && column + f < columns) scores[row * stride + column + f] = sum[f] * scale;
+  }
+};
+
+// -------------------------------------------------------------------------------------------------------------- one row
+
+template <class T>
+struct RowResult {
+  T sum, entropy;
+  int label;
+};
+
+// A warp turns a row of scores into weights exp(s - max) in place; lane l holds the elements l, l + 32, ...
+template <class T>
+__device__ __forceinline__ RowResult<T> softmax_row(T* scores, int K) {
+  const int lane = threadIdx.x % 32;
+  T top = lane < K ? scores[lane] : -INFINITY;
+  int best = lane < K ? lane : K, first_nan = K;
+  for (int k = lane; k < K; k += 32) {
+    const T s = scores[k];
+    if (s > top) top = s, best = k;
+    if (s != s && k < first_nan) first_nan = k;
+  }
+  for (int step = 16; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(ALL, top, step);
+    const int other_best = __shfl_xor_sync(ALL, best, step);
+    if (other > top || (other == top && other_best < best) || top != top) top = other, best = other_best;
+  }
+  first_nan = __reduce_min_sync(ALL, first_nan);
+  T sum = 0, weighted = 0;
+  for (int k = lane; k < K; k += 32) {
+    const T shifted = scores[k] - top, weight = exponential(shifted);
+    scores[k] = weight;
+    sum += weight;
+    if (weight != 0) weighted += weight * shifted;
+  }
+  sum = warp_sum(sum);
+  return {sum, logarithm(sum) - warp_sum(weighted) / sum, first_nan < K ? first_nan : __shfl_sync(ALL, best, 0)};
+}
+
+// The first k whose cumulative weight exceeds uniform * sum, by a warp; if rounding leaves none, the last with a weight.
+template <class T>
+__device__ __forceinline__ int draw_label(const T* weights, int K, T sum, float uniform) {
+  const int lane = threadIdx.x % 32;
+  const T threshold = sum * static_cast<T>(uniform);
+  T before = 0;
+  int last = 0;
+  for (int k = lane; k - lane < K; k += 32) {
+    T cumulative = k < K ? weights[k] : T(0);
+    if (cumulative > 0) last = k;
+    for (int step = 1; step < 32; step *= 2) {
+      const T other = __shfl_up_sync(ALL, cumulative, step);
+      if (lane >= step) cumulative += other;
+    }
+    const unsigned above = __ballot_sync(ALL, k < K && before + cumulative > threshold);
+    if (above) return k - lane + __ffs(above) - 1;
+    before += __shfl_sync(ALL, cumulative, 31);
+  }
+  return __reduce_max_sync(ALL, last);
+}
+
+// ---------------------------------------------------------------------------------------------------------- sums of a tile
+
+// order[i]: the rows of a tile sorted by label, rows of one label in their own order; label -1 comes first. Ends with a barrier.
+__device__ __forceinline__ void sort_rows(const int (&label)[ROWS], int (&order)[ROWS]) {
+  __syncthreads();
+  const int row = threadIdx.x;
+  if (row < ROWS) {
+    int rank = 0;
+    for (int other = 0; other < ROWS; ++other) rank += label[other] < label[row] || (label[other] == label[row] && other < row);
+    order[rank] = row;
+  }
+  __syncthreads();
+}
+
+// Adds the members of each cluster to the block's partial sums. A cluster belongs to one group of threads, a dimension to one thread of it.
+template <class T, class Z>
+__device__ __forceinline__ void add_members(const Z* z, int64_t z_stride, int K, int D, const int (&label)[ROWS], const int (&order)[ROWS], T* sums,
+                                            int64_t* counts) {
+  const int width = D >= THREADS ? THREADS : (D + 31) / 32 * 32, groups = THREADS / width;
+  const int group = threadIdx.x / width;
+  if (group >= groups) return;
+  for (int d = threadIdx.x % width; d < D; d += width) {
+    for (int i = 0; i < ROWS;) {
+      const int cluster = label[order[i]];
+      if (cluster < 0 || cluster % groups != group) {
+        ++i;
+        continue;
+      }
+      T sum = 0;
+      const int begin = i;
+      for (; i < ROWS && label[order[i]] == cluster; ++i) sum += static_cast<T>(widen(z[order[i] * z_stride + d]));
+      sums[static_cast<int64_t>(cluster) * D + d] += sum;
+      if (d == 0) counts[cluster] += i - begin;
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void clear_partial(T* sums, int64_t* counts, int K, int D) {
+  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(K) * D; i += THREADS) sums[i] = 0;
+  for (int k = threadIdx.x; k < K; k += THREADS) counts[k] = 0;
+  __syncthreads();
+}
+
+// ------------------------------------------------------------------------------------------------------------------ kernels
+
+// resources: dynamic shared 98304 bytes
+template <class T, class Z>
+__global__ void __launch_bounds__(THREADS) assign_kernel(const Assign<T, Z> p) {
+  PK_SHARED(T, z_tile, ROWS, STRIDE);
+  PK_SHARED(T, q_tile, COLUMNS<T>, STRIDE);
+  PK_SHARED(T, z_scale, ROWS);
+  PK_SHARED(T, q_scale, COLUMNS<T>);
+  PK_SHARED(int, label, ROWS);
+  PK_SHARED(int, order, ROWS);
+  PK_DYNAMIC_SHARED(T, shared_scores);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const T inverse_t = static_cast<T>(1.0 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
+  T* const sums = p.partial_sums ? p.partial_sums + static_cast<int64_t>(blockIdx.x) * p.K * p.D : nullptr;
+  int64_t* const counts = p.partial_sums ? p.partial_counts + static_cast<int64_t>(blockIdx.x) * p.K : nullptr;
+  if (sums) clear_partial(sums, counts, p.K, p.D);
+
+  for (int t = 0; t < p.tiles_per_block; ++t) {
+    const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * p.tiles_per_block + t) * ROWS;
+    if (row0 >= p.B) break;
+    const int rows = p.B - row0 < ROWS ? static_cast<int>(p.B - row0) : ROWS;
+    const Z* const z = p.z + row0 * p.z_stride;
+    T* const scores = p.scores_in_shared ? shared_scores : p.assignment + row0 * p.K;
+    for (int r = warp; r < rows; r += WARPS) {
+      const double scale = p.cosine ? inverse_norm(z + r * p.z_stride, p.D) : 1.0;
+      if (lane == 0) z_scale[r] = static_cast<T>(scale);
+    }
+    for (int column0 = 0; column0 < p.K; column0 += COLUMNS<T>) {
+      const int columns = p.K - column0 < COLUMNS<T> ? p.K - column0 : COLUMNS<T>;
+      const T* const q = p.prototypes + static_cast<int64_t>(column0) * p.D;
+      for (int c = warp; c < columns; c += WARPS) {
+        const double scale = p.cosine ? inverse_norm(q + static_cast<int64_t>(c) * p.D, p.D) : 1.0;
+        if (lane == 0) q_scale[c] = static_cast<T>(scale);
+      }
+      Product<T> product;
+      for (int d0 = 0; d0 < p.D; d0 += DEPTH) {
+        __syncthreads();
+        const int d = d0 + lane;  // DEPTH = 32: a warp reads one row
+        for (int r = warp; r < ROWS; r += WARPS)
+          z_tile[r][lane] = r < rows && d < p.D ? static_cast<T>(widen(z[r * p.z_stride + d])) * z_scale[r] : T(0);
+        for (int c = warp; c < COLUMNS<T>; c += WARPS)
+          q_tile[c][lane] = c < columns && d < p.D ? q[static_cast<int64_t>(c) * p.D + d] * q_scale[c] : T(0);
+        __syncthreads();
+        product.add(z_tile, q_tile, columns);
+      }
+      product.write(scores + column0, p.K, rows, columns, inverse_t);
+      __syncthreads();
+    }
+
+    for (int r = warp; r < ROWS; r += WARPS) {
+      int chosen = -1;
+      if (r < rows) {
+        T* const s = scores + static_cast<int64_t>(r) * p.K;
+        const RowResult<T> row = softmax_row(s, p.K);
+        chosen = p.uniform && row.sum == row.sum ? draw_label(s, p.K, row.sum, p.uniform[row0 + r]) : row.label;
+        const T scale = T(1) / row.sum;
+        for (int k = lane; k < p.K; k += 32) p.assignment[(row0 + r) * p.K + k] = s[k] * scale;
+        if (p.skip_nonfinite && !is_finite_row(z + r * p.z_stride, p.D)) chosen = -1;
+        if (lane == 0 && p.entropy) p.entropy[row0 + r] = row.entropy;
+        if (lane == 0 && p.labels) p.labels[row0 + r] = chosen;
+      }
+      if (lane == 0) label[r] = chosen;
+    }
+    if (sums) {
+      sort_rows(label, order);
+      add_members(z, p.z_stride, p.K, p.D, label, order, sums, counts);
+    }
+    __syncthreads();
+  }
+}
+
+template <class T, class Z>
+struct Accumulate {
+  int64_t B;
+  int K, D, tiles_per_block;
+  int64_t z_stride;
+  const Z* z;             // [B, D]
+  const int64_t* labels;  // [B]
+  bool skip_nonfinite;
+  T* partial_sums;          // [blocks, K, D]
+  int64_t* partial_counts;  // [blocks, K]
+};
+
+template <class T, class Z>
+__global__ void __launch_bounds__(THREADS) accumulate_kernel(const Accumulate<T, Z> p) {
+  PK_SHARED(int, label, ROWS);
+  PK_SHARED(int, order, ROWS);
+  T* const sums = p.partial_sums + static_cast<int64_t>(blockIdx.x) * p.K * p.D;
+  int64_t* const counts = p.partial_counts + static_cast<int64_t>(blockIdx.x) * p.K;
+  clear_partial(sums, counts, p.K, p.D);
+  for (int t = 0; t < p.tiles_per_block; ++t) {
+    const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * p.tiles_per_block + t) * ROWS;
+    if (row0 >= p.B) break;
+    const Z* const z = p.z + row0 * p.z_stride;
+    for (int r = threadIdx.x / 32; r < ROWS; r += WARPS) {
+      int64_t chosen = row0 + r < p.B ? p.labels[row0 + r] : -1;
+      if (chosen >= p.K) __trap();  // as torch's own device-side assertions
+      if (chosen >= 0 && p.skip_nonfinite && !is_finite_row(z + r * p.z_stride, p.D)) chosen = -1;
+      if (threadIdx.x % 32 == 0) label[r] = chosen < 0 ? -1 : static_cast<int>(chosen);
+    }
+    sort_rows(label, order);
+    add_members(z, p.z_stride, p.K, p.D, label, order, sums, counts);
+    __syncthreads();
+  }
+}
+
+__device__ __forceinline__ double read_kind(const void* base, Kind kind, int64_t i) {
+  switch (kind) {
+    case Kind::f32: return static_cast<const float*>(base)[i];
+    case Kind::f64: return static_cast<const double*>(base)[i];
+    case Kind::bf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[i]);
+    default: return __half2float(static_cast<const __half*>(base)[i]);
+  }
+}
+
+__device__ __forceinline__ void write_kind(void* base, Kind kind, int64_t i, double value) {
+  switch (kind) {
+    case Kind::f32: static_cast<float*>(base)[i] = static_cast<float>(value); break;
+    case Kind::f64: static_cast<double*>(base)[i] = value; break;
+    case Kind::bf16: static_cast<__nv_bfloat16*>(base)[i] = __float2bfloat16_rn(static_cast<float>(value)); break;
+    default: static_cast<__half*>(base)[i] = __float2half_rn(static_cast<float>(value));
+  }
+}
+
+__device__ __forceinline__ void blend_element(const PrototypesBlend& p, int64_t i, double sum, int64_t count) {
+  const double old = read_kind(p.prototypes, p.kind, i);
+  write_kind(p.updated, p.kind, i, count > 0 ? p.new_weight / static_cast<double>(count) * sum + (1.0 - p.new_weight) * old : old);
+}
+
+// One thread per element of [K, D]: the partial sums of the blocks in order, then the blend (if there is somewhere to put it).
+template <class T>
+__global__ void __launch_bounds__(THREADS) finish_kernel(const T* partial_sums, const int64_t* partial_counts, int blocks, PrototypesBlend p,
+                                                         double* sums, int64_t* counts) {
+  const int64_t size = p.K * p.D, i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (i >= size) return;
+  const int64_t k = i / p.D;
+  double sum = 0;
+  int64_t count = 0;
+  for (int b = 0; b < blocks; ++b) {
+    sum += static_cast<double>(partial_sums[b * size + i]);
+    count += partial_counts[b * p.K + k];
+  }
+  sums[i] = sum;
+  if (i % p.D == 0) counts[k] = count;
+  if (p.updated) blend_element(p, i, sum, count);
+}
+
+__global__ void __launch_bounds__(THREADS) blend_kernel(PrototypesBlend p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (i < p.K * p.D) blend_element(p, i, p.sums[i], p.counts[i / p.D]);
+}
+
+// ------------------------------------------------------------------------------------------------------------------- launch
+
+struct Grid {
+  int blocks, tiles_per_block;
+};
+
+Grid grid_of(int64_t B) {
+  const int64_t tiles = (B + ROWS - 1) / ROWS, blocks = tiles < MAX_BLOCKS ? tiles : MAX_BLOCKS;
+  if (blocks == 0) return {0, 0};
+  const int64_t per_block = (tiles + blocks - 1) / blocks;
+  return {static_cast<int>((tiles + per_block - 1) / per_block), static_cast<int>(per_block)};
+}
+
+int64_t partial_bytes(int64_t B, int64_t K, int64_t D, size_t element) {
+  return grid_of(B).blocks * (K * D * static_cast<int64_t>(element) + K * static_cast<int64_t>(sizeof(int64_t))) + 16;
+}
+
+// The workspace: counts first, for their alignment.
+template <class T>
+int launch_finish(const PrototypesBlend& p, int blocks, void* workspace, double* sums, int64_t* counts, void* stream) {
+  const int64_t* const partial_counts = static_cast<const int64_t*>(workspace);
+  const T* const partial_sums = reinterpret_cast<const T*>(partial_counts + blocks * p.K);
+  return PK_LAUNCH((finish_kernel<T>), dim3(static_cast<unsigned>((p.K * p.D + THREADS - 1) / THREADS)), dim3(THREADS), 0, stream, partial_sums,
+                   partial_counts, blocks, p, sums, counts);
+}
+
+template <class T, class Z>
+int launch_assign(const PrototypesForward& p, void* workspace, void* stream) {
+  const Grid grid = grid_of(p.B);
+  const int64_t score_bytes = ROWS * p.K * static_cast<int64_t>(sizeof(T));
+  const bool in_shared = score_bytes <= SCORE_BYTES;
+  int64_t* const counts = p.sums ? static_cast<int64_t*>(workspace) : nullptr;
+  T* const sums = p.sums ? reinterpret_cast<T*>(counts + grid.blocks * p.K) : nullptr;
+  if (grid.blocks > 0) {
+    const Assign<T, Z> assign{p.B, static_cast<int>(p.K), static_cast<int>(p.D), grid.tiles_per_block, p.z_stride, static_cast<const Z*>(p.z),
+                              static_cast<const T*>(p.prototypes), static_cast<const T*>(p.temperature_pointer), p.temperature, p.cosine,
+                              p.skip_nonfinite, in_shared, p.uniform, static_cast<T*>(p.assignment), p.labels, static_cast<T*>(p.entropy), sums,
+                              counts};
+    const int status = PK_LAUNCH((assign_kernel<T, Z>), dim3(grid.blocks), dim3(THREADS), in_shared ? score_bytes : 0, stream, assign);
+    if (status != 0) return status;
+  }
+  if (!p.sums) return 0;
+  const PrototypesBlend blend{p.K, p.D, p.blend_source, p.blend_kind, nullptr, nullptr, p.new_weight, p.updated};
+  return launch_finish<T>(blend, grid.blocks, workspace, p.sums, p.counts, stream);
+}
+
+template <class T, class Z>
+int launch_accumulate(const PrototypesAccumulate& p, void* workspace, void* stream) {
+  const Grid grid = grid_of(p.B);
+  int64_t* const counts = static_cast<int64_t*>(workspace);
+  T* const sums = reinterpret_cast<T*>(counts + grid.blocks * p.K);
+  if (grid.blocks > 0) {
+    const Accumulate<T, Z> accumulate{p.B,      static_cast<int>(p.K), static_cast<int>(p.D), grid.tiles_per_block, p.z_stride,
+                                      static_cast<const Z*>(p.z), p.labels, p.skip_nonfinite, sums, counts};
+    const int status = PK_LAUNCH((accumulate_kernel<T, Z>), dim3(grid.blocks), dim3(THREADS), 0, stream, accumulate);
+    if (status != 0) return status;
+  }
+  const PrototypesBlend none{p.K, p.D, nullptr, Kind::f32, nullptr, nullptr, 0.0, nullptr};
+  return launch_finish<T>(none, grid.blocks, workspace, p.sums, p.counts, stream);
+}
+
+}  // namespace
+
+namespace protokernels {
+
+int64_t prototypes_forward_workspace(const PrototypesForward& p) {
+  return p.sums ? partial_bytes(p.B, p.K, p.D, p.double_compute ? sizeof(double) : sizeof(float)) : 0;
+}
+
+int launch_prototypes_forward(const PrototypesForward& p, void* workspace, void* stream) {
+  switch (p.z_kind) {
+    case Kind::f32: return launch_assign<float, float>(p, workspace, stream);
+    case Kind::f64: return launch_assign<double, double>(p, workspace, stream);
+    case Kind::bf16: return launch_assign<float, __nv_bfloat16>(p, workspace, stream);
+    default: return launch_assign<float, __half>(p, workspace, stream);
+  }
+}
+
+int64_t prototypes_accumulate_workspace(const PrototypesAccumulate& p) {
+  return partial_bytes(p.B, p.K, p.D, p.z_kind == Kind::f64 ? sizeof(double) : sizeof(float));
+}
+
+int launch_prototypes_accumulate(const PrototypesAccumulate& p, void* workspace, void* stream) {
+  switch (p.z_kind) {
+    case Kind::f32: return launch_accumulate<float, float>(p, workspace, stream);
+    case Kind::f64: return launch_accumulate<double, double>(p, workspace, stream);
+    case Kind::bf16: return launch_accumulate<float, __nv_bfloat16>(p, workspace, stream);
+    default: return launch_accumulate<float, __half>(p, workspace, stream);
+  }
+}
+
+int launch_prototypes_blend(const PrototypesBlend& p, void* stream) {
+  return PK_LAUNCH(blend_kernel, dim3(static_cast<unsigned>((p.K * p.D + THREADS - 1) / THREADS)), dim3(THREADS), 0, stream, p);
+}
+
+}  // namespace protokernels
