@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA kernels of `prototypes`, run on the CPU by the emulator and compared with the float64 reference.
+
+Every case runs under several seeds (orders of threads and blocks) with memory watched: a missing barrier, a race, a read before a write or an
+access out of bounds fails here without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from protokernels.reference import prototypes as reference
+
+from .emulator.build import SEEDS, load, missing_tools, poisoned
+
+pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
+
+KINDS = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
+# (B, D, K): odd sizes, one row, one prototype, several tiles, several panels, K too large for scores in shared memory, D above the block width
+SHAPES = [(1, 1, 1), (2, 31, 2), (33, 33, 31), (129, 32, 10), (65, 7, 130), (70, 260, 5), (20, 5, 400), (0, 4, 3)]
+
+
+def as_numpy(x: torch.Tensor) -> np.ndarray[Any, Any]:
+    x = x.contiguous()
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+class Case:
+    """Inputs of one case, its run in the emulator and its oracle in float64."""
+
+    def __init__(self, kind: str, shape: tuple[int, int, int], similarity: str, *, sample: bool = False, stride: int = 0) -> None:
+        B, D, K = shape
+        generator = torch.Generator().manual_seed(B * 1000 + D * 10 + K)
+        self.kind, self.similarity, self.K, self.D, self.B = kind, similarity, K, D, B
+        self.compute = torch.float64 if kind == "f64" else torch.float32
+        self.stride = D + stride
+        self.storage = torch.randn(B, self.stride, generator=generator, dtype=torch.float64).to(KINDS[kind])
+        self.z = self.storage[:, :D]
+        self.prototypes = torch.randn(K, D, generator=generator, dtype=torch.float64).to(self.compute)
+        self.uniform = torch.rand(B, generator=generator) if sample else None
+        self.temperature = 0.3
+
+    def run(self, emulator: Any, *, skip_nonfinite: bool = False, temperature_on_device: bool = False) -> dict[str, np.ndarray[Any, Any]]:
+        compute = np.float64 if self.kind == "f64" else np.float32
+        out = {
+            "assignment": poisoned((self.B, self.K), compute),
+            "labels": poisoned((self.B,), np.int64),
+            "entropy": poisoned((self.B,), compute),
+            "sums": poisoned((self.K, self.D), np.float64),
+            "counts": poisoned((self.K,), np.int64),
+            "updated": poisoned((self.K, self.D), compute),
+        }
+        getattr(emulator, f"forward_{self.kind}")(
+            as_numpy(self.storage),
+            self.B,
+            self.stride,
+            as_numpy(self.prototypes),
+            np.array([self.temperature], compute) if temperature_on_device else None,
+            1.0 if temperature_on_device else self.temperature,
+            self.similarity == "cosine",
+            None if self.uniform is None else self.uniform.numpy(),
+            skip_nonfinite,
+            out["assignment"],
+            out["labels"],
+            out["entropy"],
+            out["sums"],
+            out["counts"],
+            0.95,
+            out["updated"],
+        )
+        return out
+
+    def check(self, out: dict[str, np.ndarray[Any, Any]]) -> None:
+        z, q = self.z.double(), self.prototypes.double()
+        c, labels, entropy = reference.soft_assign(z, q, self.temperature, self.similarity)
+        # float32: scores are exact to a few units in the last place of sum |z_d q_d| / temperature (three tf32 products drop low x low, 2^-22)
+        magnitude = 1.0 if self.similarity == "cosine" else float((z.abs() @ q.abs().T).max()) if self.B else 1.0
+        tolerance = 1e-13 * (1 + magnitude) if self.kind == "f64" else 2.0**-20 * (1 + magnitude) / self.temperature
+        np.testing.assert_allclose(out["assignment"], c, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(out["entropy"], entropy, rtol=0, atol=tolerance * np.log(self.K + 1) * 2)
+        if self.uniform is None:
+            chosen = c.gather(1, torch.from_numpy(out["labels"])[:, None])[:, 0]
+            assert bool((chosen >= c.max(-1).values - 2 * tolerance).all()) if self.B else True  # the argmax, but for ties within rounding
+        # labels may differ from the oracle's in near-ties, so the update is checked against the labels that were chosen
+        sums, counts = reference.accumulate(z, torch.from_numpy(out["labels"]), self.K, False)
+        np.testing.assert_array_equal(out["counts"], counts)
+        scale = float(z.abs().sum(0).max()) if self.B else 1.0
+        np.testing.assert_allclose(out["sums"], sums, rtol=0, atol=(1e-15 if self.kind == "f64" else 2.0**-23) * scale * 4)
+        expected = reference.blend(q, torch.from_numpy(out["sums"]), counts, 0.95)
+        # two terms that may cancel: the error is one rounding of each, and of the result
+        atol = (2.0**-52 if self.kind == "f64" else 2.0**-24) * float(q.abs().max() + (sums.abs() / counts.clamp(min=1)[:, None]).max())
+        np.testing.assert_allclose(out["updated"], expected, rtol=2.0**-23 if self.kind != "f64" else 2.0**-52, atol=atol)
+
+
+class TestForward:
+    @pytest.mark.parametrize("similarity", ["cosine", "dot"])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("kind", ["f32", "f64"])
+    def test_matches_float64_reference(self, kind: str, shape: tuple[int, int, int], similarity: str) -> None:
+        emulator = load("prototypes", "watched")
+        case = Case(kind, shape, similarity)
+        first = None
+        for seed in SEEDS[:2]:
+            emulator.configure(seed=seed)
+            out = case.run(emulator)
+            case.check(out)
+            first = first or out
+            for name, value in out.items():
+                np.testing.assert_array_equal(value, first[name], err_msg=f"{name} depends on the order of threads")
+
+    @pytest.mark.parametrize("kind", ["f16", "bf16"])
+    def test_half_precision_rows(self, kind: str) -> None:
+        emulator = load("prototypes", "watched")
+        emulator.configure(seed=3)
+        case = Case(kind, (67, 35, 12), "cosine")
+        case.check(case.run(emulator))
+
+    def test_row_stride_and_temperature_on_device(self) -> None:
+        emulator = load("prototypes", "watched")
+        emulator.configure(seed=1)
+        case = Case("f32", (40, 17, 9), "dot", stride=5)
+        case.check(case.run(emulator, temperature_on_device=True))
+
+    def test_many_tiles_in_one_block(self) -> None:
+        emulator = load("prototypes", "plain")
+        case = Case("f32", (64 * 256 + 70, 3, 4), "cosine")  # more tiles than blocks: a block takes two
+        case.check(case.run(emulator))
+
+    def test_all_seeds_agree_bit_for_bit(self) -> None:
+        emulator = load("prototypes", "plain")
+        case = Case("f32", (200, 40, 20), "cosine")
+        outputs = []
+        for seed in SEEDS:
+            emulator.configure(seed=seed)
+            outputs.append(case.run(emulator))
+        for out in outputs[1:]:
+            for name, value in out.items():
+                np.testing.assert_array_equal(value, outputs[0][name])
+
+    def test_sampling_follows_the_inverse_distribution_function(self) -> None:
+        emulator = load("prototypes", "watched")
+        emulator.configure(seed=2)
+        case = Case("f64", (129, 6, 70), "cosine", sample=True)
+        out = case.run(emulator)
+        case.check(out)
+        assert case.uniform is not None
+        c = torch.from_numpy(out["assignment"])
+        np.testing.assert_array_equal(out["labels"], reference.sample_labels(c, case.uniform))
+
+    def test_sampling_never_returns_an_impossible_label(self) -> None:
+        emulator = load("prototypes", "plain")
+        case = Case("f32", (64, 4, 40), "cosine", sample=True)
+        case.temperature = 1e-3
+        case.uniform = torch.full((64,), 1 - 2.0**-24)
+        out = case.run(emulator)
+        assert bool((torch.from_numpy(out["assignment"]).gather(1, torch.from_numpy(out["labels"])[:, None]) > 0).all())
+
+    def test_zero_rows_and_nan_rows(self) -> None:
+        emulator = load("prototypes", "watched")
+        emulator.configure(seed=1)
+        case = Case("f32", (70, 12, 7), "cosine")
+        case.storage[3] = 0
+        case.storage[5, 2] = float("nan")
+        for skip in (False, True):
+            out = case.run(emulator, skip_nonfinite=skip)
+            np.testing.assert_allclose(out["assignment"][3], 1 / 7, rtol=1e-6)
+            assert np.isnan(out["assignment"][5]).all()
+            clean = np.delete(out["assignment"], 5, axis=0)
+            assert np.isfinite(clean).all()
+            assert out["labels"][5] == (-1 if skip else 0)
+            poisoned_clusters = np.isnan(out["updated"]).any(axis=1)
+            assert poisoned_clusters.tolist() == [not skip] + [False] * 6
+            assert out["counts"].sum() == (69 if skip else 70)
+
+    def test_ties_take_the_lowest_index(self) -> None:
+        emulator = load("prototypes", "watched")
+        case = Case("f32", (40, 8, 45), "cosine")
+        case.prototypes[:] = case.prototypes[:1]
+        assert (case.run(emulator)["labels"] == 0).all()
+
+    def test_empty_cluster_keeps_its_prototype(self) -> None:
+        emulator = load("prototypes", "watched")
+        case = Case("f32", (10, 4, 30), "cosine")
+        out = case.run(emulator)
+        empty = out["counts"] == 0
+        assert empty.any()
+        np.testing.assert_array_equal(out["updated"][empty], case.prototypes.numpy()[empty])
+
+
+class TestAccumulate:
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_matches_reference(self, kind: str) -> None:
+        emulator = load("prototypes", "watched")
+        generator = torch.Generator().manual_seed(5)
+        z = torch.randn(150, 21, generator=generator).to(KINDS[kind])
+        z[7, 3] = float("nan")
+        labels = torch.randint(-1, 6, (150,), generator=generator)
+        labels[7] = 2
+        for seed, skip in ((0, False), (1, True)):
+            emulator.configure(seed=seed)
+            sums, counts = poisoned((6, 21), np.float64), poisoned((6,), np.int64)
+            getattr(emulator, f"accumulate_{kind}")(as_numpy(z), labels.numpy(), 21, 21, skip, sums, counts)
+            expected, expected_counts = reference.accumulate(z, labels, 6, skip)
+            np.testing.assert_array_equal(counts, expected_counts)
+            np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-13 if kind == "f64" else 2.0**-20)
+            assert np.isnan(sums[2]).any() == (not skip)
+
+    def test_label_too_large_traps(self) -> None:
+        emulator = load("prototypes", "plain")
+        z, labels = np.ones((3, 2), np.float32), np.array([0, 2, 1])
+        with pytest.raises(emulator.EmulatorError):
+            emulator.accumulate_f32(z, labels, 2, 2, False, poisoned((2, 2), np.float64), poisoned((2,), np.int64))
+
+
+class TestBlend:
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_matches_reference(self, kind: str) -> None:
+        emulator = load("prototypes", "watched")
+        generator = torch.Generator().manual_seed(6)
+        q = torch.randn(9, 33, generator=generator).to(KINDS[kind])
+        sums, counts = torch.randn(9, 33, generator=generator, dtype=torch.float64), torch.arange(9)
+        updated = np.empty_like(as_numpy(q))
+        getattr(emulator, f"blend_{kind}")(as_numpy(q), sums.numpy(), counts.numpy(), 0.9, updated)
+        expected = as_numpy(reference.blend(q, sums, counts, 0.9))
+        if kind in ("f32", "f64"):
+            np.testing.assert_allclose(updated, expected, rtol=1e-6 if kind == "f32" else 1e-14)
+        else:  # the last bit may differ: sum * (w / n) here, (sum / n) * w there
+            assert np.abs(updated.view(np.int16).astype(int) - expected.view(np.int16).astype(int)).max() <= 1
