@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: MIT
+// The table of contents: every operator of the package with its schema, and the module that Python imports.
+#include <Python.h>
+
+#include "common/cpu_level.h"
+#include "common/torch_utils.h"
+
+#ifndef PROTOKERNELS_CUDA_ARCH_LIST
+#define PROTOKERNELS_CUDA_ARCH_LIST ""
+#endif
+
+namespace {
+
+std::string build_info() {
+  std::string info = "{\"torch\": \"" PROTOKERNELS_TORCH_VERSION "\", \"compiler\": \"" PROTOKERNELS_COMPILER
+                     "\", \"cuda_compiler\": \"" PROTOKERNELS_CUDA_COMPILER "\", \"cuda_archs\": \"" PROTOKERNELS_CUDA_ARCH_LIST
+                     "\", \"cpu_level\": \"";
+  return info + protokernels::cpu_level_name(protokernels::cpu_level()) + "\"}";
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(protokernels, library) {
+  // What this file was built with, and the instruction set chosen on this machine, as JSON.
+  library.def("build_info() -> str");
+
+  // Prototypes (ops/prototypes.h): soft assignment c [B, K] with labels, entropy, per-cluster sums and counts and the blended prototypes, each
+  // empty unless asked for; its backward; sums and counts from given labels; the blend alone.
+  library.def(
+      "prototypes_forward(Tensor z, Tensor prototypes, Tensor? temperature_tensor, float temperature, bool cosine, Tensor? uniform, "
+      "bool with_labels, bool with_entropy, bool with_update, float new_weight, bool skip_nonfinite) "
+      "-> (Tensor assignment, Tensor labels, Tensor entropy, Tensor sums, Tensor counts, Tensor updated)");
+  library.def(
+      "prototypes_backward(Tensor grad_assignment, Tensor? grad_entropy, Tensor assignment, Tensor z, Tensor prototypes, "
+      "Tensor? temperature_tensor, float temperature, bool cosine, bool with_prototypes) "
+      "-> (Tensor grad_z, Tensor grad_prototypes, Tensor grad_temperature)");
+  library.def("prototypes_accumulate(Tensor z, Tensor labels, int num_prototypes, bool skip_nonfinite) -> (Tensor sums, Tensor counts)");
+  library.def("prototypes_blend(Tensor prototypes, Tensor sums, Tensor counts, float new_weight) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(protokernels, CompositeExplicitAutograd, library) { library.impl("build_info", TORCH_BOX(&build_info)); }
+
+// `import protokernels._C` works too; the operators are registered when the file is loaded.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Native kernels of protokernels.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}
