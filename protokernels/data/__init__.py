@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Labelled images from standard files: the digits inside scikit-learn, MNIST idx files, MedMNIST ``.npz`` files.
 
-    >>> from protokernels.data import load_dataset, to_tensor
-    >>> digits = load_dataset("digits")
-    >>> to_tensor(digits.train.images, size=32).shape[1:]
-    torch.Size([1, 32, 32])
+>>> from protokernels.data import load_dataset, to_tensor
+>>> digits = load_dataset("digits")
+>>> to_tensor(digits.train.images, size=32).shape[1:]
+torch.Size([1, 32, 32])
 """
 
 from .datasets import available_datasets, load_dataset

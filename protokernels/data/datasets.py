@@ -17,18 +17,23 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
     """Loads a data set into memory.
 
     Args:
-        name: ``"digits"`` (inside scikit-learn, needs no file); ``"mnist"`` (four idx files, ``.gz`` or unzipped); a MedMNIST flag such as
-            ``"pneumoniamnist"``, ``"bloodmnist"`` or, for larger images, ``"pneumoniamnist_64"``, ``"_128"``, ``"_224"``; or the path of an
-            ``.npz`` file with MedMNIST's arrays ``{train,val,test}_{images,labels}`` (``val`` may be absent), taken as it stands or below ``root``.
-        root: folder of the files; default: the environment variable ``PROTOKERNELS_DATA``, else ``~/.cache/protokernels``. Files are looked for in
-            ``root`` itself and in its folders ``mnist``, ``medmnist`` and ``MNIST/raw``.
-        download: fetch a missing file into ``root`` and check its md5; without it a missing file is an error that says where to get it.
+        name: ``"digits"`` (inside scikit-learn, needs no file); ``"mnist"`` (four idx files, ``.gz`` or unzipped); a
+            MedMNIST flag such as ``"pneumoniamnist"``, ``"bloodmnist"`` or, for larger images, ``"pneumoniamnist_64"``,
+            ``"_128"``, ``"_224"``; or the path of an ``.npz`` file with MedMNIST's arrays
+            ``{train,val,test}_{images,labels}`` (``val`` may be absent), taken as it stands or below ``root``.
+        root: folder of the files; default: the environment variable ``PROTOKERNELS_DATA``, else
+            ``~/.cache/protokernels``. Files are looked for in ``root`` itself and in its folders ``mnist``,
+            ``medmnist`` and ``MNIST/raw``.
+        download: fetch a missing file into ``root`` and check its md5; without it a missing file is an error that says
+            where to get it.
 
     Returns:
-        The data set. A file whose md5 is not the published one is used, with a ``UserWarning`` that also stands in ``provenance["warnings"]``.
+        The data set. A file whose md5 is not the published one is used, with a ``UserWarning`` that also stands in
+        ``provenance["warnings"]``.
 
     Raises:
-        DataError: unknown name, missing, truncated, damaged or pickled file, several labels per image, volumes instead of images.
+        DataError: unknown name, missing, truncated, damaged or pickled file, several labels per image, volumes instead
+        of images.
         ImportError: scikit-learn (digits) or medmnist (flags) is not installed.
 
     Example:
@@ -45,11 +50,16 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
         return idx.load_mnist(folder, download=download)
     if medmnist.is_flag(key):
         return medmnist.load_flag(key, folder, download=download)
-    raise DataError(f"unknown data set {name!r}; expected one of {', '.join(available_datasets())}, or the path of an .npz file")
+    raise DataError(
+        f"unknown data set {name!r}; expected one of {', '.join(available_datasets())}, or the path of an .npz file"
+    )
 
 
 def available_datasets() -> tuple[str, ...]:
-    """Names that :func:`load_dataset` knows. MedMNIST flags are listed where medmnist is installed; each also takes ``_64``, ``_128``, ``_224``."""
+    """Names that :func:`load_dataset` knows.
+
+    MedMNIST flags are listed where medmnist is installed; each also takes ``_64``, ``_128``, ``_224``.
+    """
     return ("digits", "mnist", *medmnist.available_flags())
 
 

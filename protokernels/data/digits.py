@@ -14,11 +14,13 @@ TEST_SHARE, VAL_SHARE = 0.2, 0.1
 
 
 def load() -> ImageDataset:
-    """1,797 digits of 8 x 8 pixels (UCI "Optical Recognition of Handwritten Digits", its test part), levels 0..16 scaled to 0..255.
+    """1,797 digits of 8 x 8 pixels, their levels 0..16 scaled to 0..255.
 
-    The source has no split. Here each class is put in a fixed random order; its first 20 % go to test, the next 10 % to val and the rest to
-    train: 1,257 / 180 / 360 images. The order comes from the raw stream of PCG64, which numpy keeps stable over versions. The source does not
-    tell which of its 13 writers wrote a digit, so the same hand appears in all splits and scores are higher than on unseen writers.
+    The images are the test part of UCI's "Optical Recognition of Handwritten Digits". scikit-learn has no split of
+    them. Here each class is put in a fixed random order; its first 20 % go to test, the next 10 % to val, the rest to
+    train: 1,259 / 179 / 359 images. The order comes from the raw stream of PCG64, which numpy keeps stable over
+    versions. Nothing tells which of the 13 writers wrote a digit, so the same hands appear in all splits and scores are
+    higher than they would be on unseen writers.
     """
     try:
         from sklearn.datasets import load_digits

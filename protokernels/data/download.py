@@ -42,7 +42,8 @@ def file_md5(path: Path) -> str:
 def fetch(urls: Sequence[str], target: Path, md5: str) -> None:
     """Downloads ``target`` from the first of ``urls`` that answers with the right md5.
 
-    The file is written under a temporary name and renamed once its md5 is right, so ``target`` is either whole or absent.
+    The file is written under a temporary name and renamed once its md5 is right, so ``target`` is either whole or
+    absent.
 
     Raises:
         DataError: with every address tried and why it failed, the md5, and where to put the file by hand.
@@ -55,7 +56,8 @@ def fetch(urls: Sequence[str], target: Path, md5: str) -> None:
         except (urllib.error.URLError, http.client.HTTPException, OSError, DataError) as error:
             failures.append(f"{url}: {error}")
     raise DataError(
-        f"could not download {target.name} ({'; '.join(failures)}). Fetch it on a machine with a network and put it at {target} (md5 {md5})"
+        f"could not download {target.name} ({'; '.join(failures)}). Fetch it on a machine with a network and put it at "
+        f"{target} (md5 {md5})"
     )
 
 

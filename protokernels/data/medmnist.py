@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""MedMNIST and files made like it: ``{train,val,test}_images`` uint8 [N, H, W] or [N, H, W, 3] and ``{train,val,test}_labels`` [N, 1] in one ``.npz``.
+"""MedMNIST and files made like it: ``{train,val,test}_images`` uint8 [N, H, W] or [N, H, W, 3] and
+``{train,val,test}_labels`` [N, 1] in one ``.npz``.
 
-Only medmnist's table of names, addresses and md5s is used. Its own loader needs torchvision to download and trusts what a file claims.
+Only medmnist's table of names, addresses and md5s is used. Its own loader needs torchvision to download and trusts what
+a file claims.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def load_flag(name: str, root: Path, *, download: bool) -> ImageDataset:
         raise DataError(reason)
     suffix = "" if size == 28 else f"_{size}"
     if f"url{suffix}" not in info:
-        raise DataError(f"{flag} is not published at {size} pixels in the installed medmnist; upgrade medmnist or take {flag}")
+        raise DataError(
+            f"{flag} is not published at {size} pixels in the installed medmnist; upgrade medmnist or take {flag}"
+        )
     url, md5 = info[f"url{suffix}"], info[f"MD5{suffix}"]
     filename = f"{flag}{suffix}.npz"
     path = find_file(root, (filename,))
@@ -57,7 +61,8 @@ def load_flag(name: str, root: Path, *, download: bool) -> ImageDataset:
         path = root / "medmnist" / filename
         if not download:
             raise DataError(
-                f"{name}: no file {filename} in {searched(root)}; pass download=True, or fetch {url} (md5 {md5}) and put it at {path}"
+                f"{name}: no file {filename} in {searched(root)}; pass download=True, or fetch {url} (md5 {md5}) and "
+                f"put it at {path}"
             )
         fetch((url,), path, md5)
     splits, _ = _read_splits(path)
@@ -65,7 +70,8 @@ def load_flag(name: str, root: Path, *, download: bool) -> ImageDataset:
     expected = (size, size) if info["n_channels"] == 1 else (size, size, 3)
     if shape != expected or "val" not in splits:
         raise DataError(
-            f"{path} is not {name}: expected the splits train, val, test with images {list(expected)}; got {', '.join(splits)} with {list(shape)}"
+            f"{path} is not {name}: expected the splits train, val, test with images {list(expected)}; got "
+            f"{', '.join(splits)} with {list(shape)}"
         )
     found = file_md5(path)
     provenance = _provenance(path, found)
@@ -84,14 +90,16 @@ def load_flag(name: str, root: Path, *, download: bool) -> ImageDataset:
 def load_file(path: Path) -> ImageDataset:
     """Loads any ``.npz`` with MedMNIST's arrays; works without medmnist.
 
-    Class names come from an array ``class_names`` where there is one; otherwise the classes are 0 to the largest label and are named
-    ``"class 0"``, ``"class 1"``, ...
+    Class names come from an array ``class_names`` where there is one; otherwise the classes are 0 to the largest label
+    and are named ``"class 0"``, ``"class 1"``, ...
     """
     splits, class_names = _read_splits(path)
     if class_names is None:
         highest = max(int(split.labels.max(initial=0)) for split in splits.values())
         if highest >= MAX_CLASSES:
-            raise DataError(f"{path}: labels go up to {highest}; expected class numbers from 0 to fewer than {MAX_CLASSES:,}")
+            raise DataError(
+                f"{path}: labels go up to {highest}; expected class numbers from 0 to fewer than {MAX_CLASSES:,}"
+            )
         class_names = tuple(f"class {label}" for label in range(highest + 1))
     provenance = _provenance(path, file_md5(path))
     return _dataset(path, path.name.removesuffix(".npz"), splits, class_names, provenance)
@@ -101,16 +109,20 @@ def _table() -> dict[str, dict[str, Any]]:
     try:
         from medmnist.info import INFO
     except ImportError as error:
-        raise ImportError('MedMNIST flags need medmnist: pip install "protokernels[train]"; the path of an .npz file works without it') from error
+        raise ImportError(
+            'MedMNIST flags need medmnist: pip install "protokernels[train]"; the path of an .npz file works without it'
+        ) from error
     table: dict[str, dict[str, Any]] = INFO
     return table
 
 
 def _unsupported(flag: str, info: dict[str, Any]) -> str | None:
     if flag.endswith("3d"):
-        return f"{flag} holds volumes; expected images, such as {flag.removesuffix('3d').replace('organ', 'organa')} or pneumoniamnist"
+        return f"{flag} holds volumes; expected images, as in pneumoniamnist"
     if info["task"].startswith("multi-label"):
-        return f"{flag} has several labels per image ({len(info['label'])} findings); expected one, as in pneumoniamnist"
+        return (
+            f"{flag} has several labels per image ({len(info['label'])} findings); expected one, as in pneumoniamnist"
+        )
     return None
 
 
@@ -123,14 +135,19 @@ def _read_splits(path: Path) -> tuple[dict[str, Split], tuple[str, ...] | None]:
         if split == "val" and not present:
             continue
         if len(present) < 2:
-            raise DataError(f"{path}: expected the arrays {split}_images and {split}_labels; it holds {', '.join(archive.names) or 'nothing'}")
+            raise DataError(
+                f"{path}: expected the arrays {split}_images and {split}_labels; it holds "
+                f"{', '.join(archive.names) or 'nothing'}"
+            )
         _check_headers(archive, split)
         images = archive.read(f"{split}_images")
         labels = archive.read(f"{split}_labels").reshape(-1)
         if images.shape[-1] == 1 and images.ndim == 4:
             images = images[..., 0]
         if labels.size and (int(labels.min()) < 0 or int(labels.max()) > np.iinfo(np.int64).max):
-            raise DataError(f"{path}: {split}_labels must not be negative; got {int(labels.min())}..{int(labels.max())}")
+            raise DataError(
+                f"{path}: {split}_labels must not be negative; got {int(labels.min())}..{int(labels.max())}"
+            )
         splits[split] = Split(images, labels.astype(np.int64))
     return splits, _class_names(archive)
 
@@ -155,7 +172,9 @@ def _check_headers(archive: NpzFile, split: str) -> None:
     if len(labels.shape) == 2 and labels.shape[1] > 1:
         raise DataError(f"{where} has {labels.shape[1]} labels per image; expected one, shape [N] or [N, 1]; {got}")
     if len(labels.shape) not in (1, 2) or labels.shape[0] != images.shape[0] or 0 in labels.shape:
-        raise DataError(f"{where} must have the shape [N] or [N, 1] with N = {images.shape[0]} as the images, at least one; {got}")
+        raise DataError(
+            f"{where} must have the shape [N] or [N, 1] with N = {images.shape[0]} as the images, at least one; {got}"
+        )
 
 
 def _class_names(archive: NpzFile) -> tuple[str, ...] | None:
@@ -163,7 +182,9 @@ def _class_names(archive: NpzFile) -> tuple[str, ...] | None:
         return None
     header = archive.header("class_names")
     if header.dtype.kind != "U" or len(header.shape) != 1 or not 1 <= header.shape[0] <= MAX_CLASSES:
-        raise DataError(f"{archive.path}: class_names must be text of shape [K]; got {header.dtype} {list(header.shape)}")
+        raise DataError(
+            f"{archive.path}: class_names must be text of shape [K]; got {header.dtype} {list(header.shape)}"
+        )
     return tuple(str(name) for name in archive.read("class_names"))
 
 
@@ -171,7 +192,9 @@ def _provenance(path: Path, md5: str) -> dict[str, Any]:
     return {"source": "npz file", "files": [path.name], "md5s": {path.name: md5}, "published_md5s": {}, "warnings": []}
 
 
-def _dataset(path: Path, name: str, splits: dict[str, Split], class_names: tuple[str, ...], provenance: dict[str, Any]) -> ImageDataset:
+def _dataset(
+    path: Path, name: str, splits: dict[str, Split], class_names: tuple[str, ...], provenance: dict[str, Any]
+) -> ImageDataset:
     try:
         return ImageDataset(name, splits["train"], splits.get("val"), splits["test"], class_names, provenance)
     except DataError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Arrays out of an ``.npz`` file that nobody vouches for: every claim of a header is checked before memory is allocated for it."""
+"""Arrays out of an ``.npz`` file that nobody vouches for: a header is checked before memory is allocated for it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class Header(NamedTuple):
 
 
 class NpzFile:
-    """Reads single arrays; every failure is a :class:`DataError` with the file's name and the reason. Nothing is ever unpickled."""
+    """Reads single arrays; nothing is ever unpickled.
+
+    Every failure is a :class:`DataError` with the file's name and the reason.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,7 +61,7 @@ class NpzFile:
         with self._open(name) as file:
             header = self._read_header(name, file)
             array = np.empty(math.prod(header.shape), dtype=header.dtype)
-            target = memoryview(array.view(np.uint8)) if array.size else memoryview(b"")
+            target = memoryview(cast("bytearray", array.view(np.uint8)))
             position = 0
             while position < len(target):
                 block = file.read(min(BLOCK, len(target) - position))
@@ -68,8 +71,9 @@ class NpzFile:
                 position += len(block)
             if file.read(1):  # also lets zipfile compare the checksum at the end
                 raise DataError(f"{self.path}: {name} is damaged: data follow after its end")
-        order = "F" if header.fortran_order else "C"
-        return np.ascontiguousarray(array.reshape(header.shape, order=cast("str", order)))  # type: ignore[call-overload]
+        if header.fortran_order:
+            return np.ascontiguousarray(array.reshape(header.shape[::-1]).T)
+        return array.reshape(header.shape)
 
     @contextmanager
     def _open(self, name: str) -> Iterator[IO[bytes]]:
@@ -89,7 +93,8 @@ class NpzFile:
             raise DataError(f"{self.path}: {name} has npy format version {version}; plain arrays have 1.0 or 2.0")
         if dtype.hasobject:
             raise DataError(
-                f"{self.path}: {name} holds pickled Python objects, which could run any code when read; ask for a file with plain arrays"
+                f"{self.path}: {name} holds pickled Python objects, which could run any code when read; ask for a file "
+                "with plain arrays"
             )
         if any(length < 0 for length in shape):
             raise DataError(f"{self.path}: {name} is damaged: its header claims the shape {list(shape)}")
@@ -97,11 +102,15 @@ class NpzFile:
         stored = self._members[f"{name}.npy"].file_size - offset
         if size != stored:
             raise DataError(
-                f"{self.path}: {name} is damaged: its header claims {list(shape)} of {dtype} ({size:,} bytes), the archive holds {stored:,} bytes"
+                f"{self.path}: {name} is damaged: its header claims {list(shape)} of {dtype} ({size:,} bytes), the "
+                f"archive holds {stored:,} bytes"
             )
         limit = min(LIMIT, _memory())
         if size > limit:
-            raise DataError(f"{self.path}: {name} claims {list(shape)} of {dtype}, {size:,} bytes; at most {limit:,} are loaded on this machine")
+            raise DataError(
+                f"{self.path}: {name} claims {list(shape)} of {dtype}, {size:,} bytes; at most {limit:,} are loaded "
+                "on this machine"
+            )
         return Header(shape, dtype, fortran_order, offset)
 
     @contextmanager
@@ -111,7 +120,7 @@ class NpzFile:
             yield
         except DataError:
             raise
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OverflowError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OverflowError) as error:
             where = f"{self.path}: {name}" if name else str(self.path)
             raise DataError(f"{where} is truncated or damaged ({error}); delete it and fetch it again") from error
 

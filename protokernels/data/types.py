@@ -10,7 +10,7 @@ import numpy as np
 
 
 class DataError(ValueError):
-    """A data set is unknown, missing, damaged, or of a kind that is not supported; the message says which, and what to do."""
+    """A data set is unknown, missing, damaged or not supported; the message says which, and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,9 @@ class Split:
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
-            raise DataError(f"images must be uint8 of shape [N, H, W] or [N, H, W, 3]; got {images.dtype} {list(images.shape)}")
+            raise DataError(
+                f"images must be uint8 of shape [N, H, W] or [N, H, W, 3]; got {images.dtype} {list(images.shape)}"
+            )
         if labels.dtype != np.int64 or labels.ndim != 1:
             raise DataError(f"labels must be int64 of shape [N]; got {labels.dtype} {list(labels.shape)}")
         if len(images) != len(labels):
@@ -47,8 +49,9 @@ class ImageDataset:
         val: validation split; None where the source has none.
         test: test split.
         class_names: one name per class; label k belongs to ``class_names[k]``.
-        provenance: where the pixels came from, in values that JSON can hold: ``source``; ``files`` (names without folders); ``md5s`` and
-            ``published_md5s`` by file name; ``warnings``, a list of sentences to be kept with any result.
+        provenance: where the pixels came from, in values that JSON can hold: ``source``; ``files`` (names without
+            folders); ``md5s`` and ``published_md5s`` by file name; ``warnings``, a list of sentences to be kept with
+            any result.
 
     Raises:
         DataError: when a split is empty, a label has no class name, or the splits differ in image shape.
@@ -68,12 +71,13 @@ class ImageDataset:
             lowest, highest = int(split.labels.min()), int(split.labels.max())
             if lowest < 0 or highest >= self.num_classes:
                 raise DataError(
-                    f"{self.name}: {split_name} labels must lie in 0..{self.num_classes - 1} ({self.num_classes} classes); got {lowest}..{highest}"
+                    f"{self.name}: {split_name} labels must lie in 0..{self.num_classes - 1} ({self.num_classes} "
+                    f"classes); got {lowest}..{highest}"
                 )
             if split.images.shape[1:] != self.train.images.shape[1:]:
                 raise DataError(
-                    f"{self.name}: all splits must hold images of one shape; train has {list(self.train.images.shape[1:])}, "
-                    f"{split_name} has {list(split.images.shape[1:])}"
+                    f"{self.name}: all splits must hold images of one shape; train has "
+                    f"{list(self.train.images.shape[1:])}, {split_name} has {list(split.images.shape[1:])}"
                 )
 
     @property

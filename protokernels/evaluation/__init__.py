@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How the papers judge a representation: statistical mapping, nearest neighbours, linear probe, clustering scores, t-SNE.
+"""How the papers judge a representation: cluster mapping, nearest neighbours, linear probe, clustering scores, t-SNE.
 
 Whatever is fitted is fitted on the training split; the labels of the test split are used for scoring only.
 """

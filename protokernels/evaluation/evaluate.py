@@ -47,9 +47,10 @@ def evaluate_representation(
         seed: of the linear probe.
 
     Returns:
-        One dictionary of numbers per method, each as :func:`classification_scores` gives it: ``"statistical"`` (cluster, then the mode of its training
-        labels), ``"knn"``, ``"linear"``, and ``"majority"`` (always the most frequent training class: what any method has to beat). ``"clustering"``
-        holds :func:`clustering_scores` of the test split. ``"statistical"`` and ``"clustering"`` are left out where the splits have no clusters.
+        One dictionary of numbers per method, each as :func:`classification_scores` gives it: ``"statistical"``
+        (cluster, then the mode of its training labels), ``"knn"``, ``"linear"``, and ``"majority"`` (always the most
+        frequent training class: what any method has to beat). ``"clustering"`` holds :func:`clustering_scores` of the
+        test split. ``"statistical"`` and ``"clustering"`` are left out where the splits have no clusters.
 
     Raises:
         ValueError: an empty split, NaN or infinity, clusters in one split only, or values out of range.
@@ -66,14 +67,23 @@ def evaluate_representation(
             num_clusters = 1 + int(max(train.clusters.max(), test.clusters.max()))
         mapping = statistical_mapping(train, num_classes, num_clusters)
         if int(test.clusters.max()) >= num_clusters:
-            raise ValueError(f"evaluate_representation: test clusters must lie in 0..{num_clusters - 1}; got {int(test.clusters.max())}")
-        scores["statistical"] = classification_scores(mapping.to(test.clusters.device)[test.clusters], test.labels, num_classes)
+            raise ValueError(
+                f"evaluate_representation: test clusters must lie in 0..{num_clusters - 1}; got "
+                f"{int(test.clusters.max())}"
+            )
+        scores["statistical"] = classification_scores(
+            mapping.to(test.clusters.device)[test.clusters], test.labels, num_classes
+        )
     neighbours = knn_predict(train.embeddings, train.labels, test.embeddings, k=config.knn_k, num_classes=num_classes)
     scores["knn"] = classification_scores(neighbours, test.labels, num_classes)
-    probe = linear_probe(train.embeddings, train.labels, num_classes=num_classes, protocol=config.linear_protocol, seed=seed)
+    probe = linear_probe(
+        train.embeddings, train.labels, num_classes=num_classes, protocol=config.linear_protocol, seed=seed
+    )
     scores["linear"] = classification_scores(probe.predict(test.embeddings), test.labels, num_classes)
     if test.clusters is not None:
         scores["clustering"] = clustering_scores(test.clusters, test.labels)
     majority = torch.bincount(train.labels, minlength=num_classes).argmax()
-    scores["majority"] = classification_scores(majority.to(test.labels.device).expand(len(test)), test.labels, num_classes)
+    scores["majority"] = classification_scores(
+        majority.to(test.labels.device).expand(len(test)), test.labels, num_classes
+    )
     return scores

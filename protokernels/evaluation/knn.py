@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .types import check_embeddings, check_labels
 
-MATRIX_ENTRIES = 1 << 24  # float64 distances held at a time: 128 MiB
+MATRIX_ENTRIES = 1 << 22  # float64 distances held at a time: 32 MiB, so that the allocator reuses the block
 SPARE = 16  # candidates beyond k that are compared exactly
 
 
@@ -23,10 +23,11 @@ def knn_predict(
 ) -> Tensor:  # [N] int64
     """Predicts the majority label of the k nearest training samples by squared Euclidean distance.
 
-    Candidates come from |x|^2 + |y|^2 - 2 x.y in float64, one matrix product per chunk of queries, so that the N x M matrix never exists. That
-    form cancels for near neighbours; therefore the k + 16 best are compared again by sum_d (x_d - y_d)^2, and where rounding could have pushed a
-    neighbour out of these candidates the query is compared with the whole bank. The result is that of the direct float64 sum over d = 0, 1, ...
-    for every pair, whatever the chunk or the number of threads.
+    Candidates come from |x|^2 + |y|^2 - 2 x.y in float64, one matrix product per chunk of queries, so that the N x M
+    matrix never exists. That form cancels for near neighbours; therefore the k + 16 best are compared again by sum_d
+    (x_d - y_d)^2, and where rounding could have pushed a neighbour out of these candidates the query is compared with
+    the whole bank. The result is that of the direct float64 sum over d = 0, 1, ... for every pair, whatever the chunk
+    or the number of threads.
 
     Args:
         train_embeddings: the bank, any floating-point dtype.
@@ -34,11 +35,11 @@ def knn_predict(
         queries: samples to predict.
         k: number of neighbours, at most M.
         num_classes: number of classes.
-        chunk: queries at a time; None: as many as keep the distances at 128 MiB.
+        chunk: queries at a time; None: as many as keep the distances at 32 MiB.
 
     Returns:
-        Labels on the device of ``queries``. Of labels with equally many votes the smallest wins; of samples at equal distance the one with the
-        lower index is the nearer.
+        Labels on the device of ``queries``. Of labels with equally many votes the smallest wins; of samples at equal
+        distance the one with the lower index is the nearer.
 
     Raises:
         ValueError: NaN or infinity, wrong shapes, labels out of range, or k larger than the bank.
@@ -52,7 +53,9 @@ def knn_predict(
     check_embeddings(caller, "train_embeddings", train_embeddings)
     check_labels(caller, "train_labels", train_labels, length=len(train_embeddings), upper=num_classes)
     if queries.ndim != 2 or queries.shape[1] != train_embeddings.shape[1]:
-        raise ValueError(f"{caller}: queries must have the shape [N, {train_embeddings.shape[1]}]; got {list(queries.shape)}")
+        raise ValueError(
+            f"{caller}: queries must have the shape [N, {train_embeddings.shape[1]}]; got {list(queries.shape)}"
+        )
     if not 1 <= k <= len(train_embeddings):
         raise ValueError(f"{caller}: k must lie in 1..{len(train_embeddings)}, the size of the bank; got {k}")
     if chunk is not None and chunk < 1:
@@ -98,8 +101,9 @@ class _Search:
         distances, order = distances.sort(dim=1, stable=True)  # stable: equal distances stay in order of index
         result = candidates.gather(1, order)[:, : self.k]
         if count < len(self.bank):
-            # every row left out is at least this far away, by the forward error of the product form and of the direct sum
-            bound = 8.0 * (self.bank.shape[1] + 8) * torch.finfo(torch.float64).eps * (norms.sqrt() + self.radius + self.center.norm()).square()
+            # how much nearer than `farthest` a row left out may be: forward error of the product form and the direct sum
+            relative = 8.0 * (self.bank.shape[1] + 8) * torch.finfo(torch.float64).eps
+            bound = relative * (norms.sqrt() + self.radius).square()
             doubtful = farthest[:, -1] - bound <= distances[:, self.k - 1]
             for row in doubtful.nonzero()[:, 0].tolist():
                 result[row] = self._nearest_of_all(queries[row])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .threads import one_thread
 from .types import check_embeddings, check_labels
 
 LinearProtocol = Literal["paper", "official", "fair"]
@@ -19,7 +20,7 @@ LinearProtocol = Literal["paper", "official", "fair"]
 
 @dataclass(frozen=True)
 class GradientProtocol:
-    """One linear layer trained with Adam on the cross-entropy, without weight decay and without standardising the embeddings."""
+    """One linear layer, Adam on the cross-entropy, no weight decay, embeddings not standardised."""
 
     learning_rate: float
     epochs: int
@@ -47,7 +48,10 @@ class LinearProbe:
             return torch.empty(0, dtype=torch.int64, device=embeddings.device)
         check_embeddings("LinearProbe.predict", "embeddings", embeddings)
         if embeddings.shape[1] != self.weight.shape[1]:
-            raise ValueError(f"LinearProbe.predict: embeddings must have the shape [N, {self.weight.shape[1]}]; got {list(embeddings.shape)}")
+            raise ValueError(
+                f"LinearProbe.predict: embeddings must have the shape [N, {self.weight.shape[1]}]; got "
+                f"{list(embeddings.shape)}"
+            )
         weight, bias = self.weight.to(embeddings.device), self.bias.to(embeddings.device)
         return F.linear(embeddings.detach().to(weight.dtype), weight, bias).argmax(dim=1)
 
@@ -62,19 +66,20 @@ def linear_probe(
 ) -> LinearProbe:
     """Fits a linear probe on training embeddings.
 
-    ========== ===========================================================================================================================
-    paper      Adam 3e-4, 200 epochs, batch 512 (VAESim, section 4)
-    official   Adam 1e-3, 10 epochs, batch 512, always at least 10 outputs, also for two classes (VAESim, released code). With so few steps
-               the outputs without a class keep winning, so its scores can lie below the majority rate.
-    fair       logistic regression to convergence (scikit-learn, C = 1) on embeddings standardised with the training mean and deviation
-    ========== ===========================================================================================================================
+    - ``paper``: Adam 3e-4, 200 epochs, batch 512 (the text of VAESim).
+    - ``official``: Adam 1e-3, 10 epochs, batch 512 and always at least 10 outputs, also for two classes (VAESim's
+      released code). After so few steps an output without a class can still win; it is then wrong, and the accuracy
+      may lie below the majority rate.
+    - ``fair``: logistic regression to convergence (scikit-learn, C = 1) on embeddings standardised with the training
+      mean and deviation.
 
     Args:
         train_embeddings: frozen embeddings of the training split.
         train_labels: their labels.
         num_classes: number of classes.
         protocol: see above.
-        seed: initial weights and order of the samples; without effect on ``fair``. Torch's global generator is not touched.
+        seed: initial weights and order of the samples; without effect on ``fair``. Torch's global generator is not
+            touched, and on the CPU the number of threads changes nothing.
 
     Returns:
         The fitted layer, in float32 (``fair``: float64), on the device of the embeddings.
@@ -98,22 +103,31 @@ def linear_probe(
     settings = GRADIENT_PROTOCOLS[protocol]
     device = train_embeddings.device
     outputs = max(num_classes, settings.least_outputs)
-    weight, bias = _train_layer(train_embeddings.detach().float(), train_labels.to(device), outputs, settings, seed)
+    with one_thread():
+        weight, bias = _train_layer(train_embeddings.detach().float(), train_labels.to(device), outputs, settings, seed)
     return LinearProbe(weight, bias, protocol)
 
 
 @torch.no_grad()
-def _train_layer(x: Tensor, labels: Tensor, outputs: int, settings: GradientProtocol, seed: int) -> tuple[Tensor, Tensor]:
-    """Adam on the mean cross-entropy. The gradient is written out, (softmax(x W^T + b) - onehot)^T [x, 1] / B: thousands of tiny steps, no graph."""
+def _train_layer(
+    x: Tensor, labels: Tensor, outputs: int, settings: GradientProtocol, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Adam on the mean cross-entropy.
+
+    The gradient is written out, (softmax(x W^T + b) - onehot)^T [x, 1] / B: thousands of tiny steps without a graph.
+    """
     generator = torch.Generator().manual_seed(seed)
     count, dim = x.shape
     bound = 1.0 / math.sqrt(dim)  # as torch.nn.Linear initialises
-    layer = ((torch.rand(outputs, dim + 1, generator=generator) * 2.0 - 1.0) * bound).to(x.device)  # the last column is the bias
+    layer = (torch.rand(outputs, dim + 1, generator=generator) * 2.0 - 1.0) * bound  # the last column is the bias
+    layer = layer.to(x.device)
     x = torch.cat([x, x.new_ones(count, 1)], dim=1)
     optimizer = torch.optim.Adam([layer], lr=settings.learning_rate, foreach=False)
     for _ in range(settings.epochs):
         order = torch.randperm(count, generator=generator).to(x.device)
-        for batch, target in zip(x[order].split(settings.batch_size), labels[order].split(settings.batch_size), strict=True):
+        batches = x.index_select(0, order).split(settings.batch_size)
+        targets = labels.index_select(0, order).split(settings.batch_size)
+        for batch, target in zip(batches, targets, strict=True):
             error = torch.softmax(batch @ layer.t(), dim=1)
             error.scatter_add_(1, target[:, None], error.new_full((len(batch), 1), -1.0))
             layer.grad = (error.t() @ batch).div_(len(batch))
@@ -126,7 +140,9 @@ def _logistic_regression(embeddings: Tensor, labels: Tensor, num_classes: int) -
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ImportError('linear_probe: the protocol "fair" needs scikit-learn: pip install "protokernels[train]"') from error
+        raise ImportError(
+            'linear_probe: the protocol "fair" needs scikit-learn: pip install "protokernels[train]"'
+        ) from error
     x, y = embeddings.cpu().double().numpy(), labels.cpu().numpy()
     mean, deviation = x.mean(axis=0), x.std(axis=0)
     deviation[deviation <= 1e-12 * np.abs(x).max(axis=0)] = 1.0  # a constant feature: nothing to scale
@@ -136,10 +152,12 @@ def _logistic_regression(embeddings: Tensor, labels: Tensor, num_classes: int) -
     if len(classes) == 1:
         bias[classes[0]] = 0.0
     else:
-        model = LogisticRegression(C=1.0, max_iter=1000).fit((x - mean) / deviation, y)
+        with one_thread():
+            model = LogisticRegression(C=1.0, max_iter=1000).fit((x - mean) / deviation, y)
         coefficients, intercept = model.coef_, model.intercept_
         if len(classes) == 2:  # one row, for the second class
-            coefficients, intercept = np.concatenate([0.0 * coefficients, coefficients]), np.concatenate([0.0 * intercept, intercept])
+            coefficients = np.concatenate([0.0 * coefficients, coefficients])
+            intercept = np.concatenate([0.0 * intercept, intercept])
         weight[classes] = coefficients / deviation
         bias[classes] = intercept - weight[classes] @ mean
     device = embeddings.device

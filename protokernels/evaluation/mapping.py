@@ -12,9 +12,10 @@ from .types import Representation, check_labels
 def statistical_mapping(train: Representation, num_classes: int, num_clusters: int) -> Tensor:  # [num_clusters] int64
     """Gives each cluster the class that most of its training samples have.
 
-    mapping_k = argmax_c #{i : clusters_i = k, labels_i = c}; ties go to the smallest class. A cluster without a training sample gets the most
-    frequent class of the whole training split. A test sample is then predicted as ``mapping[clusters]``: its own label plays no part.
-    Several clusters may map to one class, so more clusters can only help on the training split.
+    mapping_k = argmax_c #{i : clusters_i = k, labels_i = c}; ties go to the smallest class. A cluster without a
+    training sample gets the most frequent class of the whole training split. A test sample is then predicted as
+    ``mapping[clusters]``: its own label plays no part. Several clusters may map to one class, so more clusters can only
+    help on the training split.
 
     Args:
         train: training split with clusters.
@@ -34,7 +35,9 @@ def statistical_mapping(train: Representation, num_classes: int, num_clusters: i
     """
     caller = "statistical_mapping"
     if train.clusters is None:
-        raise ValueError(f"{caller}: the training split has no clusters; pass Representation(embeddings, labels, clusters)")
+        raise ValueError(
+            f"{caller}: the training split has no clusters; pass Representation(embeddings, labels, clusters)"
+        )
     if len(train) == 0:
         raise ValueError(f"{caller}: the training split is empty; at least one sample is needed")
     check_labels(caller, "labels", train.labels, length=len(train), upper=num_classes)

@@ -17,13 +17,15 @@ def classification_scores(
 ) -> dict[str, float]:
     """Accuracy, precision, recall and F1, with macro and weighted averages.
 
-    Per class c: precision = hits / predicted, recall = hits / present, F1 = 2 hits / (predicted + present); 0/0 counts as 0. ``macro`` is the plain
-    mean over the classes that occur in ``target`` or ``prediction``, ``weighted`` the mean weighted by how often they occur in ``target``, so that
-    ``weighted_recall`` equals ``accuracy``. A prediction of ``num_classes`` or more (an output that stands for no class) is simply wrong.
+    Per class c: precision = hits / predicted, recall = hits / present, F1 = 2 hits / (predicted + present); 0/0 counts
+    as 0. ``macro`` is the plain mean over the classes that occur in ``target`` or ``prediction``, ``weighted`` the mean
+    weighted by how often they occur in ``target``, so that ``weighted_recall`` equals ``accuracy``. A prediction of
+    ``num_classes`` or more (an output that stands for no class) is simply wrong.
 
     Returns:
-        ``accuracy``, ``macro_precision``, ``macro_recall`` (the balanced accuracy), ``macro_f1``, ``weighted_precision``, ``weighted_recall``,
-        ``weighted_f1`` and ``majority_rate``, the accuracy of always answering the most frequent class of ``target``.
+        ``accuracy``, ``macro_precision``, ``macro_recall`` (the balanced accuracy), ``macro_f1``,
+        ``weighted_precision``, ``weighted_recall``, ``weighted_f1`` and ``majority_rate``, the accuracy of always
+        answering the most frequent class of ``target``.
 
     Raises:
         ValueError: no sample, wrong shapes, labels out of range.
@@ -37,7 +39,9 @@ def classification_scores(
         raise ValueError(f"{caller}: at least one sample is needed; got none")
     check_labels(caller, "target", target, length=len(target), upper=num_classes)
     if prediction.dtype != torch.int64 or prediction.shape != target.shape or int(prediction.min()) < 0:
-        raise ValueError(f"{caller}: prediction must be int64 of shape [{len(target)}] and not negative; got {described(prediction)}")
+        raise ValueError(
+            f"{caller}: prediction must be int64 of shape [{len(target)}] and not negative; got {described(prediction)}"
+        )
     prediction, target = prediction.cpu(), target.cpu()
     hits = torch.bincount(target[prediction == target], minlength=num_classes).double()
     predicted = torch.bincount(prediction[prediction < num_classes], minlength=num_classes).double()
@@ -62,13 +66,14 @@ def clustering_scores(
 ) -> dict[str, float]:
     """How well clusters agree with classes, without any training split.
 
-    ``hungarian_accuracy`` matches clusters and classes one to one so that as many samples as possible agree; samples of clusters without a partner
-    count as wrong, so with many more clusters than classes it is low even for pure clusters. The statistical mapping is many to one and rises with
-    the number of clusters: the two are not comparable. The matching uses the labels that it scores, as is usual for this measure.
+    ``hungarian_accuracy`` matches clusters and classes one to one so that as many samples as possible agree; samples of
+    clusters without a partner count as wrong, so with many more clusters than classes it is low even for pure clusters.
+    The statistical mapping is many to one and rises with the number of clusters: the two are not comparable. The
+    matching uses the labels that it scores, as is usual for this measure.
 
     Returns:
-        ``nmi`` (normalised mutual information, arithmetic mean of the entropies), ``ari`` (adjusted Rand index), ``hungarian_accuracy``, and
-        ``clusters_used``, the number of different clusters in ``clusters``.
+        ``nmi`` (normalised mutual information, arithmetic mean of the entropies), ``ari`` (adjusted Rand index),
+        ``hungarian_accuracy``, and ``clusters_used``, the number of different clusters in ``clusters``.
 
     Raises:
         ValueError: no sample or wrong shapes.
@@ -82,7 +87,10 @@ def clustering_scores(
     caller = "clustering_scores"
     for name, values in (("clusters", clusters), ("target", target)):
         if values.dtype != torch.int64 or values.ndim != 1 or len(values) == 0 or len(values) != len(target):
-            raise ValueError(f"{caller}: {name} must be int64 of shape [N], the same N of at least 1 for both; got {described(values)}")
+            raise ValueError(
+                f"{caller}: {name} must be int64 of shape [N], the same N of at least 1 for both; got "
+                f"{described(values)}"
+            )
     try:
         from scipy.optimize import linear_sum_assignment
         from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -90,7 +98,8 @@ def clustering_scores(
         raise ImportError('clustering_scores needs scikit-learn: pip install "protokernels[train]"') from error
     classes, target_rank = np.unique(target.cpu().numpy(), return_inverse=True)
     used, cluster_rank = np.unique(clusters.cpu().numpy(), return_inverse=True)
-    table = np.bincount(cluster_rank * len(classes) + target_rank, minlength=len(used) * len(classes)).reshape(len(used), len(classes))
+    pairs = cluster_rank * len(classes) + target_rank
+    table = np.bincount(pairs, minlength=len(used) * len(classes)).reshape(len(used), len(classes))
     rows, columns = linear_sum_assignment(table, maximize=True)
     return {
         "nmi": float(normalized_mutual_info_score(target_rank, cluster_rank)),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .threads import one_thread
 from .types import check_embeddings
 
 
@@ -36,10 +37,10 @@ def tsne_embedding(
     max_samples: int = 2000,
     extra: Tensor | None = None,  # [E, D]
 ) -> TsneMap:
-    """Embeds samples, and prototypes together with them, in the plane (scikit-learn's t-SNE; van der Maaten and Hinton 2008).
+    """Embeds samples, and prototypes together with them, in the plane (t-SNE, van der Maaten and Hinton 2008).
 
-    Of more than ``max_samples`` rows a random subset drawn from ``seed`` is embedded. The perplexity must be smaller than the number of points; it is
-    lowered to a third of their number minus one where there are few.
+    Of more than ``max_samples`` rows a random subset drawn from ``seed`` is embedded. The perplexity must be smaller
+    than the number of points; it is lowered to a third of their number minus one where there are few.
 
     Args:
         embeddings: samples.
@@ -81,5 +82,6 @@ def _positions(rows: Tensor, perplexity: float, seed: int) -> tuple[Tensor, floa
     used = min(float(perplexity), max((count - 1) / 3.0, 0.5))
     varied = bool((rows != rows[0]).any())
     initial = "pca" if varied and min(rows.shape) >= 2 else "random"  # PCA divides by the spread
-    positions = TSNE(perplexity=used, init=initial, random_state=seed).fit_transform(rows.numpy())
+    with one_thread():
+        positions = TSNE(perplexity=used, init=initial, random_state=seed).fit_transform(rows.numpy())
     return torch.from_numpy(positions).float(), used

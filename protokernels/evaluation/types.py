@@ -23,12 +23,16 @@ class Representation:
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 2 or not self.embeddings.is_floating_point():
-            raise ValueError(f"Representation: embeddings must be floating point of shape [N, D]; got {described(self.embeddings)}")
+            raise ValueError(
+                f"Representation: embeddings must be floating point of shape [N, D]; got {described(self.embeddings)}"
+            )
         for name, values in (("labels", self.labels), ("clusters", self.clusters)):
             if values is None:
                 continue
             if values.dtype != torch.int64 or values.shape != self.embeddings.shape[:1]:
-                raise ValueError(f"Representation: {name} must be int64 of shape [{len(self.embeddings)}]; got {described(values)}")
+                raise ValueError(
+                    f"Representation: {name} must be int64 of shape [{len(self.embeddings)}]; got {described(values)}"
+                )
             if values.numel() and int(values.min()) < 0:
                 raise ValueError(f"Representation: {name} must not be negative; the smallest is {int(values.min())}")
 
@@ -44,12 +48,15 @@ def described(tensor: Tensor) -> str:
 def check_embeddings(caller: str, name: str, embeddings: Tensor) -> None:
     """Refuses what is not a finite [N, D] with at least one row and one column."""
     if embeddings.ndim != 2 or not embeddings.is_floating_point() or 0 in embeddings.shape:
-        raise ValueError(f"{caller}: {name} must be floating point of shape [N, D] with N and D at least 1; got {described(embeddings)}")
+        raise ValueError(
+            f"{caller}: {name} must be floating point of shape [N, D] with N and D at least 1; got "
+            f"{described(embeddings)}"
+        )
     bad = (~torch.isfinite(embeddings)).any(dim=1)
     if bool(bad.any()):
         raise ValueError(
-            f"{caller}: {name} must be finite; {int(bad.sum())} of {len(embeddings)} rows hold NaN or infinity (the first is row "
-            f"{int(bad.to(torch.int8).argmax())}); the model that made them has probably diverged"
+            f"{caller}: {name} must be finite; {int(bad.sum())} of {len(embeddings)} rows hold NaN or infinity (the "
+            f"first is row {int(bad.to(torch.int8).argmax())}); the model that made them has probably diverged"
         )
 
 
