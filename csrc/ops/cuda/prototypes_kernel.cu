@@ -53,7 +53,7 @@ __device__ __forceinline__ double inverse_norm(const Z* row, int D) {
     squared += x * x;
   }
   squared = warp_sum(squared);
-  return squared <= PROTOTYPE_NORM_FLOOR * PROTOTYPE_NORM_FLOOR ? 0.0 : 1.0 / sqrt(squared);
+  return squared <= PROTOTYPE_NORM_FLOOR * PROTOTYPE_NORM_FLOOR ? 0.0 : rsqrt(squared);
 }
 
 template <class Z>
@@ -267,9 +267,8 @@ __global__ void __launch_bounds__(THREADS) assign_kernel(const Assign<T, Z> p) {
   PK_DYNAMIC_SHARED(T, shared_scores);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const T inverse_t = static_cast<T>(1.0 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
-  T* const sums = p.partial_sums ? p.partial_sums + static_cast<int64_t>(blockIdx.x) * p.K * p.D : nullptr;
-  int64_t* const counts = p.partial_sums ? p.partial_counts + static_cast<int64_t>(blockIdx.x) * p.K : nullptr;
-  if (sums) clear_partial(sums, counts, p.K, p.D);
+  const int64_t first_prototype = static_cast<int64_t>(blockIdx.x) * p.K;
+  if (p.partial_sums) clear_partial(p.partial_sums + first_prototype * p.D, p.partial_counts + first_prototype, p.K, p.D);
 
   for (int t = 0; t < p.tiles_per_block; ++t) {
     const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * p.tiles_per_block + t) * ROWS;
@@ -317,9 +316,9 @@ __global__ void __launch_bounds__(THREADS) assign_kernel(const Assign<T, Z> p) {
       }
       if (lane == 0) label[r] = chosen;
     }
-    if (sums) {
+    if (p.partial_sums) {
       sort_rows(label, order);
-      add_members(z, p.z_stride, p.K, p.D, label, order, sums, counts);
+      add_members(z, p.z_stride, p.K, p.D, label, order, p.partial_sums + first_prototype * p.D, p.partial_counts + first_prototype);
     }
     __syncthreads();
   }
