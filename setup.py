@@ -3,7 +3,8 @@
 
 Environment:
     PROTOKERNELS_CUDA        auto (default): CUDA kernels if nvcc is found; on: an error if it is not; off: CPU kernels only
-    PROTOKERNELS_CUDA_ARCHS  e.g. "80;90a;100"; default: the GPUs of this machine, or 80, 90, 100 and PTX for later chips where there is none
+    PROTOKERNELS_CUDA_ARCHS  e.g. "80;90a;100"; default: the GPUs of this machine, or 80, 90, 100 and PTX for later
+    chips where there is none
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).parent.resolve()
-PORTABLE_ARCHS = "80-real;90-real;100"  # machine code for A100, H100/H200, B200; PTX of the last for whatever comes later
+PORTABLE_ARCHS = (
+    "80-real;90-real;100"  # machine code for A100, H100/H200, B200; PTX of the last for whatever comes later
+)
 
 
 def torch_installation() -> tuple[Path, str]:
@@ -42,7 +45,12 @@ def torch_installation() -> tuple[Path, str]:
 def nvcc() -> str | None:
     """The CUDA compiler: CUDACXX, CUDA_HOME, PATH or /usr/local/cuda, in this order."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [os.environ.get("CUDACXX"), f"{home}/bin/nvcc" if home else None, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    candidates = [
+        os.environ.get("CUDACXX"),
+        f"{home}/bin/nvcc" if home else None,
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+    ]
     return next((c for c in candidates if c and shutil.which(c)), None)
 
 
@@ -52,10 +60,14 @@ def gpu_archs() -> str | None:
     if tool is None:
         return None
     try:
-        query = subprocess.run([tool, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, timeout=60)
+        query = subprocess.run(
+            [tool, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    found = sorted({line.strip().replace(".", "") for line in query.stdout.splitlines() if re.fullmatch(r"\d+\.\d+", line.strip())})
+    found = sorted(
+        {line.strip().replace(".", "") for line in query.stdout.splitlines() if re.fullmatch(r"\d+\.\d+", line.strip())}
+    )
     return ";".join(f"{arch}-real" for arch in found) or None
 
 
@@ -69,7 +81,9 @@ def cuda_archs() -> tuple[str | None, str]:
     compiler = nvcc()
     if compiler is None:
         if mode == "on":
-            raise SetupError("PROTOKERNELS_CUDA=on but nvcc was not found: install the CUDA toolkit, or set CUDACXX or CUDA_HOME to it")
+            raise SetupError(
+                "PROTOKERNELS_CUDA=on but nvcc was not found: install the CUDA toolkit, or set CUDACXX or CUDA_HOME to it"
+            )
         print("protokernels: nvcc not found, building the CPU kernels only (PROTOKERNELS_CUDA=on makes this an error)")
         return None, ""
     archs = os.environ.get("PROTOKERNELS_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";").strip(";")
@@ -80,10 +94,16 @@ class CMakeBuild(build_ext):
     """Runs CMake and ninja. Without a C++ compiler the package is installed on its reference backend, and says so."""
 
     def build_extension(self, extension: Extension) -> None:
-        if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None and shutil.which("clang++") is None:
+        if (
+            shutil.which(os.environ.get("CXX", "c++")) is None
+            and shutil.which("g++") is None
+            and shutil.which("clang++") is None
+        ):
             if os.environ.get("PROTOKERNELS_CUDA", "auto").lower() == "on":
                 raise SetupError("PROTOKERNELS_CUDA=on but there is no C++ compiler: install g++ 12 or later")
-            print("protokernels: no C++ compiler found; installing without native kernels. `protokernels doctor` repeats this.")
+            print(
+                "protokernels: no C++ compiler found; installing without native kernels. `protokernels doctor` repeats this."
+            )
             return
         torch_root, torch_version = torch_installation()
         compiler, archs = cuda_archs()

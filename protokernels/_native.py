@@ -5,13 +5,22 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 
-LIBRARY: Path | None = None
-PROBLEM: str | None = None
+OPERATORS = (
+    "build_info",
+    "prototypes_forward",
+    "prototypes_backward",
+    "prototypes_accumulate",
+    "prototypes_blend",
+)
+"""What the library must hold; the schemas stand in csrc/library.cpp."""
+
+REINSTALL = "run `pip install --force-reinstall protokernels`"
 
 
 def _find() -> Path | None:
@@ -30,11 +39,29 @@ def _load() -> tuple[Path | None, str | None]:
             "the package was installed without its native library (no _C.abi3.so beside protokernels/__init__.py); "
             "a C++20 compiler was missing when it was built. Install one and run `pip install --force-reinstall protokernels`"
         )
+    damage = _damage(path)
+    if damage is not None:
+        return None, f"{path} does not load: {damage}; {REINSTALL}"
     try:
         torch.ops.load_library(str(path))
     except Exception as error:  # an unloadable file must not take the reference backend down with it
-        return None, f"{path} does not load beside torch {torch.__version__}: {error}"
+        return None, f"{path} does not load beside torch {torch.__version__}: {error}; {REINSTALL}"
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.protokernels, name)]
+    if missing:
+        return None, f"{path} does not load: it is from another version and lacks {', '.join(missing)}; {REINSTALL}"
     return path, None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the file as a whole. The system's loader would end the process over a truncated one."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return "it is not a library"
+    (table,) = struct.unpack_from("<Q", header, 40)  # the section table is the last part of a 64-bit ELF file
+    entry_size, entries = struct.unpack_from("<HH", header, 58)
+    expected, actual = table + entry_size * entries, path.stat().st_size
+    return f"it is truncated ({actual} of {expected} bytes)" if actual < expected else None
 
 
 LIBRARY, PROBLEM = _load()

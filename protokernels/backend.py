@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Which implementation runs: the compiled kernels or the same equations in plain PyTorch.
 
-``auto`` (the default) takes the native kernels where they are built for the tensor's device and the reference elsewhere; ``native`` insists and
+``auto`` (the default) takes the native kernels where they are built for the tensor's device and the reference
+elsewhere; ``native`` insists and
 says what is missing; ``reference`` never touches native code. The environment variable ``PROTOKERNELS_BACKEND`` sets the start value.
 
     >>> import protokernels
@@ -92,5 +93,7 @@ def native_serves(device: torch.device) -> bool:
     if _current == "native":
         raise NativeUnavailableError(f"backend 'native' cannot serve {device}: {reason}")
     if device.type == "cuda" and not torch.compiler.is_compiling():
-        warnings.warn(f"protokernels runs its plain PyTorch reference on {device}: {reason}", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"protokernels runs its plain PyTorch reference on {device}: {reason}", RuntimeWarning, stacklevel=3
+        )
     return False

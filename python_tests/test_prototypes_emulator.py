@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The CUDA kernels of `prototypes`, run on the CPU by the emulator and compared with the float64 reference.
 
-Every case runs under several seeds (orders of threads and blocks) with memory watched: a missing barrier, a race, a read before a write or an
+Every case runs under several seeds (orders of threads and blocks) with memory watched: a missing barrier, a race, a
+read before a write or an
 access out of bounds fails here without a GPU.
 """
 
@@ -20,7 +21,8 @@ from .emulator.build import SEEDS, load, missing_tools, poisoned
 pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
 
 KINDS = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
-# (B, D, K): odd sizes, one row, one prototype, several tiles, several panels, K too large for scores in shared memory, D above the block width
+# (B, D, K): odd sizes, one row, one prototype, several tiles, several panels, K too large for scores in shared memory,
+# D above the block width
 SHAPES = [(1, 1, 1), (2, 31, 2), (33, 33, 31), (129, 32, 10), (65, 7, 130), (70, 260, 5), (20, 5, 400), (0, 4, 3)]
 
 
@@ -32,7 +34,9 @@ def as_numpy(x: torch.Tensor) -> np.ndarray[Any, Any]:
 class Case:
     """Inputs of one case, its run in the emulator and its oracle in float64."""
 
-    def __init__(self, kind: str, shape: tuple[int, int, int], similarity: str, *, sample: bool = False, stride: int = 0) -> None:
+    def __init__(
+        self, kind: str, shape: tuple[int, int, int], similarity: str, *, sample: bool = False, stride: int = 0
+    ) -> None:
         B, D, K = shape
         generator = torch.Generator().manual_seed(B * 1000 + D * 10 + K)
         self.kind, self.similarity, self.K, self.D, self.B = kind, similarity, K, D, B
@@ -44,7 +48,9 @@ class Case:
         self.uniform = torch.rand(B, generator=generator) if sample else None
         self.temperature = 0.3
 
-    def run(self, emulator: Any, *, skip_nonfinite: bool = False, temperature_on_device: bool = False) -> dict[str, np.ndarray[Any, Any]]:
+    def run(
+        self, emulator: Any, *, skip_nonfinite: bool = False, temperature_on_device: bool = False
+    ) -> dict[str, np.ndarray[Any, Any]]:
         compute = np.float64 if self.kind == "f64" else np.float32
         out = {
             "assignment": poisoned((self.B, self.K), compute),
@@ -76,24 +82,33 @@ class Case:
 
     def check(self, out: dict[str, np.ndarray[Any, Any]]) -> None:
         z, q = self.z.double(), self.prototypes.double()
-        c, labels, entropy = reference.soft_assign(z, q, self.temperature, self.similarity)
-        # float32: scores are exact to a few units in the last place of sum |z_d q_d| / temperature (three tf32 products drop low x low, 2^-22)
+        c, _, entropy = reference.soft_assign(z, q, self.temperature, self.similarity)
+        # float32: scores are exact to a few units in the last place of sum |z_d q_d| / temperature (three tf32
+        # products drop low x low, 2^-22)
         magnitude = 1.0 if self.similarity == "cosine" else float((z.abs() @ q.abs().T).max()) if self.B else 1.0
         tolerance = 1e-13 * (1 + magnitude) if self.kind == "f64" else 2.0**-20 * (1 + magnitude) / self.temperature
         np.testing.assert_allclose(out["assignment"], c, rtol=0, atol=tolerance)
         np.testing.assert_allclose(out["entropy"], entropy, rtol=0, atol=tolerance * np.log(self.K + 1) * 2)
         if self.uniform is None:
             chosen = c.gather(1, torch.from_numpy(out["labels"])[:, None])[:, 0]
-            assert bool((chosen >= c.max(-1).values - 2 * tolerance).all()) if self.B else True  # the argmax, but for ties within rounding
+            assert (
+                bool((chosen >= c.max(-1).values - 2 * tolerance).all()) if self.B else True
+            )  # the argmax, but for ties within rounding
         # labels may differ from the oracle's in near-ties, so the update is checked against the labels that were chosen
         sums, counts = reference.accumulate(z, torch.from_numpy(out["labels"]), self.K, False)
         np.testing.assert_array_equal(out["counts"], counts)
         scale = float(z.abs().sum(0).max()) if self.B else 1.0
-        np.testing.assert_allclose(out["sums"], sums, rtol=0, atol=(1e-15 if self.kind == "f64" else 2.0**-23) * scale * 4)
+        np.testing.assert_allclose(
+            out["sums"], sums, rtol=0, atol=(1e-15 if self.kind == "f64" else 2.0**-23) * scale * 4
+        )
         expected = reference.blend(q, torch.from_numpy(out["sums"]), counts, 0.95)
         # two terms that may cancel: the error is one rounding of each, and of the result
-        atol = (2.0**-52 if self.kind == "f64" else 2.0**-24) * float(q.abs().max() + (sums.abs() / counts.clamp(min=1)[:, None]).max())
-        np.testing.assert_allclose(out["updated"], expected, rtol=2.0**-23 if self.kind != "f64" else 2.0**-52, atol=atol)
+        atol = (2.0**-52 if self.kind == "f64" else 2.0**-24) * float(
+            q.abs().max() + (sums.abs() / counts.clamp(min=1)[:, None]).max()
+        )
+        np.testing.assert_allclose(
+            out["updated"], expected, rtol=2.0**-23 if self.kind != "f64" else 2.0**-52, atol=atol
+        )
 
 
 class TestForward:

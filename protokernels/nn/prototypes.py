@@ -16,7 +16,8 @@ from ..ops import prototypes as ops
 
 @dataclass(frozen=True)
 class LinearTemperature:
-    """From ``start`` to ``end`` while training progress runs from 0 to ``until``, then constant. VAESim, Algorithm 1: 1 to 0.01 in half of the epochs.
+    """From ``start`` to ``end`` while training progress runs from 0 to ``until``, then constant. VAESim, Algorithm 1:
+    1 to 0.01 in half of the epochs.
 
     >>> LinearTemperature(start=1.0, end=0.01, until=0.5)(0.25)
     0.505
@@ -43,7 +44,8 @@ class Prototypes(nn.Module):
     means of their members (:func:`protokernels.prototype_step`), in one pass over ``z``. In evaluation mode nothing changes.
 
     Under ``torch.distributed`` the sums and counts of all ranks are added up BEFORE the blend, so R ranks with B / R samples each equal one
-    rank with B; every rank must call ``forward`` equally often. The prototypes are buffers: they are saved in ``state_dict``, moved by ``.to()``
+    rank with B; every rank must call ``forward`` equally often. The prototypes are buffers: they are saved in
+    ``state_dict``, moved by ``.to()``
     and receive no gradient. Under autocast ``z`` may be half precision; prototypes stay in their own dtype and c has the wider of the two.
 
     Args:
@@ -125,7 +127,7 @@ class Prototypes(nn.Module):
     def forward(self, z: Tensor) -> Tensor:  # [B, D] -> [B, K]
         if not self.training:
             self._require_initialized()
-            return self._assignment(z, labels=False).assignment
+            return self._soft_assign(z).assignment
         if not self._is_initialized():
             self.initialize(z)
         # The buffer is overwritten below while autograd still needs the prototypes of this pass.
@@ -146,13 +148,14 @@ class Prototypes(nn.Module):
     def assign(self, z: Tensor) -> Tensor:  # [B, D] -> [B] int64
         """The most similar prototype of each row; changes nothing."""
         self._require_initialized()
-        labels = self._assignment(z.detach(), labels=True).labels
+        labels = self._soft_assign(z.detach()).labels
         assert labels is not None
         return labels
 
     @torch.no_grad()
     def initialize(self, z: Tensor) -> None:  # [B, D]
-        """Sets the prototypes to K distinct random rows of ``z`` (rank 0's choice for all ranks). Called by the first ``forward`` in training.
+        """Sets the prototypes to K distinct random rows of ``z`` (rank 0's choice for all ranks). Called by the first
+        ``forward`` in training.
 
         Raises:
             ValueError: ``z`` has fewer than K rows or values that are not finite.
@@ -165,9 +168,13 @@ class Prototypes(nn.Module):
                 f"Prototypes: the first batch must hold at least num_prototypes = {K} rows to start from; got {z.shape[0]}; "
                 "use a larger batch or call initialize(z) with more embeddings before training"
             )
-        rows = z.detach()[torch.randperm(z.shape[0], generator=self.generator, device=self._random_device(z))[:K].to(z.device)]
+        rows = z.detach()[
+            torch.randperm(z.shape[0], generator=self.generator, device=self._random_device(z))[:K].to(z.device)
+        ]
         if not bool(rows.isfinite().all()):
-            raise ValueError("Prototypes: the embeddings chosen to start from hold NaN or infinity; check the encoder before training goes on")
+            raise ValueError(
+                "Prototypes: the embeddings chosen to start from hold NaN or infinity; check the encoder before training goes on"
+            )
         self.prototypes.copy_(rows)
         if self._world_size() > 1:
             dist.broadcast(self.prototypes, src=dist.get_global_rank(self._group(), 0), group=self.process_group)
@@ -176,11 +183,14 @@ class Prototypes(nn.Module):
 
     def extra_repr(self) -> str:
         K, D = self.prototypes.shape
-        return f"{K}, {D}, similarity={self.similarity!r}, temperature={self.temperature:g}, new_weight={self.new_weight}, sample={self.sample}"
+        return f"{K}, {D}, similarity={self.similarity!r}, temperature={self.temperature:g}, " + (
+            f"new_weight={self.new_weight}, sample={self.sample}"
+        )
 
-    def _assignment(self, z: Tensor, labels: bool) -> ops.SoftAssignment:
-        # asking for labels in every case keeps one return type; they come from the same pass
-        result = ops.soft_assign(z, self.prototypes, temperature=self.temperature, similarity=self.similarity, return_labels=True)
+    def _soft_assign(self, z: Tensor) -> ops.SoftAssignment:
+        result = ops.soft_assign(
+            z, self.prototypes, temperature=self.temperature, similarity=self.similarity, return_labels=True
+        )
         assert isinstance(result, ops.SoftAssignment)
         return result
 
@@ -188,10 +198,14 @@ class Prototypes(nn.Module):
     def _apply_update(self, step: ops.PrototypeStep, z: Tensor) -> None:
         updated, counts = step.prototypes, step.counts
         if self._world_size() > 1:
-            packed = torch.cat([step.sums, step.counts.double().unsqueeze(-1)], dim=1)  # one collective; counts are exact in float64
+            packed = torch.cat(
+                [step.sums, step.counts.double().unsqueeze(-1)], dim=1
+            )  # one collective; counts are exact in float64
             dist.all_reduce(packed, group=self.process_group)
             counts = packed[:, -1].to(torch.int64)
-            updated = ops.blend_prototypes(self.prototypes, packed[:, :-1].contiguous(), counts, new_weight=self.new_weight)
+            updated = ops.blend_prototypes(
+                self.prototypes, packed[:, :-1].contiguous(), counts, new_weight=self.new_weight
+            )
         self.last_counts.copy_(counts)
         if self.revive_after is not None:
             updated = self._revived(updated, counts, z)
@@ -214,13 +228,17 @@ class Prototypes(nn.Module):
 
     def _require_initialized(self) -> None:
         if not self._is_initialized():
-            raise RuntimeError("Prototypes: not initialised yet; run one batch in training mode, call initialize(z) or load a state_dict")
+            raise RuntimeError(
+                "Prototypes: not initialised yet; run one batch in training mode, call initialize(z) or load a state_dict"
+            )
 
     def _random_device(self, z: Tensor) -> torch.device:
         return self.generator.device if self.generator is not None else z.device
 
     def _group(self) -> dist.ProcessGroup:
-        return self.process_group if self.process_group is not None else dist.group.WORLD
+        group = self.process_group if self.process_group is not None else dist.group.WORLD
+        assert group is not None
+        return group
 
     def _world_size(self) -> int:
         if not (dist.is_available() and dist.is_initialized()):

@@ -24,16 +24,21 @@ def check_matrix(op: str, name: str, value: object, shape: str) -> None:
         raise TypeError(f"{op}: {name} must be a torch.Tensor of shape {shape}; got {describe(value)}")
     if value.dtype not in FLOATING:
         raise TypeError(
-            f"{op}: {name} must be float32, float64, bfloat16 or float16 of shape {shape}; got {describe(value)}; convert it, e.g. {name}.float()"
+            f"{op}: {name} must be float32, float64, bfloat16 or float16 of shape {shape}; got {describe(value)}; "
+            f"convert it, e.g. {name}.float()"
         )
     if value.dim() != 2:
-        advice = f"; pass {name}[None] for a single row" if value.dim() == 1 else f"; flatten it, e.g. {name}.flatten(0, -2)"
+        advice = (
+            f"; pass {name}[None] for a single row" if value.dim() == 1 else f"; flatten it, e.g. {name}.flatten(0, -2)"
+        )
         raise ValueError(f"{op}: {name} must have shape {shape}; got {describe(value)}{advice if value.dim() else ''}")
 
 
 def check_same_device(op: str, first_name: str, first: Tensor, name: str, value: Tensor) -> None:
     if first.device != value.device:
-        raise ValueError(f"{op}: {first_name} is on {first.device} and {name} on {value.device}; move one of them, e.g. {name}.to({first_name}.device)")
+        raise ValueError(
+            f"{op}: {first_name} is on {first.device} and {name} on {value.device}; move one of them, e.g. {name}.to({first_name}.device)"
+        )
 
 
 def check_unit_interval(op: str, name: str, value: object) -> float:
@@ -48,11 +53,15 @@ def check_temperature(op: str, value: object, device: torch.device) -> None:
     """A positive finite number, or a one-element floating-point tensor (whose value is not read: that would wait for the device)."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
-            raise ValueError(f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}")
+            raise ValueError(
+                f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}"
+            )
         if value.device != device:
             raise ValueError(f"{op}: temperature is on {value.device} and z on {device}; pass temperature.to(z.device)")
         return
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
-        raise TypeError(f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}")
+        raise TypeError(
+            f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}"
+        )
     if isinstance(value, (int, float)) and not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{op}: temperature must be positive and finite; got {value}")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Prototypes: soft assignment of embeddings to prototype vectors and the moving-average update, fused into one pass over the embeddings.
 
-Source: VAESim (Ferrante et al., Image and Vision Computing 2023), Eq. 1 and Algorithm 2. The native kernels stand in ``csrc/ops/prototypes.h``.
+Source: VAESim (Ferrante et al., Image and Vision Computing 2023), Eq. 1 and Algorithm 2. The native kernels stand in
+``csrc/ops/prototypes.h``.
 """
 
 from __future__ import annotations
@@ -61,12 +62,14 @@ def soft_assign(
     ``softmax(normalize(z) @ normalize(prototypes).T / temperature, -1)``.
 
     Differentiable in ``z``, ``prototypes`` and, if it is a tensor, ``temperature``; not twice. A zero vector is at the same distance from
-    everything: uniform assignment, zero gradient. Half-precision inputs are computed in float32; the result has the wider of the two dtypes.
+    everything: uniform assignment, zero gradient. Half-precision inputs are computed in float32; the result has the
+    wider of the two dtypes.
 
     Args:
         z: embeddings [B, D], float32, float64, bfloat16 or float16, any strides; B may be 0.
         prototypes: [K, D] with K >= 1, on the device of ``z``; may have another floating-point dtype.
-        temperature: positive number, or a one-element tensor on the device of ``z`` (its value is not checked: that would wait for the GPU).
+        temperature: positive number, or a one-element tensor on the device of ``z`` (its value is not checked: that
+        would wait for the GPU).
         similarity: ``"cosine"`` or ``"dot"``.
         return_labels: also return the most similar prototype of each row (ties: lowest index), from the same pass.
         return_entropy: also return the entropy of each row in nats, differentiable, from the same pass.
@@ -90,8 +93,18 @@ def soft_assign(
     dtype = torch.promote_types(z.dtype, prototypes.dtype)
     if backend.native_serves(z.device):
         number, tensor = _split_temperature(temperature, reference.compute_dtype(z, prototypes))
-        outputs = torch.ops.protokernels.prototypes_forward(
-            z, prototypes, tensor, number, similarity == "cosine", None, return_labels, return_entropy, False, 0.0, False
+        outputs: tuple[Tensor, ...] = torch.ops.protokernels.prototypes_forward(
+            z,
+            prototypes,
+            tensor,
+            number,
+            similarity == "cosine",
+            None,
+            return_labels,
+            return_entropy,
+            False,
+            0.0,
+            False,
         )
         assignment, labels, entropy = outputs[:3]
     else:
@@ -123,7 +136,8 @@ def update_prototypes(
     Args:
         prototypes: [K, D]; not modified (see :func:`update_prototypes_`).
         z: embeddings [B, D].
-        labels_or_assignments: cluster of each row [B] (an integer dtype; negative: the row is ignored), or probabilities [B, K], of which the
+        labels_or_assignments: cluster of each row [B] (an integer dtype; negative: the row is ignored), or
+        probabilities [B, K], of which the
             largest counts (ties: lowest index) or, with ``sample=True``, one is drawn.
         new_weight: in [0, 1]; 1 gives the class means.
         sample: draw labels from the rows of the probabilities (VAESim's "multinomial"); needs probabilities.
@@ -140,7 +154,8 @@ def update_prototypes(
 
     Example:
         >>> import torch, protokernels
-        >>> new, counts = protokernels.update_prototypes(torch.zeros(2, 1), torch.tensor([[1.0], [3.0]]), torch.tensor([1, 1]), new_weight=0.5)
+        >>> new, counts = protokernels.update_prototypes(torch.zeros(2, 1), torch.tensor([[1.0], [3.0]]),
+        torch.tensor([1, 1]), new_weight=0.5)
         >>> new.tolist(), counts.tolist()
         ([[0.0], [1.0]], [0, 2])
     """
@@ -152,7 +167,9 @@ def update_prototypes(
     updated = _blend(prototypes, sums, counts, new_weight)
     if revive is not None:
         if not isinstance(revive, Tensor) or revive.dtype != torch.bool or revive.shape != counts.shape:
-            raise ValueError(f"{op}: revive must be a bool tensor of shape {list(counts.shape)}; got {_checks.describe(revive)}")
+            raise ValueError(
+                f"{op}: revive must be a bool tensor of shape {list(counts.shape)}; got {_checks.describe(revive)}"
+            )
         updated = revive_prototypes(updated, z, revive & (counts == 0), generator=generator)
     return PrototypeUpdate(updated, counts)
 
@@ -211,7 +228,8 @@ def prototype_step(
         c, labels, _ = soft_assign(z, prototypes, temperature=temperature, similarity=similarity, return_labels=True)
         updated, counts = update_prototypes(prototypes, z, labels, new_weight=new_weight)      # or c and sample=True
 
-    Arguments and errors are those of the two functions. ``sums`` and ``counts`` are returned for data-parallel training: add them up over the
+    Arguments and errors are those of the two functions. ``sums`` and ``counts`` are returned for data-parallel
+    training: add them up over the
     ranks, then blend (``protokernels.nn.Prototypes`` does).
 
     Example:
@@ -230,7 +248,17 @@ def prototype_step(
     if backend.native_serves(z.device):
         number, tensor = _split_temperature(temperature, reference.compute_dtype(z, prototypes))
         c, labels, entropy, sums, counts, updated = torch.ops.protokernels.prototypes_forward(
-            z, prototypes, tensor, number, similarity == "cosine", uniform, True, return_entropy, True, new_weight, skip_nonfinite
+            z,
+            prototypes,
+            tensor,
+            number,
+            similarity == "cosine",
+            uniform,
+            True,
+            return_entropy,
+            True,
+            new_weight,
+            skip_nonfinite,
         )
     else:
         c, labels, entropy = reference.soft_assign(z, prototypes, temperature, similarity)
@@ -240,7 +268,9 @@ def prototype_step(
             labels = torch.where(z.isfinite().all(-1), labels, -1)
         sums, counts = reference.accumulate(z, labels, prototypes.shape[0], False)
         updated = reference.blend(prototypes, sums, counts, new_weight)
-    return PrototypeStep(c.to(dtype), labels, updated.detach(), counts, sums.detach(), entropy.to(dtype) if return_entropy else None)
+    return PrototypeStep(
+        c.to(dtype), labels, updated.detach(), counts, sums.detach(), entropy.to(dtype) if return_entropy else None
+    )
 
 
 def blend_prototypes(
@@ -294,9 +324,13 @@ def _check_pair(op: str, z: object, prototypes: object, similarity: str) -> None
     assert isinstance(z, Tensor) and isinstance(prototypes, Tensor)
     _checks.check_same_device(op, "z", z, "prototypes", prototypes)
     if z.shape[1] != prototypes.shape[1]:
-        raise ValueError(f"{op}: z [B, D] and prototypes [K, D] must share D; got {list(z.shape)} and {list(prototypes.shape)}")
+        raise ValueError(
+            f"{op}: z [B, D] and prototypes [K, D] must share D; got {list(z.shape)} and {list(prototypes.shape)}"
+        )
     if prototypes.shape[0] == 0 or prototypes.shape[1] == 0:
-        raise ValueError(f"{op}: prototypes must hold at least one vector of at least one dimension; got {list(prototypes.shape)}")
+        raise ValueError(
+            f"{op}: prototypes must hold at least one vector of at least one dimension; got {list(prototypes.shape)}"
+        )
     if similarity not in ("cosine", "dot"):
         raise ValueError(f"{op}: similarity must be 'cosine' or 'dot'; got {similarity!r}")
 
@@ -308,10 +342,14 @@ def _split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple
 
 
 def _uniform(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:  # [B] float32 in [0, 1)
-    return torch.rand(count, device=generator.device if generator is not None else device, generator=generator).to(device)
+    return torch.rand(count, device=generator.device if generator is not None else device, generator=generator).to(
+        device
+    )
 
 
-def _labels(op: str, z: Tensor, prototypes: Tensor, value: object, sample: bool, generator: torch.Generator | None) -> Tensor:  # [B] int64
+def _labels(
+    op: str, z: Tensor, prototypes: Tensor, value: object, sample: bool, generator: torch.Generator | None
+) -> Tensor:  # [B] int64
     expected = f"integer labels [{z.shape[0]}] or probabilities [{z.shape[0]}, {prototypes.shape[0]}]"
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: labels_or_assignments must be a tensor: {expected}; got {_checks.describe(value)}")
@@ -325,7 +363,9 @@ def _labels(op: str, z: Tensor, prototypes: Tensor, value: object, sample: bool,
     if value.dtype == torch.bool or value.is_complex() or value.shape != (z.shape[0],):
         raise ValueError(f"{op}: labels_or_assignments must be {expected}; got {_checks.describe(value)}")
     if sample:
-        raise ValueError(f"{op}: sample=True needs probabilities [{z.shape[0]}, {prototypes.shape[0]}], got labels; pass the soft assignment")
+        raise ValueError(
+            f"{op}: sample=True needs probabilities [{z.shape[0]}, {prototypes.shape[0]}], got labels; pass the soft assignment"
+        )
     return value.to(torch.int64)
 
 
@@ -407,7 +447,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_assignment: Tensor | None, _labels: None, grad_entropy: Tensor | None, *_rest: None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_assignment: Tensor | None, _labels: None, grad_entropy: Tensor | None, *_rest: None
+) -> tuple[Tensor | None, ...]:
     z, prototypes, temperature_tensor, assignment = ctx.saved_tensors
     needs_z, needs_prototypes, needs_temperature = ctx.needs_input_grad[:3]
     if grad_assignment is None and grad_entropy is None:
@@ -415,7 +457,15 @@ def _backward(ctx: Any, grad_assignment: Tensor | None, _labels: None, grad_entr
     if grad_assignment is None:
         grad_assignment = torch.zeros_like(assignment)
     grad_z, grad_prototypes, grad_temperature = torch.ops.protokernels.prototypes_backward(
-        grad_assignment, grad_entropy, assignment, z, prototypes, temperature_tensor, ctx.temperature, ctx.cosine, needs_prototypes
+        grad_assignment,
+        grad_entropy,
+        assignment,
+        z,
+        prototypes,
+        temperature_tensor,
+        ctx.temperature,
+        ctx.cosine,
+        needs_prototypes,
     )
     return (
         grad_z if needs_z else None,
@@ -457,7 +507,9 @@ def _backward_in_torch(
     return grad_z.to(z.dtype), grad_prototypes.to(prototypes.dtype), grad_temperature
 
 
-def _unit_and_scale(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | float]:  # [N, D], [N, 1] = 1 / |x|, 0 for a zero vector
+def _unit_and_scale(
+    x: Tensor, cosine: bool
+) -> tuple[Tensor, Tensor | float]:  # [N, D], [N, 1] = 1 / |x|, 0 for a zero vector
     if not cosine:
         return x, 1.0
     squared = x.double().square().sum(-1, keepdim=True)
@@ -467,7 +519,8 @@ def _unit_and_scale(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | float]:  
 
 def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
     raise NotImplementedError(
-        "soft_assign: the native kernels have no second derivative; use `with protokernels.backend.use('reference')` around the forward pass"
+        "soft_assign: the native kernels have no second derivative; "
+        "use `with protokernels.backend.use('reference')` around the forward pass"
     )
 
 
@@ -480,7 +533,9 @@ if _native.LIBRARY is not None:
 
     @torch.library.register_fake("protokernels::prototypes_accumulate")
     def _(z: Tensor, labels: Tensor, num_prototypes: int, skip_nonfinite: bool) -> tuple[Tensor, Tensor]:
-        return z.new_empty(num_prototypes, z.shape[1], dtype=torch.float64), z.new_empty(num_prototypes, dtype=torch.int64)
+        return z.new_empty(num_prototypes, z.shape[1], dtype=torch.float64), z.new_empty(
+            num_prototypes, dtype=torch.int64
+        )
 
     @torch.library.register_fake("protokernels::prototypes_blend")
     def _(prototypes: Tensor, sums: Tensor, counts: Tensor, new_weight: float) -> Tensor:

@@ -66,7 +66,9 @@ def sample_labels(
     """Categorical sampling by the inverse distribution function: the first k whose cumulative probability exceeds ``uniform``."""
     cumulative = assignment.cumsum(-1)
     below = cumulative <= (uniform.to(cumulative.dtype) * cumulative[:, -1]).unsqueeze(-1)
-    last = assignment.shape[1] - 1 - (assignment > 0).flip(-1).int().argmax(-1)  # the last with a weight: where rounding leaves none above
+    last = (
+        assignment.shape[1] - 1 - (assignment > 0).flip(-1).int().argmax(-1)
+    )  # the last with a weight: where rounding leaves none above
     return torch.minimum(below.sum(-1), last)
 
 
