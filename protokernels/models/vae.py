@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Convolutional encoders and conditional decoders of the VAE family.
 
-Every network halves the image side with 4x4 convolutions of stride 2 and doubles it with their transposes, so the side must be a multiple of
-2 ** (number of convolutions). Grey and colour images alike.
+Every network halves the image side with 4x4 convolutions of stride 2 and doubles it with their transposes, so the side
+must be a multiple of 2 ** (number of convolutions). Grey and colour images alike.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ class GaussianEncoder(nn.Module):
         image_size: side of the square image in pixels.
         latent_dim: D.
         widths: output channels of the 4x4 stride-2 convolutions.
-        activated: Conv -> ReLU -> BatchNorm (the paper); ``False``: bare convolutions, which make the encoder an affine map (the released code).
+        activated: Conv -> ReLU -> BatchNorm (the paper); ``False``: bare convolutions, which make the encoder an affine
+            map (the released code).
 
     Shape: images [B, C, H, W] -> mean [B, D] and log-variance [B, D].
     """
 
-    def __init__(self, channels: int, image_size: int, latent_dim: int, *, widths: Sequence[int], activated: bool) -> None:
+    def __init__(
+        self, channels: int, image_size: int, latent_dim: int, *, widths: Sequence[int], activated: bool
+    ) -> None:
         super().__init__()
         side = _checked_side(image_size, len(widths))
         layers: list[nn.Module] = []
@@ -48,9 +51,11 @@ class GaussianEncoder(nn.Module):
 
 
 class ConditionalDecoder(nn.Module):
-    """Image from a latent vector and a condition: each goes through a linear layer, the results are concatenated as channels.
+    """Image from a latent vector and a condition: each goes through a linear layer, the results are concatenated as
+    channels.
 
-    The condition becomes one extra channel. The sigmoid is taken in float32 under autocast too, so that grey levels keep their precision.
+    The condition becomes one extra channel. The sigmoid is taken in float32 under autocast too, so that grey levels
+    keep their precision.
 
     Args:
         channels: image channels, 1 or 3.
@@ -65,7 +70,15 @@ class ConditionalDecoder(nn.Module):
     """
 
     def __init__(
-        self, channels: int, image_size: int, latent_dim: int, condition_dim: int, *, seed_channels: int, widths: Sequence[int], activated: bool
+        self,
+        channels: int,
+        image_size: int,
+        latent_dim: int,
+        condition_dim: int,
+        *,
+        seed_channels: int,
+        widths: Sequence[int],
+        activated: bool,
     ) -> None:
         super().__init__()
         self.side = _checked_side(image_size, len(widths))
@@ -119,8 +132,8 @@ def build_networks(
 
     Example:
         >>> from protokernels.models import build_networks
-        >>> encoder, decoder = build_networks("official-mnist", channels=1, image_size=32, latent_dim=32, condition_dim=40)
-        >>> sum(p.numel() for network in (encoder, decoder) for p in network.parameters())
+        >>> sizes = {"channels": 1, "image_size": 32, "latent_dim": 32, "condition_dim": 40}
+        >>> sum(p.numel() for network in build_networks("official-mnist", **sizes) for p in network.parameters())
         1983169
     """
     if name not in NETWORKS:
@@ -128,7 +141,9 @@ def build_networks(
     if channels not in (1, 3):
         raise ValueError(f"build_networks: expected 1 (grey) or 3 (colour) channels; got {channels}")
     shape = NETWORKS[name]
-    encoder = GaussianEncoder(channels, image_size, latent_dim, widths=shape.encoder_widths, activated=shape.encoder_activated)
+    encoder = GaussianEncoder(
+        channels, image_size, latent_dim, widths=shape.encoder_widths, activated=shape.encoder_activated
+    )
     decoder = ConditionalDecoder(
         channels,
         image_size,
@@ -142,7 +157,10 @@ def build_networks(
 
 
 def _checked_side(image_size: int, halvings: int) -> int:
-    factor = 2**halvings
+    factor: int = 2**halvings
     if image_size < factor or image_size % factor:
-        raise ValueError(f"networks with {halvings} convolutions of stride 2 need an image side that is a multiple of {factor}; got {image_size}")
+        raise ValueError(
+            f"networks with {halvings} convolutions of stride 2 need an image side that is a multiple of {factor}; "
+            f"got {image_size}"
+        )
     return image_size // factor

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""What the papers' training loops share: run folders, checkpoints, randomness, devices and processes, progress, summaries over runs."""
+"""What the papers' training loops share: run folders, checkpoints, randomness, devices and processes, progress,
+summaries over runs."""
 
 from .checkpoints import CheckpointError, CheckpointStore
 from .distributed import gather_batch, process_count, synchronize_batch_norm
 from .randomness import derived_generator, epoch_order, seed_everything
 from .run_folder import RunFolder, RunFolderError, next_free_folder
-from .session import Interrupted, Session, Step, make_accelerator
+from .session import Interrupted, Plan, Session, Step, make_accelerator, preferred_layout
 from .summary import summarize_runs
 
 __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "Interrupted",
+    "Plan",
     "RunFolder",
     "RunFolderError",
     "Session",
@@ -21,6 +23,7 @@ __all__ = [
     "gather_batch",
     "make_accelerator",
     "next_free_folder",
+    "preferred_layout",
     "process_count",
     "seed_everything",
     "summarize_runs",

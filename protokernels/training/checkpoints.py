@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Checkpoints that survive a kill at any moment.
 
-A file's name holds the position in training and a digest of its content (``epoch-0003-step-00000-5f0c...pt``), so that damage of any kind is
-noticed before the content is used. The newest ``keep`` files stay; a damaged newest one is passed over with a warning.
+A file's name holds the position in training and a digest of its content (``epoch-0003-step-00000-5f0c...pt``), so that
+damage of any kind is noticed before the content is used. The newest ``keep`` files stay; a damaged newest one is passed
+over with a warning.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         if keep < 2:
-            raise ValueError(f"CheckpointStore: keep must be at least 2 (the newest and one to fall back to); got {keep}")
+            raise ValueError(
+                f"CheckpointStore: keep must be at least 2 (the newest and one to fall back to); got {keep}"
+            )
         self.folder = folder
         self.keep = keep
 
@@ -56,7 +59,8 @@ class CheckpointStore:
         return sorted(CheckpointFile(int(match[1]), int(match[2]), match[3], path) for match, path in matches if match)
 
     def save(self, state: dict[str, Any], *, epoch: int, step: int = 0) -> Path:
-        """Writes ``state`` (tensors, numbers, strings and containers of them), then removes files beyond the newest ``keep``."""
+        """Writes ``state`` (tensors, numbers, strings and containers of them), then removes files beyond the newest
+        ``keep``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         buffer = io.BytesIO()
@@ -86,9 +90,16 @@ class CheckpointStore:
                 state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
                 return state
             except Exception as error:  # whatever is wrong with this file, the one before it may be sound
-                warnings.warn(f"checkpoint {file.path} cannot be used ({error}); trying the one before it", RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"checkpoint {file.path} cannot be used ({error}); trying the one before it",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         if files:
-            raise CheckpointError(f"none of the {len(files)} checkpoints in {self.folder} can be used; remove the folder to train from the start")
+            raise CheckpointError(
+                f"none of the {len(files)} checkpoints in {self.folder} can be used; "
+                "remove the folder to train from the start"
+            )
         return None
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Batch normalisation over the images of all processes, so that R processes with B / R images each train like one with B."""
+"""Batch normalisation over the images of all processes, so that R processes with B / R images each train like one with
+B."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """Makes every ``BatchNorm2d`` inside ``model`` use the statistics of all processes; parameters and buffers stay the same objects."""
+    """Makes every ``BatchNorm2d`` inside ``model`` use the statistics of all processes; parameters and buffers stay the
+    same objects."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SynchronizedBatchNorm2d
@@ -87,7 +89,8 @@ def largest_over_processes(value: int, device: torch.device) -> int:
 
 @torch.no_grad()
 def gather_batch(value: Tensor) -> Tensor:  # [b, D] -> [B, D]
-    """The rows of all processes in the order of the batch, of which process r holds rows r, r + R, r + 2R, ... (see ``Session.steps``)."""
+    """The rows of all processes in the order of the batch, of which process r holds rows r, r + R, r + 2R, ... (see
+    ``Session.steps``)."""
     processes = process_count()
     if processes == 1:
         return value

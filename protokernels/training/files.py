@@ -12,7 +12,8 @@ TEMPORARY_SUFFIX = ".partial"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces ``path`` by ``content``; a reader, or a process killed at any moment, finds the old file or the new one, never a mixture."""
+    """Replaces ``path`` by ``content``; a reader, or a process killed at any moment, finds the old file or the new one,
+    never a mixture."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("wb") as file:
@@ -27,7 +28,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, whole or not at all. ``ValueError`` for NaN and infinity, which JSON does not have."""
+    """Writes ``value`` as indented JSON, whole or not at all. ``ValueError`` for NaN and infinity, which JSON does not
+    have."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 

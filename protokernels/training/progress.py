@@ -23,7 +23,13 @@ class EpochProgress:
         self._bar: Progress | None = None
         self._shown = 0.0
         if enabled and self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("training", total=epochs * steps)
 
@@ -32,7 +38,9 @@ class EpochProgress:
             self._bar.start()
         return self
 
-    def __exit__(self, _type: type[BaseException] | None, _value: BaseException | None, _traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -43,14 +51,16 @@ class EpochProgress:
         self._shown = time.monotonic()
         images = float(sums["images"])
         losses = {name: float(value) / images for name, value in sums.items() if name != "images"}
-        self._bar.update(self._task, completed=epoch * self.steps + step, description=_line(epoch + 1, self.epochs, losses))
+        self._bar.update(
+            self._task, completed=epoch * self.steps + step, description=_line(epoch + 1, self.epochs, losses)
+        )
 
     def epoch_done(self, epoch: int, losses: dict[str, float], seconds: float) -> None:
         """After an epoch, with its mean losses."""
         if self._bar is not None:
             self._bar.update(self._task, completed=epoch * self.steps, description=_line(epoch, self.epochs, losses))
         elif self._lines and (epoch in (1, self.epochs) or epoch % max(1, self.epochs // 10) == 0):
-            self.console.print(f"{_line(epoch, self.epochs, losses)}  {seconds:.1f} s", highlight=False)
+            self.console.print(f"{_line(epoch, self.epochs, losses)}  {seconds:.1f} s", highlight=False, soft_wrap=True)
 
 
 def _line(epoch: int, epochs: int, losses: dict[str, float]) -> str:

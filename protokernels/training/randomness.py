@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Randomness as a function of (seed, purpose, position), so that a resumed run and a run on more processes draw the same numbers."""
+"""Randomness as a function of (seed, purpose, position), so that a resumed run and a run on more processes draw the
+same numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import hashlib
 import random
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,21 +29,18 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:  # [count] int64
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch on all devices and asks cuDNN for deterministic algorithms."""
+    """Seeds Python and torch on all devices and asks cuDNN for deterministic algorithms."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
 
 def random_state() -> dict[str, Any]:
-    """The state of the global generators of Python, NumPy and torch, in types that a ``weights_only`` checkpoint may hold."""
+    """The state of the global generators of Python and torch, in types that a ``weights_only`` checkpoint may hold."""
     version, numbers, gauss = random.getstate()
-    legacy: Any = np.random.get_state(legacy=False)
     return {
         "python": [version, list(numbers), gauss],
-        "numpy": [legacy["state"]["key"].tolist(), legacy["state"]["pos"], legacy["has_gauss"], legacy["gauss"]],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -53,8 +50,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Puts back what :func:`random_state` returned; device generators only where the number of devices is the same."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    key, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", np.asarray(key, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])

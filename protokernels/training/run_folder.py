@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The folder of one run: everything that is remembered of it, and nothing is remembered anywhere else.
 
-    config.json      the resolved configuration
-    environment.json versions, device, threads, where the data came from and what was odd about it
-    metrics.jsonl    one line per epoch
-    checkpoints/     see :mod:`protokernels.training.checkpoints`
-    results.json     the evaluation
-    figures/         pictures
+config.json      the resolved configuration
+environment.json versions, device, threads, where the data came from and what was odd about it
+metrics.jsonl    one line per epoch
+checkpoints/     see :mod:`protokernels.training.checkpoints`
+results.json     the evaluation
+figures/         pictures
 """
 
 from __future__ import annotations
@@ -49,12 +49,15 @@ class RunFolder:
         """Makes the folder and writes ``config``; with ``resume``, continues the run that is there, if there is one.
 
         Raises:
-            RunFolderError: the folder holds a run and ``resume`` is false, holds a run with another configuration, or holds other files.
+            RunFolderError: the folder holds a run and ``resume`` is false, holds a run with another configuration, or
+                holds other files.
         """
         run = cls(path)
         if (run.path / "config.json").exists():
             if not resume:
-                raise RunFolderError(f"{run.path} already holds a run; pass --resume to continue it or another --out to start one")
+                raise RunFolderError(
+                    f"{run.path} already holds a run; pass --resume to continue it or another --out to start one"
+                )
             run._check_same(config)
             remove_leftovers(run.path)
             return run
@@ -70,7 +73,9 @@ class RunFolder:
         """The run in ``path``; ``RunFolderError`` where there is none."""
         run = cls(path)
         if not (run.path / "config.json").is_file():
-            raise RunFolderError(f"{run.path} holds no run: there is no config.json; expected a folder written by `protokernels train`")
+            raise RunFolderError(
+                f"{run.path} holds no run: there is no config.json; expected a folder written by `protokernels train`"
+            )
         return run
 
     def config(self) -> dict[str, Any]:
@@ -99,7 +104,8 @@ class RunFolder:
         return read_json_lines(self.path / "metrics.jsonl")
 
     def rewind_metrics(self, epochs: int) -> None:
-        """Drops the lines of epochs after the first ``epochs``: they were trained after the checkpoint that is being continued."""
+        """Drops the lines of epochs after the first ``epochs``: they were trained after the checkpoint that is being
+        continued."""
         write_json_lines(self.path / "metrics.jsonl", [line for line in self.metrics() if line["epoch"] <= epochs])
 
     def write_results(self, results: dict[str, Any]) -> None:
@@ -117,7 +123,10 @@ class RunFolder:
         differing = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
         if differing:
             pairs = ", ".join(f"{key}: {before.get(key)!r} there, {config.get(key)!r} now" for key in differing)
-            raise RunFolderError(f"{self.path} holds a run with another configuration ({pairs}); a run can only be continued as it was started")
+            raise RunFolderError(
+                f"{self.path} holds a run with another configuration ({pairs}); "
+                "a run can only be continued as it was started"
+            )
 
 
 def next_free_folder(path: Path) -> Path:

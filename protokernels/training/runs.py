@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Several runs of one configuration with different seeds, in one folder.
 
-One seed: the folder is the run. Several: it holds one run per seed (``seed-0``, ``seed-1``, ...) and a summary in its own ``results.json``.
+One seed: the folder is the run. Several: it holds one run per seed (``seed-0``, ``seed-1``, ...) and a summary in its
+own ``results.json``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         if self.runs < 1 or self.seed < 0:
-            raise ValueError(f"RunSettings: runs must be at least 1 and seed at least 0; got {self.runs} and {self.seed}")
+            raise ValueError(
+                f"RunSettings: runs must be at least 1 and seed at least 0; got {self.runs} and {self.seed}"
+            )
 
 
 def train_runs(
@@ -73,16 +76,23 @@ def train_runs(
         if run.results() is not None:  # finished before
             continue
         if accelerator.is_main_process:
-            run.write_environment(device=str(accelerator.device), precision=settings.precision, data=_as_json(provenance))
+            run.write_environment(
+                device=str(accelerator.device), precision=settings.precision, data=_as_json(provenance)
+            )
         started = time.perf_counter()
         results = run_one(run, seed, accelerator)
         if accelerator.is_main_process:
             seconds = round(time.perf_counter() - started, 1)
-            losses = {key: value for key, value in run.metrics()[-1].items() if key not in ("epoch", "seconds")}
-            warnings = list(provenance.get("warnings", []))
-            run.write_results({**record, "seed": seed, **results, "last_epoch": losses, "seconds_since_resume": seconds, "data_warnings": warnings})
+            update_results(run, {**record, "seed": seed, **results, "seconds_since_resume": seconds}, provenance)
         accelerator.wait_for_everyone()
     return {**write_summary(folder), "folder": str(folder)} if accelerator.is_main_process else {}
+
+
+def update_results(run: RunFolder, results: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Writes ``results`` over those of the run, with the last line of its metrics and the warnings of its data."""
+    last = {key: value for key, value in run.metrics()[-1].items() if key != "seconds"}
+    more = {"last_epoch": last, "data_warnings": list(provenance.get("warnings", []))}
+    run.write_results(_as_json({**(run.results() or {}), **results, **more}))
 
 
 def load_runs(folder: str | Path) -> list[RunFolder]:
@@ -93,16 +103,22 @@ def load_runs(folder: str | Path) -> list[RunFolder]:
 
 
 def write_summary(folder: str | Path) -> dict[str, Any]:
-    """Mean and standard deviation over the runs in ``folder`` that are finished; written beside them where there are several.
+    """Mean and standard deviation over the runs in ``folder`` that are finished; written beside them where there are
+    several.
 
     Returns:
-        The first run's results with ``"splits"`` replaced by the summary (see :func:`summarize_runs`), ``"seeds"`` and ``"number_of_runs"``.
+        The first run's results with ``"splits"`` replaced by the summary (see :func:`summarize_runs`), ``"seeds"`` and
+        ``"number_of_runs"``.
     """
     runs = load_runs(folder)
     results = [(run.config()["seed"], result) for run in runs if (result := run.results()) is not None]
     if not results:
         raise FileNotFoundError(f"{folder} has no results yet; continue the run with --resume")
-    first = {key: value for key, value in results[0][1].items() if key not in ("seed", "splits", "last_epoch", "seconds_since_resume")}
+    first = {
+        key: value
+        for key, value in results[0][1].items()
+        if key not in ("seed", "splits", "last_epoch", "seconds_since_resume")
+    }
     summary = {
         **first,
         "seeds": [seed for seed, _ in results],

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The bookkeeping around a training loop: order of the data, processes and precision, checkpoints, metrics, progress, interruption.
+"""The bookkeeping around a training loop: order of the data, processes and precision, checkpoints, metrics, progress,
+interruption.
 
 The loop itself stays in the paper's file and reads like its algorithm:
 
@@ -38,7 +39,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal after a checkpoint had been written; ``exit_code`` is 130 for Ctrl-C, 143 for SIGTERM."""
+    """Training was stopped by a signal after a checkpoint had been written; ``exit_code`` is 130 for Ctrl-C, 143 for
+    SIGTERM."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -59,7 +61,8 @@ class Step:
     processes: int
 
     def normal(self, *shape: int) -> Tensor:  # [b, *shape] float32 on the device of indices
-        """Standard normal numbers for this process's images: the same for an image however many processes share the batch."""
+        """Standard normal numbers for this process's images: the same for an image however many processes share the
+        batch."""
         noise = torch.randn(self.batch, *shape, generator=derived_generator(self.seed, "noise", self.epoch, self.index))
         return noise[self.rank :: self.processes].to(self.indices.device)
 
@@ -72,17 +75,41 @@ def make_accelerator(device: Literal["auto", "cpu"] = "auto", precision: Precisi
     """
     cpu = device == "cpu" or not torch.cuda.is_available()
     if precision == "fp16" and cpu:
-        raise ValueError("precision 'fp16' needs a GPU; on the CPU use 'bf16' (fast on processors with AMX or AVX512-BF16) or 'fp32'")
+        raise ValueError(
+            "precision 'fp16' needs a GPU; on the CPU use 'bf16' (fast on processors with AMX or AVX512-BF16) or 'fp32'"
+        )
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     return Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
+
+
+def preferred_layout(accelerator: Accelerator) -> torch.memory_format:
+    """Channels-last where convolutions gain from it: on GPUs and in half precision; on the CPU in float32 they lose by
+    a factor of two."""
+    plain = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
+    return torch.contiguous_format if plain else torch.channels_last
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is and what its random numbers start from."""
+
+    count: int  # training images
+    epochs: int  # how often they are all visited
+    batch_size: int  # images per step over all processes
+    seed: int  # of order and noise
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.epochs, self.batch_size) < 1:
+            raise ValueError(f"Plan: count, epochs and batch_size must be at least 1; got {self}")
 
 
 class Session:
     """One training run from its first or its latest checkpoint to its end.
 
-    Everything random is a function of (seed, epoch, step), batches are cut from one permutation per epoch and shared out among the processes,
-    and loss gradients are averaged over images: a run does not depend on the number of processes beyond rounding, and on the CPU a resumed run
-    ends with the bits of an uninterrupted one (same machine, same number of threads).
+    Everything random is a function of (seed, epoch, step), batches are cut from one permutation per epoch and shared
+    out among the processes, and loss gradients are averaged over images: a run does not depend on the number of
+    processes beyond rounding, and on the CPU a resumed run ends with the bits of an uninterrupted one (same machine,
+    same number of threads).
 
     Args:
         run: the folder.
@@ -90,8 +117,7 @@ class Session:
         model: moved to the device and wrapped for several processes; the wrapped model is ``session.model``.
         optimizer: over the model's parameters.
         scheduler: stepped at the end of every epoch.
-        count: number of training images; epochs: how often they are all visited; batch_size: images per step over all processes.
-        seed: of order and noise.
+        plan: number of images, epochs, batch size and seed.
         resume: continue from the newest checkpoint in ``run``.
         quiet: no progress output.
     """
@@ -103,20 +129,18 @@ class Session:
         model: nn.Module,
         optimizer: Optimizer,
         scheduler: LRScheduler,
-        *,
-        count: int,
-        epochs: int,
-        batch_size: int,
-        seed: int,
+        plan: Plan,
         resume: bool = False,
         quiet: bool = False,
     ) -> None:
-        if min(count, epochs, batch_size) < 1:
-            raise ValueError(f"Session: count, epochs and batch_size must be at least 1; got {count}, {epochs} and {batch_size}")
         self.run, self.accelerator, self.scheduler = run, accelerator, scheduler
-        self.count, self.total_epochs, self.batch_size, self.seed = count, epochs, min(batch_size, count), seed
+        self.count, self.total_epochs, self.seed = plan.count, plan.epochs, plan.seed
+        self.batch_size = min(plan.batch_size, plan.count)
         if self.batch_size < accelerator.num_processes:
-            raise ValueError(f"Session: {accelerator.num_processes} processes cannot share a batch of {self.batch_size}; use fewer processes")
+            raise ValueError(
+                f"Session: {accelerator.num_processes} processes cannot share a batch of {self.batch_size}; "
+                "use fewer processes"
+            )
         self.bare_model = synchronize_batch_norm(model) if accelerator.num_processes > 1 else model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.epoch, self.step = 0, 0
@@ -125,7 +149,9 @@ class Session:
         self._signal: int | None = None
         if resume:
             self._restore()
-        self._progress = EpochProgress(enabled=accelerator.is_main_process and not quiet, epochs=epochs, steps=self.steps_per_epoch)
+        self._progress = EpochProgress(
+            enabled=accelerator.is_main_process and not quiet, epochs=plan.epochs, steps=self.steps_per_epoch
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -136,7 +162,8 @@ class Session:
     @property
     def device(self) -> torch.device:
         """Where images and model live."""
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to do. After each: scheduler step, metrics line, checkpoint."""
@@ -150,7 +177,8 @@ class Session:
                 self._stop_if_asked()
 
     def steps(self) -> Iterator[Step]:
-        """The steps still to do in this epoch; writes a checkpoint and raises :class:`Interrupted` between two steps after Ctrl-C or SIGTERM."""
+        """The steps still to do in this epoch; writes a checkpoint and raises :class:`Interrupted` between two steps
+        after Ctrl-C or SIGTERM."""
         order = epoch_order(self.count, self.seed, self.epoch)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         while self.step < self.steps_per_epoch:
@@ -191,13 +219,16 @@ class Session:
         if broken:
             raise FloatingPointError(
                 f"training diverged in epoch {self.epoch + 1}: {', '.join(broken)} is not finite; "
-                f"lower the learning rate or use precision fp32. The last sound checkpoint is in {self.run.checkpoints.folder}"
+                "lower the learning rate or use precision fp32. "
+                f"The last sound checkpoint is in {self.run.checkpoints.folder}"
             )
         seconds = time.perf_counter() - self._started
         self.epoch, self.step, self._sums, self._seconds = self.epoch + 1, 0, {}, 0.0
         rate = float(self.optimizer.param_groups[0]["lr"])
         if self.accelerator.is_main_process:
-            self.run.append_metrics({"epoch": self.epoch, **values, "next_learning_rate": rate, "seconds": round(seconds, 3)})
+            self.run.append_metrics(
+                {"epoch": self.epoch, **values, "next_learning_rate": rate, "seconds": round(seconds, 3)}
+            )
         self._progress.epoch_done(self.epoch, values, seconds)
         self._save()
 
@@ -205,7 +236,9 @@ class Session:
         names = list(self._sums)
         if not names:
             return {}
-        return dict(zip(names, sum_over_processes(torch.stack([self._sums[name] for name in names])).tolist(), strict=True))
+        return dict(
+            zip(names, sum_over_processes(torch.stack([self._sums[name] for name in names])).tolist(), strict=True)
+        )
 
     def _save(self) -> None:
         sums = self._reduced_sums()
@@ -237,7 +270,8 @@ class Session:
             self.epoch, self.step, self._seconds = state["epoch"], state["step"], state["seconds"]
             share = 1.0 if self.accelerator.is_main_process else 0.0  # the saved sums are those of all processes
             self._sums = {
-                name: torch.tensor(share * value, dtype=torch.float64, device=self.device) for name, value in state["sums"].items()
+                name: torch.tensor(share * value, dtype=torch.float64, device=self.device)
+                for name, value in state["sums"].items()
             }
             set_random_state(state["random"])
         if self.accelerator.is_main_process:
@@ -251,7 +285,9 @@ class Session:
         if self.step:
             self._save()
         done = f"{self.epoch} of {self.total_epochs} epochs and {self.step} of {self.steps_per_epoch} steps"
-        raise Interrupted(f"stopped after {done}; a checkpoint is in {self.run.checkpoints.folder}; --resume continues from it", asked)
+        raise Interrupted(
+            f"stopped after {done}; a checkpoint is in {self.run.checkpoints.folder}; --resume continues from it", asked
+        )
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -11,8 +11,8 @@ from typing import Any
 def summarize_runs(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Replaces every number in equally nested dictionaries by its mean, sample standard deviation and number of runs.
 
-    The standard deviation (denominator n - 1) is ``None`` for a single run: one run says nothing about spread. A number that some runs lack is
-    summarised over those that have it.
+    The standard deviation (denominator n - 1) is ``None`` for a single run: one run says nothing about spread. A number
+    that some runs lack is summarised over those that have it.
 
     >>> summarize_runs([{"knn": {"accuracy": 0.5}}, {"knn": {"accuracy": 0.7}}])["knn"]["accuracy"]["mean"]
     0.6

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""The command line.
+
+protokernels train vaesim [--preset paper|official|fair] [--data NAME] [--out FOLDER] [...]   train, evaluate, draw
+protokernels evaluate RUN    score a run again from its newest checkpoint
+protokernels figures RUN     draw a run's pictures again
+protokernels doctor          what is installed, built and in use, and why not
+
+Every command has --help. ``doctor`` needs torch only; the others need the extra ``protokernels[train]``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from ._version import __version__
+
+_TRAIN_MODULES = ("accelerate", "matplotlib", "medmnist", "rich", "scipy", "sklearn", "tyro")
+_REPORTED = ("CheckpointError", "NativeUnavailableError")  # RuntimeErrors whose message is meant for the user
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0, 1 for a problem that was reported, 2 for a wrong command line,
+    130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        return _command(words[0])(words[1:])
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in _TRAIN_MODULES:
+            raise
+        return _complain(
+            f'`protokernels {words[0]}` needs {error.name}; install it with: pip install "protokernels[train]"'
+        )
+    except KeyboardInterrupt as stop:
+        return _complain(str(stop) or "stopped", status=getattr(stop, "exit_code", 130))
+    except _UsageError as error:
+        return _complain(str(error), status=2)
+    except (ValueError, OSError, FloatingPointError) as error:
+        return _complain(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ not in _REPORTED:
+            raise
+        return _complain(str(error))
+
+
+class _UsageError(Exception):
+    """The command line is wrong."""
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    if name == "doctor":
+        return _doctor
+    if name not in ("train", "evaluate", "figures"):
+        raise _UsageError(f"unknown command {name!r}; expected one of train, evaluate, figures, doctor")
+    # Imported here: the extra that it needs may be missing, and `doctor` has to run all the same.
+    command: Callable[[list[str]], int] = getattr(importlib.import_module("protokernels.commands"), name)
+    return command
+
+
+def _doctor(words: list[str]) -> int:
+    if words and words[0] not in ("-h", "--help"):
+        raise _UsageError(f"`protokernels doctor` takes no arguments; got {' '.join(words)}")
+    if words:
+        print("protokernels doctor\n\nWhat is installed, built and in use, and why not.")
+        return 0
+    return int(importlib.import_module("protokernels.doctor").main() or 0)
+
+
+def _complain(message: str, status: int = 1) -> int:
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
+        print(f"protokernels: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: MIT
+"""The commands that need the extra ``protokernels[train]``: train, evaluate, figures. Options come from the
+dataclasses, through tyro."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import warnings
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch.distributed as dist
+import tyro
+from rich.console import Console
+
+from .papers import PAPERS
+from .training import RunFolder
+from .training.report import results_table
+from .training.runs import RunSettings
+
+
+@dataclass(frozen=True)
+class _TrainOptions:
+    out: Path | None = None
+    """Folder of the run; default: the first free one of runs/PAPER-DATA-PRESET, ...-2 and so on."""
+    data_root: Path | None = None
+    """Folder of the data; default: the environment variable PROTOKERNELS_DATA."""
+    download: bool = False
+    """Fetch data that is not there."""
+    figures: bool = True
+    """Draw pictures of the first run."""
+
+
+@dataclass(frozen=True)
+class _RunOptions:
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder written by `protokernels train`."""
+    data_root: Path | None = None
+    """Folder of the data; default: the environment variable PROTOKERNELS_DATA."""
+
+
+def train(words: list[str]) -> int:
+    """``protokernels train PAPER [options]``."""
+    if not words or words[0] in ("-h", "--help") or words[0] not in PAPERS:
+        print(
+            f"protokernels train PAPER [options]\n\npapers: {', '.join(PAPERS)}\n"
+            "`protokernels train PAPER --help` lists the options."
+        )
+        return 0 if words and words[0] in ("-h", "--help") else 2
+    paper = _paper(words[0])
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--preset", default="fair")
+    chooser.add_argument("--data", default="digits")
+    chosen, rest = chooser.parse_known_args(words[1:])
+    defaults = paper.CONFIG.preset(chosen.preset, data=chosen.data)
+
+    parts = (
+        ("files", _TrainOptions, _TrainOptions()),
+        ("run", RunSettings, RunSettings()),
+        (words[0], paper.CONFIG, defaults),
+    )
+    all_options = make_dataclass(
+        "AllOptions", [(name, kind, field(default=default)) for name, kind, default in parts], frozen=True
+    )
+    command: Any = tyro.cli(
+        all_options,
+        args=rest,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        prog=f"protokernels train {words[0]}",
+        description=(
+            f"{(paper.__doc__ or '').splitlines()[0]} First choose --preset paper|official|fair and --data NAME: they "
+            f"set the defaults of the options below, now those of --preset {chosen.preset} --data {chosen.data}."
+        ),
+    )
+    _plain_warnings()
+    options, config = command.files, getattr(command, words[0])
+    try:
+        results = paper.train(
+            config,
+            options.out,
+            data_root=options.data_root,
+            download=options.download,
+            figures=options.figures,
+            settings=command.run,
+        )
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    if results:  # the main process
+        _show(paper, results, Path(results["folder"]))
+    return 0
+
+
+def evaluate(words: list[str]) -> int:
+    """``protokernels evaluate RUN``."""
+    command = tyro.cli(
+        _RunOptions,
+        args=words,
+        prog="protokernels evaluate",
+        description="Scores a run again from its newest checkpoint.",
+    )
+    _plain_warnings()
+    paper = _paper_of(command.run)
+    _show(paper, paper.evaluate(command.run, data_root=command.data_root), command.run)
+    return 0
+
+
+def figures(words: list[str]) -> int:
+    """``protokernels figures RUN``."""
+    command = tyro.cli(
+        _RunOptions, args=words, prog="protokernels figures", description="Draws a run's pictures again."
+    )
+    _plain_warnings()
+    for path in _paper_of(command.run).draw_figures(command.run, data_root=command.data_root):
+        print(path)
+    return 0
+
+
+def _paper(name: str) -> Any:
+    return importlib.import_module(f"protokernels.papers.{name}")
+
+
+def _paper_of(run: Path) -> Any:
+    name = RunFolder.open(run).config().get("paper")
+    if name not in PAPERS:
+        raise ValueError(f"{run / 'config.json'} names the paper {name!r}; this version knows {', '.join(PAPERS)}")
+    return _paper(name)
+
+
+def _show(paper: Any, results: dict[str, Any], folder: Path) -> None:
+    console = Console()
+    console.print(results_table(results, paper.PAPER_RESULTS))
+    for warning in results.get("data_warnings", []):
+        console.print(f"data: {warning}", style="yellow", highlight=False, markup=False)
+    console.print(f"results  {folder / 'results.json'}", highlight=False, soft_wrap=True, markup=False)
+    for path in sorted((folder / "figures").glob("*.png")):
+        console.print(f"figure   {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _plain_warnings() -> None:
+    """Warnings on the command line are one line each, without the source line that raised them."""
+
+    def show(message: Warning | str, category: type[Warning], *_rest: Any, **_more: Any) -> None:
+        Console(stderr=True).print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+
+    warnings.showwarning = show

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: MIT
+"""Figures without pyplot: an Agg canvas of their own, saved whole or not at all."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..training.files import write_bytes
+
+DOTS_PER_INCH = 150
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of ``width`` x ``height`` inches whose parts keep clear of each other."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Writes ``figure`` as png; a reader never finds half a picture. The file does not depend on the time of day."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())
+    return path
+
+
+def as_pixels(image: Tensor) -> np.ndarray:  # [C, H, W] in [0, 1] -> [H, W] or [H, W, 3]
+    """An image as matplotlib takes it."""
+    pixels: np.ndarray = image.detach().float().clamp(0, 1).cpu().numpy()
+    arranged: np.ndarray = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
+    return arranged
+
+
+def show_image(axes: Axes, image: Tensor, title: str = "", *, faded: bool = False) -> None:
+    """One image without ticks."""
+    axes.imshow(as_pixels(image), cmap="gray", vmin=0, vmax=1, alpha=0.3 if faded else 1.0, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if title:
+        axes.set_title(title, fontsize=7, pad=2)
+
+
+def class_colours(count: int) -> np.ndarray:  # [count, 4]
+    """Colours that can be told apart: the ten of tab10, then the twenty of tab20, then evenly spaced hues."""
+    if count <= 10:
+        return np.asarray(colormaps["tab10"](np.arange(count)))
+    if count <= 20:
+        return np.asarray(colormaps["tab20"](np.arange(count)))
+    return np.asarray(colormaps["gist_rainbow"](np.linspace(0, 1, count, endpoint=False)))
