@@ -154,8 +154,8 @@ def update_prototypes(
 
     Example:
         >>> import torch, protokernels
-        >>> new, counts = protokernels.update_prototypes(torch.zeros(2, 1), torch.tensor([[1.0], [3.0]]),
-        torch.tensor([1, 1]), new_weight=0.5)
+        >>> z, labels = torch.tensor([[1.0], [3.0]]), torch.tensor([1, 1])
+        >>> new, counts = protokernels.update_prototypes(torch.zeros(2, 1), z, labels, new_weight=0.5)
         >>> new.tolist(), counts.tolist()
         ([[0.0], [1.0]], [0, 2])
     """
