@@ -119,7 +119,7 @@ def read_idx(path: Path, *, dimensions: int) -> tuple[np.ndarray, str]:
         )
     digest = hashlib.md5(header, usedforsecurity=False)
     digest.update(content)
-    return np.frombuffer(content, dtype=np.uint8).reshape(shape), digest.hexdigest()
+    return np.frombuffer(bytearray(content), dtype=np.uint8).reshape(shape), digest.hexdigest()
 
 
 def _parse_header(path: Path, header: bytes, dimensions: int) -> tuple[int, ...]:

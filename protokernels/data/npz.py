@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,6 +20,19 @@ from .types import DataError
 
 LIMIT = 1 << 35  # bytes in one array; the largest of MedMNIST, pathmnist_224, has 13.5e9
 BLOCK = 1 << 20  # bytes read at a time
+LARGE, MAX_RATIO = 1 << 28, 100  # images shrink by less than this; a larger array that does not is an archive bomb
+DAMAGE = (  # every way in which zipfile, zlib and numpy's header parser report a bad file
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    OverflowError,
+    SyntaxError,
+    MemoryError,
+    tokenize.TokenError,
+)
 
 
 class Header(NamedTuple):
@@ -80,6 +95,10 @@ class NpzFile:
         info = self._members.get(f"{name}.npy")
         if info is None:
             raise DataError(f"{self.path}: no array {name!r}; it holds {', '.join(self.names) or 'nothing'}")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+            raise DataError(
+                f"{self.path}: {name} is encrypted or packed in a way numpy does not use; save with numpy.savez"
+            )
         with self._named_errors(name), zipfile.ZipFile(self.path) as archive, archive.open(info) as file:
             yield file
 
@@ -96,14 +115,19 @@ class NpzFile:
                 f"{self.path}: {name} holds pickled Python objects, which could run any code when read; ask for a file "
                 "with plain arrays"
             )
-        if any(length < 0 for length in shape):
-            raise DataError(f"{self.path}: {name} is damaged: its header claims the shape {list(shape)}")
+        if any(length < 0 for length in shape) or dtype.itemsize == 0:
+            raise DataError(f"{self.path}: {name} is damaged: its header claims {list(shape)} of {dtype}")
         offset, size = file.tell(), math.prod(shape) * dtype.itemsize
         stored = self._members[f"{name}.npy"].file_size - offset
         if size != stored:
             raise DataError(
                 f"{self.path}: {name} is damaged: its header claims {list(shape)} of {dtype} ({size:,} bytes), the "
                 f"archive holds {stored:,} bytes"
+            )
+        if size > LARGE and size > MAX_RATIO * self.path.stat().st_size:
+            raise DataError(
+                f"{self.path}: {name} would unpack to {size:,} bytes from a file of {self.path.stat().st_size:,}; no "
+                "images shrink so much, so it is not read"
             )
         limit = min(LIMIT, _memory())
         if size > limit:
@@ -115,12 +139,14 @@ class NpzFile:
 
     @contextmanager
     def _named_errors(self, name: str | None = None) -> Iterator[None]:
-        """Turns every way in which a bad archive shows itself into a DataError that names the file."""
+        """Turns the reports of a bad archive into a DataError that names the file."""
         try:
             yield
         except DataError:
             raise
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OverflowError) as error:
+        except (*DAMAGE, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek to a place before the file
+                raise
             where = f"{self.path}: {name}" if name else str(self.path)
             raise DataError(f"{where} is truncated or damaged ({error}); delete it and fetch it again") from error
 
