@@ -233,7 +233,7 @@ class TestBrokenLibrary:
         done = copied(CALLS, library=content)
         assert done.returncode == 0, done.stderr
         assert "backend 'native' cannot serve cpu: " in done.stdout
-        assert "_C.abi3.so does not load beside torch" in done.stdout
+        assert "_C.abi3.so does not load" in done.stdout
 
     @pytest.mark.skipif(_native.LIBRARY is None, reason="installed without native code")
     def test_a_truncated_library_does_not_take_the_import_down(self, copied: Run) -> None:
@@ -255,4 +255,4 @@ class TestBrokenLibrary:
         done = copied(DOCTOR, library=b"not a library")
         assert done.returncode == 1, done.stderr
         assert "No native kernels on the CPU: " in done.stdout
-        assert "_C.abi3.so does not load beside torch" in done.stdout
+        assert "_C.abi3.so does not load" in done.stdout
