@@ -101,7 +101,7 @@ class _Search:
         distances, order = distances.sort(dim=1, stable=True)  # stable: equal distances stay in order of index
         result = candidates.gather(1, order)[:, : self.k]
         if count < len(self.bank):
-            # how much nearer than `farthest` a row left out may be: forward error of the product form and the direct sum
+            # how much nearer than `farthest` a row left out may be: the rounding of the product form and the direct sum
             relative = 8.0 * (self.bank.shape[1] + 8) * torch.finfo(torch.float64).eps
             bound = relative * (norms.sqrt() + self.radius).square()
             doubtful = farthest[:, -1] - bound <= distances[:, self.k - 1]
