@@ -202,7 +202,7 @@ class TestLibrary:
 
 class TestImport:
     def test_loads_torch_numpy_and_nothing_else(self, tmp_path: Path) -> None:
-        code = "import sys, torch, numpy; before = set(sys.modules); import protokernels; print(*set(sys.modules) - before)"
+        code = "import sys, torch, numpy; old = set(sys.modules); import protokernels; print(*set(sys.modules) - old)"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
         added = {name.split(".")[0] for name in done.stdout.split()}
         assert added - set(sys.stdlib_module_names) == {"protokernels"}
