@@ -11,7 +11,6 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +21,6 @@ from protokernels import prototype_step, soft_assign
 from protokernels.nn import LinearTemperature, Prototypes
 from python_tests.distributed import prototypes_worker as worker
 from python_tests.prototypes_oracle import PLACES, Place, draw, oracle
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(params=PLACES)
@@ -260,7 +257,7 @@ class TestTwoProcesses:
     @staticmethod
     def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp("ranks")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         processes = [
             subprocess.Popen(
                 [sys.executable, worker.__file__, str(rank), "2", str(folder / "store"), str(folder / f"{rank}.pt")],

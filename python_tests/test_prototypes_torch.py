@@ -21,7 +21,11 @@ from python_tests.prototypes_oracle import PLACES, Place, draw, needs_native, or
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
-LEVEL_FLAGS = {"generic": set[str](), "avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+LEVEL_FLAGS = {
+    "generic": set[str](),
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+}
 
 
 @pytest.fixture(params=PLACES)
@@ -185,7 +189,7 @@ class TestInstructionSets:
         run = subprocess.run(
             command,
             cwd=ROOT,
-            env={**os.environ, "PROTOKERNELS_CPU_LEVEL": level, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PROTOKERNELS_CPU_LEVEL": level},
             capture_output=True,
             text=True,
             timeout=300,

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""Options and fixtures of the benchmarks; `README.md` says how one is run and what the numbers mean."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import measure
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("protokernels benchmarks")
+    group.addoption("--seconds", type=float, default=2.0, help="time for one contender of one case (default: 2)")
+    group.addoption("--threads", type=int, default=None, help="threads for everyone (default: torch's own choice)")
+    group.addoption("--results", type=Path, default=None, help="JSON file to add to (default: nothing is written)")
+
+
+@dataclass
+class Contest:
+    """Times contenders against ours, A B A B in one process, and keeps the rows for the results file."""
+
+    seconds: float
+    run: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(
+        self,
+        benchmark: Any,
+        function: Callable[[], object],
+        ours: Callable[[], object],
+        *,
+        limit: tuple[float, float] | None = None,
+        **facts: Any,
+    ) -> None:
+        """Every round runs ours, timed here, and then the contender, timed by pytest-benchmark.
+
+        Args:
+            benchmark: the fixture of pytest-benchmark.
+            function: what the row is about; may be ours itself.
+            ours: what it is compared with in the same rounds.
+            limit: floating-point operations and bytes that cannot be avoided.
+            facts: `case`, `what`, `contender`, `order` and anything else the row should say.
+        """
+        first_call = measure.seconds(function)  # with torch.compile: the compilation
+        for _ in range(2):
+            function(), ours()
+        rounds = measure.rounds_for(self.seconds, function, ours)
+        own: list[float] = []
+        gc.collect()
+        benchmark.pedantic(function, setup=lambda: own.append(measure.seconds(ours)), rounds=rounds, iterations=1)
+        row = {**facts, **measure.quartiles(benchmark.stats.stats.data), "first_call_ms": 1e3 * first_call}
+        row["ours"] = measure.quartiles(own)
+        row["ratio"] = row["median_ms"] / row["ours"]["median_ms"]
+        if limit is not None:
+            row["flops"], row["bytes"] = limit
+            row["limit_ms"] = measure.limit_ms(self.run["ceilings"], *limit)
+            row["share_of_limit"] = row["limit_ms"] / row["median_ms"]
+        benchmark.extra_info.update(row)
+        self.rows.append(row)
+
+
+@pytest.fixture(scope="session")
+def contest(request: pytest.FixtureRequest) -> Iterator[Contest]:
+    threads = request.config.getoption("--threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    run = measure.describe_run()
+    print(f"\n{run['processor']['model']}, {run['threads']} threads, load {run['load_average']}, {run['ceilings']}")
+    contest = Contest(request.config.getoption("--seconds"), run)
+    yield contest
+    path = request.config.getoption("--results")
+    if path is not None and contest.rows:
+        measure.write(path, run, contest.rows)

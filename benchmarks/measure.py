@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""What every benchmark shares: facts of the machine, its ceilings, statistics, and the JSON file they go into."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "numpy", "scikit-learn", "faiss-cpu", "vector-quantize-pytorch", "pytest-benchmark")
+MIN_ROUNDS, MAX_ROUNDS = 7, 200
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def best_of(function: Callable[[], object], repeats: int) -> float:
+    function()
+    return min(seconds(function) for _ in range(repeats))
+
+
+def rounds_for(budget: float, *functions: Callable[[], object]) -> int:
+    """Rounds of all functions that fit into `budget` seconds. The functions must have been called before."""
+    once = sum(min(seconds(function) for _ in range(2)) for function in functions)
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(once, 1e-6))))
+
+
+def quartiles(times: Iterable[float]) -> dict[str, float]:
+    """Minimum, quartiles and count of the times, in milliseconds."""
+    ordered = sorted(1e3 * t for t in times)
+    p25, median, p75 = statistics.quantiles(ordered, n=4, method="inclusive")
+    return {"min_ms": ordered[0], "p25_ms": p25, "median_ms": median, "p75_ms": p75, "rounds": len(ordered)}
+
+
+def ceilings() -> dict[str, float]:
+    """What a kernel is measured against, with the threads in use: multiply-adds by torch.mm, memory by copying."""
+    mm = 0.0
+    for n in (512, 1024, 2048):
+        a, b, out = (torch.randn(n, n) for _ in range(3))
+        mm = max(mm, 2 * n**3 / best_of(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 10))
+    source, target = torch.zeros(2**25), torch.zeros(2**25)
+    return {"mm_gflops": mm / 1e9, "copy_gb_per_s": 2 * 4 * 2**25 / best_of(lambda: target.copy_(source), 10) / 1e9}
+
+
+def limit_ms(found: dict[str, float], flops: float, traffic: float) -> float:
+    """The least time for `flops` operations and `traffic` bytes if one hides behind the other."""
+    return 1e3 * max(flops / (found["mm_gflops"] * 1e9), traffic / (found["copy_gb_per_s"] * 1e9))
+
+
+def processor() -> dict[str, Any]:
+    """Model, cores and vector instructions by /proc/cpuinfo, where there is one."""
+    facts: dict[str, Any] = {"machine": platform.machine(), "cpus_usable": len(os.sched_getaffinity(0))}
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return {**facts, "model": platform.processor()}
+    lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
+    fields = {key.strip(): value.strip() for key, value in lines}
+    flags = set(fields.get("flags", "").split())
+    return {
+        **facts,
+        "model": fields.get("model name", "unknown"),
+        "family_model_stepping": "/".join(fields.get(key, "?") for key in ("cpu family", "model", "stepping")),
+        "cache": fields.get("cache size", "unknown"),
+        "vector": [flag for flag in ("avx2", "fma", "avx512f", "avx512bw", "amx_tile") if flag in flags],
+    }
+
+
+def commit() -> str:
+    """The commit, with `+changes` if files that matter to the kernels differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "csrc", "protokernels/ops", "benchmarks/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_run() -> dict[str, Any]:
+    """Everything about this run that its numbers depend on."""
+    from protokernels import _native
+
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "versions": versions(),
+        "library": _native.build_info(),
+        "ceilings": {name: round(value, 2) for name, value in ceilings().items()},
+    }
+
+
+def write(path: Path, run: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Adds rows to a results file. A row replaces the one of the same case and contender; runs without rows go."""
+    old = json.loads(path.read_text()) if path.exists() else {"runs": {}, "rows": []}
+    identity = ("case", "what", "contender")
+    new = {tuple(row[key] for key in identity) for row in rows}
+    kept = [row for row in old["rows"] if tuple(row[key] for key in identity) not in new]
+    name = run["date"]
+    every = kept + [{**row, "run": name} for row in rows]
+    every.sort(key=lambda row: (row["what"], row["order"], row["median_ms"]))
+    used = {row["run"] for row in every}
+    runs = {key: value for key, value in {**old["runs"], name: run}.items() if key in used}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"runs": runs, "rows": every}, indent=1) + "\n")
+    temporary.replace(path)
