@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""Turns a results file into Markdown tables, losses included.
+
+python benchmarks/table.py benchmarks/results/prototypes_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+HEADER = "| {case} | contender | median ms | min | quartiles | ours in the same rounds | times ours | of the limit |"
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, whatever the size."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3f}" if value < 1 else f"{value:.3g}"
+
+
+def line(row: Row) -> str:
+    name = row["contender"] + (f" ({row['leaves_out']})" if row.get("leaves_out") else "")
+    is_ours = "limit_ms" in row
+    against = f" ({row['against']})" if row.get("against", "protokernels") != "protokernels" else ""
+    ratio = f"{row['ratio']:.2f}" if row["ratio"] < 10 else f"{row['ratio']:.0f}"
+    loses = row["ratio"] < 1 and not is_ours
+    cells = [
+        row["case"],
+        f"**{name}**" if is_ours else name,
+        milliseconds(row["median_ms"]),
+        milliseconds(row["min_ms"]),
+        f"{milliseconds(row['p25_ms'])} to {milliseconds(row['p75_ms'])}",
+        "" if is_ours else milliseconds(row["ours"]["median_ms"]) + against,
+        "" if is_ours else ratio + (" (we lose)" if loses else ""),
+        f"{row['share_of_limit']:.0%} of {milliseconds(row['limit_ms'])} ms" if is_ours else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def slope(rows: Sequence[Row], key: str) -> float:
+    """The slope of log time over log size by least squares: 1 is proportional growth."""
+    points = [(math.log(row["size"]), math.log(row[key])) for row in rows]
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def sweep_notes(rows: Sequence[Row]) -> list[str]:
+    """Slope of every contender, and the size from which ours is the faster one."""
+    notes = []
+    for contender in sorted({row["contender"] for row in rows}):
+        own = sorted((row for row in rows if row["contender"] == contender), key=lambda row: row["size"])
+        if len(own) < 2:
+            continue
+        note = f"{contender}: time grows as the {slope(own, 'median_ms'):.2f}th power of the size"
+        if not any("limit_ms" in row for row in own):
+            lost = [row["size"] for row in own if row["ratio"] < 1]
+            note += f"; faster than ours at {', '.join(map(str, lost))}" if lost else "; ours is faster at every size"
+        notes.append(f"- {note}.")
+    return notes
+
+
+def about(name: str, run: dict[str, Any]) -> str:
+    processor, ceilings = run["processor"], run["ceilings"]
+    versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+    return (
+        f"- Run {name}: commit {run['commit']}, {processor['model']} ({processor['family_model_stepping']}), "
+        f"{run['threads']} threads, load before {run['load_average'][0]}, kernels {run['library'].get('cpu_level')}, "
+        f"torch.mm {ceilings['mm_gflops']:.0f} GFLOP/s, copy {ceilings['copy_gb_per_s']:.1f} GB/s; {versions}."
+    )
+
+
+def table(results: dict[str, Any]) -> str:
+    parts = []
+    for what in dict.fromkeys(row["what"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["what"] == what]
+        parts += [f"### {what.capitalize()}", "", HEADER.format(case="rows x D x K"), "|---" * 8 + "|"]
+        parts += [line(row) for row in rows]
+        if all("size" in row for row in rows):
+            parts += ["", *sweep_notes(rows)]
+        parts.append("")
+    return "\n".join(parts + [about(name, run) for name, run in results["runs"].items()])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("results", type=Path, help="JSON file written by a benchmark with --results")
+    print(table(json.loads(parser.parse_args(arguments).results.read_text())))
+
+
+if __name__ == "__main__":
+    main()
