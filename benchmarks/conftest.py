@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @dataclass
 class Contest:
-    """Times contenders against ours, A B A B in one process, and keeps the rows for the results file."""
+    """Times contenders against ours, A B A B in one process, and adds a row to the results file for each."""
 
     seconds: float
     run: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    results: Path | None
 
     def __call__(
         self,
@@ -63,18 +63,15 @@ class Contest:
             row["limit_ms"] = measure.limit_ms(self.run["ceilings"], *limit)
             row["share_of_limit"] = row["limit_ms"] / row["median_ms"]
         benchmark.extra_info.update(row)
-        self.rows.append(row)
+        if self.results is not None:
+            measure.write(self.results, self.run, row)
 
 
 @pytest.fixture(scope="session")
-def contest(request: pytest.FixtureRequest) -> Iterator[Contest]:
+def contest(request: pytest.FixtureRequest) -> Contest:
     threads = request.config.getoption("--threads")
     if threads is not None:
         torch.set_num_threads(threads)
     run = measure.describe_run()
     print(f"\n{run['processor']['model']}, {run['threads']} threads, load {run['load_average']}, {run['ceilings']}")
-    contest = Contest(request.config.getoption("--seconds"), run)
-    yield contest
-    path = request.config.getoption("--results")
-    if path is not None and contest.rows:
-        measure.write(path, run, contest.rows)
+    return Contest(request.config.getoption("--seconds"), run, request.config.getoption("--results"))

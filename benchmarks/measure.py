@@ -119,18 +119,18 @@ def describe_run() -> dict[str, Any]:
     }
 
 
-def write(path: Path, run: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Adds rows to a results file. A row replaces the one of the same case and contender; runs without rows go."""
+def write(path: Path, run: dict[str, Any], row: dict[str, Any]) -> None:
+    """Adds a row to a results file in place of the one of the same case and contender; runs without rows go."""
+
+    def identity(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["what"], row["case"], row["contender"]
+
     old = json.loads(path.read_text()) if path.exists() else {"runs": {}, "rows": []}
-    identity = ("case", "what", "contender")
-    new = {tuple(row[key] for key in identity) for row in rows}
-    kept = [row for row in old["rows"] if tuple(row[key] for key in identity) not in new]
-    name = run["date"]
-    every = kept + [{**row, "run": name} for row in rows]
-    every.sort(key=lambda row: (row["what"], row["order"], row["median_ms"]))
-    used = {row["run"] for row in every}
-    runs = {key: value for key, value in {**old["runs"], name: run}.items() if key in used}
+    rows = [other for other in old["rows"] if identity(other) != identity(row)] + [{**row, "run": run["date"]}]
+    rows.sort(key=lambda row: (row["what"], row["order"], row["median_ms"]))
+    used = {row["run"] for row in rows}
+    runs = {name: facts for name, facts in {**old["runs"], run["date"]: run}.items() if name in used}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"runs": runs, "rows": every}, indent=1) + "\n")
+    temporary.write_text(json.dumps({"runs": runs, "rows": rows}, indent=1) + "\n")
     temporary.replace(path)
