@@ -188,11 +188,9 @@ class Prototypes(nn.Module):
         )
 
     def _soft_assign(self, z: Tensor) -> ops.SoftAssignment:
-        result = ops.soft_assign(
+        return ops.soft_assign(
             z, self.prototypes, temperature=self.temperature, similarity=self.similarity, return_labels=True
         )
-        assert isinstance(result, ops.SoftAssignment)
-        return result
 
     @torch.no_grad()
     def _apply_update(self, step: ops.PrototypeStep, z: Tensor) -> None:

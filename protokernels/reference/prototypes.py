@@ -43,7 +43,8 @@ def scores(
         z, prototypes = unit_vectors(z), unit_vectors(prototypes)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).reshape(())
-    return z @ prototypes.T / temperature
+    with torch.autocast(z.device.type, enabled=False):
+        return z @ prototypes.T / temperature
 
 
 def soft_assign(
@@ -78,7 +79,7 @@ def accumulate(
     num_prototypes: int,
     skip_nonfinite: bool,
 ) -> tuple[Tensor, Tensor]:  # sums [K, D] float64, counts [K] int64
-    if labels.device.type == "cpu" and labels.numel() and int(labels.max()) >= num_prototypes:
+    if not torch.compiler.is_compiling() and labels.device.type == "cpu" and bool((labels >= num_prototypes).any()):
         raise IndexError(f"prototypes: labels must be below {num_prototypes}; got {int(labels.max())}")
     keep = labels >= 0
     if skip_nonfinite:
