@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def ceilings() -> dict[str, float]:
     mm = 0.0
     for n in (512, 1024, 2048):
         a, b, out = (torch.randn(n, n) for _ in range(3))
-        mm = max(mm, 2 * n**3 / best_of(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 10))
+        mm = max(mm, 2 * n**3 / best_of(partial(torch.mm, a, b, out=out), 10))
     source, target = torch.zeros(2**25), torch.zeros(2**25)
     return {"mm_gflops": mm / 1e9, "copy_gb_per_s": 2 * 4 * 2**25 / best_of(lambda: target.copy_(source), 10) / 1e9}
 

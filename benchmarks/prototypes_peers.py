@@ -67,7 +67,7 @@ def python_loop(z: Tensor, q: Tensor, temperature: float) -> tuple[Tensor, ...]:
 
 
 def vector_quantize(z: Tensor, q: Tensor, temperature: float) -> Callable[[], object]:
-    from vector_quantize_pytorch import VectorQuantize
+    from vector_quantize_pytorch import VectorQuantize  # type: ignore[import-not-found, unused-ignore]
 
     layer = VectorQuantize(
         z.shape[1], len(q), use_cosine_sim=True, decay=1 - WEIGHT, commitment_weight=0.0, threshold_ema_dead_code=0
@@ -82,7 +82,7 @@ def vector_quantize(z: Tensor, q: Tensor, temperature: float) -> Callable[[], ob
 
 
 def faiss_kmeans(z: Tensor, q: Tensor, temperature: float) -> Callable[[], object]:
-    import faiss
+    import faiss  # type: ignore[import-not-found, unused-ignore]
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     rows, start = F.normalize(z, dim=1).numpy(), F.normalize(q, dim=1).numpy()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ def line(row: Row) -> str:
 
 def slope(rows: Sequence[Row], key: str) -> float:
     """The slope of log time over log size by least squares: 1 is proportional growth."""
-    points = [(math.log(row["size"]), math.log(row[key])) for row in rows]
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    return statistics.linear_regression(
+        [math.log(row["size"]) for row in rows], [math.log(row[key]) for row in rows]
+    ).slope
 
 
 def sweep_notes(rows: Sequence[Row]) -> list[str]:

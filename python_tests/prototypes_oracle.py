@@ -69,7 +69,7 @@ def as_numpy(x: Tensor) -> np.ndarray:
 
 def rounding(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """Error of storing float64 values as `dtype`; half precision may be reached through float32, which rounds twice."""
-    return unit_roundoff(dtype) * (1 + 2.0**-10) * (np.abs(values) + torch.finfo(dtype).smallest_normal)
+    return np.asarray(unit_roundoff(dtype) * (1 + 2.0**-10) * (np.abs(values) + torch.finfo(dtype).smallest_normal))
 
 
 def compare(actual: Tensor, expected: np.ndarray, error: np.ndarray) -> None:
@@ -192,13 +192,11 @@ def gradient_errors(
 
 def expected_sums(z: Tensor, labels: Tensor, K: int) -> tuple[np.ndarray, np.ndarray]:
     """Sums [K, D] and counts [K] of the rows with labels in [0, K), one row after the other."""
-    sums, counts = np.zeros((K, z.shape[1])), np.zeros(K, dtype=np.int64)
-    rows = as_numpy(z)
-    for i, label in enumerate(labels.tolist()):
-        if 0 <= label < K:
-            sums[label] += rows[i]
-            counts[label] += 1
-    return sums, counts
+    chosen = labels.cpu().numpy()
+    kept = (chosen >= 0) & (chosen < K)
+    sums = np.zeros((K, z.shape[1]))
+    np.add.at(sums, chosen[kept], as_numpy(z)[kept])
+    return sums, np.bincount(chosen[kept], minlength=K)
 
 
 def check_update(

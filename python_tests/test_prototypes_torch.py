@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import protokernels
 from protokernels import _native, prototype_step, soft_assign, update_prototypes
 from python_tests.prototypes_oracle import PLACES, Place, draw, needs_native, oracle
 
@@ -121,6 +120,8 @@ class TestContract:
 
     def test_export_with_a_free_batch_size(self, place: Place) -> None:
         class Head(nn.Module):
+            prototypes: Tensor
+
             def __init__(self) -> None:
                 super().__init__()
                 self.linear = nn.Linear(7, 19)
@@ -128,7 +129,7 @@ class TestContract:
 
             def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
                 result = soft_assign(self.linear(x), self.prototypes, temperature=0.25, return_labels=True)
-                assert isinstance(result, protokernels.SoftAssignment) and result.labels is not None
+                assert result.labels is not None
                 return result.assignment, result.labels
 
         head = Head().to(place.device).eval()
