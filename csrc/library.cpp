@@ -12,9 +12,9 @@
 namespace {
 
 std::string build_info() {
-  std::string info = "{\"torch\": \"" PROTOKERNELS_TORCH_VERSION "\", \"compiler\": \"" PROTOKERNELS_COMPILER
-                     "\", \"cuda_compiler\": \"" PROTOKERNELS_CUDA_COMPILER "\", \"cuda_archs\": \"" PROTOKERNELS_CUDA_ARCH_LIST
-                     "\", \"cpu_level\": \"";
+  std::string info =
+      "{\"torch\": \"" PROTOKERNELS_TORCH_VERSION "\", \"compiler\": \"" PROTOKERNELS_COMPILER
+      "\", \"cuda_compiler\": \"" PROTOKERNELS_CUDA_COMPILER "\", \"cuda_archs\": \"" PROTOKERNELS_CUDA_ARCH_LIST "\", \"cpu_level\": \"";
   return info + protokernels::cpu_level_name(protokernels::cpu_level()) + "\"}";
 }
 
@@ -42,6 +42,7 @@ STABLE_TORCH_LIBRARY_IMPL(protokernels, CompositeExplicitAutograd, library) { li
 
 // `import protokernels._C` works too; the operators are registered when the file is loaded.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Native kernels of protokernels.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", "Native kernels of protokernels.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -67,10 +67,14 @@ PK_INLINE Vec<T> broadcast(T x) {
 
 template <class T>
 PK_INLINE Index<T> lane_numbers() {
-  if constexpr (LANES<T> == 16) return Index<T>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  else if constexpr (LANES<T> == 8) return Index<T>{0, 1, 2, 3, 4, 5, 6, 7};
-  else if constexpr (LANES<T> == 4) return Index<T>{0, 1, 2, 3};
-  else return Index<T>{0, 1};
+  if constexpr (LANES<T> == 16)
+    return Index<T>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  else if constexpr (LANES<T> == 8)
+    return Index<T>{0, 1, 2, 3, 4, 5, 6, 7};
+  else if constexpr (LANES<T> == 4)
+    return Index<T>{0, 1, 2, 3};
+  else
+    return Index<T>{0, 1};
 }
 
 // Horizontal reductions: halving trees, log2(lanes) shuffles each.

@@ -35,11 +35,11 @@ namespace pk {
 
 template <typename T, unsigned... extents>
 struct Array {
-    using type = T;
+  using type = T;
 };
 template <typename T, unsigned first, unsigned... rest>
 struct Array<T, first, rest...> {
-    using type = typename Array<T, rest...>::type[first];
+  using type = typename Array<T, rest...>::type[first];
 };
 template <typename T, unsigned... extents>
 using array_of = typename Array<T, extents...>::type;
@@ -57,99 +57,97 @@ using array_of = typename Array<T, extents...>::type;
 #endif
 
 #define PK_SHARED(type, name, ...) __shared__ __align__(16)::pk::array_of<type __VA_OPT__(, ) __VA_ARGS__> name
-#define PK_DYNAMIC_SHARED(type, name)                                     \
-    extern __shared__ __align__(128) unsigned char pk_dynamic_shared[];   \
-    type* const name = reinterpret_cast<type*>(pk_dynamic_shared)
+#define PK_DYNAMIC_SHARED(type, name)                                 \
+  extern __shared__ __align__(128) unsigned char pk_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(pk_dynamic_shared)
 #define PK_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...) \
-    ::pk::launch(kernel, grid, block, dynamic_shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
-#define PK_SET_CONSTANT(symbol, host_pointer, bytes, stream)                                                    \
-    static_cast<int>(cudaMemcpyToSymbolAsync(symbol, host_pointer, bytes, 0, cudaMemcpyHostToDevice,           \
-                                             static_cast<cudaStream_t>(stream)))
+  ::pk::launch(kernel, grid, block, dynamic_shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
+#define PK_SET_CONSTANT(symbol, host_pointer, bytes, stream) \
+  static_cast<int>(cudaMemcpyToSymbolAsync(symbol, host_pointer, bytes, 0, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)))
 
 namespace pk {
 
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared_bytes, void* stream,
-           Arguments&&... arguments) {
-    // Above 48 KB, static and dynamic together, a kernel must opt in; static arrays stay well under 32 KB here.
-    if (dynamic_shared_bytes > 16 * 1024) {
-        const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                       static_cast<int>(dynamic_shared_bytes));
-        if (error != cudaSuccess) {
-            cudaGetLastError();
-            return static_cast<int>(error);
-        }
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared_bytes, void* stream, Arguments&&... arguments) {
+  // Above 48 KB, static and dynamic together, a kernel must opt in; static arrays stay well under 32 KB here.
+  if (dynamic_shared_bytes > 16 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(dynamic_shared_bytes));
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return static_cast<int>(error);
     }
-    kernel<<<grid, block, dynamic_shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
-    return static_cast<int>(cudaGetLastError());
+  }
+  kernel<<<grid, block, dynamic_shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
+  return static_cast<int>(cudaGetLastError());
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
-    int device = 0;
-    int value = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&value, attribute, device);
-    return value;
+  int device = 0;
+  int value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
 }
 inline int multiprocessor_count() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 inline std::size_t shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 inline int memset_async(void* pointer, int byte, std::size_t count, void* stream) {
-    return static_cast<int>(cudaMemsetAsync(pointer, byte, count, static_cast<cudaStream_t>(stream)));
+  return static_cast<int>(cudaMemsetAsync(pointer, byte, count, static_cast<cudaStream_t>(stream)));
 }
 
 template <typename Vector, typename T>
 __device__ __forceinline__ Vector load_vector(const T* pointer) {
-    return *reinterpret_cast<const Vector*>(pointer);
+  return *reinterpret_cast<const Vector*>(pointer);
 }
 template <typename Vector, typename T>
 __device__ __forceinline__ void store_vector(T* pointer, const Vector& value) {
-    *reinterpret_cast<Vector*>(pointer) = value;
+  *reinterpret_cast<Vector*>(pointer) = value;
 }
 
 // Asynchronous copies global -> shared; where valid is false the source is not touched and zeros are written.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid = true) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-                 "l"(global), "r"(valid ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
 }
 __device__ __forceinline__ void copy_async_8(void* shared, const void* global, bool valid = true) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-                 "l"(global), "r"(valid ? 8 : 0) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global),
+               "r"(valid ? 8 : 0)
+               : "memory");
 }
 __device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool valid = true) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-                 "l"(global), "r"(valid ? 4 : 0) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global),
+               "r"(valid ? 4 : 0)
+               : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending_groups>
 __device__ __forceinline__ void copy_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(pending_groups) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending_groups) : "memory");
 }
 
 // Round to nearest, ties away from zero, to the 10 stored mantissa bits of tf32.
 __device__ __forceinline__ unsigned to_tf32(float value) {
-    unsigned bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-    return bits;
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
 }
 __device__ __forceinline__ unsigned pack_bf16(float low, float high) {
-    unsigned bits;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    return bits;
+  unsigned bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
 }
 
 // d += a b, all 32 lanes of the warp together.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 }  // namespace pk

@@ -50,7 +50,8 @@ PK_INLINE void pack_panels(const T* source, int64_t source_depth, int64_t source
 
 // C [rows, columns padded] = A [rows, depth] times packed panels; rows a multiple of TILE_ROWS.
 template <class T>
-PK_INLINE void multiply_panels(const T* a, int64_t a_row, const T* panels, int64_t rows, int64_t depth, int64_t columns, T* c, int64_t c_row) {
+PK_INLINE void multiply_panels(const T* a, int64_t a_row, const T* panels, int64_t rows, int64_t depth, int64_t columns, T* c,
+                               int64_t c_row) {
   const int64_t padded = round_up(columns, LANES<T>);
   for (int64_t j0 = 0; j0 < padded; j0 += 2 * LANES<T>) {
     const T* panel = panels + j0 * depth;

@@ -23,7 +23,8 @@ Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
 }
 
 void* current_cuda_stream(const Tensor& tensor) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "protokernels: this torch has no CUDA support; install a CUDA build of torch");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "protokernels: this torch has no CUDA support; install a CUDA build of torch");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return stream;

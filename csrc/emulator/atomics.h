@@ -35,5 +35,5 @@ int atomicXor(int* address, int value);
 unsigned atomicXor(unsigned* address, unsigned value);
 
 namespace pk::emulator {
-void fence();   // __threadfence
+void fence();  // __threadfence
 }

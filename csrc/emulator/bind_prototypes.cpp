@@ -30,9 +30,10 @@ struct Workspace {
 };
 
 template <typename T, typename Z>
-void forward(const Array& z_array, int64_t rows, int64_t z_stride, const Array& prototypes_array, const Array& temperature_array, double temperature,
-             bool cosine, const Array& uniform_array, bool skip_nonfinite, const Array& assignment_array, const Array& labels_array,
-             const Array& entropy_array, const Array& sums_array, const Array& counts_array, double new_weight, const Array& updated_array) {
+void forward(const Array& z_array, int64_t rows, int64_t z_stride, const Array& prototypes_array, const Array& temperature_array,
+             double temperature, bool cosine, const Array& uniform_array, bool skip_nonfinite, const Array& assignment_array,
+             const Array& labels_array, const Array& entropy_array, const Array& sums_array, const Array& counts_array, double new_weight,
+             const Array& updated_array) {
   const Input<Z> z(z_array, "z");
   const Input<T> prototypes(prototypes_array, "prototypes"), temperature_pointer(temperature_array, "temperature");
   const Input<float> uniform(uniform_array, "uniform");
@@ -74,20 +75,21 @@ void accumulate(const Array& z_array, const Array& labels_array, int64_t z_strid
   const Input<int64_t> labels(labels_array, "labels");
   const Output<double> sums(sums_array, "sums");
   const Output<int64_t> counts(counts_array, "counts");
-  const PrototypesAccumulate p{labels.size(), counts.size(), D, z.data(), kind_of<Z>, z_stride, labels.data(), skip_nonfinite, sums.data(),
-                               counts.data()};
+  const PrototypesAccumulate p{labels.size(), counts.size(),  D,           z.data(),     kind_of<Z>, z_stride,
+                               labels.data(), skip_nonfinite, sums.data(), counts.data()};
   const Workspace workspace(prototypes_accumulate_workspace(p));
   check(launch_prototypes_accumulate(p, workspace.buffer.data(), nullptr));
 }
 
 template <typename T>
-void blend(const Array& prototypes_array, const Array& sums_array, const Array& counts_array, double new_weight, const Array& updated_array) {
+void blend(const Array& prototypes_array, const Array& sums_array, const Array& counts_array, double new_weight,
+           const Array& updated_array) {
   const Input<T> prototypes(prototypes_array, "prototypes");
   const Input<double> sums(sums_array, "sums");
   const Input<int64_t> counts(counts_array, "counts");
   const Output<T> updated(updated_array, "updated");
-  const PrototypesBlend p{prototypes.shape(0), prototypes.shape(1), prototypes.data(), kind_of<T>, sums.data(), counts.data(), new_weight,
-                          updated.data()};
+  const PrototypesBlend p{prototypes.shape(0), prototypes.shape(1), prototypes.data(), kind_of<T>,
+                          sums.data(),         counts.data(),       new_weight,        updated.data()};
   check(launch_prototypes_blend(p, nullptr));
 }
 

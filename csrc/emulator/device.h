@@ -34,24 +34,28 @@
 #define gridDim (::pk::emulator::grid_extent())
 inline constexpr int warpSize = 32;
 
-#define PK_SHARED(type, name, ...)                                                                                       \
-    auto& name = *static_cast<::pk::array_of<type __VA_OPT__(, ) __VA_ARGS__>*>(::pk::emulator::shared_variable(          \
-        [] { static char key; return &key; }(), #name, sizeof(::pk::array_of<type __VA_OPT__(, ) __VA_ARGS__>), alignof(type)))
+#define PK_SHARED(type, name, ...)                                                                             \
+  auto& name = *static_cast<::pk::array_of<type __VA_OPT__(, ) __VA_ARGS__>*>(::pk::emulator::shared_variable( \
+      [] {                                                                                                     \
+        static char key;                                                                                       \
+        return &key;                                                                                           \
+      }(),                                                                                                     \
+      #name, sizeof(::pk::array_of<type __VA_OPT__(, ) __VA_ARGS__>), alignof(type)))
 #define PK_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::pk::emulator::dynamic_shared())
 #define PK_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...) \
-    ::pk::launch(#kernel, kernel, grid, block, dynamic_shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
+  ::pk::launch(#kernel, kernel, grid, block, dynamic_shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
 #define PK_SET_CONSTANT(symbol, host_pointer, bytes, stream) (std::memcpy(&(symbol), host_pointer, bytes), 0)
 
 // Barriers and fences.
 inline void __syncthreads(PK_EMULATOR_HERE) { ::pk::emulator::block_barrier(false, "__syncthreads", location); }
 inline int __syncthreads_count(int predicate, PK_EMULATOR_HERE) {
-    return ::pk::emulator::block_barrier(predicate != 0, "__syncthreads_count", location);
+  return ::pk::emulator::block_barrier(predicate != 0, "__syncthreads_count", location);
 }
 inline int __syncthreads_or(int predicate, PK_EMULATOR_HERE) {
-    return ::pk::emulator::block_barrier(predicate != 0, "__syncthreads_or", location) != 0;
+  return ::pk::emulator::block_barrier(predicate != 0, "__syncthreads_or", location) != 0;
 }
 inline int __syncthreads_and(int predicate, PK_EMULATOR_HERE) {
-    return ::pk::emulator::block_barrier(predicate == 0, "__syncthreads_and", location) == 0;
+  return ::pk::emulator::block_barrier(predicate == 0, "__syncthreads_and", location) == 0;
 }
 inline void __threadfence() { ::pk::emulator::fence(); }
 inline void __threadfence_system() { ::pk::emulator::fence(); }
@@ -62,25 +66,43 @@ inline void __threadfence_block() {}
 namespace pk::emulator {
 template <typename T>
 inline void check_natural_alignment(const T* pointer, const char* what) {
-    if constexpr (sizeof(T) > 4) check_vector_access(pointer, alignof(T), what);
+  if constexpr (sizeof(T) > 4) check_vector_access(pointer, alignof(T), what);
 }
 template <typename T>
 inline T hinted_load(const T* pointer) {
-    check_natural_alignment(pointer, "load");
-    return *pointer;
+  check_natural_alignment(pointer, "load");
+  return *pointer;
 }
 template <typename T>
 inline void hinted_store(T* pointer, const T& value) {
-    check_natural_alignment(pointer, "store");
-    *pointer = value;
+  check_natural_alignment(pointer, "store");
+  *pointer = value;
 }
 }  // namespace pk::emulator
-template <typename T> T __ldg(const T* pointer) { return ::pk::emulator::hinted_load(pointer); }
-template <typename T> T __ldcg(const T* pointer) { return ::pk::emulator::hinted_load(pointer); }
-template <typename T> T __ldca(const T* pointer) { return ::pk::emulator::hinted_load(pointer); }
-template <typename T> T __ldcs(const T* pointer) { return ::pk::emulator::hinted_load(pointer); }
-template <typename T> void __stcg(T* pointer, T value) { ::pk::emulator::hinted_store(pointer, value); }
-template <typename T> void __stcs(T* pointer, T value) { ::pk::emulator::hinted_store(pointer, value); }
+template <typename T>
+T __ldg(const T* pointer) {
+  return ::pk::emulator::hinted_load(pointer);
+}
+template <typename T>
+T __ldcg(const T* pointer) {
+  return ::pk::emulator::hinted_load(pointer);
+}
+template <typename T>
+T __ldca(const T* pointer) {
+  return ::pk::emulator::hinted_load(pointer);
+}
+template <typename T>
+T __ldcs(const T* pointer) {
+  return ::pk::emulator::hinted_load(pointer);
+}
+template <typename T>
+void __stcg(T* pointer, T value) {
+  ::pk::emulator::hinted_store(pointer, value);
+}
+template <typename T>
+void __stcs(T* pointer, T value) {
+  ::pk::emulator::hinted_store(pointer, value);
+}
 
 // Bits.
 inline int __popc(unsigned x) { return std::popcount(x); }
@@ -90,16 +112,14 @@ inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __clzll(long long x) { return std::countl_zero(static_cast<unsigned long long>(x)); }
 inline unsigned __brev(unsigned x) {
-    x = ((x >> 1) & 0x55555555u) | ((x & 0x55555555u) << 1);
-    x = ((x >> 2) & 0x33333333u) | ((x & 0x33333333u) << 2);
-    x = ((x >> 4) & 0x0f0f0f0fu) | ((x & 0x0f0f0f0fu) << 4);
-    return __builtin_bswap32(x);
+  x = ((x >> 1) & 0x55555555u) | ((x & 0x55555555u) << 1);
+  x = ((x >> 2) & 0x33333333u) | ((x & 0x33333333u) << 2);
+  x = ((x >> 4) & 0x0f0f0f0fu) | ((x & 0x0f0f0f0fu) << 4);
+  return __builtin_bswap32(x);
 }
-inline unsigned __umulhi(unsigned x, unsigned y) {
-    return static_cast<unsigned>((static_cast<unsigned long long>(x) * y) >> 32);
-}
+inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>((static_cast<unsigned long long>(x) * y) >> 32); }
 inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
-    return static_cast<unsigned long long>((static_cast<unsigned __int128>(x) * y) >> 64);
+  return static_cast<unsigned long long>((static_cast<unsigned __int128>(x) * y) >> 64);
 }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
@@ -138,9 +158,9 @@ inline int __float2int_rz(float x) { return static_cast<int>(x); }
 inline int __float2int_rd(float x) { return static_cast<int>(::floorf(x)); }
 inline int __float2int_ru(float x) { return static_cast<int>(::ceilf(x)); }
 
-#define PK_MIN_MAX(type)                                          \
-    inline type min(type x, type y) { return y < x ? y : x; }     \
-    inline type max(type x, type y) { return x < y ? y : x; }
+#define PK_MIN_MAX(type)                                    \
+  inline type min(type x, type y) { return y < x ? y : x; } \
+  inline type max(type x, type y) { return x < y ? y : x; }
 PK_MIN_MAX(int)
 PK_MIN_MAX(unsigned)
 PK_MIN_MAX(long)
@@ -158,34 +178,34 @@ namespace pk {
 template <typename... Parameters, typename... Arguments>
 int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared_bytes, void*,
            Arguments&&... arguments) {
-    struct Call {
-        void (*kernel)(Parameters...);
-        std::tuple<std::remove_cv_t<Parameters>...> values;
-    };
-    const Call call{kernel, {static_cast<Parameters>(arguments)...}};
-    const auto invoke = [](const void* context) {
-        const auto& [function, values] = *static_cast<const Call*>(context);
-        std::apply(function, values);
-    };
-    return emulator::launch(name, invoke, &call, grid, block, dynamic_shared_bytes);
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<std::remove_cv_t<Parameters>...> values;
+  };
+  const Call call{kernel, {static_cast<Parameters>(arguments)...}};
+  const auto invoke = [](const void* context) {
+    const auto& [function, values] = *static_cast<const Call*>(context);
+    std::apply(function, values);
+  };
+  return emulator::launch(name, invoke, &call, grid, block, dynamic_shared_bytes);
 }
 
 inline int multiprocessor_count() { return emulator::architecture().multiprocessors; }
 inline std::size_t shared_memory_limit() { return emulator::architecture().shared_bytes_per_block; }
 inline int memset_async(void* pointer, int byte, std::size_t count, void*) {
-    std::memset(pointer, byte, count);
-    return 0;
+  std::memset(pointer, byte, count);
+  return 0;
 }
 
 template <typename Vector, typename T>
 inline Vector load_vector(const T* pointer) {
-    emulator::check_vector_access(pointer, alignof(Vector), "load");
-    return *reinterpret_cast<const Vector*>(pointer);
+  emulator::check_vector_access(pointer, alignof(Vector), "load");
+  return *reinterpret_cast<const Vector*>(pointer);
 }
 template <typename Vector, typename T>
 inline void store_vector(T* pointer, const Vector& value) {
-    emulator::check_vector_access(pointer, alignof(Vector), "store");
-    *reinterpret_cast<Vector*>(pointer) = value;
+  emulator::check_vector_access(pointer, alignof(Vector), "store");
+  *reinterpret_cast<Vector*>(pointer) = value;
 }
 
 inline void copy_async_16(void* shared, const void* global, bool valid = true) { emulator::copy_async(shared, global, 16, valid); }
@@ -194,11 +214,11 @@ inline void copy_async_4(void* shared, const void* global, bool valid = true) { 
 inline void copy_async_commit() { emulator::copy_async_commit(); }
 template <int pending_groups>
 inline void copy_async_wait() {
-    emulator::copy_async_wait(pending_groups);
+  emulator::copy_async_wait(pending_groups);
 }
 
 inline unsigned pack_bf16(float low, float high) {
-    return emulator::float_to_bfloat16_bits(low) | static_cast<unsigned>(emulator::float_to_bfloat16_bits(high)) << 16;
+  return emulator::float_to_bfloat16_bits(low) | static_cast<unsigned>(emulator::float_to_bfloat16_bits(high)) << 16;
 }
 
 }  // namespace pk

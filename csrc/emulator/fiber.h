@@ -7,11 +7,11 @@
 namespace pk::emulator {
 
 struct Fiber {
-    void* stack_pointer = nullptr;   // saved registers lie on the fiber's own stack
-    void* stack_bottom = nullptr;    // lowest address; nullptr for the host's own stack
-    std::size_t stack_bytes = 0;
-    void* fake_stack = nullptr;      // AddressSanitizer's bookkeeping
-    void* context = nullptr;         // used where no hand-written switch exists
+  void* stack_pointer = nullptr;  // saved registers lie on the fiber's own stack
+  void* stack_bottom = nullptr;   // lowest address; nullptr for the host's own stack
+  std::size_t stack_bytes = 0;
+  void* fake_stack = nullptr;  // AddressSanitizer's bookkeeping
+  void* context = nullptr;     // used where no hand-written switch exists
 };
 
 inline constexpr std::size_t maximum_fibers = 1024;

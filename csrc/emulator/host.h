@@ -29,62 +29,61 @@ namespace pk::emulator {
 namespace py = pybind11;
 
 struct EmulatorError : std::runtime_error {
-    using std::runtime_error::runtime_error;
+  using std::runtime_error::runtime_error;
 };
 
 // Raises what the launch reported.
 inline void check(int status) {
-    const std::string report = take_report();
-    if (status != 0) throw EmulatorError(report.empty() ? "the launch function returned error " + std::to_string(status) : report);
+  const std::string report = take_report();
+  if (status != 0) throw EmulatorError(report.empty() ? "the launch function returned error " + std::to_string(status) : report);
 }
 
 template <typename T>
 py::dtype numpy_type() {
-    if constexpr (std::is_same_v<T, __half>) {
-        return py::dtype("float16");
-    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        return py::dtype("uint16");
-    } else {
-        return py::dtype::of<T>();
-    }
+  if constexpr (std::is_same_v<T, __half>) {
+    return py::dtype("float16");
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return py::dtype("uint16");
+  } else {
+    return py::dtype::of<T>();
+  }
 }
 
 template <typename T, bool writable>
 class DeviceBuffer {
-public:
-    DeviceBuffer(const py::object& object, const std::string& name) {
-        if (object.is_none()) return;
-        array_ = py::array::ensure(object);
-        const bool is_array = py::isinstance<py::array>(object);
-        const py::dtype expected = numpy_type<T>();
-        if (!is_array || !array_.dtype().equal(expected) || (array_.flags() & py::array::c_style) == 0 ||
-            (writable && !array_.writeable())) {
-            throw py::type_error("emulator: " + name + " must be a C-contiguous" + (writable ? ", writable" : "") +
-                                 " NumPy array of " + std::string(py::str(expected)) + "; got " +
-                                 (is_array ? "an array of " + std::string(py::str(array_.dtype())) + " with flags " +
-                                                 std::to_string(array_.flags())
-                                           : std::string(py::str(py::type::of(object)))));
-        }
-        const auto bytes = static_cast<std::size_t>(array_.nbytes());
-        pointer_ = static_cast<T*>(device_allocate(name, bytes, element_offset() * sizeof(T), writable));
-        if (bytes > 0) std::memcpy(pointer_, array_.data(), bytes);
+ public:
+  DeviceBuffer(const py::object& object, const std::string& name) {
+    if (object.is_none()) return;
+    array_ = py::array::ensure(object);
+    const bool is_array = py::isinstance<py::array>(object);
+    const py::dtype expected = numpy_type<T>();
+    if (!is_array || !array_.dtype().equal(expected) || (array_.flags() & py::array::c_style) == 0 || (writable && !array_.writeable())) {
+      throw py::type_error("emulator: " + name + " must be a C-contiguous" + (writable ? ", writable" : "") + " NumPy array of " +
+                           std::string(py::str(expected)) + "; got " +
+                           (is_array
+                                ? "an array of " + std::string(py::str(array_.dtype())) + " with flags " + std::to_string(array_.flags())
+                                : std::string(py::str(py::type::of(object)))));
     }
-    DeviceBuffer(const DeviceBuffer&) = delete;
-    DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-    ~DeviceBuffer() {
-        if (pointer_ == nullptr) return;
-        if constexpr (writable) std::memcpy(array_.mutable_data(), pointer_, static_cast<std::size_t>(array_.nbytes()));
-        device_free(pointer_);
-    }
+    const auto bytes = static_cast<std::size_t>(array_.nbytes());
+    pointer_ = static_cast<T*>(device_allocate(name, bytes, element_offset() * sizeof(T), writable));
+    if (bytes > 0) std::memcpy(pointer_, array_.data(), bytes);
+  }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+  ~DeviceBuffer() {
+    if (pointer_ == nullptr) return;
+    if constexpr (writable) std::memcpy(array_.mutable_data(), pointer_, static_cast<std::size_t>(array_.nbytes()));
+    device_free(pointer_);
+  }
 
-    using Element = std::conditional_t<writable, T, const T>;
-    Element* data() const { return pointer_; }
-    py::ssize_t size() const { return pointer_ == nullptr ? 0 : array_.size(); }
-    py::ssize_t shape(py::ssize_t axis) const { return array_.shape(axis); }
+  using Element = std::conditional_t<writable, T, const T>;
+  Element* data() const { return pointer_; }
+  py::ssize_t size() const { return pointer_ == nullptr ? 0 : array_.size(); }
+  py::ssize_t shape(py::ssize_t axis) const { return array_.shape(axis); }
 
-private:
-    py::array array_;
-    T* pointer_ = nullptr;
+ private:
+  py::array array_;
+  T* pointer_ = nullptr;
 };
 
 template <typename T>
@@ -93,19 +92,18 @@ template <typename T>
 using Output = DeviceBuffer<T, true>;
 
 inline void bind_common(py::module_& module) {
-    py::register_local_exception<EmulatorError>(module, "EmulatorError", PyExc_RuntimeError);
-    module.def("configure", &configure, py::kw_only(), py::arg("seed") = 0, py::arg("architecture") = "sm_80",
-               py::arg("element_offset") = 0,
-               "Sets the seed of the thread and block order (0: natural order), the architecture whose limits hold, and by how "
-               "many elements buffers start after an aligned address.");
+  py::register_local_exception<EmulatorError>(module, "EmulatorError", PyExc_RuntimeError);
+  module.def("configure", &configure, py::kw_only(), py::arg("seed") = 0, py::arg("architecture") = "sm_80", py::arg("element_offset") = 0,
+             "Sets the seed of the thread and block order (0: natural order), the architecture whose limits hold, and by how "
+             "many elements buffers start after an aligned address.");
 }
 
 }  // namespace pk::emulator
 
-#define PK_EMULATOR_MODULE(variable)                       \
-    static void pk_emulator_bind(pybind11::module_&);      \
-    PYBIND11_MODULE(protokernels_emulator, variable) {     \
-        ::pk::emulator::bind_common(variable);             \
-        pk_emulator_bind(variable);                        \
-    }                                                      \
-    static void pk_emulator_bind(pybind11::module_& variable)
+#define PK_EMULATOR_MODULE(variable)                 \
+  static void pk_emulator_bind(pybind11::module_&);  \
+  PYBIND11_MODULE(protokernels_emulator, variable) { \
+    ::pk::emulator::bind_common(variable);           \
+    pk_emulator_bind(variable);                      \
+  }                                                  \
+  static void pk_emulator_bind(pybind11::module_& variable)

@@ -28,7 +28,7 @@ int block_barrier(bool predicate, const char* name, const Location& location);
 // runs once with the operands of the participating lanes (the others are nullptr), then the lanes go on in a drawn order.
 using Combine = void (*)(unsigned participants, void* const* operands);
 void warp_collective(unsigned mask, void* operand, Combine combine, const char* name, const Location& location);
-void combine_nothing(unsigned participants, void* const* operands);   // __syncwarp: the one collective that orders memory
+void combine_nothing(unsigned participants, void* const* operands);  // __syncwarp: the one collective that orders memory
 
 // Stops the launch; the message reaches Python as EmulatorError.
 [[noreturn]] void fail(const std::string& message);
@@ -40,9 +40,9 @@ using Invoke = void (*)(const void* context);
 int launch(const char* kernel, Invoke invoke, const void* context, dim3 grid, dim3 block, std::size_t dynamic_shared_bytes);
 
 struct Architecture {
-    const char* name;
-    int multiprocessors;
-    std::size_t shared_bytes_per_block;   // with opt-in
+  const char* name;
+  int multiprocessors;
+  std::size_t shared_bytes_per_block;  // with opt-in
 };
 const Architecture& architecture();
 
@@ -58,15 +58,15 @@ std::string take_report();
 
 // The running block, for the memory side.
 struct BlockState {
-    std::uint32_t epoch = 0;               // grows at every block barrier and every block start, over all launches
-    std::uint32_t launch_first_epoch = 1;
-    std::uint32_t block_first_epoch = 1;
-    unsigned thread = 0;                   // running thread
-    unsigned threads = 0;
-    bool running = false;                  // a kernel's code is being executed
+  std::uint32_t epoch = 0;  // grows at every block barrier and every block start, over all launches
+  std::uint32_t launch_first_epoch = 1;
+  std::uint32_t block_first_epoch = 1;
+  unsigned thread = 0;  // running thread
+  unsigned threads = 0;
+  bool running = false;  // a kernel's code is being executed
 };
 extern BlockState block_state;
 
-std::uint64_t draw();   // the seed's next number
+std::uint64_t draw();  // the seed's next number
 
 }  // namespace pk::emulator

@@ -16,7 +16,7 @@ void watch_access(const void* address, std::size_t bytes, AccessKind kind, const
 void watch_launch_started();
 void watch_block_started();
 void watch_warp_synchronised(unsigned warp, unsigned participants, unsigned lanes);
-void watch_fence();                                                          // __threadfence by the running thread
+void watch_fence();  // __threadfence by the running thread
 void watch_set_alive(const void* address, std::size_t bytes, bool writable);
 void watch_set_dead(const void* address, std::size_t bytes);
 #else

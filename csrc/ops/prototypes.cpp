@@ -64,8 +64,9 @@ void fill_problem(PrototypesProblem& problem, const Tensor& z, const Tensor& pro
   problem.temperature = temperature;
   problem.temperature_pointer = nullptr;
   if (temperature_tensor) {
-    STD_TORCH_CHECK(temperature_tensor->numel() == 1 && kind_of(*temperature_tensor, "temperature") == (problem.double_compute ? Kind::f64 : Kind::f32),
-                    "prototypes: temperature must hold one value of the compute type");
+    STD_TORCH_CHECK(
+        temperature_tensor->numel() == 1 && kind_of(*temperature_tensor, "temperature") == (problem.double_compute ? Kind::f64 : Kind::f32),
+        "prototypes: temperature must hold one value of the compute type");
     problem.temperature_pointer = temperature_tensor->data_ptr();
   }
   problem.cosine = cosine;
@@ -75,15 +76,17 @@ void fill_problem(PrototypesProblem& problem, const Tensor& z, const Tensor& pro
   STD_TORCH_CHECK(K < (int64_t{1} << 31) && D < (int64_t{1} << 31), "prototypes: K and D must be below 2^31 on CUDA");
 }
 
-double multiply_adds(const PrototypesProblem& p) { return static_cast<double>(p.B) * static_cast<double>(p.K) * static_cast<double>(p.D) + 800.0 * static_cast<double>(p.B); }
+double multiply_adds(const PrototypesProblem& p) {
+  return static_cast<double>(p.B) * static_cast<double>(p.K) * static_cast<double>(p.D) + 800.0 * static_cast<double>(p.B);
+}
 
 struct ForwardOutputs {
   Tensor assignment, labels, entropy, sums, counts, updated;
   Outputs tuple() const { return {assignment, labels, entropy, sums, counts, updated}; }
 };
 
-ForwardOutputs allocate_forward(PrototypesForward& p, const Tensor& z, const Tensor& prototypes, const OptionalTensor& uniform, bool with_labels,
-                                bool with_entropy, bool with_update, double new_weight, bool skip_nonfinite) {
+ForwardOutputs allocate_forward(PrototypesForward& p, const Tensor& z, const Tensor& prototypes, const OptionalTensor& uniform,
+                                bool with_labels, bool with_entropy, bool with_update, double new_weight, bool skip_nonfinite) {
   const ScalarType compute = p.double_compute ? ScalarType::Double : ScalarType::Float;
   const bool labels = with_labels || with_update;
   ForwardOutputs out{empty_beside(z, {p.B, p.K}, compute),
@@ -109,12 +112,13 @@ ForwardOutputs allocate_forward(PrototypesForward& p, const Tensor& z, const Ten
   return out;
 }
 
-Outputs forward_cpu(Tensor z_any, Tensor prototypes_any, OptionalTensor temperature_tensor, double temperature, bool cosine, OptionalTensor uniform,
-                    bool with_labels, bool with_entropy, bool with_update, double new_weight, bool skip_nonfinite) {
+Outputs forward_cpu(Tensor z_any, Tensor prototypes_any, OptionalTensor temperature_tensor, double temperature, bool cosine,
+                    OptionalTensor uniform, bool with_labels, bool with_entropy, bool with_update, double new_weight, bool skip_nonfinite) {
   const Tensor z = with_dense_rows(z_any), prototypes = torch::stable::contiguous(prototypes_any);
   PrototypesForward p;
   fill_problem(p, z, prototypes, temperature_tensor, temperature, cosine);
-  const ForwardOutputs out = allocate_forward(p, z, prototypes, uniform, with_labels, with_entropy, with_update, new_weight, skip_nonfinite);
+  const ForwardOutputs out =
+      allocate_forward(p, z, prototypes, uniform, with_labels, with_entropy, with_update, new_weight, skip_nonfinite);
   const PrototypesCpu& cpu = prototypes_cpu();
   const PrototypesChunks chunks = prototypes_chunks(p.B, p.K, p.D);
   const Tensor panels = empty_beside(z, {cpu.panel_elements(p)}, p.double_compute ? ScalarType::Double : ScalarType::Float);
@@ -136,16 +140,18 @@ struct BackwardOutputs {
   Tensor z, prototypes, temperature;
 };
 
-BackwardOutputs allocate_backward(PrototypesBackward& p, const Tensor& grad_assignment, const OptionalTensor& grad_entropy, const Tensor& assignment,
-                                  const Tensor& z, const Tensor& prototypes, bool with_prototypes) {
+BackwardOutputs allocate_backward(PrototypesBackward& p, const Tensor& grad_assignment, const OptionalTensor& grad_entropy,
+                                  const Tensor& assignment, const Tensor& z, const Tensor& prototypes, bool with_prototypes) {
   const ScalarType compute = p.double_compute ? ScalarType::Double : ScalarType::Float;
   for (const Tensor* matrix : {&grad_assignment, &assignment})
-    STD_TORCH_CHECK(matrix->dim() == 2 && matrix->size(0) == p.B && matrix->size(1) == p.K && matrix->scalar_type() == compute && matrix->is_contiguous(),
+    STD_TORCH_CHECK(matrix->dim() == 2 && matrix->size(0) == p.B && matrix->size(1) == p.K && matrix->scalar_type() == compute &&
+                        matrix->is_contiguous(),
                     "prototypes: assignment and its gradient must be contiguous [B, K] of the compute type");
   if (grad_entropy)
     STD_TORCH_CHECK(grad_entropy->numel() == p.B && grad_entropy->scalar_type() == compute && grad_entropy->is_contiguous(),
                     "prototypes: the gradient of the entropy must be contiguous [B] of the compute type");
-  BackwardOutputs out{empty_beside(z, {p.B, p.D}, z.scalar_type()), empty_beside(z, {with_prototypes ? p.K : 0, p.D}, prototypes.scalar_type()),
+  BackwardOutputs out{empty_beside(z, {p.B, p.D}, z.scalar_type()),
+                      empty_beside(z, {with_prototypes ? p.K : 0, p.D}, prototypes.scalar_type()),
                       torch::stable::new_empty(z, torch::headeronly::IntHeaderOnlyArrayRef(&p.B, size_t{0}), compute)};
   p.assignment = assignment.data_ptr();
   p.grad_assignment = grad_assignment.data_ptr();
@@ -157,9 +163,9 @@ BackwardOutputs allocate_backward(PrototypesBackward& p, const Tensor& grad_assi
 
 OptionalTensor dense(const OptionalTensor& tensor) { return tensor ? OptionalTensor(torch::stable::contiguous(*tensor)) : tensor; }
 
-std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor grad_assignment_any, OptionalTensor grad_entropy_any, Tensor assignment_any, Tensor z_any,
-                                                Tensor prototypes_any, OptionalTensor temperature_tensor, double temperature, bool cosine,
-                                                bool with_prototypes) {
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor grad_assignment_any, OptionalTensor grad_entropy_any, Tensor assignment_any,
+                                                Tensor z_any, Tensor prototypes_any, OptionalTensor temperature_tensor, double temperature,
+                                                bool cosine, bool with_prototypes) {
   const Tensor z = with_dense_rows(z_any), prototypes = torch::stable::contiguous(prototypes_any);
   const Tensor assignment = torch::stable::contiguous(assignment_any), grad_assignment = torch::stable::contiguous(grad_assignment_any);
   const OptionalTensor grad_entropy = dense(grad_entropy_any);
@@ -189,10 +195,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor grad_assignment_any, Opti
 }
 
 void fill_accumulate(PrototypesAccumulate& p, const Tensor& z, const Tensor& labels, int64_t num_prototypes, bool skip_nonfinite) {
-  STD_TORCH_CHECK(z.dim() == 2 && labels.dim() == 1 && labels.size(0) == z.size(0) && labels.scalar_type() == ScalarType::Long && num_prototypes > 0,
-                  "prototypes: z [B, D], labels int64 [B] and num_prototypes do not fit");
-  p = {z.size(0), num_prototypes, z.size(1), z.data_ptr(), kind_of(z, "z"), z.stride(0), static_cast<const int64_t*>(labels.data_ptr()),
-       skip_nonfinite, nullptr, nullptr};
+  STD_TORCH_CHECK(
+      z.dim() == 2 && labels.dim() == 1 && labels.size(0) == z.size(0) && labels.scalar_type() == ScalarType::Long && num_prototypes > 0,
+      "prototypes: z [B, D], labels int64 [B] and num_prototypes do not fit");
+  p = {
+      z.size(0),      num_prototypes, z.size(1), z.data_ptr(), kind_of(z, "z"), z.stride(0), static_cast<const int64_t*>(labels.data_ptr()),
+      skip_nonfinite, nullptr,        nullptr};
 }
 
 std::tuple<Tensor, Tensor> accumulate_cpu(Tensor z_any, Tensor labels_any, int64_t num_prototypes, bool skip_nonfinite) {
@@ -211,7 +219,8 @@ std::tuple<Tensor, Tensor> accumulate_cpu(Tensor z_any, Tensor labels_any, int64
     if (!cpu.accumulate(p, chunks, sums_data, counts_data, begin, end)) valid = false;
   });
   STD_TORCH_CHECK(valid, "prototypes: a label is not below num_prototypes");
-  cpu.finish_sums(p.K, p.D, chunks, sums_data, counts_data, static_cast<double*>(sums.data_ptr()), static_cast<int64_t*>(counts.data_ptr()));
+  cpu.finish_sums(p.K, p.D, chunks, sums_data, counts_data, static_cast<double*>(sums.data_ptr()),
+                  static_cast<int64_t*>(counts.data_ptr()));
   return {sums, counts};
 }
 
@@ -219,16 +228,25 @@ struct BlendInputs {
   Tensor prototypes, sums, counts, updated;
 
   BlendInputs(const Tensor& prototypes_any, const Tensor& sums_any, const Tensor& counts_any)
-      : prototypes(torch::stable::contiguous(prototypes_any)), sums(torch::stable::contiguous(sums_any)), counts(torch::stable::contiguous(counts_any)) {
+      : prototypes(torch::stable::contiguous(prototypes_any)),
+        sums(torch::stable::contiguous(sums_any)),
+        counts(torch::stable::contiguous(counts_any)) {
     STD_TORCH_CHECK(prototypes.dim() == 2 && sums.dim() == 2 && sums.size(0) == prototypes.size(0) && sums.size(1) == prototypes.size(1) &&
-                        counts.numel() == prototypes.size(0) && sums.scalar_type() == ScalarType::Double && counts.scalar_type() == ScalarType::Long,
+                        counts.numel() == prototypes.size(0) && sums.scalar_type() == ScalarType::Double &&
+                        counts.scalar_type() == ScalarType::Long,
                     "prototypes: prototypes [K, D], sums float64 [K, D] and counts int64 [K] do not fit");
     updated = empty_beside(prototypes, {prototypes.size(0), prototypes.size(1)}, prototypes.scalar_type());
   }
 
   PrototypesBlend problem(double new_weight) const {
-    return {prototypes.size(0), prototypes.size(1), prototypes.data_ptr(), kind_of(prototypes, "prototypes"),
-            static_cast<const double*>(sums.data_ptr()), static_cast<const int64_t*>(counts.data_ptr()), new_weight, updated.data_ptr()};
+    return {prototypes.size(0),
+            prototypes.size(1),
+            prototypes.data_ptr(),
+            kind_of(prototypes, "prototypes"),
+            static_cast<const double*>(sums.data_ptr()),
+            static_cast<const int64_t*>(counts.data_ptr()),
+            new_weight,
+            updated.data_ptr()};
   }
 };
 
@@ -247,8 +265,9 @@ Tensor in_compute_type(const Tensor& tensor, bool double_compute, bool keep_half
   return type == compute || (half && keep_half && !double_compute) ? tensor : torch::stable::to(tensor, compute);
 }
 
-Outputs forward_cuda(Tensor z_any, Tensor prototypes_any, OptionalTensor temperature_tensor, double temperature, bool cosine, OptionalTensor uniform,
-                     bool with_labels, bool with_entropy, bool with_update, double new_weight, bool skip_nonfinite) {
+Outputs forward_cuda(Tensor z_any, Tensor prototypes_any, OptionalTensor temperature_tensor, double temperature, bool cosine,
+                     OptionalTensor uniform, bool with_labels, bool with_entropy, bool with_update, double new_weight,
+                     bool skip_nonfinite) {
   const torch::stable::accelerator::DeviceGuard guard(z_any.get_device_index());
   const bool wide = z_any.scalar_type() == ScalarType::Double || prototypes_any.scalar_type() == ScalarType::Double;
   const Tensor given = torch::stable::contiguous(prototypes_any), prototypes = in_compute_type(given, wide, false);

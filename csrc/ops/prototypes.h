@@ -93,16 +93,17 @@ PrototypesChunks prototypes_chunks(int64_t B, int64_t K, int64_t D);
 // One table per instruction set; every function works on chunks [begin, end) with private partial sums.
 struct PrototypesCpu {
   const char* level;
-  int64_t (*panel_elements)(const PrototypesProblem&);        // packed prototypes, elements of T
-  int64_t (*gradient_elements)(const PrototypesProblem&);     // partial prototype gradient of a chunk, elements of T
+  int64_t (*panel_elements)(const PrototypesProblem&);     // packed prototypes, elements of T
+  int64_t (*gradient_elements)(const PrototypesProblem&);  // partial prototype gradient of a chunk, elements of T
   void (*pack_forward)(const PrototypesProblem&, void* panels);
   void (*pack_backward)(const PrototypesProblem&, void* panels);
-  void (*forward)(const PrototypesForward&, const void* panels, PrototypesChunks, double* partial_sums, int64_t* partial_counts, int64_t begin,
-                  int64_t end);
+  void (*forward)(const PrototypesForward&, const void* panels, PrototypesChunks, double* partial_sums, int64_t* partial_counts,
+                  int64_t begin, int64_t end);
   void (*backward)(const PrototypesBackward&, const void* panels, PrototypesChunks, void* partial_gradients, double* partial_temperature,
                    int64_t begin, int64_t end);
   void (*finish_gradient)(const PrototypesBackward&, PrototypesChunks, const void* partial_gradients, const double* partial_temperature);
-  bool (*accumulate)(const PrototypesAccumulate&, PrototypesChunks, double* partial_sums, int64_t* partial_counts, int64_t begin, int64_t end);
+  bool (*accumulate)(const PrototypesAccumulate&, PrototypesChunks, double* partial_sums, int64_t* partial_counts, int64_t begin,
+                     int64_t end);
   void (*finish_sums)(int64_t K, int64_t D, PrototypesChunks, const double* partial_sums, const int64_t* partial_counts, double* sums,
                       int64_t* counts);
   void (*blend)(const PrototypesBlend&);

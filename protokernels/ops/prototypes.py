@@ -47,8 +47,8 @@ class PrototypeStep(NamedTuple):
 
 @overload
 def soft_assign(
-    z: Tensor,
-    prototypes: Tensor,
+    z: Tensor,  # [B, D]
+    prototypes: Tensor,  # [K, D]
     *,
     temperature: float | Tensor,
     similarity: Similarity = "cosine",
@@ -59,8 +59,8 @@ def soft_assign(
 
 @overload
 def soft_assign(
-    z: Tensor,
-    prototypes: Tensor,
+    z: Tensor,  # [B, D]
+    prototypes: Tensor,  # [K, D]
     *,
     temperature: float | Tensor,
     similarity: Similarity = "cosine",

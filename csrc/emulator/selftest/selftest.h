@@ -46,28 +46,28 @@ int launch_probe(int* out, int grid_x, int grid_y, int block_x, int block_z, std
 // ---- broken kernels ----
 
 enum class Mistake : int {
-    missing_barrier,          // reads a neighbour's value with no barrier after the write
-    read_before_write,        // sums one element more than was written to shared memory
-    unwritten_output,         // leaves the last output untouched
-    global_out_of_bounds,     // reads one element past the input
-    global_write_out_of_bounds,
-    shared_out_of_bounds,     // writes one element past a shared array
-    divergent_barrier,        // two branches, one barrier in each
-    return_before_barrier,    // half of the threads return, the others wait
-    divergent_shuffle,        // a full-mask shuffle in a branch half of the warp takes
-    foreign_mask,             // a shuffle whose mask does not name the caller
-    copy_not_waited,          // reads the target of an asynchronous copy without waiting
-    copy_without_barrier,     // waits for its own copies, reads a neighbour's without a barrier
-    write_after_read,         // overwrites what another thread still reads, no barrier between
-    write_write,              // two threads write one word
-    missing_warp_barrier,     // exchanges through shared memory, ordered by a shuffle only
-    misaligned_vector,        // float4 at an odd address
-    misaligned_cast,          // the same through a raw pointer cast
-    misaligned_copy,          // 16-byte asynchronous copy from an odd address
-    unordered_blocks,         // reads another block's result without fence and atomic
-    unpublished_block,        // fences, then announces its results by an atomic, with no barrier between
-    modified_input,           // writes to its input
-    trap,
+  missing_barrier,       // reads a neighbour's value with no barrier after the write
+  read_before_write,     // sums one element more than was written to shared memory
+  unwritten_output,      // leaves the last output untouched
+  global_out_of_bounds,  // reads one element past the input
+  global_write_out_of_bounds,
+  shared_out_of_bounds,   // writes one element past a shared array
+  divergent_barrier,      // two branches, one barrier in each
+  return_before_barrier,  // half of the threads return, the others wait
+  divergent_shuffle,      // a full-mask shuffle in a branch half of the warp takes
+  foreign_mask,           // a shuffle whose mask does not name the caller
+  copy_not_waited,        // reads the target of an asynchronous copy without waiting
+  copy_without_barrier,   // waits for its own copies, reads a neighbour's without a barrier
+  write_after_read,       // overwrites what another thread still reads, no barrier between
+  write_write,            // two threads write one word
+  missing_warp_barrier,   // exchanges through shared memory, ordered by a shuffle only
+  misaligned_vector,      // float4 at an odd address
+  misaligned_cast,        // the same through a raw pointer cast
+  misaligned_copy,        // 16-byte asynchronous copy from an odd address
+  unordered_blocks,       // reads another block's result without fence and atomic
+  unpublished_block,      // fences, then announces its results by an atomic, with no barrier between
+  modified_input,         // writes to its input
+  trap,
 };
 
 // out [threads] from in [threads]; 64 threads a block.

@@ -38,7 +38,8 @@ PK_INLINE int64_t padded_k(int64_t K) {
 
 template <class T>
 PK_INLINE double inverse_temperature(const PrototypesProblem& problem) {
-  return 1.0 / (problem.temperature_pointer ? static_cast<double>(*static_cast<const T*>(problem.temperature_pointer)) : problem.temperature);
+  return 1.0 /
+         (problem.temperature_pointer ? static_cast<double>(*static_cast<const T*>(problem.temperature_pointer)) : problem.temperature);
 }
 
 // 1 / |x|, or 0 for a vector that counts as zero; NaN passes through.
@@ -227,8 +228,8 @@ void backward_chunk(const PrototypesBackward& p, const T* panels, int64_t first,
       if (r >= rows)
         std::memset(ds.data + r * padded, 0, static_cast<size_t>(padded) * sizeof(T));
       else
-        softmax_backward_row(assignment + (i + r) * p.K, grad_assignment + (i + r) * p.K, grad_entropy ? grad_entropy + i + r : nullptr, p.K,
-                             padded, ds.data + r * padded);
+        softmax_backward_row(assignment + (i + r) * p.K, grad_assignment + (i + r) * p.K, grad_entropy ? grad_entropy + i + r : nullptr,
+                             p.K, padded, ds.data + r * padded);
     }
     multiply_panels(ds.data, padded, panels, whole_rows, p.K, p.D, t.data, stride);
     for (int64_t r = 0; r < rows; ++r) {
@@ -362,8 +363,8 @@ void forward(const PrototypesForward& p, const void* panels, PrototypesChunks ch
   });
 }
 
-void backward(const PrototypesBackward& p, const void* panels, PrototypesChunks chunks, void* partial_gradients, double* partial_temperature,
-              int64_t begin, int64_t end) {
+void backward(const PrototypesBackward& p, const void* panels, PrototypesChunks chunks, void* partial_gradients,
+              double* partial_temperature, int64_t begin, int64_t end) {
   with_compute_type(p.double_compute, [&](auto zero) {
     using T = decltype(zero);
     for (int64_t c = begin; c < end; ++c)
@@ -372,7 +373,8 @@ void backward(const PrototypesBackward& p, const void* panels, PrototypesChunks 
   });
 }
 
-void finish_gradient(const PrototypesBackward& p, PrototypesChunks chunks, const void* partial_gradients, const double* partial_temperature) {
+void finish_gradient(const PrototypesBackward& p, PrototypesChunks chunks, const void* partial_gradients,
+                     const double* partial_temperature) {
   with_compute_type(p.double_compute, [&](auto zero) {
     using T = decltype(zero);
     finish_gradient_of(p, chunks, static_cast<const T*>(partial_gradients), partial_temperature);
@@ -396,8 +398,16 @@ bool accumulate(const PrototypesAccumulate& p, PrototypesChunks chunks, double* 
 namespace protokernels {
 
 extern const PrototypesCpu PK_LEVEL_TABLE(prototypes_cpu);
-const PrototypesCpu PK_LEVEL_TABLE(prototypes_cpu) = {
-    PK_STRINGIFY(PROTOKERNELS_LEVEL), panel_elements, gradient_elements, pack_forward, pack_backward, forward, backward, finish_gradient,
-    accumulate, finish_sums, blend};
+const PrototypesCpu PK_LEVEL_TABLE(prototypes_cpu) = {PK_STRINGIFY(PROTOKERNELS_LEVEL),
+                                                      panel_elements,
+                                                      gradient_elements,
+                                                      pack_forward,
+                                                      pack_backward,
+                                                      forward,
+                                                      backward,
+                                                      finish_gradient,
+                                                      accumulate,
+                                                      finish_sums,
+                                                      blend};
 
 }  // namespace protokernels

@@ -10,39 +10,20 @@
 // Limit at B = 65536, D = 128, K = 256 on an H200: 26 us of tf32 products, 23 us of memory. Not yet run on a GPU; runs in the emulator.
 
 #include "common/simt.cuh"
-#include "ops/prototypes.h"
+#include "ops/cuda/prototypes_sums.cuh"
 
 namespace {
 
-using namespace protokernels;
-
-constexpr int THREADS = 256;
-constexpr int WARPS = THREADS / 32;
-constexpr int ROWS = 64;    // rows of z in a tile
-constexpr int DEPTH = 32;   // dimensions in shared memory at a time
-constexpr int STRIDE = DEPTH + 4;  // 4 group + member: the fragments of a warp touch 32 different banks
-constexpr int MAX_BLOCKS = 256;    // a constant, so that the order of summation does not depend on the GPU
+constexpr int DEPTH = 32;               // dimensions in shared memory at a time
+constexpr int STRIDE = DEPTH + 4;       // 4 group + member: the fragments of a warp touch 32 different banks
 constexpr int SCORE_BYTES = 96 * 1024;  // scores of a tile stay in shared memory up to this size
-constexpr unsigned ALL = 0xffffffffu;
-
 template <class T>
 constexpr int COLUMNS = sizeof(T) == 4 ? 128 : 32;  // prototypes in shared memory at a time
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 __device__ __forceinline__ double logarithm(double x) { return log(x); }
-
-template <class V>
-__device__ __forceinline__ V warp_sum(V value) {
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
-  return value;
-}
 
 // 1 / |x| of a row shared by a warp, 0 for a vector that counts as zero. Squares add up in float64: no overflow for float rows.
 template <class Z>
@@ -56,13 +37,6 @@ __device__ __forceinline__ double inverse_norm(const Z* row, int D) {
   return squared <= PROTOTYPE_NORM_FLOOR * PROTOTYPE_NORM_FLOOR ? 0.0 : rsqrt(squared);
 }
 
-template <class Z>
-__device__ __forceinline__ bool is_finite_row(const Z* row, int D) {
-  bool finite = true;
-  for (int d = threadIdx.x % 32; d < D; d += 32) finite &= widen(row[d]) * 0 == 0;
-  return __all_sync(ALL, finite);
-}
-
 // The parts of a problem a kernel needs, T the compute type.
 template <class T, class Z>
 struct Assign {
@@ -74,12 +48,12 @@ struct Assign {
   const T* temperature_pointer;
   double temperature;
   bool cosine, skip_nonfinite, scores_in_shared;
-  const float* uniform;      // [B] or null
-  T* assignment;             // [B, K]
-  int64_t* labels;           // [B] or null
-  T* entropy;                // [B] or null
-  T* partial_sums;           // [blocks, K, D] or null
-  int64_t* partial_counts;   // [blocks, K]
+  const float* uniform;     // [B] or null
+  T* assignment;            // [B, K]
+  int64_t* labels;          // [B] or null
+  T* entropy;               // [B] or null
+  T* partial_sums;          // [blocks, K, D] or null
+  int64_t* partial_counts;  // [blocks, K]
 };
 
 // --------------------------------------------------------------------------------------------------------- products of a tile
@@ -209,50 +183,6 @@ __device__ __forceinline__ int draw_label(const T* weights, int K, T sum, float 
   return __reduce_max_sync(ALL, last);
 }
 
-// ---------------------------------------------------------------------------------------------------------- sums of a tile
-
-// order[i]: the rows of a tile sorted by label, rows of one label in their own order; label -1 comes first. Ends with a barrier.
-__device__ __forceinline__ void sort_rows(const int (&label)[ROWS], int (&order)[ROWS]) {
-  __syncthreads();
-  const int row = threadIdx.x;
-  if (row < ROWS) {
-    int rank = 0;
-    for (int other = 0; other < ROWS; ++other) rank += label[other] < label[row] || (label[other] == label[row] && other < row);
-    order[rank] = row;
-  }
-  __syncthreads();
-}
-
-// Adds the members of each cluster to the block's partial sums. A cluster belongs to one group of threads, a dimension to one thread of it.
-template <class T, class Z>
-__device__ __forceinline__ void add_members(const Z* z, int64_t z_stride, int K, int D, const int (&label)[ROWS], const int (&order)[ROWS], T* sums,
-                                            int64_t* counts) {
-  const int width = D >= THREADS ? THREADS : (D + 31) / 32 * 32, groups = THREADS / width;
-  const int group = threadIdx.x / width;
-  if (group >= groups) return;
-  for (int d = threadIdx.x % width; d < D; d += width) {
-    for (int i = 0; i < ROWS;) {
-      const int cluster = label[order[i]];
-      if (cluster < 0 || cluster % groups != group) {
-        ++i;
-        continue;
-      }
-      T sum = 0;
-      const int begin = i;
-      for (; i < ROWS && label[order[i]] == cluster; ++i) sum += static_cast<T>(widen(z[order[i] * z_stride + d]));
-      sums[static_cast<int64_t>(cluster) * D + d] += sum;
-      if (d == 0) counts[cluster] += i - begin;
-    }
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void clear_partial(T* sums, int64_t* counts, int K, int D) {
-  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(K) * D; i += THREADS) sums[i] = 0;
-  for (int k = threadIdx.x; k < K; k += THREADS) counts[k] = 0;
-  __syncthreads();
-}
-
 // ------------------------------------------------------------------------------------------------------------------ kernels
 
 // resources: dynamic shared 98304 bytes
@@ -324,112 +254,7 @@ __global__ void __launch_bounds__(THREADS) assign_kernel(const Assign<T, Z> p) {
   }
 }
 
-template <class T, class Z>
-struct Accumulate {
-  int64_t B;
-  int K, D, tiles_per_block;
-  int64_t z_stride;
-  const Z* z;             // [B, D]
-  const int64_t* labels;  // [B]
-  bool skip_nonfinite;
-  T* partial_sums;          // [blocks, K, D]
-  int64_t* partial_counts;  // [blocks, K]
-};
-
-template <class T, class Z>
-__global__ void __launch_bounds__(THREADS) accumulate_kernel(const Accumulate<T, Z> p) {
-  PK_SHARED(int, label, ROWS);
-  PK_SHARED(int, order, ROWS);
-  T* const sums = p.partial_sums + static_cast<int64_t>(blockIdx.x) * p.K * p.D;
-  int64_t* const counts = p.partial_counts + static_cast<int64_t>(blockIdx.x) * p.K;
-  clear_partial(sums, counts, p.K, p.D);
-  for (int t = 0; t < p.tiles_per_block; ++t) {
-    const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * p.tiles_per_block + t) * ROWS;
-    if (row0 >= p.B) break;
-    const Z* const z = p.z + row0 * p.z_stride;
-    for (int r = threadIdx.x / 32; r < ROWS; r += WARPS) {
-      int64_t chosen = row0 + r < p.B ? p.labels[row0 + r] : -1;
-      if (chosen >= p.K) __trap();  // as torch's own device-side assertions
-      if (chosen >= 0 && p.skip_nonfinite && !is_finite_row(z + r * p.z_stride, p.D)) chosen = -1;
-      if (threadIdx.x % 32 == 0) label[r] = chosen < 0 ? -1 : static_cast<int>(chosen);
-    }
-    sort_rows(label, order);
-    add_members(z, p.z_stride, p.K, p.D, label, order, sums, counts);
-    __syncthreads();
-  }
-}
-
-__device__ __forceinline__ double read_kind(const void* base, Kind kind, int64_t i) {
-  switch (kind) {
-    case Kind::f32: return static_cast<const float*>(base)[i];
-    case Kind::f64: return static_cast<const double*>(base)[i];
-    case Kind::bf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[i]);
-    default: return __half2float(static_cast<const __half*>(base)[i]);
-  }
-}
-
-__device__ __forceinline__ void write_kind(void* base, Kind kind, int64_t i, double value) {
-  switch (kind) {
-    case Kind::f32: static_cast<float*>(base)[i] = static_cast<float>(value); break;
-    case Kind::f64: static_cast<double*>(base)[i] = value; break;
-    case Kind::bf16: static_cast<__nv_bfloat16*>(base)[i] = __float2bfloat16_rn(static_cast<float>(value)); break;
-    default: static_cast<__half*>(base)[i] = __float2half_rn(static_cast<float>(value));
-  }
-}
-
-__device__ __forceinline__ void blend_element(const PrototypesBlend& p, int64_t i, double sum, int64_t count) {
-  const double old = read_kind(p.prototypes, p.kind, i);
-  write_kind(p.updated, p.kind, i, count > 0 ? p.new_weight / static_cast<double>(count) * sum + (1.0 - p.new_weight) * old : old);
-}
-
-// One thread per element of [K, D]: the partial sums of the blocks in order, then the blend (if there is somewhere to put it).
-template <class T>
-__global__ void __launch_bounds__(THREADS) finish_kernel(const T* partial_sums, const int64_t* partial_counts, int blocks, PrototypesBlend p,
-                                                         double* sums, int64_t* counts) {
-  const int64_t size = p.K * p.D, i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (i >= size) return;
-  const int64_t k = i / p.D;
-  double sum = 0;
-  int64_t count = 0;
-  for (int b = 0; b < blocks; ++b) {
-    sum += static_cast<double>(partial_sums[b * size + i]);
-    count += partial_counts[b * p.K + k];
-  }
-  sums[i] = sum;
-  if (i % p.D == 0) counts[k] = count;
-  if (p.updated) blend_element(p, i, sum, count);
-}
-
-__global__ void __launch_bounds__(THREADS) blend_kernel(PrototypesBlend p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (i < p.K * p.D) blend_element(p, i, p.sums[i], p.counts[i / p.D]);
-}
-
 // ------------------------------------------------------------------------------------------------------------------- launch
-
-struct Grid {
-  int blocks, tiles_per_block;
-};
-
-Grid grid_of(int64_t B) {
-  const int64_t tiles = (B + ROWS - 1) / ROWS, blocks = tiles < MAX_BLOCKS ? tiles : MAX_BLOCKS;
-  if (blocks == 0) return {0, 0};
-  const int64_t per_block = (tiles + blocks - 1) / blocks;
-  return {static_cast<int>((tiles + per_block - 1) / per_block), static_cast<int>(per_block)};
-}
-
-int64_t partial_bytes(int64_t B, int64_t K, int64_t D, size_t element) {
-  return grid_of(B).blocks * (K * D * static_cast<int64_t>(element) + K * static_cast<int64_t>(sizeof(int64_t))) + 16;
-}
-
-// The workspace: counts first, for their alignment.
-template <class T>
-int launch_finish(const PrototypesBlend& p, int blocks, void* workspace, double* sums, int64_t* counts, void* stream) {
-  const int64_t* const partial_counts = static_cast<const int64_t*>(workspace);
-  const T* const partial_sums = reinterpret_cast<const T*>(partial_counts + blocks * p.K);
-  return PK_LAUNCH((finish_kernel<T>), dim3(static_cast<unsigned>((p.K * p.D + THREADS - 1) / THREADS)), dim3(THREADS), 0, stream, partial_sums,
-                   partial_counts, blocks, p, sums, counts);
-}
 
 template <class T, class Z>
 int launch_assign(const PrototypesForward& p, void* workspace, void* stream) {
@@ -439,9 +264,23 @@ int launch_assign(const PrototypesForward& p, void* workspace, void* stream) {
   int64_t* const counts = p.sums ? static_cast<int64_t*>(workspace) : nullptr;
   T* const sums = p.sums ? reinterpret_cast<T*>(counts + grid.blocks * p.K) : nullptr;
   if (grid.blocks > 0) {
-    const Assign<T, Z> assign{p.B, static_cast<int>(p.K), static_cast<int>(p.D), grid.tiles_per_block, p.z_stride, static_cast<const Z*>(p.z),
-                              static_cast<const T*>(p.prototypes), static_cast<const T*>(p.temperature_pointer), p.temperature, p.cosine,
-                              p.skip_nonfinite, in_shared, p.uniform, static_cast<T*>(p.assignment), p.labels, static_cast<T*>(p.entropy), sums,
+    const Assign<T, Z> assign{p.B,
+                              static_cast<int>(p.K),
+                              static_cast<int>(p.D),
+                              grid.tiles_per_block,
+                              p.z_stride,
+                              static_cast<const Z*>(p.z),
+                              static_cast<const T*>(p.prototypes),
+                              static_cast<const T*>(p.temperature_pointer),
+                              p.temperature,
+                              p.cosine,
+                              p.skip_nonfinite,
+                              in_shared,
+                              p.uniform,
+                              static_cast<T*>(p.assignment),
+                              p.labels,
+                              static_cast<T*>(p.entropy),
+                              sums,
                               counts};
     const int status = PK_LAUNCH((assign_kernel<T, Z>), dim3(grid.blocks), dim3(THREADS), in_shared ? score_bytes : 0, stream, assign);
     if (status != 0) return status;
@@ -449,21 +288,6 @@ int launch_assign(const PrototypesForward& p, void* workspace, void* stream) {
   if (!p.sums) return 0;
   const PrototypesBlend blend{p.K, p.D, p.blend_source, p.blend_kind, nullptr, nullptr, p.new_weight, p.updated};
   return launch_finish<T>(blend, grid.blocks, workspace, p.sums, p.counts, stream);
-}
-
-template <class T, class Z>
-int launch_accumulate(const PrototypesAccumulate& p, void* workspace, void* stream) {
-  const Grid grid = grid_of(p.B);
-  int64_t* const counts = static_cast<int64_t*>(workspace);
-  T* const sums = reinterpret_cast<T*>(counts + grid.blocks * p.K);
-  if (grid.blocks > 0) {
-    const Accumulate<T, Z> accumulate{p.B,      static_cast<int>(p.K), static_cast<int>(p.D), grid.tiles_per_block, p.z_stride,
-                                      static_cast<const Z*>(p.z), p.labels, p.skip_nonfinite, sums, counts};
-    const int status = PK_LAUNCH((accumulate_kernel<T, Z>), dim3(grid.blocks), dim3(THREADS), 0, stream, accumulate);
-    if (status != 0) return status;
-  }
-  const PrototypesBlend none{p.K, p.D, nullptr, Kind::f32, nullptr, nullptr, 0.0, nullptr};
-  return launch_finish<T>(none, grid.blocks, workspace, p.sums, p.counts, stream);
 }
 
 }  // namespace
@@ -481,23 +305,6 @@ int launch_prototypes_forward(const PrototypesForward& p, void* workspace, void*
     case Kind::bf16: return launch_assign<float, __nv_bfloat16>(p, workspace, stream);
     default: return launch_assign<float, __half>(p, workspace, stream);
   }
-}
-
-int64_t prototypes_accumulate_workspace(const PrototypesAccumulate& p) {
-  return partial_bytes(p.B, p.K, p.D, p.z_kind == Kind::f64 ? sizeof(double) : sizeof(float));
-}
-
-int launch_prototypes_accumulate(const PrototypesAccumulate& p, void* workspace, void* stream) {
-  switch (p.z_kind) {
-    case Kind::f32: return launch_accumulate<float, float>(p, workspace, stream);
-    case Kind::f64: return launch_accumulate<double, double>(p, workspace, stream);
-    case Kind::bf16: return launch_accumulate<float, __nv_bfloat16>(p, workspace, stream);
-    default: return launch_accumulate<float, __half>(p, workspace, stream);
-  }
-}
-
-int launch_prototypes_blend(const PrototypesBlend& p, void* stream) {
-  return PK_LAUNCH(blend_kernel, dim3(static_cast<unsigned>((p.K * p.D + THREADS - 1) / THREADS)), dim3(THREADS), 0, stream, p);
 }
 
 }  // namespace protokernels
