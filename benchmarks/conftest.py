@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,12 @@ class Contest:
         rounds = measure.rounds_for(self.seconds, function, ours)
         own: list[float] = []
         gc.collect()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         benchmark.pedantic(function, setup=lambda: own.append(measure.seconds(ours)), rounds=rounds, iterations=1)
         row = {**facts, **measure.quartiles(benchmark.stats.stats.data), "first_call_ms": 1e3 * first_call}
+        row["preemptions"] = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
+        )  # other processes wanted the cores
         row["ours"] = measure.quartiles(own)
         row["ratio"] = row["median_ms"] / row["ours"]["median_ms"]
         if limit is not None:
