@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-HEADER = "| {case} | contender | median ms | min | quartiles | ours in the same rounds | times ours | of the limit |"
+HEADER = "| {case} | contender | median ms | min | quartiles | ours in the same rounds | times ours (minima) | of the limit |"
 
 
 def milliseconds(value: float) -> str:
@@ -29,7 +29,7 @@ def line(row: Row) -> str:
     name = row["contender"] + (f" ({row['leaves_out']})" if row.get("leaves_out") else "")
     is_ours = "limit_ms" in row
     against = f" ({row['against']})" if row.get("against", "protokernels") != "protokernels" else ""
-    ratio = f"{row['ratio']:.2f}" if row["ratio"] < 10 else f"{row['ratio']:.0f}"
+    ratio = f"{row['ratio']:.3g} ({row['min_ms'] / row['ours']['min_ms']:.3g})"
     loses = row["ratio"] < 1 and not is_ours
     cells = [
         row["case"],
