@@ -366,7 +366,9 @@ def train(
 
     name = f"vaesim-{Path(config.data).stem}-{config.preset_name}"
     record = {"paper": "vaesim", "config": asdict(config)}
-    results = train_runs(name, record, run_one, out=out, settings=settings, provenance=dataset.provenance)
+    results = train_runs(
+        name, record, run_one, out=out, settings=settings, provenance=dataset.provenance, epochs=config.epochs
+    )
     if figures and results:
         draw_figures(results["folder"], dataset=dataset)
     return results
@@ -389,7 +391,8 @@ def evaluate(folder: str | Path, *, data_root: str | Path | None = None) -> dict
     for run in load_runs(folder):
         dataset = load_dataset(VAESimConfig.from_dict(run.config()["config"]).data, data_root)
         model, config = load_model(run, dataset.channels)
-        update_results(run, score_model(model, dataset, config, run.config()["seed"]), dataset.provenance)
+        scores = score_model(model, dataset, config, run.config()["seed"])
+        update_results(run, scores, dataset.provenance, epochs=config.epochs)
     return write_summary(folder)
 
 

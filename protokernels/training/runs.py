@@ -48,6 +48,7 @@ def train_runs(
     out: str | Path | None,
     settings: RunSettings,
     provenance: dict[str, Any],
+    epochs: int,
 ) -> dict[str, Any]:
     """Calls ``run_one(run, seed, accelerator)`` for every seed and writes what it returns, then the summary.
 
@@ -58,6 +59,7 @@ def train_runs(
         out: the folder, or ``None`` for the first free default.
         settings: seeds, precision and so on.
         provenance: of the data, with its warnings; goes to ``environment.json`` and the results.
+        epochs: how many a finished run has.
 
     Returns:
         On the main process the results, with the folder as ``"folder"``; elsewhere an empty dictionary.
@@ -73,7 +75,7 @@ def train_runs(
         if accelerator.is_main_process:
             RunFolder.create(run.path, _as_json({**record, "seed": seed}), resume=settings.resume)
         accelerator.wait_for_everyone()
-        if run.results() is not None:  # finished before
+        if (run.results() or {}).get("complete"):
             continue
         if accelerator.is_main_process:
             run.write_environment(
@@ -83,16 +85,21 @@ def train_runs(
         results = run_one(run, seed, accelerator)
         if accelerator.is_main_process:
             seconds = round(time.perf_counter() - started, 1)
-            update_results(run, {**record, "seed": seed, **results, "seconds_since_resume": seconds}, provenance)
+            update_results(run, {**results, "seconds_since_resume": seconds}, provenance, epochs=epochs)
         accelerator.wait_for_everyone()
     return {**write_summary(folder), "folder": str(folder)} if accelerator.is_main_process else {}
 
 
-def update_results(run: RunFolder, results: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """Writes ``results`` over those of the run, with the last line of its metrics and the warnings of its data."""
-    last = {key: value for key, value in run.metrics()[-1].items() if key != "seconds"}
-    more = {"last_epoch": last, "data_warnings": list(provenance.get("warnings", []))}
-    run.write_results(_as_json({**(run.results() or {}), **results, **more}))
+def update_results(run: RunFolder, results: dict[str, Any], provenance: dict[str, Any], *, epochs: int) -> None:
+    """Writes ``results`` with what the run folder knows: configuration, last epoch, whether all ``epochs`` are done."""
+    metrics = run.metrics()
+    last = {key: value for key, value in metrics[-1].items() if key != "seconds"} if metrics else {}
+    more = {
+        "complete": last.get("epoch", 0) >= epochs,
+        "last_epoch": last,
+        "data_warnings": list(provenance.get("warnings", [])),
+    }
+    run.write_results(_as_json({**run.config(), **(run.results() or {}), **results, **more}))
 
 
 def load_runs(folder: str | Path) -> list[RunFolder]:
@@ -115,14 +122,13 @@ def write_summary(folder: str | Path) -> dict[str, Any]:
     if not results:
         raise FileNotFoundError(f"{folder} has no results yet; continue the run with --resume")
     first = {
-        key: value
-        for key, value in results[0][1].items()
-        if key not in ("seed", "splits", "last_epoch", "seconds_since_resume")
+        key: value for key, value in results[0][1].items() if key not in ("seed", "splits", "seconds_since_resume")
     }
     summary = {
         **first,
         "seeds": [seed for seed, _ in results],
         "number_of_runs": len(results),
+        "complete": all(result["complete"] for _, result in results) and len(results) == len(runs),
         "splits": summarize_runs([result["splits"] for _, result in results]),
     }
     if RunFolder(folder).config().get("seeds") is not None:

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT
+"""The command line, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tyro", reason="the commands need the extra protokernels[train]")
+
+from protokernels import __version__
+from protokernels.cli import main
+
+SMALL = ["--epochs", "1", "--batch-size", "200", "--num-prototypes", "12", "--image-size", "16", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished small run."""
+    folder = tmp_path / "run"
+    assert main(["train", "vaesim", "--out", str(folder), *SMALL]) == 0
+    return folder
+
+
+class TestWords:
+    def test_help_and_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--help"]) == 0
+        assert "train vaesim" in capsys.readouterr().out
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out.strip() == __version__
+        assert main([]) == 2
+
+    def test_help_of_train_shows_the_presets_values(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "vaesim", "--preset", "official", "--data", "mnist", "--help"])
+        text = capsys.readouterr().out
+        assert stop.value.code == 0
+        assert "--num-prototypes" in text and "official-mnist" in text and "--resume" in text
+
+    @pytest.mark.parametrize("words", [["fly"], ["train"], ["train", "fly"], ["doctor", "fly"]])
+    def test_wrong_words(self, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(words) == 2
+        captured = capsys.readouterr()
+        assert captured.out + captured.err
+
+    def test_problems_are_one_line_on_stderr(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for words, message in (
+            (["evaluate", str(tmp_path)], "holds no run"),
+            (["train", "vaesim", "--preset", "best"], "paper, official, fair"),
+            (["train", "vaesim", "--out", str(tmp_path / "x"), "--data", "imagenet"], "digits"),
+            (["train", "vaesim", "--out", str(tmp_path / "x"), "--precision", "fp16", "--device", "cpu"], "bf16"),
+        ):
+            assert main(words) == 1, words
+            captured = capsys.readouterr()
+            assert message in captured.err and "Traceback" not in captured.err and captured.out == ""
+
+    def test_doctor_needs_no_extra_and_a_missing_extra_is_named(self) -> None:
+        """In a Python where nothing of the extra can be imported."""
+        code = (
+            "import sys\n"
+            "for name in ('tyro', 'rich', 'accelerate', 'sklearn', 'matplotlib', 'medmnist', 'scipy'):\n"
+            "    sys.modules[name] = None\n"
+            "from protokernels.cli import main\n"
+            "sys.exit(main(sys.argv[1:]))\n"
+        )
+        doctor = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=120)
+        assert "Traceback" not in doctor.stderr and "torch" in doctor.stdout
+        train = subprocess.run(
+            [sys.executable, "-c", code, "train", "vaesim"], capture_output=True, text=True, timeout=120
+        )
+        assert train.returncode == 1
+        assert 'pip install "protokernels[train]"' in train.stderr and "Traceback" not in train.stderr
+
+
+class TestRun:
+    def test_train_ends_with_a_table_and_the_figures_paths(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "run"
+        assert main(["train", "vaesim", "--out", str(folder), "--runs", "2", *SMALL]) == 0
+        text = capsys.readouterr().out
+        for expected in ("statistical", "kNN", "linear", "majority", "val+test (538)", "±", "results.json", "tsne.png"):
+            assert expected in text, expected
+        assert len(list((folder / "figures").glob("*.png"))) == 6
+        assert json.loads((folder / "config.json").read_text())["config"]["epochs"] == 1
+
+    def test_a_second_run_does_not_overwrite_the_first(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        before = (run / "results.json").read_bytes()
+        assert main(["train", "vaesim", "--out", str(run), *SMALL]) == 1
+        assert "--resume" in capsys.readouterr().err
+        assert main(["train", "vaesim", "--out", str(run), "--resume", *SMALL]) == 0  # finished: shows the table again
+        assert (run / "results.json").read_bytes() == before
+
+    def test_evaluate_gives_the_same_scores_and_figures_draws_again(
+        self, run: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = json.loads((run / "results.json").read_text())
+        capsys.readouterr()
+        assert main(["evaluate", str(run)]) == 0
+        assert "kNN" in capsys.readouterr().out
+        assert json.loads((run / "results.json").read_text()) == before
+        for path in (run / "figures").glob("*.png"):
+            path.unlink()
+        assert main(["figures", str(run)]) == 0
+        printed = capsys.readouterr().out.split()
+        assert len(printed) == 6 and all(Path(path).stat().st_size > 1000 for path in printed)
+
+    def test_ctrl_c_leaves_a_usable_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = tmp_path / "run"
+        words = ["train", "vaesim", "--out", str(folder), *SMALL, "--epochs", "15"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "protokernels", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("checkpoints/*.pt")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "--resume continues from it" in errors and "Traceback" not in errors
+        capsys.readouterr()
+        assert main(["evaluate", str(folder)]) == 0
+        assert "NOT FINISHED" in capsys.readouterr().out
+        assert not json.loads((folder / "results.json").read_text())["complete"]
+        assert main([*words, "--resume"]) == 0  # an evaluation in between does not make it count as finished
+        assert "NOT FINISHED" not in capsys.readouterr().out
+        assert json.loads((folder / "results.json").read_text())["complete"]
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 15
+        assert not [path for path in folder.rglob("*") if path.suffix == ".partial"]
+
+    def test_default_folder_is_a_free_one(self, tmp_path: Path) -> None:
+        for _ in range(2):
+            subprocess.run(
+                [sys.executable, "-m", "protokernels", "train", "vaesim", "--no-figures", "--quiet", *SMALL],
+                cwd=tmp_path,
+                check=True,
+                timeout=200,
+                env={**os.environ, "COLUMNS": "200"},
+            )
+        assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+            "vaesim-digits-fair",
+            "vaesim-digits-fair-2",
+        ]

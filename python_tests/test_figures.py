@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""Pictures: they are drawn, they are legible files, and nothing touches pyplot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="figures need the extra protokernels[train]")
+
+from matplotlib.image import imread
+from matplotlib.offsetbox import AnnotationBbox
+
+from protokernels.figures import (
+    embedding_pair,
+    image_grid,
+    loss_curves,
+    reconstruction_rows,
+    save_figure,
+    similarity_heatmap,
+)
+
+
+def pixels(path: Path) -> np.ndarray:
+    picture: np.ndarray = imread(path)
+    assert picture.ndim == 3 and min(picture.shape[:2]) >= 150
+    assert picture[..., :3].std() > 0.01, "the picture is blank"
+    return picture
+
+
+class TestFiles:
+    def test_pyplot_stays_out(self) -> None:
+        code = "import sys, protokernels.figures, protokernels.figures.vaesim; sys.exit('matplotlib.pyplot' in sys.modules)"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+    def test_the_same_figure_gives_the_same_bytes_and_replaces_the_old_file(self, tmp_path: Path) -> None:
+        figures = [similarity_heatmap(torch.eye(4), title="t") for _ in range(2)]
+        first = save_figure(figures[0], tmp_path / "new" / "a.png").read_bytes()
+        assert save_figure(figures[1], tmp_path / "new" / "a.png").read_bytes() == first
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+class TestGrids:
+    @pytest.mark.parametrize(("count", "channels"), [(1, 1), (40, 1), (13, 3)])
+    def test_grid(self, tmp_path: Path, count: int, channels: int) -> None:
+        images = torch.rand(count, channels, 16, 16)
+        figure = image_grid(images, title="t", captions=[str(i) for i in range(count)], faded=[True] * count)
+        pixels(save_figure(figure, tmp_path / "a.png"))
+        shown = [axes for axes in figure.axes if axes.images]
+        assert len(shown) == count and [axes.get_title() for axes in shown] == [str(i) for i in range(count)]
+
+    def test_grey_levels_are_absolute(self) -> None:
+        """A dim image stays dim: every image is drawn from 0 (black) to 1 (white)."""
+        figure = image_grid(torch.full((2, 1, 8, 8), 0.2), title="t")
+        assert all(axes.images[0].get_clim() == (0, 1) for axes in figure.axes if axes.images)
+
+    def test_reconstructions(self, tmp_path: Path) -> None:
+        figure = reconstruction_rows(torch.zeros(5, 1, 8, 8), torch.ones(5, 1, 8, 8), title="t")
+        pixels(save_figure(figure, tmp_path / "a.png"))
+        values = [float(np.mean(axes.images[0].get_array())) for axes in figure.axes]
+        assert values == [0.0] * 5 + [1.0] * 5
+
+
+class TestCurvesAndHeatmap:
+    def test_curves_show_the_metrics(self, tmp_path: Path) -> None:
+        metrics = [{"epoch": epoch, "loss": 1 / epoch, "kl": epoch} for epoch in range(1, 30)]
+        figure = loss_curves(metrics, ["loss", "kl"], title="t")
+        pixels(save_figure(figure, tmp_path / "a.png"))
+        assert figure.axes[0].lines[0].get_ydata().tolist() == [1 / epoch for epoch in range(1, 30)]
+
+    def test_one_epoch_is_a_visible_point_and_none_is_an_error(self) -> None:
+        figure = loss_curves([{"epoch": 1, "loss": 2.0}], ["loss"], title="t")
+        assert figure.axes[0].lines[0].get_marker() == "."
+        with pytest.raises(ValueError, match="no metrics"):
+            loss_curves([], ["loss"], title="t")
+
+    def test_heatmap_is_cosine_similarity(self) -> None:
+        figure = similarity_heatmap(torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]), title="t")
+        values = np.asarray(figure.axes[0].images[0].get_array())
+        np.testing.assert_allclose(values, [[1, 0, -1], [0, 1, 0], [-1, 0, 1]], atol=1e-6)
+
+
+class TestEmbeddingPair:
+    def draw(self, classes: int, prototypes: int, places: np.ndarray | None = None):  # type: ignore[no-untyped-def]
+        generator = np.random.default_rng(0)
+        points = generator.normal(size=(300, 2)).astype(np.float32)
+        return embedding_pair(
+            points,
+            generator.integers(0, classes, 300),
+            np.concatenate([np.arange(prototypes), generator.integers(0, prototypes, 300 - prototypes)]),
+            title="t",
+            class_names=[f"class {k}" for k in range(classes)],
+            prototype_points=points[:prototypes] if places is None else places,
+            prototype_images=torch.rand(prototypes, 1, 16, 16),
+        )
+
+    @pytest.mark.parametrize(("classes", "prototypes"), [(1, 1), (2, 40), (10, 40), (25, 5)])
+    def test_draws(self, tmp_path: Path, classes: int, prototypes: int) -> None:
+        figure = self.draw(classes, prototypes)
+        pixels(save_figure(figure, tmp_path / "a.png"))
+        assert len(figure.legends) == (1 if classes <= 20 else 0)
+
+    def test_prototype_pictures_do_not_cover_each_other(self, tmp_path: Path) -> None:
+        figure = self.draw(2, 60)
+        save_figure(figure, tmp_path / "a.png")
+        renderer = figure.canvas.get_renderer()
+        boxes = [a.get_window_extent(renderer) for a in figure.axes[1].artists if isinstance(a, AnnotationBbox)]
+        assert 5 < len(boxes) < 60
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert len(figure.axes[1].lines) == 60 - len(boxes)  # the others are dots
+
+    def test_empty_prototypes_are_left_out(self) -> None:
+        points = np.random.default_rng(0).normal(size=(50, 2))
+        figure = embedding_pair(
+            points,
+            np.zeros(50, dtype=int),
+            np.zeros(50, dtype=int),
+            title="t",
+            class_names=["only"],
+            prototype_points=np.array([[0.0, 0.0], [9.0, 9.0]]),
+            prototype_images=torch.rand(2, 1, 8, 8),
+        )
+        assert len([a for a in figure.axes[1].artists if isinstance(a, AnnotationBbox)]) == 1
