@@ -48,7 +48,7 @@ def show_image(axes: Axes, image: Tensor, title: str = "", *, faded: bool = Fals
     axes.set_xticks([])
     axes.set_yticks([])
     if title:
-        axes.set_title(title, fontsize=7, pad=2)
+        axes.set_title(title, fontsize=7 if len(title) <= 10 else 6, pad=2)
 
 
 def class_colours(count: int) -> np.ndarray:  # [count, 4]
