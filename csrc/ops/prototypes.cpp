@@ -24,12 +24,14 @@ const PrototypesCpu& prototypes_cpu() {
   return prototypes_cpu_generic;
 }
 
-// At least 128 rows a chunk, at most 64 chunks, at most 64 MB of partial sums. Never a function of the number of threads.
+// At least 128 and at least K rows a chunk, or clearing and adding up partial sums costs more than filling them. At most 64 chunks while their sums
+// fit into 4 MB, else 16, and fewer beyond 64 MB. Never a function of the number of threads.
 PrototypesChunks prototypes_chunks(int64_t B, int64_t K, int64_t D) {
-  const int64_t by_memory = std::max<int64_t>(1, (int64_t{64} << 20) / (8 * K * D + 1));
-  const int64_t wanted = std::clamp<int64_t>((B + 127) / 128, 1, std::min<int64_t>(64, by_memory));
-  const int64_t rows = ((B + wanted - 1) / wanted + 31) / 32 * 32;
-  return {std::max<int64_t>(rows, 32), B == 0 ? 0 : (B + std::max<int64_t>(rows, 32) - 1) / std::max<int64_t>(rows, 32)};
+  const int64_t bytes = 8 * K * D;
+  const int64_t most = std::min(std::clamp<int64_t>((int64_t{4} << 20) / bytes, 16, 64), std::max<int64_t>(1, (int64_t{64} << 20) / bytes));
+  const int64_t wanted = std::clamp<int64_t>(B / std::max<int64_t>(128, K), 1, most);
+  const int64_t rows = std::max<int64_t>(32, ((B + wanted - 1) / wanted + 31) / 32 * 32);
+  return {rows, (B + rows - 1) / rows};
 }
 
 namespace {
@@ -45,6 +47,13 @@ void for_chunks(PrototypesChunks chunks, double work, const Function& function) 
   if (chunks.count == 0) return;
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(chunks.count) * SERIAL_WORK / std::max(work, 1.0)));
   torch::stable::parallel_for(0, chunks.count, grain, function);
+}
+
+// Runs function(first_k, last_k) over the prototypes; what it does to one does not depend on the others.
+template <class Function>
+void for_prototypes(int64_t K, int64_t D, PrototypesChunks chunks, const Function& function) {
+  const double work = static_cast<double>(D) * static_cast<double>(chunks.count) * 4;  // of one prototype: memory, not arithmetic
+  torch::stable::parallel_for(0, K, std::max<int64_t>(1, static_cast<int64_t>(SERIAL_WORK / std::max(work, 1.0))), function);
 }
 
 // What forward and backward share; z, prototypes and temperature must outlive it.
@@ -130,7 +139,8 @@ Outputs forward_cpu(Tensor z_any, Tensor prototypes_any, OptionalTensor temperat
   for_chunks(chunks, multiply_adds(p),
              [&](int64_t begin, int64_t end) { cpu.forward(p, panels.data_ptr(), chunks, sums, counts, begin, end); });
   if (with_update) {
-    cpu.finish_sums(p.K, p.D, chunks, sums, counts, p.sums, p.counts);
+    for_prototypes(p.K, p.D, chunks,
+                   [&](int64_t first, int64_t last) { cpu.finish_sums(p.K, p.D, chunks, sums, counts, p.sums, p.counts, first, last); });
     cpu.blend({p.K, p.D, p.blend_source, p.blend_kind, p.sums, p.counts, p.new_weight, p.updated});
   }
   return out.tuple();
@@ -181,12 +191,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor grad_assignment_any, Opti
   double* const partial_temperature = static_cast<double*>(temperatures.data_ptr());
   void* const partial_gradients = with_prototypes ? gradients.data_ptr() : nullptr;
   double grad_temperature = 0;
-  p.grad_temperature = &grad_temperature;
   cpu.pack_backward(p, panels.data_ptr());
   for_chunks(chunks, 2 * multiply_adds(p), [&](int64_t begin, int64_t end) {
     cpu.backward(p, panels.data_ptr(), chunks, partial_gradients, partial_temperature, begin, end);
   });
-  cpu.finish_gradient(p, chunks, partial_gradients, partial_temperature);
+  for (int64_t c = 0; c < chunks.count; ++c) grad_temperature += partial_temperature[c];
+  if (with_prototypes)
+    for_prototypes(p.K, p.D, chunks, [&](int64_t first, int64_t last) { cpu.finish_gradient(p, chunks, partial_gradients, first, last); });
   if (p.double_compute)
     *static_cast<double*>(out.temperature.data_ptr()) = grad_temperature;
   else
@@ -219,8 +230,10 @@ std::tuple<Tensor, Tensor> accumulate_cpu(Tensor z_any, Tensor labels_any, int64
     if (!cpu.accumulate(p, chunks, sums_data, counts_data, begin, end)) valid = false;
   });
   STD_TORCH_CHECK(valid, "prototypes: a label is not below num_prototypes");
-  cpu.finish_sums(p.K, p.D, chunks, sums_data, counts_data, static_cast<double*>(sums.data_ptr()),
-                  static_cast<int64_t*>(counts.data_ptr()));
+  for_prototypes(p.K, p.D, chunks, [&](int64_t first, int64_t last) {
+    cpu.finish_sums(p.K, p.D, chunks, sums_data, counts_data, static_cast<double*>(sums.data_ptr()),
+                    static_cast<int64_t*>(counts.data_ptr()), first, last);
+  });
   return {sums, counts};
 }
 

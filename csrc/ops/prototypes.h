@@ -58,7 +58,6 @@ struct PrototypesBackward : PrototypesProblem {
   const void* grad_entropy;     // T [B] or null
   void* grad_z;                 // [B, D] of z_kind
   void* grad_prototypes;        // [K, D] of prototypes_kind, or null
-  double* grad_temperature;     // [1]
 };
 
 struct PrototypesAccumulate {
@@ -90,7 +89,8 @@ struct PrototypesChunks {
 };
 PrototypesChunks prototypes_chunks(int64_t B, int64_t K, int64_t D);
 
-// One table per instruction set; every function works on chunks [begin, end) with private partial sums.
+// One table per instruction set. Work on rows goes by chunks [begin, end) with private partial sums; adding those up goes by prototypes, each
+// by one thread in the order of the chunks.
 struct PrototypesCpu {
   const char* level;
   int64_t (*panel_elements)(const PrototypesProblem&);     // packed prototypes, elements of T
@@ -101,11 +101,11 @@ struct PrototypesCpu {
                   int64_t begin, int64_t end);
   void (*backward)(const PrototypesBackward&, const void* panels, PrototypesChunks, void* partial_gradients, double* partial_temperature,
                    int64_t begin, int64_t end);
-  void (*finish_gradient)(const PrototypesBackward&, PrototypesChunks, const void* partial_gradients, const double* partial_temperature);
+  void (*finish_gradient)(const PrototypesBackward&, PrototypesChunks, const void* partial_gradients, int64_t first_k, int64_t last_k);
   bool (*accumulate)(const PrototypesAccumulate&, PrototypesChunks, double* partial_sums, int64_t* partial_counts, int64_t begin,
                      int64_t end);
   void (*finish_sums)(int64_t K, int64_t D, PrototypesChunks, const double* partial_sums, const int64_t* partial_counts, double* sums,
-                      int64_t* counts);
+                      int64_t* counts, int64_t first_k, int64_t last_k);
   void (*blend)(const PrototypesBlend&);
 };
 const PrototypesCpu& prototypes_cpu();  // the best table this machine can run

@@ -248,15 +248,12 @@ void backward_chunk(const PrototypesBackward& p, const T* panels, int64_t first,
 
 // Adds the chunks' partial gradients in order and, for cosine, projects them off the prototypes.
 template <class T>
-void finish_gradient_of(const PrototypesBackward& p, PrototypesChunks chunks, const T* partial, const double* partial_temperature) {
-  *p.grad_temperature = 0;
-  for (int64_t c = 0; c < chunks.count; ++c) *p.grad_temperature += partial_temperature[c];
-  if (!p.grad_prototypes) return;
+void finish_gradient_of(const PrototypesBackward& p, PrototypesChunks chunks, const T* partial, int64_t first_k, int64_t last_k) {
   const int64_t stride = round_up(p.D, LANES<T>), chunk_size = padded_k<T>(p.K) * stride;
   const double inverse_t = inverse_temperature<T>(p);
   Scratch<double> total(p.D);
   Scratch<T> prototype(p.D);
-  for (int64_t k = 0; k < p.K; ++k) {
+  for (int64_t k = first_k; k < last_k; ++k) {
     std::fill(total.data, total.data + p.D, 0.0);
     for (int64_t c = 0; c < chunks.count; ++c)
       for (int64_t d = 0; d < p.D; ++d) total.data[d] += static_cast<double>(partial[c * chunk_size + k * stride + d]);
@@ -293,12 +290,12 @@ bool accumulate_chunk(const PrototypesAccumulate& p, int64_t first, int64_t last
 }
 
 void finish_sums(int64_t K, int64_t D, PrototypesChunks chunks, const double* partial_sums, const int64_t* partial_counts, double* sums,
-                 int64_t* counts) {
-  std::fill(sums, sums + K * D, 0.0);
-  std::fill(counts, counts + K, int64_t{0});
+                 int64_t* counts, int64_t first_k, int64_t last_k) {
+  std::fill(sums + first_k * D, sums + last_k * D, 0.0);
+  std::fill(counts + first_k, counts + last_k, int64_t{0});
   for (int64_t c = 0; c < chunks.count; ++c) {
-    for (int64_t i = 0; i < K * D; ++i) sums[i] += partial_sums[c * K * D + i];
-    for (int64_t k = 0; k < K; ++k) counts[k] += partial_counts[c * K + k];
+    for (int64_t i = first_k * D; i < last_k * D; ++i) sums[i] += partial_sums[c * K * D + i];
+    for (int64_t k = first_k; k < last_k; ++k) counts[k] += partial_counts[c * K + k];
   }
 }
 
@@ -373,11 +370,10 @@ void backward(const PrototypesBackward& p, const void* panels, PrototypesChunks 
   });
 }
 
-void finish_gradient(const PrototypesBackward& p, PrototypesChunks chunks, const void* partial_gradients,
-                     const double* partial_temperature) {
+void finish_gradient(const PrototypesBackward& p, PrototypesChunks chunks, const void* partial_gradients, int64_t first_k, int64_t last_k) {
   with_compute_type(p.double_compute, [&](auto zero) {
     using T = decltype(zero);
-    finish_gradient_of(p, chunks, static_cast<const T*>(partial_gradients), partial_temperature);
+    finish_gradient_of(p, chunks, static_cast<const T*>(partial_gradients), first_k, last_k);
   });
 }
 
