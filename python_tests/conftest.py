@@ -37,7 +37,7 @@ def _package() -> Path:
             if other != package and _has_library(other):
                 pytest.exit(
                     f"the tests would import {package}, which has no native library, instead of the installed {other}: "
-                    "run `pytest`, not `python -m pytest`, without the checkout in PYTHONPATH",
+                    "run `pytest --import-mode=importlib`, not `python -m pytest`, without the checkout in PYTHONPATH",
                     returncode=4,
                 )
     return package
