@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import gc
-import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("protokernels benchmarks")
     group.addoption("--seconds", type=float, default=2.0, help="time for one contender of one case (default: 2)")
     group.addoption("--threads", type=int, default=None, help="threads for everyone (default: torch's own choice)")
+    group.addoption(
+        "--disturbance",
+        type=float,
+        default=0.1,
+        help="cores other processes may use before a row is not kept (default: .1)",
+    )
+    group.addoption("--missing", action="store_true", help="measure only what the results file does not hold yet")
     group.addoption("--results", type=Path, default=None, help="JSON file to add to (default: nothing is written)")
 
 
@@ -30,6 +37,8 @@ class Contest:
     seconds: float
     run: dict[str, Any]
     results: Path | None
+    disturbance: float
+    held: frozenset[tuple[str, ...]]
 
     def __call__(
         self,
@@ -49,18 +58,19 @@ class Contest:
             limit: floating-point operations and bytes that cannot be avoided.
             facts: `case`, `what`, `contender`, `order` and anything else the row should say.
         """
+        if measure.identity(facts) in self.held:
+            pytest.skip("the results file holds this row")
         first_call = measure.seconds(function)  # with torch.compile: the compilation
         for _ in range(2):
             function(), ours()
         rounds = measure.rounds_for(self.seconds, function, ours)
         own: list[float] = []
         gc.collect()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        start, others = time.perf_counter(), measure.others_cpu_seconds()
         benchmark.pedantic(function, setup=lambda: own.append(measure.seconds(ours)), rounds=rounds, iterations=1)
+        disturbance = (measure.others_cpu_seconds() - others) / (time.perf_counter() - start)
         row = {**facts, **measure.quartiles(benchmark.stats.stats.data), "first_call_ms": 1e3 * first_call}
-        row["preemptions"] = (
-            resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
-        )  # other processes wanted the cores
+        row["cores_of_others"] = max(0.0, round(disturbance, 3))
         row["ours"] = measure.quartiles(own)
         row["ratio"] = row["median_ms"] / row["ours"]["median_ms"]
         if limit is not None:
@@ -68,6 +78,8 @@ class Contest:
             row["limit_ms"] = measure.limit_ms(self.run["ceilings"], *limit)
             row["share_of_limit"] = row["limit_ms"] / row["median_ms"]
         benchmark.extra_info.update(row)
+        if disturbance > self.disturbance:
+            pytest.skip(f"other processes used {disturbance:.2f} cores meanwhile; the row is not kept")
         if self.results is not None:
             measure.write(self.results, self.run, row)
 
@@ -77,6 +89,13 @@ def contest(request: pytest.FixtureRequest) -> Contest:
     threads = request.config.getoption("--threads")
     if threads is not None:
         torch.set_num_threads(threads)
+    start, others = time.perf_counter(), measure.others_cpu_seconds()
     run = measure.describe_run()
+    busy = (measure.others_cpu_seconds() - others) / (time.perf_counter() - start)
     print(f"\n{run['processor']['model']}, {run['threads']} threads, load {run['load_average']}, {run['ceilings']}")
-    return Contest(request.config.getoption("--seconds"), run, request.config.getoption("--results"))
+    option, held = request.config.getoption, frozenset[tuple[str, ...]]()
+    if option("--missing") and option("--results") is not None:
+        held = frozenset(measure.identity(row) for row in measure.read(option("--results"))["rows"])
+    if option("--results") is not None and busy > option("--disturbance"):
+        pytest.exit(f"other processes use {busy:.2f} cores: measure when they are done", returncode=3)
+    return Contest(option("--seconds"), run, option("--results"), option("--disturbance"), held)

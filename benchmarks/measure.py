@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import time
@@ -46,6 +47,17 @@ def quartiles(times: Iterable[float]) -> dict[str, float]:
     ordered = sorted(1e3 * t for t in times)
     p25, median, p75 = statistics.quantiles(ordered, n=4, method="inclusive")
     return {"min_ms": ordered[0], "p25_ms": p25, "median_ms": median, "p75_ms": p75, "rounds": len(ordered)}
+
+
+def others_cpu_seconds() -> float:
+    """CPU time that everything but this process has used so far, on all cores; only differences mean something."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, stat.read_text().split("\n")[0].split()[1:9])
+    every = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    return every - own.ru_utime - own.ru_stime
 
 
 def ceilings() -> dict[str, float]:
@@ -120,13 +132,19 @@ def describe_run() -> dict[str, Any]:
     }
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A results file: facts of every run, and rows that name their run."""
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}, "rows": []}
+    return results
+
+
+def identity(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["what"], row["case"], row["contender"]
+
+
 def write(path: Path, run: dict[str, Any], row: dict[str, Any]) -> None:
     """Adds a row to a results file in place of the one of the same case and contender; runs without rows go."""
-
-    def identity(row: dict[str, Any]) -> tuple[str, ...]:
-        return row["what"], row["case"], row["contender"]
-
-    old = json.loads(path.read_text()) if path.exists() else {"runs": {}, "rows": []}
+    old = read(path)
     rows = [other for other in old["rows"] if identity(other) != identity(row)] + [{**row, "run": run["date"]}]
     rows.sort(key=lambda row: (row["what"], row["order"], row["median_ms"]))
     used = {row["run"] for row in rows}
