@@ -206,9 +206,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor grad_assignment_any, Opti
 }
 
 void fill_accumulate(PrototypesAccumulate& p, const Tensor& z, const Tensor& labels, int64_t num_prototypes, bool skip_nonfinite) {
-  STD_TORCH_CHECK(
-      z.dim() == 2 && labels.dim() == 1 && labels.size(0) == z.size(0) && labels.scalar_type() == ScalarType::Long && num_prototypes > 0,
-      "prototypes: z [B, D], labels int64 [B] and num_prototypes do not fit");
+  STD_TORCH_CHECK(z.dim() == 2 && labels.dim() == 1 && z.size(1) > 0 && labels.size(0) == z.size(0) &&
+                      labels.scalar_type() == ScalarType::Long && num_prototypes > 0,
+                  "prototypes: z [B, D], labels int64 [B] and num_prototypes do not fit");
   p = {
       z.size(0),      num_prototypes, z.size(1), z.data_ptr(), kind_of(z, "z"), z.stride(0), static_cast<const int64_t*>(labels.data_ptr()),
       skip_nonfinite, nullptr,        nullptr};
