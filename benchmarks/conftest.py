@@ -89,6 +89,7 @@ def contest(request: pytest.FixtureRequest) -> Contest:
     threads = request.config.getoption("--threads")
     if threads is not None:
         torch.set_num_threads(threads)
+    measure.touch_memory()
     start, others = time.perf_counter(), measure.others_cpu_seconds()
     run = measure.describe_run()
     busy = (measure.others_cpu_seconds() - others) / (time.perf_counter() - start)

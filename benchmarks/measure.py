@@ -60,6 +60,11 @@ def others_cpu_seconds() -> float:
     return every - own.ru_utime - own.ru_stime
 
 
+def touch_memory(gigabytes: int = 3) -> None:
+    """Uses memory once: the first touch in a virtual machine waits for the host, and would hit somebody at random."""
+    torch.empty(gigabytes * 2**28).fill_(1.0)
+
+
 def ceilings() -> dict[str, float]:
     """What a kernel is measured against, with the threads in use: multiply-adds by torch.mm, memory by copying."""
     mm = 0.0
