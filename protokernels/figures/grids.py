@@ -26,11 +26,13 @@ def image_grid(
     figure = new_figure(max(4.0, 0.85 * columns), (1.05 if captions else 0.85) * rows + 0.5)
     figure.suptitle(title, fontsize=10)
     grid = figure.subplots(rows, columns, squeeze=False)
+    size = 6 if captions and max(map(len, captions)) > 10 else 7
     for index, axes in enumerate(grid.flat):
         if index >= count:
             axes.axis("off")
             continue
-        show_image(axes, images[index], captions[index] if captions else "", faded=bool(faded and faded[index]))
+        caption = captions[index] if captions else ""
+        show_image(axes, images[index], caption, faded=bool(faded and faded[index]), size=size)
     return figure
 
 
