@@ -50,7 +50,11 @@ COMMON_FLAGS = (
     " -Wall -Wextra -Wno-unknown-pragmas"
 )
 ADDRESS_FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,alignment,bounds -fno-sanitize-recover=all"
-RUNTIME_FLAGS = {"watched": "-O2 -DPK_EMULATOR_WATCHED", "plain": "-O2 -DPK_EMULATOR_UCONTEXT", "address": ADDRESS_FLAGS}
+RUNTIME_FLAGS = {
+    "watched": "-O2 -DPK_EMULATOR_WATCHED",
+    "plain": "-O2 -DPK_EMULATOR_UCONTEXT",
+    "address": ADDRESS_FLAGS,
+}
 KERNEL_FLAGS = {
     "watched": "-O1 -g1 -fsanitize=thread --param=tsan-instrument-func-entry-exit=0",
     "plain": "-O2 -g1",
