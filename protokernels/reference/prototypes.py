@@ -11,6 +11,8 @@ Half-precision inputs are computed in float32. Everything is differentiable by a
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,8 @@ def scores(
         z, prototypes = unit_vectors(z), unit_vectors(prototypes)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).reshape(())
-    with torch.autocast(z.device.type, enabled=False):
+    device_type = z.device.type
+    with torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext():
         return z @ prototypes.T / temperature
 
 
