@@ -15,6 +15,9 @@ import torch
 
 from benchmarks import measure
 
+UNSTEADY = 1.5
+"""A row is not kept if the median of either side is more than this many times its minimum."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("protokernels benchmarks")
@@ -80,6 +83,8 @@ class Contest:
         benchmark.extra_info.update(row)
         if disturbance > self.disturbance:
             pytest.skip(f"other processes used {disturbance:.2f} cores meanwhile; the row is not kept")
+        if max(times["median_ms"] / times["min_ms"] for times in (row, row["ours"])) > UNSTEADY:
+            pytest.skip("a median is far from its minimum: something else interfered; the row is not kept")
         if self.results is not None:
             measure.write(self.results, self.run, row)
 

@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "numpy", "scikit-learn", "faiss-cpu", "vector-quantize-pytorch", "pytest-benchmark")
+ALLOCATOR = ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_CONF")
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
 
 
@@ -130,6 +131,7 @@ def describe_run() -> dict[str, Any]:
         "commit": commit(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
+        "allocator": {name: value for name, value in os.environ.items() if name in ALLOCATOR},
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "versions": versions(),
         "library": _native.build_info(),
