@@ -46,7 +46,7 @@ def collect_run(folder: Path) -> dict[str, Any] | None:
     if not results:
         return None
     first = results[0]
-    environment = next(folder.rglob("environment.json"))
+    environments = [json.loads(file.read_text()) for file in sorted(folder.rglob("environment.json"))]
     return {
         "data": first["config"]["data"],
         "preset": first["config"]["preset_name"],
@@ -56,7 +56,9 @@ def collect_run(folder: Path) -> dict[str, Any] | None:
         "seeds": [result["seed"] for result in results],
         "images": first["images"],
         "data_warnings": first["data_warnings"],
-        "environment": json.loads(environment.read_text()),
+        "environment": environments[0],
+        "commits": sorted({str(environment.get("commit")) for environment in environments}),
+        "backends": sorted({str(environment.get("backend")) for environment in environments}),
         "splits": {split: accuracies(results, split) for split in first["splits"]},
     }
 

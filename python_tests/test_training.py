@@ -20,6 +20,7 @@ from torch import nn
 
 pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
 
+from protokernels import backend
 from protokernels.training import (
     CheckpointError,
     CheckpointStore,
@@ -32,6 +33,7 @@ from protokernels.training import (
     epoch_order,
     make_accelerator,
     next_free_folder,
+    run_folder,
     summarize_runs,
 )
 from protokernels.training.files import append_json_line, read_json_lines, write_bytes, write_json
@@ -242,6 +244,27 @@ class TestRunFolder:
         (tmp_path / "a").mkdir()
         (tmp_path / "a-2").mkdir()
         assert next_free_folder(tmp_path / "a") == tmp_path / "a-3"
+
+
+class TestEnvironment:
+    def test_names_the_code_that_ran(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A checkout is named by its commit and marked where it differs; an installed package has none to name."""
+        checkout = tmp_path / "checkout"
+        package = checkout / "protokernels" / "training"
+        package.mkdir(parents=True)
+        module = package / "run_folder.py"
+        module.write_text("")
+        monkeypatch.setattr(run_folder, "__file__", str(module))
+        assert run_folder.source_commit() is None
+        git = ["git", "-C", str(checkout), "-c", "user.name=t", "-c", "user.email=t@t"]
+        for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+            subprocess.run([*git, *words], check=True)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        assert run_folder.source_commit() == head
+        module.write_text("# changed")
+        assert run_folder.source_commit() == head + "+changes"
+        environment = run_folder.environment()
+        assert environment["backend"] == backend.get() and environment["native_code"]
 
 
 class TestSession:

@@ -12,6 +12,7 @@ figures/         pictures
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib import metadata
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .. import _native, backend
 from .._version import __version__
 from .checkpoints import CheckpointStore
 from .files import append_json_line, read_json, read_json_lines, remove_leftovers, write_json, write_json_lines
@@ -143,6 +145,9 @@ def environment() -> dict[str, Any]:
     packages = ("torch", "numpy", "accelerate", "scikit-learn", "matplotlib", "medmnist")
     return {
         "protokernels": __version__,
+        "commit": source_commit(),
+        "backend": backend.get(),
+        "native_code": "missing: " + str(_native.PROBLEM) if _native.LIBRARY is None else "loaded",
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in packages},
@@ -152,6 +157,23 @@ def environment() -> dict[str, Any]:
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "byte_order": sys.byteorder,
     }
+
+
+def source_commit() -> str | None:
+    """The git commit of the checkout that this package is imported from, with ``+changes`` where tracked files differ
+    from it; ``None`` for an installed package."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _version(package: str) -> str | None:
