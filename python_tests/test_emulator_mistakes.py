@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from functools import cache
 from typing import Any
 
@@ -37,18 +38,18 @@ def wrong_lines(name: str) -> list[str]:
     return found
 
 
-def run(variant: Variant, name: str, seed: int) -> np.ndarray:
+def run(variant: Variant, name: str, seed: int, **configuration: float) -> np.ndarray:
     emulator: Any = load("selftest", variant)
-    emulator.configure(seed=seed)
+    emulator.configure(seed=seed, **configuration)
     out = poisoned(THREADS)
     emulator.broken(name, np.arange(1, THREADS + 1, dtype=np.float32), out)
     return out
 
 
-def report(variant: Variant, name: str, seed: int) -> str:
+def report(variant: Variant, name: str, seed: int, **configuration: float) -> str:
     emulator: Any = load("selftest", variant)
     with pytest.raises(emulator.EmulatorError) as caught:
-        run(variant, name, seed)
+        run(variant, name, seed, **configuration)
     text = str(caught.value)
     assert "broken_kernel<mistake>" in text
     assert f"seed {seed}" in text
@@ -131,6 +132,54 @@ class TestDeadlocks:
     def test_the_next_launch_is_healthy(self, variant: Variant, seed: int) -> None:
         report(variant, "divergent_shuffle", seed)
         emulator: Any = load("selftest", variant)
+        source, out = np.arange(96, dtype=np.float32), poisoned(96)
+        emulator.half_rotate(source, out)
+        np.testing.assert_array_equal(out, np.roll(source, -1))
+
+
+class TestWatchdog:
+    """A kernel that never ends is stopped and named, in both variants; a slow one is not."""
+
+    @pytest.mark.parametrize("variant", ["plain", "watched"])
+    @pytest.mark.parametrize("seed", [0, 1])
+    @pytest.mark.parametrize(
+        "name", ["spin_on_memory", "spin_on_an_atomic", "grid_barrier", "endless_loop", "endless_barriers"]
+    )
+    def test_endless_kernel_is_named_with_its_line(self, variant: Variant, name: str, seed: int) -> None:
+        text = report(variant, name, seed, block_seconds=0.1)
+        (line,) = wrong_lines(name)
+        assert re.search(
+            rf"thread \(\d+, 0, 0\): does not end: the block has computed for 0.1 s .* at \S*{line}\.", text
+        )
+        assert "blocks run one after another" in text
+
+    @pytest.mark.parametrize("variant", ["plain", "watched"])
+    def test_the_other_threads_are_named_with_their_lines(self, variant: Variant) -> None:
+        text = report(variant, "grid_barrier", 0, block_seconds=0.1)
+        assert "63 threads have passed no barrier and are free to run (first: thread (1, 0, 0))" in text
+        text = report(variant, "spin_on_memory", 0, block_seconds=0.1)
+        assert re.search(r"40 threads returned, last seen in __syncthreads at \S*broken_kernels.cu:\d+", text)
+        assert re.search(r"23 threads are free to run on after __syncthreads at \S*broken_kernels.cu:\d+", text)
+
+    def test_many_blocks_may_take_longer_than_one(self) -> None:
+        emulator: Any = load("selftest", "watched")
+        emulator.configure(block_seconds=0.3)
+        source, out = np.ones(64 * 256, np.float32), poisoned(64 * 256)
+        start = time.process_time()
+        emulator.workload(source, out, 64, 256, 200)
+        assert time.process_time() - start > 0.3
+        emulator.configure()
+
+    @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+    def test_limit_that_is_no_time(self, seconds: float) -> None:
+        emulator: Any = load("selftest")
+        with pytest.raises(ValueError, match=r"configure: block_seconds must be positive; got "):
+            emulator.configure(block_seconds=seconds)
+
+    def test_the_next_launch_is_healthy(self) -> None:
+        report("watched", "grid_barrier", 3, block_seconds=0.1)
+        emulator: Any = load("selftest", "watched")
+        emulator.configure()
         source, out = np.arange(96, dtype=np.float32), poisoned(96)
         emulator.half_rotate(source, out)
         np.testing.assert_array_equal(out, np.roll(source, -1))

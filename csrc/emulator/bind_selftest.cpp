@@ -129,6 +129,11 @@ PK_EMULATOR_MODULE(module) {
         {"unordered_blocks", Mistake::unordered_blocks},
         {"unpublished_block", Mistake::unpublished_block},
         {"modified_input", Mistake::modified_input},
+        {"spin_on_memory", Mistake::spin_on_memory},
+        {"spin_on_an_atomic", Mistake::spin_on_an_atomic},
+        {"grid_barrier", Mistake::grid_barrier},
+        {"endless_loop", Mistake::endless_loop},
+        {"endless_barriers", Mistake::endless_barriers},
         {"trap", Mistake::trap},
     };
     const Input<float> source(in, "in");

@@ -23,6 +23,7 @@
 #include "emulator/half.h"
 #include "emulator/memory.h"
 #include "emulator/runtime.h"
+#include "emulator/watchdog.h"
 
 namespace pk::emulator {
 
@@ -94,8 +95,9 @@ using Output = DeviceBuffer<T, true>;
 inline void bind_common(py::module_& module) {
   py::register_local_exception<EmulatorError>(module, "EmulatorError", PyExc_RuntimeError);
   module.def("configure", &configure, py::kw_only(), py::arg("seed") = 0, py::arg("architecture") = "sm_80", py::arg("element_offset") = 0,
-             "Sets the seed of the thread and block order (0: natural order), the architecture whose limits hold, and by how "
-             "many elements buffers start after an aligned address.");
+             py::arg("block_seconds") = default_block_seconds,
+             "Sets the seed of the thread and block order (0: natural order), the architecture whose limits hold, by how many "
+             "elements buffers start after an aligned address, and how much processor time a block may take before it is stopped.");
 }
 
 }  // namespace pk::emulator

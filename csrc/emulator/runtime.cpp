@@ -16,6 +16,7 @@
 #include "emulator/fiber.h"
 #include "emulator/memory.h"
 #include "emulator/watch.h"
+#include "emulator/watchdog.h"
 
 namespace pk::emulator {
 
@@ -166,37 +167,6 @@ void thread_main() {
   __builtin_unreachable();
 }
 
-std::string describe_waiting() {
-  struct Group {
-    unsigned count = 0;
-    unsigned first = 0;
-  };
-  std::map<std::string, Group> groups;
-  for (unsigned i = 0; i < block_state.threads; ++i) {
-    const Thread& thread = state.threads[i];
-    const std::string where =
-        thread.file == nullptr ? "" : std::string(thread.operation) + " at " + describe_location(thread.file, thread.line);
-    std::string what;
-    if (thread.state == State::finished) {
-      what = "returned" + (where.empty() ? " without reaching a barrier" : ", last seen in " + where);
-    } else {
-      what = "wait in " + where;
-      if (thread.state == State::collective) {
-        char mask[16];
-        std::snprintf(mask, sizeof mask, "0x%08x", thread.mask);
-        what += std::string(" with mask ") + mask;
-      }
-    }
-    Group& group = groups[what];
-    if (group.count++ == 0) group.first = i;
-  }
-  std::string text;
-  for (const auto& [what, group] : groups) {
-    text += "\n  " + std::to_string(group.count) + " threads " + what + " (first: thread " + describe_thread(group.first) + ")";
-  }
-  return text;
-}
-
 // Runs until no thread is ready; the host decides what that means.
 void run_ready() {
   while (!ring_empty() && !state.failed) {
@@ -226,6 +196,7 @@ void run_block() {
   memory_block_start();
   block_state.block_first_epoch = ++block_state.epoch;
   watch_block_started();
+  watchdog_block_started();
   state.finished = state.at_barrier = 0;
   state.predicate_sum = 0;
   for (unsigned i = 0; i < block_state.threads; ++i) {
@@ -240,7 +211,7 @@ void run_block() {
     run_ready();
     if (state.failed || state.finished == block_state.threads) return;
     if (!barrier_complete()) {
-      report_outside_fiber("deadlock: the threads of the block do not meet in one barrier" + describe_waiting());
+      report_outside_fiber("deadlock: the threads of the block do not meet in one barrier" + describe_threads());
       return;
     }
     ++block_state.epoch;
@@ -315,6 +286,40 @@ std::string describe_thread(unsigned thread) {
 
 std::string describe_location(const char* file, unsigned line) { return std::string(file) + ":" + std::to_string(line); }
 
+std::string describe_threads() {
+  struct Group {
+    unsigned count = 0;
+    unsigned first = 0;
+  };
+  std::map<std::string, Group> groups;
+  for (unsigned i = 0; i < block_state.threads; ++i) {
+    if (block_state.running && i == block_state.thread) continue;
+    const Thread& thread = state.threads[i];
+    const std::string where =
+        thread.file == nullptr ? "" : std::string(thread.operation) + " at " + describe_location(thread.file, thread.line);
+    std::string what;
+    if (thread.state == State::finished) {
+      what = "returned" + (where.empty() ? " without reaching a barrier" : ", last seen in " + where);
+    } else if (thread.state == State::ready) {
+      what = where.empty() ? "have passed no barrier and are free to run" : "are free to run on after " + where;
+    } else {
+      what = "wait in " + where;
+      if (thread.state == State::collective) {
+        char mask[16];
+        std::snprintf(mask, sizeof mask, "0x%08x", thread.mask);
+        what += std::string(" with mask ") + mask;
+      }
+    }
+    Group& group = groups[what];
+    if (group.count++ == 0) group.first = i;
+  }
+  std::string text;
+  for (const auto& [what, group] : groups) {
+    text += "\n  " + std::to_string(group.count) + " threads " + what + " (first: thread " + describe_thread(group.first) + ")";
+  }
+  return text;
+}
+
 int launch(const char* kernel, Invoke invoke, const void* context, dim3 grid, dim3 block, std::size_t dynamic_shared_bytes) {
   // A template instance comes as "(name<arguments>)".
   state.kernel = kernel;
@@ -368,7 +373,7 @@ int launch(const char* kernel, Invoke invoke, const void* context, dim3 grid, di
   return 0;
 }
 
-void configure(std::uint64_t seed, const std::string& architecture_name, std::size_t offset) {
+void configure(std::uint64_t seed, const std::string& architecture_name, std::size_t offset, double block_seconds) {
   const auto found = std::find_if(architectures.begin(), architectures.end(),
                                   [&](const Architecture& candidate) { return architecture_name == candidate.name; });
   if (found == architectures.end()) {
@@ -376,6 +381,7 @@ void configure(std::uint64_t seed, const std::string& architecture_name, std::si
     for (const Architecture& candidate : architectures) known += std::string(known.empty() ? "" : ", ") + candidate.name;
     throw std::invalid_argument("configure: architecture must be one of " + known + "; got " + architecture_name);
   }
+  watchdog_configure(block_seconds);
   current_architecture = &*found;
   current_seed = seed;
   generator = seed * 0x9e3779b97f4a7c15ull + 0x1234567ull;

@@ -34,6 +34,7 @@ void combine_nothing(unsigned participants, void* const* operands);  // __syncwa
 [[noreturn]] void fail(const std::string& message);
 std::string describe_thread(unsigned thread);
 std::string describe_location(const char* file, unsigned line);
+std::string describe_threads();  // where the block's threads are, the running one left out
 
 // Launches.
 using Invoke = void (*)(const void* context);
@@ -52,7 +53,7 @@ inline constexpr int error_invalid_configuration = 9;
 inline constexpr int error_launch_failure = 719;
 
 // Host side.
-void configure(std::uint64_t seed, const std::string& architecture_name, std::size_t element_offset);
+void configure(std::uint64_t seed, const std::string& architecture_name, std::size_t element_offset, double block_seconds);
 std::size_t element_offset();
 std::string take_report();
 

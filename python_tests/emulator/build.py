@@ -40,7 +40,7 @@ Variant = Literal["watched", "plain", "address"]
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "emulator"
 COMPILER = os.environ.get("CXX", "g++")
-RUNTIME = ("fiber", "runtime", "memory", "warp", "atomics")
+RUNTIME = ("fiber", "runtime", "memory", "warp", "atomics", "watchdog")
 
 SEEDS = (0, 1, 2, 3, 4)
 """Thread orders that a kernel test goes through; 0 is the natural order."""
@@ -50,14 +50,16 @@ COMMON_FLAGS = (
     " -Wall -Wextra -Wno-unknown-pragmas"
 )
 ADDRESS_FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,alignment,bounds -fno-sanitize-recover=all"
+# A call in every basic block, to notice a kernel that never ends; the address variant has a time limit from outside.
+WATCHDOG_FLAGS = "-fsanitize-coverage=trace-pc"
 RUNTIME_FLAGS = {
     "watched": "-O2 -DPK_EMULATOR_WATCHED",
     "plain": "-O2 -DPK_EMULATOR_UCONTEXT",
     "address": ADDRESS_FLAGS,
 }
 KERNEL_FLAGS = {
-    "watched": "-O1 -g1 -fsanitize=thread --param=tsan-instrument-func-entry-exit=0",
-    "plain": "-O2 -g1",
+    "watched": f"-O1 -g1 -fsanitize=thread --param=tsan-instrument-func-entry-exit=0 {WATCHDOG_FLAGS}",
+    "plain": f"-O2 -g1 {WATCHDOG_FLAGS}",
     "address": ADDRESS_FLAGS,
 }
 # The watched build must not link the thread sanitizer's library: watch.cpp takes its place.

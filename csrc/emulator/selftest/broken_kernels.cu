@@ -104,6 +104,28 @@ __global__ void broken_kernel(float* in, float* out, int size) {
   } else if constexpr (mistake == Mistake::modified_input) {
     in[i] = 0.0f;  // mistake: inputs are never modified
     out[i] = 1.0f;
+  } else if constexpr (mistake == Mistake::spin_on_memory) {
+    __syncthreads();
+    volatile float* flag = out + size - 1;
+    if (thread == 40) while (*flag != 1.0f) continue;  // mistake: nobody sets it
+    if (i < size - 1) out[i] = in[i];
+  } else if constexpr (mistake == Mistake::spin_on_an_atomic) {
+    if (i == 0) while (atomicAdd(out, 0.0f) != 1.0f) continue;  // mistake: nobody sets it
+    __syncthreads();
+  } else if constexpr (mistake == Mistake::grid_barrier) {
+    auto* arrived = reinterpret_cast<unsigned*>(out);  // starts as 0xffffffff
+    if (thread == 0) {
+      atomicAdd(arrived, 1u);
+      while (atomicAdd(arrived, 0u) != gridDim.x - 1) continue;  // mistake: the other block has not begun
+    }
+    __syncthreads();
+  } else if constexpr (mistake == Mistake::endless_loop) {
+    float sum = 0.0f;
+    for (unsigned k = 0; k < 64; k += size / 256) sum = sum * 0.5f + in[i];  // mistake: the step is 0
+    out[i] = sum;
+  } else if constexpr (mistake == Mistake::endless_barriers) {
+    while (__syncthreads_or(thread == 0)) continue;  // mistake: thread 0 never agrees
+    out[i] = in[i];
   } else if constexpr (mistake == Mistake::trap) {
     if (thread == 5) __trap();
     out[i] = in[i];
@@ -142,6 +164,11 @@ int launch_broken(Mistake mistake, float* in, float* out, int threads, void* str
     PK_CASE(unordered_blocks)
     PK_CASE(unpublished_block)
     PK_CASE(modified_input)
+    PK_CASE(spin_on_memory)
+    PK_CASE(spin_on_an_atomic)
+    PK_CASE(grid_barrier)
+    PK_CASE(endless_loop)
+    PK_CASE(endless_barriers)
     PK_CASE(trap)
 #undef PK_CASE
   }

@@ -67,6 +67,11 @@ enum class Mistake : int {
   unordered_blocks,       // reads another block's result without fence and atomic
   unpublished_block,      // fences, then announces its results by an atomic, with no barrier between
   modified_input,         // writes to its input
+  spin_on_memory,         // polls a word that nobody writes
+  spin_on_an_atomic,      // the same by an atomic operation
+  grid_barrier,           // waits for a block that has not begun
+  endless_loop,           // a loop whose step is 0
+  endless_barriers,       // a loop of barriers whose vote never changes
   trap,
 };
 
