@@ -14,6 +14,7 @@ from torch import Tensor
 
 from protokernels import _native, prototype_step, soft_assign, update_prototypes
 from protokernels.nn import Prototypes
+from python_tests.cuda_contract import ELEMENTS_OF_INT32, CudaContract, need_memory, nothing_waits, on
 from python_tests.prototypes_oracle import check_update, draw, needs_gpu, needs_native, oracle
 
 pytestmark = [pytest.mark.cuda, needs_native, needs_gpu]
@@ -58,65 +59,34 @@ class TestGradient:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-class TestContract:
-    def test_another_stream(self) -> None:
-        z, q = on_gpu(16384, 64, 64)
-        expected = prototype_step(z, q, temperature=0.1, new_weight=0.95)
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(20_000_000)  # work that ran on the default stream would not wait for this
-            late = z.clone()
-            step = prototype_step(late, q, temperature=0.1, new_weight=0.95)
-            late.zero_()
-        stream.synchronize()
-        assert torch.equal(step.assignment, expected.assignment) and torch.equal(step.prototypes, expected.prototypes)
+class TestContract(CudaContract):
+    def draw(self, seed: int) -> tuple[Tensor, ...]:
+        return draw(2048, 10, 32, seed)
 
-    def test_capture_and_replay(self) -> None:
-        z, q = on_gpu(2048, 10, 32)
-        z.requires_grad_()
+    def work(self, *inputs: Tensor) -> list[Tensor]:
+        z, q = inputs
+        step = prototype_step(z, q, temperature=0.1, new_weight=0.95, return_entropy=True)
+        assert step.entropy is not None
+        gradients = torch.autograd.grad(step.assignment.square().sum() + step.entropy.sum(), (z, q))
+        updated, counts = update_prototypes(q, z, step.labels, new_weight=0.5)
+        kept = [step.assignment, step.labels, step.entropy, step.prototypes, step.counts]
+        return [*kept, *gradients, updated.detach(), counts]
 
-        def work() -> list[Tensor]:
-            step = prototype_step(z, q, temperature=0.1, new_weight=0.95, return_entropy=True)
-            assert step.entropy is not None
-            (gradient,) = torch.autograd.grad(step.assignment.square().sum() + step.entropy.sum(), z)
-            updated, _ = update_prototypes(q, z, step.labels, new_weight=0.5)
-            return [step.assignment, step.labels, step.prototypes, step.counts, gradient, updated]
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = work()
-        for seed in (1, 2):
-            with torch.no_grad():
-                z.copy_(on_gpu(2048, 10, 32, seed)[0])
-            for tensor in captured:
-                tensor.detach().fill_(0)
-            graph.replay()
-            torch.cuda.synchronize()
-            for a, b in zip(captured, work(), strict=True):
-                assert torch.equal(a, b)
-
-    def test_nothing_waits_for_the_device(self) -> None:
-        z, q = on_gpu(2048, 10, 32)
-        z.requires_grad_()
-        temperature = torch.tensor(0.1, device="cuda")
+    def test_sampling_and_the_module_do_not_wait_either(self) -> None:
+        z, q = on("cuda", self.draw(0))
+        temperature = torch.tensor(0.1, device="cuda", requires_grad=True)
         module = Prototypes(10, 32, temperature=0.1, revive_after=2).cuda()
-        module(z)  # initialisation looks at the embeddings once
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+
+        def steps() -> None:
             step = prototype_step(z, q, temperature=temperature, new_weight=0.95, sample=True, skip_nonfinite=True)
             step.assignment.square().sum().backward()
-            update_prototypes(q, z, step.labels, new_weight=0.5)
-            module(z).sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+            update_prototypes(q, z, step.assignment.detach(), new_weight=0.5, sample=True)
+            module(z).square().sum().backward()
+
+        for _ in range(3):  # initialisation looks at the embeddings once
+            steps()
+        with nothing_waits():
+            steps()
 
     def test_a_label_of_k_or_more_stops_the_program(self) -> None:
         program = (
@@ -151,3 +121,64 @@ class TestDeterminism:
         for _ in range(19):
             for a, b in zip(first, everything(), strict=True):
                 assert torch.equal(a, b)
+
+
+class TestPast2To31Elements:
+    """Offsets that 32 bits do not hold; the last rows show it."""
+
+    def test_embeddings(self) -> None:
+        need_memory(20)
+        B, D, K = ELEMENTS_OF_INT32 // 64 + 1000, 64, 3
+        z = torch.empty(B, D, dtype=torch.bfloat16, device="cuda").normal_(generator=seeded())
+        q = torch.randn(K, D, device="cuda", generator=seeded())
+        step = prototype_step(z, q, temperature=0.1, new_weight=1.0)
+        self.check_ends(z, q, step.assignment, step.labels)
+        self.check_sums(z, step.labels, step.sums, step.counts)
+
+    def test_assignments(self) -> None:
+        need_memory(40)
+        D, K = 8, 260
+        B = ELEMENTS_OF_INT32 // K + 1000
+        z = torch.randn(B, D, device="cuda", generator=seeded())
+        q = torch.randn(K, D, device="cuda", generator=seeded())
+        step = prototype_step(z, q, temperature=0.1, new_weight=1.0)
+        self.check_ends(z, q, step.assignment, step.labels)
+        self.check_sums(z, step.labels, step.sums, step.counts)
+
+    def test_gradients(self) -> None:
+        need_memory(75)
+        D, K, tail = 8, 260, 500
+        B = ELEMENTS_OF_INT32 // K + 1000
+        z = torch.randn(B, D, device="cuda", generator=seeded()).requires_grad_()
+        q = torch.randn(K, D, device="cuda", generator=seeded()).requires_grad_()
+        c = soft_assign(z, q, temperature=0.5)
+        weight = torch.zeros_like(c)  # only the last rows count, so a small problem has the same gradient
+        weight[-tail:] = torch.randn(tail, K, device="cuda", generator=seeded())
+        gradients = torch.autograd.grad(c, (z, q), weight)
+        assert not gradients[0][:-tail].any()
+        small_z, small_q = z.detach()[-tail:].clone().requires_grad_(), q.detach().clone().requires_grad_()
+        expected = torch.autograd.grad(
+            soft_assign(small_z, small_q, temperature=0.5), (small_z, small_q), weight[-tail:]
+        )
+        for a, b in zip((gradients[0][-tail:], gradients[1]), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    @staticmethod
+    def check_ends(z: Tensor, q: Tensor, c: Tensor, labels: Tensor) -> None:
+        for rows in (slice(0, 500), slice(len(z) - 500, len(z))):
+            expected = oracle(z[rows], q, 0.1, "cosine")
+            expected.check_assignment(c[rows])
+            expected.check_labels(labels[rows])
+
+    @staticmethod
+    def check_sums(z: Tensor, labels: Tensor, sums: Tensor, counts: Tensor) -> None:
+        expected, magnitude = torch.zeros_like(sums), torch.zeros_like(sums)
+        for part, chosen in zip(z.split(2**20), labels.split(2**20), strict=True):
+            expected.index_add_(0, chosen, part.double())
+            magnitude.index_add_(0, chosen, part.double().abs())
+        assert torch.equal(counts, torch.bincount(labels, minlength=len(sums)))
+        assert bool(((sums - expected).abs() <= len(z) * 2.0**-53 * magnitude).all())
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(0)
