@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The op `prototypes` against its peers on the CPU.
+"""The op `prototypes` against its peers, on the CPU and on CUDA.
 
 pytest benchmarks/bench_prototypes.py --results benchmarks/results/prototypes_cpu.json [-k 2048x32x10] [--seconds 2]
+pytest benchmarks/bench_prototypes.py --device cuda --results FILE.json
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import protokernels
 from benchmarks import prototypes_peers as peers
+from benchmarks.measure_cuda import EAGER, GRAPH, Bind, bind, bind_gradient, gradients_agree
 
 COMPILED = "torch.compile of argmax + index_add"
 
@@ -35,13 +37,17 @@ class Case:
         extra = (", skewed" if self.skewed else "") + (f", tau {self.temperature:g}" if self.temperature != 0.1 else "")
         return f"{self.B}x{self.D}x{self.K}{extra}"
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        z, q = torch.randn(self.B, self.D, generator=generator), torch.randn(self.K, self.D, generator=generator)
+    def tensors(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        z, q = (torch.randn(n, self.D, generator=generator, device=device) for n in (self.B, self.K))
         if self.skewed:
-            crowd = torch.randint(0, 10, (self.B * 99 // 100,), generator=generator)
+            crowd = torch.randint(0, 10, (self.B * 99 // 100,), generator=generator, device=device)
             z[: len(crowd)] = 0.3 * z[: len(crowd)] + q[crowd]
         return z, q
+
+    def tensors_and_gradient(self, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(seed + 10_000)
+        return *self.tensors(seed, device), torch.randn(self.B, self.K, generator=generator, device=device)
 
     def step_limit(self) -> tuple[float, float]:
         """z is read, c, labels and prototypes are written; two operations for each product."""
@@ -78,7 +84,7 @@ def check_agreement(step: protokernels.PrototypeStep, peer: tuple[Tensor, ...]) 
     other = (step.labels != labels).nonzero().flatten()
     assert len(other) <= 1e-3 * len(labels)
     torch.testing.assert_close(c[other, step.labels[other]], c[other, labels[other]], rtol=2e-3, atol=0.0)
-    touched = torch.zeros(len(new), dtype=torch.bool)
+    touched = torch.zeros(len(new), dtype=torch.bool, device=new.device)
     touched[step.labels[other]] = touched[labels[other]] = True
     torch.testing.assert_close(step.prototypes[~touched], new[~touched], rtol=1e-4, atol=1e-5)
 
@@ -174,3 +180,94 @@ class TestSweep:
         facts = {"what": "sweep over rows", "case": case.name, "order": case.B, "contender": name, "size": case.B}
         with torch.no_grad():
             contest(benchmark, contender, ours, limit=case.step_limit() if contender is ours else None, **facts)
+
+
+OURS, SAMPLED = "protokernels", "protokernels, sampled labels"
+TUNED = {"torch.compile": "default", "torch.compile max-autotune": "max-autotune-no-cudagraphs"}
+STEP_ON_CUDA = [
+    *((name, mode) for name in (OURS, "torch argmax + index_add") for mode in (EAGER, GRAPH)),
+    (SAMPLED, EAGER),
+    (SAMPLED, GRAPH),
+    ("torch multinomial + index_add", EAGER),
+    *((name, EAGER) for name in peers.CUDA_LIBRARY_PEERS),
+    ("torch one-hot matmul", GRAPH),
+    ("torch loop over clusters", EAGER),
+    ("torch.compile", EAGER),
+    ("torch.compile", GRAPH),
+    ("torch.compile max-autotune", GRAPH),
+]
+GRADIENT_ON_CUDA = [(name, mode) for name in (OURS, "torch", *TUNED) for mode in (EAGER, GRAPH)]
+
+
+def ours_on_cuda(case: Case, sample: bool = False) -> Bind:
+    def step(z: Tensor, q: Tensor) -> protokernels.PrototypeStep:
+        return step_of(z, q, case, sample)()
+
+    return bind(step)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("name", "mode"), STEP_ON_CUDA)
+def test_step_on_cuda(cuda_contest: Any, case: Case, name: str, mode: str) -> None:
+    """What `TestStep` measures, on CUDA."""
+    torch.compiler.reset()
+    t, sample = case.temperature, name == SAMPLED or "multinomial" in name
+    exact = not sample and name not in peers.CUDA_LIBRARY_PEERS
+    ours = contender = ours_on_cuda(case, sample)
+    if name in TUNED:
+        contender = bind(torch.compile(peers.argmax_index_add, dynamic=False, mode=TUNED[name]), t)
+    elif name in peers.TORCH_PEERS:
+        contender = bind(peers.TORCH_PEERS[name], t)
+    elif name in peers.CUDA_LIBRARY_PEERS:
+        module, prepare = peers.CUDA_LIBRARY_PEERS[name]
+        pytest.importorskip(module, reason=f"{name} is not installed")
+        contender = lambda z, q: prepare(z, q, t)  # noqa: E731
+    cuda_contest(
+        contender,
+        ours,
+        case.tensors,
+        mode=mode,
+        limit=(*case.step_limit(), "3xtf32") if name in (OURS, SAMPLED) else None,
+        agree=check_agreement if exact and name != OURS else None,
+        what="step",
+        case=case.name,
+        order=CASES.index(case),
+        contender=name,
+        against=SAMPLED if sample else OURS,
+        leaves_out=peers.LEAVES_OUT.get(name, ""),
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("name", "mode"), GRADIENT_ON_CUDA)
+def test_gradient_on_cuda(cuda_contest: Any, case: Case, name: str, mode: str) -> None:
+    """What `TestForwardAndBackward` measures, on CUDA."""
+    torch.compiler.reset()
+
+    def assign(z: Tensor, q: Tensor) -> Tensor:
+        c = protokernels.soft_assign(z, q, temperature=case.temperature)
+        assert isinstance(c, Tensor)
+        return c
+
+    ours = bind_gradient(assign, of=2)
+    if name == OURS:
+        contender = ours
+    else:
+        plain = peers.soft_assignment
+        if name in TUNED:
+            plain = torch.compile(plain, dynamic=False, mode=TUNED[name])
+        contender = bind_gradient(plain, case.temperature, of=2)
+    cuda_contest(
+        contender,
+        ours,
+        case.tensors_and_gradient,
+        mode=mode,
+        limit=(*case.gradient_limit(), "3xtf32") if name == OURS else None,
+        agree=None if name == OURS else gradients_agree,
+        what="forward and backward",
+        case=case.name,
+        order=CASES.index(case),
+        contender=name,
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, measure_cuda
 
 UNSTEADY = 1.5
 """A row is not kept if the median of either side is more than this many times its minimum."""
@@ -30,7 +30,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="cores other processes may use before a row is not kept (default: .1)",
     )
     group.addoption("--missing", action="store_true", help="measure only what the results file does not hold yet")
+    group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="which benchmarks to run (default: cpu)")
     group.addoption("--results", type=Path, default=None, help="JSON file to add to (default: nothing is written)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the benchmarks of the device asked for; those of CUDA carry the mark `cuda`."""
+    wanted = config.getoption("--device") == "cuda"
+    left_out = [item for item in items if (item.get_closest_marker("cuda") is not None) != wanted]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @dataclass
@@ -99,9 +108,37 @@ def contest(request: pytest.FixtureRequest) -> Contest:
     run = measure.describe_run()
     busy = (measure.others_cpu_seconds() - others) / (time.perf_counter() - start)
     print(f"\n{run['processor']['model']}, {run['threads']} threads, load {run['load_average']}, {run['ceilings']}")
-    option, held = request.config.getoption, frozenset[tuple[str, ...]]()
-    if option("--missing") and option("--results") is not None:
-        held = frozenset(measure.identity(row) for row in measure.read(option("--results"))["rows"])
+    option = request.config.getoption
     if option("--results") is not None and busy > option("--disturbance"):
         pytest.exit(f"other processes use {busy:.2f} cores: measure when they are done", returncode=3)
-    return Contest(option("--seconds"), run, option("--results"), option("--disturbance"), held)
+    return Contest(option("--seconds"), run, option("--results"), option("--disturbance"), rows_held(request.config))
+
+
+def rows_held(config: pytest.Config) -> frozenset[tuple[str, ...]]:
+    """With --missing: what the results file holds already."""
+    results = config.getoption("--results")
+    if not config.getoption("--missing") or results is None:
+        return frozenset()
+    return frozenset(measure.identity(row) for row in measure.read(results)["rows"])
+
+
+class SkippingCudaContest(measure_cuda.CudaContest):
+    """A contest in which a row that the results file holds, or a peer that does not run, is a skipped test."""
+
+    def __call__(self, *arguments: Any, **facts: Any) -> dict[str, Any]:
+        if self.holds(facts["mode"], facts):
+            pytest.skip("the results file holds this row")
+        try:
+            return super().__call__(*arguments, **facts)
+        except measure_cuda.PeerFailed as error:
+            pytest.skip(f"{facts['contender']} does not run here: {error}")
+
+
+@pytest.fixture(scope="session")
+def cuda_contest(request: pytest.FixtureRequest) -> measure_cuda.CudaContest:
+    if not torch.cuda.is_available():
+        pytest.exit(f"torch {torch.__version__} sees no GPU; benchmarks with --device cuda need one", returncode=3)
+    gpu, option = measure_cuda.Gpu(), request.config.getoption
+    run = measure_cuda.describe_run(gpu)
+    print(f"\n{run['device']['name']}, driver {run['device']['driver']}, {run['device']['measured']}")
+    return SkippingCudaContest(gpu, option("--seconds"), run, option("--results"), rows_held(request.config))

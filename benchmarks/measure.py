@@ -112,9 +112,9 @@ def commit() -> str:
         return "unknown"
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -122,17 +122,25 @@ def versions() -> dict[str, str]:
     return found
 
 
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def load_average() -> list[float]:
+    return [round(load, 2) for load in os.getloadavg()]
+
+
 def describe_run() -> dict[str, Any]:
     """Everything about this run that its numbers depend on."""
     from protokernels import _native
 
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "commit": commit(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "allocator": {name: value for name, value in os.environ.items() if name in ALLOCATOR},
-        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "load_average": load_average(),
         "versions": versions(),
         "library": _native.build_info(),
         "ceilings": {name: round(value, 2) for name, value in ceilings().items()},

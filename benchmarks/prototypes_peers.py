@@ -18,6 +18,7 @@ LEAVES_OUT = {
     "vector-quantize-pytorch": "no soft assignment",
     "faiss KMeans, one iteration": "no soft assignment, no moving average",
     "scikit-learn MiniBatchKMeans": "no soft assignment, Euclidean",
+    "flash-kmeans, one iteration": "no soft assignment, no moving average",
 }
 
 
@@ -32,7 +33,7 @@ def moved(q: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
 
 def by_index_add(z: Tensor, q: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     sums = torch.zeros_like(q).index_add_(0, labels, z)
-    counts = torch.zeros(len(q), dtype=q.dtype).index_add_(0, labels, torch.ones(len(z), dtype=q.dtype))
+    counts = q.new_zeros(len(q)).index_add_(0, labels, z.new_ones(len(z)))
     return moved(q, sums, counts), counts
 
 
@@ -72,6 +73,7 @@ def vector_quantize(z: Tensor, q: Tensor, temperature: float) -> Callable[[], ob
     layer = VectorQuantize(
         z.shape[1], len(q), use_cosine_sim=True, decay=1 - WEIGHT, commitment_weight=0.0, threshold_ema_dead_code=0
     ).train()
+    layer = layer.to(z.device)
     batch = z.unsqueeze(0)
 
     def step() -> object:
@@ -96,6 +98,13 @@ def faiss_kmeans(z: Tensor, q: Tensor, temperature: float) -> Callable[[], objec
     return step
 
 
+def flash_kmeans(z: Tensor, q: Tensor, temperature: float) -> Callable[[], object]:
+    from flash_kmeans import batch_kmeans_Cosine  # type: ignore[import-not-found, unused-ignore]
+
+    batch, start = z.unsqueeze(0), q.unsqueeze(0)
+    return lambda: batch_kmeans_Cosine(batch, len(q), max_iters=1, init_centroids=start)
+
+
 def scikit_learn(z: Tensor, q: Tensor, temperature: float) -> Callable[[], object]:
     from sklearn.cluster import MiniBatchKMeans
 
@@ -115,4 +124,8 @@ LIBRARY_PEERS = {
     "vector-quantize-pytorch": ("vector_quantize_pytorch", vector_quantize),
     "faiss KMeans, one iteration": ("faiss", faiss_kmeans),
     "scikit-learn MiniBatchKMeans": ("sklearn", scikit_learn),
+}
+CUDA_LIBRARY_PEERS = {
+    "vector-quantize-pytorch": ("vector_quantize_pytorch", vector_quantize),
+    "flash-kmeans, one iteration": ("flash_kmeans", flash_kmeans),
 }

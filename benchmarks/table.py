@@ -66,9 +66,21 @@ def sweep_notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
+def about_device(run: dict[str, Any]) -> str:
+    device, sheet = run["device"], run["device"]["data_sheet"]
+    named = ", ".join(f"{kind} {value:.4g}" for kind, value in (sheet or device["measured"]).items())
+    return (
+        f"{device['name']}, driver {device['driver']}, CUDA {device['cuda']}; ceilings "
+        f"{'by data sheet' if sheet else 'measured'} in TFLOP/s and TB/s: {named}; measured: "
+        + ", ".join(f"{kind} {value:.4g}" for kind, value in device["measured"].items())
+    )
+
+
 def about(name: str, run: dict[str, Any]) -> str:
-    processor, ceilings = run["processor"], run["ceilings"]
     versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+    if "device" in run:
+        return f"- Run {name}: commit {run['commit']}, {about_device(run)}; {versions}."
+    processor, ceilings = run["processor"], run["ceilings"]
     return (
         f"- Run {name}: commit {run['commit']}, {processor['model']} ({processor['family_model_stepping']}), "
         f"{run['threads']} threads, load before {run['load_average'][0]}, kernels {run['library'].get('cpu_level')}, "
@@ -80,7 +92,7 @@ def table(results: dict[str, Any]) -> str:
     parts = []
     for what in dict.fromkeys(row["what"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["what"] == what]
-        parts += [f"### {what.capitalize()}", "", HEADER.format(case="rows x D x K"), "|---" * 8 + "|"]
+        parts += [f"### {what[:1].upper()}{what[1:]}", "", HEADER.format(case="rows x D x K"), "|---" * 8 + "|"]
         parts += [line(row) for row in rows]
         if all("size" in row for row in rows):
             parts += ["", *sweep_notes(rows)]
