@@ -75,6 +75,13 @@ def pytest_command(*arguments: str) -> list[str]:
     return [str(beside) if beside.exists() else "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
 
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on the PATH, in CUDA_HOME or in /usr/local/cuda."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = [shutil.which(name), *(shutil.which(f"{home}/bin/{name}") for home in homes if home)]
+    return next((path for path in found if path), None)
+
+
 def sanitized(out: Path, tool: str) -> list[list[str]]:
     """The kernels' value tests, small and of odd sizes, under one tool of compute-sanitizer."""
     options = ["--report-api-errors", "no"] if tool == "memcheck" else []
@@ -86,7 +93,17 @@ def sanitized(out: Path, tool: str) -> list[list[str]]:
         f"--junitxml={out / tool}.xml",
         "python_tests",
     )
-    return [["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "99", *tests]]
+    return [
+        [
+            find_tool("compute-sanitizer") or "compute-sanitizer",
+            "--tool",
+            tool,
+            *options,
+            "--error-exitcode",
+            "99",
+            *tests,
+        ]
+    ]
 
 
 def benchmarks(out: Path, stage: str, selection: str) -> list[list[str]]:
@@ -203,7 +220,7 @@ def run_stage(stage: Stage, out: Path, commit: str, runner: Runner, patience: fl
     log, limit = out / f"{stage.name}.log", stage.limit * patience
     log.write_text("")
     record: dict[str, Any] = {"stage": stage.name, "what": stage.what, "commit": commit, "limit": limit, "seconds": 0.0}
-    if stage.tool is not None and shutil.which(stage.tool) is None:
+    if stage.tool is not None and find_tool(stage.tool) is None:
         record |= {"state": IMPOSSIBLE, **asdict(Details(f"{stage.tool} is not installed here"))}
     else:
         state = PASSED

@@ -72,7 +72,7 @@ class Pretender:
 
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(gpu, "find_tool", lambda name: f"/bin/{name}")
 
 
 def states(out: Path) -> dict[str, str]:
@@ -170,12 +170,20 @@ class TestStages:
 
 class TestTools:
     def test_a_tool_that_is_not_there_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+        monkeypatch.setattr(gpu, "find_tool", lambda name: None)
         runner = Pretender(tmp_path)
         assert gpu.run(gpu.chosen(["sanitizer"]), tmp_path, FACTS, runner) == 0
         assert runner.ran == []
         row = "| memcheck | not possible here | 0 | compute-sanitizer is not installed here | abc |"
         assert row in (tmp_path / "summary.md").read_text()
+
+    def test_a_tool_may_lie_in_the_toolkit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "bin").mkdir()
+        program = tmp_path / "bin/cuda-program"
+        program.touch(mode=0o755)
+        assert gpu.find_tool(program.name) is None
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        assert gpu.find_tool(program.name) == str(program)
 
 
 class TestReports:
