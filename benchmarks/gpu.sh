@@ -10,4 +10,5 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec "${PYTHON:-python3}" -m benchmarks.gpu "$@"
+# The benchmarks are no installed package: Python has to look for them here.
+PYTHONSAFEPATH="" exec "${PYTHON:-python3}" -m benchmarks.gpu "$@"
