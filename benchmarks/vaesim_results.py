@@ -4,8 +4,8 @@
 python benchmarks/vaesim_results.py collect runs/vaesim-* --pixels pneumoniamnist mnist --out benchmarks/results/vaesim.json
 python benchmarks/vaesim_results.py table benchmarks/results/vaesim.json
 
-A folder counts its finished seeds only. ``--pixels`` adds what kNN and a linear probe reach on the raw pixels, the
-floor under any embedding.
+A folder counts its finished seeds only. Rows of the JSON that no folder replaces (same data and preset) stay.
+``--pixels`` adds what kNN and a linear probe reach on the raw pixels, the floor under any embedding.
 """
 
 from __future__ import annotations
@@ -80,6 +80,12 @@ def collect_pixels(name: str) -> dict[str, Any]:
     return {"data": name, "preset": "pixels", "seeds": [0], "splits": splits}
 
 
+def merged(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of ``before`` with those of ``now`` in their place or at the end."""
+    rows = {(row["data"], row["preset"]): row for row in [*before, *now]}
+    return list(rows.values())
+
+
 def cell(row: dict[str, Any], protocol: str) -> str:
     if protocol not in row:
         return ""
@@ -123,6 +129,7 @@ def main() -> None:
         return
     rows = [row for folder in arguments.folders if (row := collect_run(folder)) is not None]
     rows += [collect_pixels(name) for name in arguments.pixels]
+    rows = merged(json.loads(arguments.out.read_text()) if arguments.out.exists() else [], rows)
     arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
 
