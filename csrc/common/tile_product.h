@@ -8,28 +8,28 @@ namespace {
 
 PK_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// C[i, :] (+)= sum_p a[i * a_row + p * a_depth] * b[p * b_depth + :] for TILE_ROWS rows and VECTORS vectors of columns.
-template <class T, int VECTORS>
+// C[i, :] (+)= sum_p a[i * a_row + p * a_depth] * b[p * b_depth + :] for ROWS rows and VECTORS vectors of columns.
+template <class T, int VECTORS, int ROWS = TILE_ROWS>
 PK_INLINE void tile_product(const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_depth, int64_t depth, T* c, int64_t c_row,
                             bool accumulate) {
-  Vec<T> sum[TILE_ROWS][VECTORS];
-#pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; ++i)
+  Vec<T> sum[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) sum[i][v] = accumulate ? load(c + i * c_row + v * LANES<T>) : Vec<T>{};
   for (int64_t p = 0; p < depth; ++p) {
     Vec<T> column[VECTORS];
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) column[v] = load(b + p * b_depth + v * LANES<T>);
-#pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; ++i) {
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
       const Vec<T> x = broadcast(a[i * a_row + p * a_depth]);
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) sum[i][v] += x * column[v];
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < TILE_ROWS; ++i)
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) store(c + i * c_row + v * LANES<T>, sum[i][v]);
 }

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: MIT
+// Prototypes on the CPU: what forward, backward and the update from labels share about rows.
+#pragma once
+
+#include <algorithm>
+#include <new>
+#include <type_traits>
+
+#include "common/tile_product.h"
+#include "ops/prototypes.h"
+
+namespace {
+
+using namespace protokernels;
+
+template <class T>
+constexpr Kind kind_of = std::is_same_v<T, float> ? Kind::f32 : Kind::f64;
+
+// Uninitialised scratch, aligned for full-width vectors.
+template <class T>
+struct Scratch {
+  explicit Scratch(int64_t count) : data(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t{64}))) {}
+  ~Scratch() { ::operator delete(data, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* data;
+};
+
+template <class T>
+PK_INLINE double inverse_temperature(const PrototypesProblem& problem) {
+  return 1.0 /
+         (problem.temperature_pointer ? static_cast<double>(*static_cast<const T*>(problem.temperature_pointer)) : problem.temperature);
+}
+
+// 1 / |x|, or 0 for a vector that counts as zero; NaN passes through.
+template <class T>
+PK_INLINE double inverse_norm(const T* x, int64_t D) {
+  const double squared = squared_norm(x, D);
+  return squared <= PROTOTYPE_NORM_FLOOR * PROTOTYPE_NORM_FLOOR ? 0.0 : 1.0 / std::sqrt(squared);
+}
+
+template <class T>
+PK_INLINE bool is_finite_row(const T* x, int64_t D) {
+  T sum = 0;
+  for (int64_t d = 0; d < D; ++d) sum += x[d] * T(0);
+  return sum == T(0);
+}
+
+// The prototypes as T, unit length for cosine: [K, D].
+template <class T>
+PK_INLINE void read_prototypes(const PrototypesProblem& problem, T* out) {
+  for (int64_t k = 0; k < problem.K; ++k) {
+    T* row = out + k * problem.D;
+    read_row(problem.prototypes, problem.prototypes_kind, k * problem.D, row, problem.D);
+    if (!problem.cosine) continue;
+    const T scale = static_cast<T>(inverse_norm(row, problem.D));
+    for (int64_t d = 0; d < problem.D; ++d) row[d] *= scale;
+  }
+}
+
+// Adds a row of z to the float64 sum of its cluster.
+template <class T>
+PK_INLINE void add_row(const void* z, Kind kind, int64_t offset, int64_t D, T* converted, double* sum) {
+  const T* row = converted;
+  if (kind == kind_of<T>)
+    row = static_cast<const T*>(z) + offset;
+  else
+    read_row(z, kind, offset, converted, D);
+  int64_t d = 0;
+  for (; d + LANES<double> <= D; d += LANES<double>) store(sum + d, load(sum + d) + load_double(row + d));
+  for (; d < D; ++d) sum[d] += static_cast<double>(row[d]);
+}
+
+}  // namespace
