@@ -97,6 +97,21 @@ class TestValue:
         assert torch.equal(result.assignment[~bad_rows], clean[~bad_rows])
         assert result.labels[bad_rows].tolist() == [0, 0, 0]  # as torch.argmax has it
 
+    def test_large_outputs_equal_those_of_their_pieces(self, place: Place) -> None:
+        """Outputs of more than 24 MB take another way into memory."""
+        z, q = (x.to(place.device) for x in draw(24601, 256, 256))
+        grad = torch.linspace(-1, 1, 256, device=place.device).expand(24601, 256)
+        z.requires_grad_()
+        c = soft_assign(z, q, temperature=0.1)
+        (grad_z,) = torch.autograd.grad(c, z, grad)
+        for rows in (slice(0, 100), slice(12000, 12100), slice(24501, 24601)):
+            piece = z.detach()[rows].clone().requires_grad_()
+            expected = soft_assign(piece, q, temperature=0.1)
+            torch.testing.assert_close(c[rows], expected, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(
+                grad_z[rows], torch.autograd.grad(expected, piece, grad[rows])[0], rtol=1e-4, atol=1e-7
+            )
+
     def test_no_rows(self, place: Place) -> None:
         q = torch.randn(5, 7, device=place.device)
         z = torch.empty(0, 7, device=place.device, requires_grad=True)

@@ -18,7 +18,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64;
 constexpr int TILE_ROWS = 8;   // 8 x 2 accumulators of 32 registers
-constexpr int MOST_ROWS = 12;  // what fits beside two vectors of B
+constexpr int MOST_ROWS = 12;  // as many as fit beside two vectors of B
 #elif defined(__AVX2__)
 constexpr int VECTOR_BYTES = 32;
 constexpr int TILE_ROWS = 4;  // 4 x 2 accumulators of 16 registers

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The register tile under every CPU kernel here: TILE_ROWS x 2 vectors of C (+)= A B, with B packed in panels two vectors wide.
+// The register tile under every CPU kernel here: TILE_ROWS (or up to MOST_ROWS) x 2 vectors of C (+)= A B, with B packed in panels two
+// vectors wide.
 #pragma once
 
 #include "common/simd.h"

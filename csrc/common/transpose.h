@@ -35,7 +35,7 @@ PK_INLINE Vec<T> blocks_of(Vec<T> a, Vec<T> b, std::integer_sequence<int, LANE..
   return __builtin_shufflevector(a, b, block_lane<T>(LANE, ODD)...);
 }
 
-// square[i][j] becomes square[j][i]. Rounds that merge rows i and i + step; what stands where is put right by the last lines.
+// square[i][j] becomes square[j][i].
 template <class T>
 PK_INLINE void transpose(Vec<T> (&square)[LANES<T>]) {
   constexpr int lanes = LANES<T>, block = 16 / static_cast<int>(sizeof(T)), blocks = lanes / block;

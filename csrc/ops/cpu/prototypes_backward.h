@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Prototypes on the CPU, backward: one pass over z, c and its gradient in tiles of 64 rows in memory order.
 //
-// Two products run at 95 % of the peak and are two thirds of the time at 128x256. 64 rows, because each tile reads and writes the whole partial
-// gradient: 32 cost 4 % more, 128 do not fit into L1 at small K. Tried without gain: prefetching the next tile between those of the products.
+// Two products run at 95 % of the peak and are two thirds of the time at 128x256. 64 rows, because each tile reads and writes the whole
+// partial gradient: 32 cost 4 % more there, 128 a quarter more at 32x10. Tried without gain: prefetching the next tile.
 #pragma once
 
 #include "ops/cpu/prototypes_rows.h"

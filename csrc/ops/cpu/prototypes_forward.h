@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: MIT
 // Prototypes on the CPU, forward: one pass over z in tiles of two vectors of rows, ONE ROW IN EACH LANE.
 //
-// A tile of z is transposed on the way in, so that everything a softmax does along a row (largest score, its number, sum, entropy, drawing a label)
-// runs down the lanes of 32 rows at once without a single horizontal operation; c is transposed on the way out.
-//   1. rows in memory order, reductions across lanes: 27 / 77 / 450 ns a row at 32x10 / 64x64 / 128x256, of which arithmetic 2 / 31 / 250
-//   2. one row in each lane: no padding of K to whole vectors either
+// A tile of z is transposed on the way in, so that all a softmax does along a row (largest score, its number, sum, entropy, drawing a
+// label) runs down the lanes of 32 rows at once, without a horizontal operation and without padding K; c is transposed on the way out.
+// Nanoseconds a row on one core of a Zen 5 (AVX-512, 262 GFLOP/s) at 32x10 / 64x64 / 128x256; the products alone need 2 / 31 / 250:
+//   27 / 72 / 435  rows in memory order, reductions across lanes
+//   20 / 83 / 437  one row in each lane: reading across rows waits for memory, which does not see it coming
+//   18 / 70 / 415  the next tile's rows are prefetched, square roots by the vector
+//   18 / 68 / 380  a large c is streamed past the caches
+//   16 / 64 / 353  c is written and members are added up between the products of the next tile
+// Products run at 95 % of the peak with 12 x 2 registers; of the rest at 128x256 softmax takes 40, c 30 (memory), members 25, norms 8.
+// Tried without gain: prefetching c for writing, two chains for the norms.
 #pragma once
 
 #include <limits>
@@ -81,7 +87,7 @@ __attribute__((noinline)) void invert_roots(const double* squared, int64_t count
     inverse[r] = squared[r] <= PROTOTYPE_NORM_FLOOR * PROTOTYPE_NORM_FLOOR ? 0.0 : 1.0 / std::sqrt(squared[r]);
 }
 
-// What the similarities of a row are multiplied with to become powers of two: log2(e) / temperature, cosine: / |z|, which is 0 for a zero vector.
+// What turns similarities of a row into exponents of two: log2(e) / temperature; for cosine also / |z|, or 0 for a zero vector.
 template <class T>
 PK_INLINE void find_scales(const PrototypesProblem& p, double exponent_scale, T* lanes, T* scale) {
   std::fill(scale, scale + LANE_ROWS<T>, static_cast<T>(exponent_scale));
@@ -159,7 +165,7 @@ PK_INLINE void softmax_lanes(T* scores, int64_t K, const T* scale, LaneResults<T
     for (int64_t r = 0; r < LANE_ROWS<T>; ++r) result.entropy[r] = std::log(result.sum[r]) - result.entropy[r];
 }
 
-// Labels drawn from the weights: the first k whose cumulative weight exceeds uniform * sum; if rounding leaves none, the last with a weight.
+// Labels drawn from the weights: the first k whose cumulative weight exceeds uniform * sum; if rounding leaves none, the last with any.
 template <class T>
 PK_INLINE void draw_labels(const T* weights, int64_t K, const float* uniform, int64_t count, LaneResults<T>& result) {
   T threshold[LANE_ROWS<T>]{};
@@ -198,8 +204,8 @@ PK_INLINE void skip_nonfinite_lanes(const T* lanes, int64_t D, LaneResults<T>& r
 
 // ------------------------------------------------------------------------------------------- what is left of a tile
 
-// A tile whose softmax is done. What is left waits for memory: c is written and rows are added to the sums of their clusters in parts, between the
-// products of the next tile.
+// A tile whose softmax is done. What is left waits for memory: c is written and rows are added to the sums of their clusters in parts,
+// between the products of the next tile.
 template <class T>
 struct Finished {
   int64_t first, rows;
@@ -207,8 +213,8 @@ struct Finished {
   LaneResults<T> result;
 };
 
-// c = weights / sum of one square of the tile, back in memory order. Squares go by halves of the tile; in each half the one at the end of the rows,
-// if it is not whole, comes first: its vectors run over into the next rows, which are written after it. Never past limit.
+// c = weights / sum of one square of the tile, back in memory order. Squares go by halves of the tile; in each half the one at the end of
+// the rows, if it is not whole, comes first: its vectors run over into the next rows, which are written after it. Never past limit.
 template <class T>
 PK_INLINE void write_square(const Finished<T>& tile, int64_t number, int64_t K, T* assignment, const T* limit, bool streamed) {
   const int64_t squares = round_up(K, LANES<T>) / LANES<T>, whole = K / LANES<T>;
@@ -234,8 +240,8 @@ PK_INLINE void write_square(const Finished<T>& tile, int64_t number, int64_t K, 
 
 // Part `part` of `parts` of what is left.
 template <class T>
-PK_INLINE void finish(const PrototypesForward& p, const Finished<T>& tile, int64_t part, int64_t parts, const T* limit, bool streamed, T* row,
-                      double* sums, int64_t* counts) {
+PK_INLINE void finish(const PrototypesForward& p, const Finished<T>& tile, int64_t part, int64_t parts, const T* limit, bool streamed,
+                      T* row, double* sums, int64_t* counts) {
   const int64_t squares = round_up(p.K, LANES<T>) / LANES<T> * ((tile.rows + LANES<T> - 1) / LANES<T>);
   for (int64_t n = squares * part / parts; n < squares * (part + 1) / parts; ++n)
     write_square(tile, n, p.K, static_cast<T*>(p.assignment), limit, streamed);
