@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import importlib.metadata
 import json
@@ -11,8 +12,10 @@ import platform
 import resource
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,19 +69,45 @@ def touch_memory(gigabytes: int = 3) -> None:
     torch.empty(gigabytes * 2**28).fill_(1.0)
 
 
+def peak_gflops() -> float | None:
+    """Multiply-adds without memory on the threads in use, by a loop compiled here; `None` without a C compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "peak.so"
+        flags = ["-O2", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+        source = str(ROOT / "benchmarks" / "peak.c")
+        try:
+            subprocess.run(["cc", *flags, source, "-o", str(library)], capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        multiply_add = ctypes.CDLL(str(library)).multiply_add
+    multiply_add.restype = ctypes.c_double
+    threads = torch.get_num_threads()
+
+    def run(_thread: int) -> float:
+        operations: float = multiply_add(10_000_000, ctypes.c_float(0.5), ctypes.byref(ctypes.c_float()))
+        return operations
+
+    with ThreadPoolExecutor(threads) as pool:
+        done = sum(pool.map(run, range(threads)))
+        return done / best_of(lambda: list(pool.map(run, range(threads))), 10) / 1e9
+
+
 def ceilings() -> dict[str, float]:
-    """What a kernel is measured against, with the threads in use: multiply-adds by torch.mm, memory by copying."""
+    """What a kernel is measured against, with the threads in use: multiply-adds (alone and in torch.mm), memory by copying."""
     mm = 0.0
     for n in (512, 1024, 2048):
         a, b, out = (torch.randn(n, n) for _ in range(3))
         mm = max(mm, 2 * n**3 / best_of(partial(torch.mm, a, b, out=out), 10))
     source, target = torch.zeros(2**25), torch.zeros(2**25)
-    return {"mm_gflops": mm / 1e9, "copy_gb_per_s": 2 * 4 * 2**25 / best_of(lambda: target.copy_(source), 10) / 1e9}
+    found = {"mm_gflops": mm / 1e9, "copy_gb_per_s": 2 * 4 * 2**25 / best_of(lambda: target.copy_(source), 10) / 1e9}
+    peak = peak_gflops()
+    return found if peak is None else {"peak_gflops": peak, **found}
 
 
 def limit_ms(found: dict[str, float], flops: float, traffic: float) -> float:
     """The least time for `flops` operations and `traffic` bytes if one hides behind the other."""
-    return 1e3 * max(flops / (found["mm_gflops"] * 1e9), traffic / (found["copy_gb_per_s"] * 1e9))
+    gflops = max(found["mm_gflops"], found.get("peak_gflops", 0.0))
+    return 1e3 * max(flops / (gflops * 1e9), traffic / (found["copy_gb_per_s"] * 1e9))
 
 
 def processor() -> dict[str, Any]:

@@ -81,10 +81,13 @@ def about(name: str, run: dict[str, Any]) -> str:
     if "device" in run:
         return f"- Run {name}: commit {run['commit']}, {about_device(run)}; {versions}."
     processor, ceilings = run["processor"], run["ceilings"]
+    allocator = ", ".join(f"{name}={value}" for name, value in run["allocator"].items())
     return (
         f"- Run {name}: commit {run['commit']}, {processor['model']} ({processor['family_model_stepping']}), "
         f"{run['threads']} threads, load before {run['load_average'][0]}, kernels {run['library'].get('cpu_level')}, "
-        f"torch.mm {ceilings['mm_gflops']:.0f} GFLOP/s, copy {ceilings['copy_gb_per_s']:.1f} GB/s; {versions}."
+        + (f"peak {ceilings['peak_gflops']:.0f} GFLOP/s, " if "peak_gflops" in ceilings else "")
+        + f"torch.mm {ceilings['mm_gflops']:.0f} GFLOP/s, copy {ceilings['copy_gb_per_s']:.1f} GB/s, "
+        + f"allocator {allocator or 'as it is'}; {versions}."
     )
 
 
