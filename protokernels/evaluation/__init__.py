@@ -5,13 +5,13 @@ to few labels.
 Whatever is fitted is fitted on the training split; the labels of the test split are used for scoring only.
 """
 
-from .auroc import Auroc, auroc
 from .classifier import AdamWProtocol, Fitted, Labelled
 from .evaluate import EvaluationConfig, evaluate_representation
 from .fractions import label_subsets
 from .knn import knn_predict
 from .linear import LinearProbe, LinearProtocol, linear_probe
 from .mapping import statistical_mapping
+from .roc import Auroc, auroc
 from .scores import classification_scores, clustering_scores
 from .transfer import TRANSFER_PROTOCOLS, TransferConfig, TransferProtocol, evaluate_transfer, fine_tune
 from .tsne import TsneMap, tsne_embedding

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-from .auroc import auroc
+from .roc import auroc
 from .threads import one_thread
 from .types import described
 

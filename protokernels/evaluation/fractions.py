@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .auroc import as_multi_hot
+from .roc import as_multi_hot
 
 
 def label_subsets(
@@ -39,6 +39,7 @@ def label_subsets(
         ValueError: a fraction outside (0, 1], no image, targets of another kind.
 
     Example:
+        >>> import torch
         >>> subsets = label_subsets(torch.tensor([0, 1] * 50), [0.1, 1.0], num_classes=2)
         >>> len(subsets[0.1]), len(subsets[1.0])
         (10, 100)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .auroc import auroc
 from .classifier import AdamWProtocol, Fitted, Labelled, fit_adamw, fit_logistic, predict, seeded_linear
 from .fractions import label_subsets
+from .roc import auroc
 
 Precision = Literal["fp32", "bf16"]
 TransferProtocol = Literal["fair", "sister", "probe"]

@@ -56,6 +56,7 @@ def auroc(
         ImportError: scikit-learn is not installed.
 
     Example:
+        >>> import torch
         >>> scores = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
         >>> auroc(scores, torch.tensor([1, 0, 0]), ["normal", "pneumonia"]).per_class
         {'pneumonia': 1.0}
