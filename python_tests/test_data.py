@@ -249,7 +249,6 @@ class TestMedmnistFlag:
 
     def test_unsupported_and_unknown_names(self, tmp_path: Path) -> None:
         for name, reason in (
-            ("chestmnist", "several labels per image"),
             ("organmnist3d", "volumes"),
             ("organmnist3d_64", "volumes"),
             ("lungmnist", "unknown MedMNIST set"),
@@ -260,13 +259,13 @@ class TestMedmnistFlag:
             with pytest.raises(DataError, match=reason):
                 load_dataset(name, tmp_path)
         names = available_datasets()
-        assert {"digits", "mnist", "pneumoniamnist", "bloodmnist"} <= set(names)
-        assert not {"chestmnist", "organmnist3d"} & set(names)
+        assert {"digits", "mnist", "chest_nih", "chest_kermany", "pneumoniamnist", "chestmnist"} <= set(names)
+        assert not {"organmnist3d"} & set(names)
 
     def test_without_medmnist(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = save(tmp_path / "pneumoniamnist.npz", make_arrays())
         monkeypatch.setitem(sys.modules, "medmnist.info", None)
-        assert available_datasets() == ("digits", "mnist")
+        assert available_datasets() == ("digits", "mnist", "chest_nih", "chest_kermany", "chest_kermany_subtype")
         with pytest.raises(ImportError, match=r"pip install \"protokernels\[train\]\""):
             load_dataset("pneumoniamnist", tmp_path)
         assert load_dataset(str(path)).num_classes == 2

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Labelled images from standard files: the digits inside scikit-learn, MNIST idx files, MedMNIST ``.npz`` files.
+"""Labelled images from standard files: the digits inside scikit-learn, MNIST idx files, MedMNIST ``.npz`` files, chest
+X-rays; and random views of them.
 
 >>> from protokernels.data import load_dataset, to_tensor
 >>> digits = load_dataset("digits")
@@ -10,5 +11,15 @@ torch.Size([1, 32, 32])
 from .datasets import available_datasets, load_dataset
 from .tensors import to_tensor
 from .types import DataError, ImageDataset, Split
+from .views import ViewConfig, two_views
 
-__all__ = ["DataError", "ImageDataset", "Split", "available_datasets", "load_dataset", "to_tensor"]
+__all__ = [
+    "DataError",
+    "ImageDataset",
+    "Split",
+    "ViewConfig",
+    "available_datasets",
+    "load_dataset",
+    "to_tensor",
+    "two_views",
+]

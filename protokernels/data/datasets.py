@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import digits, idx, medmnist
+from . import chest, digits, idx, medmnist
 from .types import DataError, ImageDataset
 
 ROOT_VARIABLE = "PROTOKERNELS_DATA"
@@ -19,11 +19,13 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
     Args:
         name: ``"digits"`` (inside scikit-learn, needs no file); ``"mnist"`` (four idx files, ``.gz`` or unzipped); a
             MedMNIST flag such as ``"pneumoniamnist"``, ``"bloodmnist"`` or, for larger images, ``"pneumoniamnist_64"``,
-            ``"_128"``, ``"_224"``; or the path of an ``.npz`` file with MedMNIST's arrays
+            ``"_128"``, ``"_224"``, and ``"chestmnist"``, whose images have 14 findings each; ``"chest_nih"``,
+            ``"chest_kermany"`` or ``"chest_kermany_subtype"`` (chest X-rays, see :mod:`protokernels.data.chest`); or
+            the path of an ``.npz`` file with MedMNIST's arrays
             ``{train,val,test}_{images,labels}`` (``val`` may be absent), taken as it stands or below ``root``.
         root: folder of the files; default: the environment variable ``PROTOKERNELS_DATA``, else
             ``~/.cache/protokernels``. Files are looked for in ``root`` itself and in its folders ``mnist``,
-            ``medmnist`` and ``MNIST/raw``.
+            ``medmnist``, ``MNIST/raw``, ``chest_nih`` and ``chest_kermany``.
         download: fetch a missing file into ``root`` and check its md5; without it a missing file is an error that says
             where to get it.
 
@@ -48,6 +50,8 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
         return digits.load()
     if key == "mnist":
         return idx.load_mnist(folder, download=download)
+    if key in chest.NAMES:
+        return chest.load(key, folder)
     if medmnist.is_flag(key):
         return medmnist.load_flag(key, folder, download=download)
     raise DataError(
@@ -60,7 +64,7 @@ def available_datasets() -> tuple[str, ...]:
 
     MedMNIST flags are listed where medmnist is installed; each also takes ``_64``, ``_128``, ``_224``.
     """
-    return ("digits", "mnist", *medmnist.available_flags())
+    return ("digits", "mnist", *chest.NAMES, *medmnist.available_flags())
 
 
 def _data_root(root: str | Path | None) -> Path:

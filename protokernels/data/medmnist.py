@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """MedMNIST and files made like it: ``{train,val,test}_images`` uint8 [N, H, W] or [N, H, W, 3] and
-``{train,val,test}_labels`` [N, 1] in one ``.npz``.
+``{train,val,test}_labels`` [N, 1] in one ``.npz``; ChestMNIST has [N, 14], one column per finding.
 
 Only medmnist's table of names, addresses and md5s is used. Its own loader needs torchvision to download and trusts what
 a file claims.
@@ -30,7 +30,7 @@ def is_flag(name: str) -> bool:
 
 
 def available_flags() -> tuple[str, ...]:
-    """The 2-D sets with one label per image; empty where medmnist is not installed."""
+    """The 2-D sets; empty where medmnist is not installed."""
     try:
         table = _table()
     except ImportError:
@@ -65,7 +65,9 @@ def load_flag(name: str, root: Path, *, download: bool) -> ImageDataset:
                 f"put it at {path}"
             )
         fetch((url,), path, md5)
-    splits, _ = _read_splits(path)
+    labels = tuple(info["label"][str(label)] for label in range(len(info["label"])))
+    target_names = labels if info["task"].startswith("multi-label") else ()
+    splits, _ = _read_splits(path, targets=len(target_names))
     shape = splits["train"].images.shape[1:]
     expected = (size, size) if info["n_channels"] == 1 else (size, size, 3)
     if shape != expected or "val" not in splits:
@@ -83,8 +85,8 @@ def load_flag(name: str, root: Path, *, download: bool) -> ImageDataset:
         message = f"{filename} is not the published file: md5 {found}, expected {md5}{note}; it is used as it is"
         provenance["warnings"].append(message)
         warnings.warn(message, UserWarning, stacklevel=3)
-    class_names = tuple(info["label"][str(label)] for label in range(len(info["label"])))
-    return _dataset(path, name, splits, class_names, provenance)
+    class_names = ("no finding", "any finding") if target_names else labels
+    return _dataset(path, name, splits, class_names, provenance, target_names)
 
 
 def load_file(path: Path) -> ImageDataset:
@@ -119,15 +121,14 @@ def _table() -> dict[str, dict[str, Any]]:
 def _unsupported(flag: str, info: dict[str, Any]) -> str | None:
     if flag.endswith("3d"):
         return f"{flag} holds volumes; expected images, as in pneumoniamnist"
-    if info["task"].startswith("multi-label"):
-        return (
-            f"{flag} has several labels per image ({len(info['label'])} findings); expected one, as in pneumoniamnist"
-        )
     return None
 
 
-def _read_splits(path: Path) -> tuple[dict[str, Split], tuple[str, ...] | None]:
-    """The splits of a file, and its class names where it tells them."""
+def _read_splits(path: Path, *, targets: int = 0) -> tuple[dict[str, Split], tuple[str, ...] | None]:
+    """The splits of a file, and its class names where it tells them.
+
+    With ``targets``, the labels are that many columns of findings; the one label is then whether there is any.
+    """
     archive = NpzFile(path)
     splits: dict[str, Split] = {}
     for split in ("train", "val", "test"):
@@ -139,11 +140,14 @@ def _read_splits(path: Path) -> tuple[dict[str, Split], tuple[str, ...] | None]:
                 f"{path}: expected the arrays {split}_images and {split}_labels; it holds "
                 f"{', '.join(archive.names) or 'nothing'}"
             )
-        _check_headers(archive, split)
+        check_headers(archive, split, targets=targets)
         images = archive.read(f"{split}_images")
-        labels = archive.read(f"{split}_labels").reshape(-1)
         if images.shape[-1] == 1 and images.ndim == 4:
             images = images[..., 0]
+        if targets:
+            splits[split] = multi_label(archive, f"{split}_labels", images)
+            continue
+        labels = archive.read(f"{split}_labels").reshape(-1)
         if labels.size and (int(labels.min()) < 0 or int(labels.max()) > np.iinfo(np.int64).max):
             raise DataError(
                 f"{path}: {split}_labels must not be negative; got {int(labels.min())}..{int(labels.max())}"
@@ -152,8 +156,17 @@ def _read_splits(path: Path) -> tuple[dict[str, Split], tuple[str, ...] | None]:
     return splits, _class_names(archive)
 
 
-def _check_headers(archive: NpzFile, split: str) -> None:
-    """Refuses what is not a list of small images with one label each, before any pixel is read."""
+def multi_label(archive: NpzFile, name: str, images: np.ndarray) -> Split:
+    """A split whose targets are the columns of ``name``; its label is 1 where there is any finding."""
+    values = archive.read(name)
+    if values.size and (values.min() < 0 or values.max() > 1):
+        raise DataError(f"{archive.path}: {name} must be 0 or 1; got {int(values.min())}..{int(values.max())}")
+    return Split(images, np.any(values, axis=1).astype(np.int64), values.astype(np.uint8))
+
+
+def check_headers(archive: NpzFile, split: str, *, targets: int = 0) -> None:
+    """Refuses what is not a list of small images with one label (or ``targets`` findings) each, before any pixel is
+    read."""
     images, labels = archive.header(f"{split}_images"), archive.header(f"{split}_labels")
     where = f"{archive.path}: {split}_images"
     got = f"got {images.dtype} {list(images.shape)}"
@@ -169,6 +182,12 @@ def _check_headers(archive: NpzFile, split: str) -> None:
     where, got = f"{archive.path}: {split}_labels", f"got {labels.dtype} {list(labels.shape)}"
     if labels.dtype.kind not in "iu":
         raise DataError(f"{where} must be whole numbers; {got}")
+    if targets:
+        if labels.shape != (images.shape[0], targets) or 0 in labels.shape:
+            raise DataError(
+                f"{where} must have the shape [{images.shape[0]}, {targets}], one column per finding; {got}"
+            )
+        return
     if len(labels.shape) == 2 and labels.shape[1] > 1:
         raise DataError(f"{where} has {labels.shape[1]} labels per image; expected one, shape [N] or [N, 1]; {got}")
     if len(labels.shape) not in (1, 2) or labels.shape[0] != images.shape[0] or 0 in labels.shape:
@@ -193,9 +212,15 @@ def _provenance(path: Path, md5: str) -> dict[str, Any]:
 
 
 def _dataset(
-    path: Path, name: str, splits: dict[str, Split], class_names: tuple[str, ...], provenance: dict[str, Any]
+    path: Path,
+    name: str,
+    splits: dict[str, Split],
+    class_names: tuple[str, ...],
+    provenance: dict[str, Any],
+    target_names: tuple[str, ...] = (),
 ) -> ImageDataset:
+    train, val, test = splits["train"], splits.get("val"), splits["test"]
     try:
-        return ImageDataset(name, splits["train"], splits.get("val"), splits["test"], class_names, provenance)
+        return ImageDataset(name, train, val, test, class_names, provenance, target_names)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error

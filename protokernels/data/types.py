@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What a data set is: uint8 images and one int64 label per image, in up to three splits."""
+"""What a data set is: uint8 images and one int64 label per image, in up to three splits; for some also several findings
+per image, and whose image it is."""
 
 from __future__ import annotations
 
@@ -17,12 +18,20 @@ class DataError(ValueError):
 class Split:
     """The images and labels of one split.
 
+    Attributes:
+        images: pixels.
+        labels: one class per image.
+        targets: findings, any number of them per image; None where the source has none.
+        groups: whose image it is, such as a patient number; None where it is not known.
+
     Raises:
-        DataError: for another dtype or shape, or when the two lengths differ.
+        DataError: for another dtype or shape, or when lengths differ.
     """
 
     images: np.ndarray  # [N, H, W] or [N, H, W, 3] uint8
     labels: np.ndarray  # [N] int64
+    targets: np.ndarray | None = None  # [N, L] uint8, 0 or 1
+    groups: np.ndarray | None = None  # [N] text
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -34,9 +43,37 @@ class Split:
             raise DataError(f"labels must be int64 of shape [N]; got {labels.dtype} {list(labels.shape)}")
         if len(images) != len(labels):
             raise DataError(f"one label per image is needed; got {len(images)} images and {len(labels)} labels")
+        targets, groups = self.targets, self.groups
+        if targets is not None:
+            if (
+                targets.dtype != np.uint8
+                or targets.ndim != 2
+                or targets.shape[0] != len(images)
+                or not targets.shape[1]
+            ):
+                raise DataError(
+                    f"targets must be uint8 of shape [{len(images)}, L]; got {targets.dtype} {list(targets.shape)}"
+                )
+            if targets.max(initial=0) > 1:
+                raise DataError(f"targets must be 0 or 1; got {int(targets.max())}")
+        if groups is not None and (groups.dtype.kind != "U" or groups.shape != labels.shape):
+            raise DataError(f"groups must be text of shape [{len(images)}]; got {groups.dtype} {list(groups.shape)}")
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, indices: np.ndarray | slice) -> Split:
+        """The images with these indices, with all that belongs to them."""
+        return Split(*(None if value is None else value[indices] for value in self._values()))  # type: ignore[arg-type]
+
+    def join(self, other: Split) -> Split:
+        """These images, then those of ``other``; targets and groups where both have them."""
+        pairs = zip(self._values(), other._values(), strict=True)
+        joined = [None if one is None or two is None else np.concatenate([one, two]) for one, two in pairs]
+        return Split(*joined)  # type: ignore[arg-type]
+
+    def _values(self) -> tuple[np.ndarray | None, ...]:
+        return self.images, self.labels, self.targets, self.groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +86,14 @@ class ImageDataset:
         val: validation split; None where the source has none.
         test: test split.
         class_names: one name per class; label k belongs to ``class_names[k]``.
+        target_names: one name per column of the splits' ``targets``; empty where there are none.
         provenance: where the pixels came from, in values that JSON can hold: ``source``; ``files`` (names without
             folders); ``md5s`` and ``published_md5s`` by file name; ``warnings``, a list of sentences to be kept with
             any result.
 
     Raises:
-        DataError: when a split is empty, a label has no class name, or the splits differ in image shape.
+        DataError: when a split is empty, a label has no class name, the splits differ in image shape, or targets do not
+            fit ``target_names``.
     """
 
     name: str
@@ -63,6 +102,7 @@ class ImageDataset:
     test: Split
     class_names: tuple[str, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
+    target_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for split_name, split in self.splits.items():
@@ -78,6 +118,12 @@ class ImageDataset:
                 raise DataError(
                     f"{self.name}: all splits must hold images of one shape; train has "
                     f"{list(self.train.images.shape[1:])}, {split_name} has {list(split.images.shape[1:])}"
+                )
+            columns = 0 if split.targets is None else split.targets.shape[1]
+            if columns != len(self.target_names):
+                raise DataError(
+                    f"{self.name}: one column of targets per name is needed; {split_name} has {columns} columns, there "
+                    f"are {len(self.target_names)} names"
                 )
 
     @property

@@ -1,27 +1,43 @@
 # SPDX-License-Identifier: MIT
-"""How the papers judge a representation: cluster mapping, nearest neighbours, linear probe, clustering scores, t-SNE.
+"""How the papers judge a representation: cluster mapping, nearest neighbours, linear probe, clustering scores, t-SNE, transfer
+to few labels.
 
 Whatever is fitted is fitted on the training split; the labels of the test split are used for scoring only.
 """
 
+from .classifier import AdamWProtocol, Fitted, Labelled
 from .evaluate import EvaluationConfig, evaluate_representation
+from .fractions import label_subsets
 from .knn import knn_predict
 from .linear import LinearProbe, LinearProtocol, linear_probe
 from .mapping import statistical_mapping
+from .roc import Auroc, auroc
 from .scores import classification_scores, clustering_scores
+from .transfer import TRANSFER_PROTOCOLS, TransferConfig, TransferProtocol, evaluate_transfer, fine_tune
 from .tsne import TsneMap, tsne_embedding
 from .types import Representation
 
 __all__ = [
+    "TRANSFER_PROTOCOLS",
+    "AdamWProtocol",
+    "Auroc",
     "EvaluationConfig",
+    "Fitted",
+    "Labelled",
     "LinearProbe",
     "LinearProtocol",
     "Representation",
+    "TransferConfig",
+    "TransferProtocol",
     "TsneMap",
+    "auroc",
     "classification_scores",
     "clustering_scores",
     "evaluate_representation",
+    "evaluate_transfer",
+    "fine_tune",
     "knn_predict",
+    "label_subsets",
     "linear_probe",
     "statistical_mapping",
     "tsne_embedding",

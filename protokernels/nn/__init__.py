@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Modules: one thin class per function of ``protokernels.ops``."""
+"""Modules: one thin class per function of ``protokernels.ops``; and losses in plain PyTorch that methods share."""
 
 from .prototypes import LinearTemperature, Prototypes
+from .variance_covariance import variance_covariance_loss
 
-__all__ = ["LinearTemperature", "Prototypes"]
+__all__ = ["LinearTemperature", "Prototypes", "variance_covariance_loss"]

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from ..data import ImageDataset, Split
 from ..evaluation import EvaluationConfig, Representation, evaluate_representation
 
@@ -26,15 +24,12 @@ def evaluation_splits(dataset: ImageDataset, selection: bool = False) -> tuple[S
     train, val, test = dataset.train, dataset.val, dataset.test
     if selection and val is None:
         cut = len(train) - len(train) // 6
-        return Split(train.images[:cut], train.labels[:cut]), {
-            "held-out": Split(train.images[cut:], train.labels[cut:])
-        }
+        return train.take(slice(0, cut)), {"held-out": train.take(slice(cut, None))}
     if val is None:
         return train, {"test": test}
     if selection:
         return train, {"val": val}
-    both = Split(np.concatenate([val.images, test.images]), np.concatenate([val.labels, test.labels]))
-    return train, {"test": test, "val": val, "val+test": both}
+    return train, {"test": test, "val": val, "val+test": val.join(test)}
 
 
 def score(

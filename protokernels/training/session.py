@@ -97,6 +97,9 @@ class Plan:
     epochs: int  # how often they are all visited
     batch_size: int  # images per step over all processes
     seed: int  # of order and noise
+    drop_last: bool = (
+        False  # leave out a last batch that is smaller than the others; every epoch leaves out other images
+    )
 
     def __post_init__(self) -> None:
         if min(self.count, self.epochs, self.batch_size) < 1:
@@ -136,6 +139,7 @@ class Session:
         self.run, self.accelerator, self.scheduler = run, accelerator, scheduler
         self.count, self.total_epochs, self.seed = plan.count, plan.epochs, plan.seed
         self.batch_size = min(plan.batch_size, plan.count)
+        self.drop_last = plan.drop_last
         if self.batch_size < accelerator.num_processes:
             raise ValueError(
                 f"Session: {accelerator.num_processes} processes cannot share a batch of {self.batch_size}; "
@@ -157,6 +161,8 @@ class Session:
     def steps_per_epoch(self) -> int:
         """Steps per epoch; a last batch with fewer images than processes is left out."""
         whole, rest = divmod(self.count, self.batch_size)
+        if self.drop_last:
+            return whole
         return whole + (1 if rest >= self.accelerator.num_processes else 0)
 
     @property
@@ -192,6 +198,10 @@ class Session:
                 self._stop_if_asked()
         if not self._sums:
             raise RuntimeError("Session: no losses were recorded in this epoch; call session.record inside the loop")
+
+    def shared_generator(self, step: Step, purpose: str) -> torch.Generator:
+        """A CPU generator for choices about the whole batch of this step, the same in every process."""
+        return derived_generator(self.seed, purpose, step.epoch, step.index)
 
     def step_generator(self, step: Step, purpose: str) -> torch.Generator:
         """A CPU generator for further random choices of this step, different in every process."""

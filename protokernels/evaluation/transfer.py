@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: MIT
+"""What an encoder is worth to somebody with few labels: linear probe and fine-tuning at several label fractions.
+
+The validation split chooses the weight decay or the epoch; the test split is scored once, with what was chosen. The validation
+split is always whole, so at small fractions more labels choose than train; this favours no method over another.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .classifier import AdamWProtocol, Fitted, Labelled, fit_adamw, fit_logistic, predict, seeded_linear
+from .fractions import label_subsets
+from .roc import auroc
+
+Precision = Literal["fp32", "bf16"]
+TransferProtocol = Literal["fair", "sister", "probe"]
+
+
+PROBE_ADAMW = AdamWProtocol(learning_rate=3e-3, epochs=300, patience=10, batch_size=128)
+FINE_TUNE = AdamWProtocol(learning_rate=1e-3, epochs=10, patience=10, batch_size=32, least_steps=8)
+SISTER_FINE_TUNE = AdamWProtocol(learning_rate=3e-4, epochs=300, patience=10, batch_size=128)
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """How transfer is measured.
+
+    :data:`TRANSFER_PROTOCOLS` has three by name: ``fair``, the defaults, ours and sized for a CPU; ``sister``, AdamW for both
+    ways, batches of 128 and up to 300 epochs with patience 10, as in the released code of MLVICX; ``probe``, ``fair`` without
+    fine-tuning.
+
+    Attributes:
+        fractions: shares of the training labels, each a linear probe.
+        probe: ``lbfgs``, logistic regression to convergence on standardised features, the weight decay chosen from
+            ``weight_decays``; or ``adamw``.
+        weight_decays: for ``lbfgs``.
+        probe_adamw: for ``adamw``.
+        fine_tune_fractions: shares of the training labels, each a fine-tuning of the whole encoder; empty for none.
+        fine_tune: how.
+    """
+
+    fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.3, 1.0)
+    probe: Literal["lbfgs", "adamw"] = "lbfgs"
+    weight_decays: tuple[float, ...] = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
+    probe_adamw: AdamWProtocol = PROBE_ADAMW
+    fine_tune_fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.3, 1.0)
+    fine_tune: AdamWProtocol = FINE_TUNE
+
+
+TRANSFER_PROTOCOLS: dict[TransferProtocol, TransferConfig] = {
+    "fair": TransferConfig(),
+    "sister": TransferConfig(probe="adamw", fine_tune=SISTER_FINE_TUNE),
+    "probe": TransferConfig(fine_tune_fractions=()),
+}
+
+
+class PooledEncoder(nn.Module):
+    """An encoder's output as one vector per image: a dense map is averaged over its positions.
+
+    Shape: [B, C, H, W] -> [B, D].
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.encoder(images)
+        return features.float().mean(dim=(2, 3)) if features.ndim == 4 else features.float()
+
+
+def evaluate_transfer(
+    encoder: nn.Module,  # [B, C, H, W] -> [B, D] or a dense map [B, D, h, w]; not modified
+    train: Labelled,
+    val: Labelled,
+    test: Labelled,
+    *,
+    class_names: Sequence[str],
+    config: TransferConfig | None = None,
+    seed: int = 0,
+    precision: Precision = "fp32",
+) -> dict[str, dict[str, Any]]:
+    """Linear probes and fine-tuning at every label fraction.
+
+    Args:
+        encoder: on the device of the images.
+        train: labelled images; subsets of them are trained on (:func:`label_subsets`, the same for both ways).
+        val: chooses.
+        test: scored once per fraction and way.
+        class_names: K names.
+        config: default :class:`TransferConfig`.
+        seed: subsets, order and initial heads.
+        precision: of the encoder's passes; probes are float64.
+
+    Returns:
+        ``{"probe": {"1%": row, ...}, "fine_tune": {...}}``; a row holds ``macro_auroc`` (absent where no class can be scored),
+        ``auroc`` by class, ``left_out`` (classes without both labels in the test split), ``accuracy`` for one label per
+        image, ``images`` trained on, ``val_score``, and the chosen ``weight_decay`` and ``epoch``.
+
+    Raises:
+        ValueError: features that are not finite, targets and class names that do not fit, or of two kinds.
+    """
+    config = config or TransferConfig()
+    classes = len(class_names)
+    if len({part.targets.ndim for part in (train, val, test)}) > 1:
+        raise ValueError("evaluate_transfer: train, val and test must all have one label per image, or all several")
+    subsets = label_subsets(
+        train.targets, sorted({*config.fractions, *config.fine_tune_fractions}), num_classes=classes, seed=seed
+    )
+    pooled = PooledEncoder(encoder)
+
+    def features(part: Labelled) -> Labelled:
+        return Labelled(predict(pooled, part.inputs, precision=precision), part.targets)
+
+    fit_probe, test_features = _probe(features(train), features(val), classes, config, seed), features(test)
+    results: dict[str, dict[str, Any]] = {"probe": {}, "fine_tune": {}}
+    for fraction in config.fractions:
+        fitted = fit_probe(subsets[fraction])
+        row = {"images": len(subsets[fraction]), **_scores(fitted, test_features, class_names, "fp32")}
+        results["probe"][_percent(fraction)] = row
+    for fraction in config.fine_tune_fractions:
+        fitted = fine_tune(encoder, train.subset(subsets[fraction]), val, classes, config.fine_tune, seed, precision)
+        row = {"images": len(subsets[fraction]), **_scores(fitted, test, class_names, precision)}
+        results["fine_tune"][_percent(fraction)] = row
+    return results
+
+
+class Standardised(nn.Module):
+    """A linear layer on (x - mean) / deviation. Shape: [N, D] -> [N, K]."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean: Tensor, deviation: Tensor, linear: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+        self.linear = linear
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.linear((features - self.mean) / self.deviation)
+        return logits
+
+
+def _probe(
+    train: Labelled, val: Labelled, classes: int, config: TransferConfig, seed: int
+) -> Callable[[Tensor], Fitted]:
+    """How a probe is fitted on the training features at given indices. Scale and mean come from all training features: they
+    need no labels."""
+    for name, part in (("training", train), ("validation", val)):
+        if not bool(torch.isfinite(part.inputs).all()):
+            raise ValueError(
+                f"evaluate_transfer: the encoder gives {name} features that are not finite; it has diverged"
+            )
+    mean, deviation = train.inputs.mean(dim=0), train.inputs.std(dim=0, correction=0)
+    deviation = torch.where(deviation <= 1e-6 * train.inputs.abs().amax(dim=0), 1.0, deviation)  # constant features
+    train, val = (Labelled((part.inputs - mean) / deviation, part.targets) for part in (train, val))
+
+    def fit(indices: Tensor) -> Fitted:
+        some = train.subset(indices)
+        if config.probe == "lbfgs":
+            fitted = fit_logistic(some, val, num_classes=classes, weight_decays=config.weight_decays)
+        else:
+            head = seeded_linear(train.inputs.shape[1], classes, seed).to(train.inputs.device)
+            fitted = fit_adamw(head, some, val, config.probe_adamw, seed=seed)
+        module = Standardised(mean, deviation, fitted.module).eval()
+        return Fitted(module, fitted.epoch, fitted.weight_decay, fitted.val_score)
+
+    return fit
+
+
+def fine_tune(
+    encoder: nn.Module,
+    train: Labelled,
+    val: Labelled,
+    num_classes: int,
+    protocol: AdamWProtocol,
+    seed: int = 0,
+    precision: Precision = "fp32",
+) -> Fitted:
+    """Trains a copy of the encoder with a new linear head."""
+    pooled = PooledEncoder(copy.deepcopy(encoder)).requires_grad_()
+    width = predict(pooled, train.inputs[:1], precision=precision).shape[1]
+    head = seeded_linear(width, num_classes, seed).to(train.inputs.device)
+    return fit_adamw(nn.Sequential(pooled, head), train, val, protocol, seed=seed, precision=precision)
+
+
+def _scores(fitted: Fitted, test: Labelled, class_names: Sequence[str], precision: Precision) -> dict[str, Any]:
+    logits = predict(fitted.module, test.inputs, precision=precision)
+    row = auroc(logits, test.targets, class_names).as_dict()
+    if test.targets.ndim == 1:
+        row["accuracy"] = float((logits.argmax(dim=1) == test.targets).double().mean())
+    row |= {"val_score": fitted.val_score, "weight_decay": fitted.weight_decay}
+    return row if fitted.epoch is None else {**row, "epoch": fitted.epoch}
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:g}%"

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""Heads on top of an encoder's pooled output."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import nn
+
+
+def mlp_head(channels_in: int, hidden: int, channels_out: int, *, layers: int = 3) -> nn.Sequential:
+    """Linear layers with batch normalisation and ReLU between them, and neither after the last.
+
+    Projectors, expanders and predictors are such a head: SimCLR's and BYOL's have two layers, VICReg's expander three.
+
+    Args:
+        channels_in: width of the input.
+        hidden: width of the hidden layers.
+        channels_out: width of the output.
+        layers: number of linear layers, at least 1.
+
+    Shape: [B, channels_in] -> [B, channels_out].
+    """
+    if layers < 1:
+        raise ValueError(f"mlp_head: layers must be at least 1; got {layers}")
+    widths = [channels_in, *[hidden] * (layers - 1), channels_out]
+    modules: list[nn.Module] = []
+    for index, (before, after) in enumerate(pairwise(widths)):
+        last = index == layers - 1
+        modules.append(nn.Linear(before, after, bias=last))  # normalisation has a bias of its own
+        if not last:
+            modules += [nn.BatchNorm1d(after), nn.ReLU()]
+    return nn.Sequential(*modules)

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: MIT
+"""One loop for all methods that learn from two views of an image: their settings, optimiser, checkpoints, run folders.
+
+A method is a :class:`Method`: a module with an ``encoder``, whose ``forward`` takes the two views and returns its losses.
+What it learns is the encoder; ``score`` says how that is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..data import ImageDataset, ViewConfig, load_dataset, two_views
+from ..evaluation import TransferProtocol
+from ..models import ResNet18, Stem
+from .optimizers import OptimizerName, make_optimizer, warmup_cosine
+from .randomness import seed_everything
+from .run_folder import RunFolder
+from .runs import RunSettings, load_runs, train_runs, update_results, write_summary
+from .scoring import evaluation_splits
+from .session import Plan, Session
+
+PretrainingPreset = Literal["paper", "fair"]
+Config = TypeVar("Config", bound="PretrainingConfig")
+Score = Callable[[ResNet18, ImageDataset, Any, int], dict[str, Any]]  # encoder, data, configuration, seed -> results
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """What every method has: encoder, views, optimisation. A method's own dataclass inherits it and adds its own
+    fields; its presets go into ``PRESETS``."""
+
+    data: str = "digits"
+    preset_name: str = "custom"  # where the values started from; kept with the results
+    image_size: int = 112  # pixels of a view
+    stem: Stem = "imagenet"  # first layers of the encoder; "small" keeps the resolution
+    width: int = 16  # channels of the encoder's first stage; 64 is ResNet18
+    last_stride: int = 1  # of the encoder's last stage; 2 is ResNet18, 1 gives a map twice as fine
+    initial_weights: str = ""  # file with ImageNet weights of the standard ResNet18; empty: random
+    crop_scale: float = 0.2  # smallest share of the image in a crop
+    blur: bool = True  # Gaussian blur in the views
+    solarise: bool = True  # solarisation in the second view
+    epochs: int = 30
+    batch_size: int = 64
+    optimizer: OptimizerName = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup_epochs: int = 2
+    transfer: TransferProtocol = "fair"  # how the encoder is judged
+    selection: bool = False  # for choosing hyper-parameters: score validation data only, never the test set
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # preset -> a method's own fields
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0 or not self.weight_decay >= 0:
+            raise ValueError(
+                f"{type(self).__name__}: learning_rate must be positive and weight_decay not negative; got "
+                f"{self.learning_rate} and {self.weight_decay}"
+            )
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(
+                f"{type(self).__name__}: warmup_epochs must lie between 0 and epochs; got {self.warmup_epochs} of "
+                f"{self.epochs}"
+            )
+
+    @classmethod
+    def preset(cls: type[Config], name: PretrainingPreset = "fair", data: str = "digits", **changes: Any) -> Config:
+        """The preset ``name`` for the data set ``data``, with single fields changed. ``ValueError`` for an unknown
+        preset."""
+        if name not in get_args(PretrainingPreset):
+            raise ValueError(
+                f"{cls.__name__}.preset: expected one of {', '.join(get_args(PretrainingPreset))}; got {name!r}"
+            )
+        common = _PRESETS[name] | (_DIGITS if data == "digits" else {})
+        return cls(**{"data": data, "preset_name": name, **common, **cls.PRESETS.get(name, {}), **changes})
+
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        """The configuration in a run folder; ``ValueError`` for fields this version does not know."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(
+                f"{cls.__name__}: unknown fields {', '.join(unknown)}; "
+                "the run was written by another version of protokernels"
+            )
+        restored: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**restored)
+
+    def views(self) -> ViewConfig:
+        """The random transformations."""
+        strength = ViewConfig(size=self.image_size, crop_scale=self.crop_scale)
+        if not self.blur:
+            strength = replace(strength, blur=(0.0, 0.0))
+        return strength if self.solarise else replace(strength, solarise=(0.0, 0.0))
+
+    def make_encoder(self, channels: int) -> ResNet18:
+        """The encoder, with its initial weights."""
+        encoder = ResNet18(channels, width=self.width, stem=self.stem, last_stride=self.last_stride)
+        if self.initial_weights:
+            encoder.load_imagenet_weights(self.initial_weights)
+        return encoder
+
+
+# What methods share, so that they differ in nothing but their loss. `paper`: the settings of the authors' other
+# self-supervised work on chest X-rays; `fair`: ours, for one CPU core.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "image_size": 224,
+        "width": 64,
+        "last_stride": 2,
+        "crop_scale": 0.08,
+        "epochs": 300,
+        "optimizer": "lars",
+        "learning_rate": 0.05,  # 0.2 * batch / 256
+        "weight_decay": 1e-6,
+        "transfer": "sister",
+    },
+    "fair": {},
+}
+# 8 x 8 pixels: a map of 4 x 4 positions, a demonstration in a minute
+_DIGITS: dict[str, Any] = {
+    "image_size": 32,
+    "stem": "small",
+    "last_stride": 2,
+    "epochs": 5,
+    "optimizer": "adamw",
+    "learning_rate": 1e-3,
+    "transfer": "probe",
+}
+
+
+class Method(nn.Module):
+    """A way to learn an encoder from two views of every image.
+
+    Everything with a state is a submodule or buffer (teachers and queues too), so that a checkpoint holds it.
+    Parameters that need a gradient are optimised; a teacher's do not need one (see :func:`frozen_copy`).
+    """
+
+    encoder: ResNet18
+
+    def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:  # [B, C, S, S] each, in [0, 1]
+        """The losses as means over the batch: ``"loss"``, which is minimised, and others, which are recorded."""
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> None:
+        """Called after every step of the optimiser, with the share of training that is done: moving averages, ..."""
+
+
+def frozen_copy(source: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+    """A teacher: what ``build`` makes, with the state of ``source``, without gradients."""
+    teacher = build()
+    teacher.load_state_dict(source.state_dict())
+    return teacher.requires_grad_(False)
+
+
+@torch.no_grad()
+def move_towards(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum teacher + (1 - momentum) student, for parameters; buffers are copied."""
+    for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+        old.lerp_(new, 1 - momentum)
+    for before, after in zip(teacher.buffers(), student.buffers(), strict=True):
+        before.copy_(after)
+
+
+def pretrain(method: Method, images: Tensor, session: Session, views: ViewConfig) -> None:
+    """The loop: two views, losses, one step.
+
+    Args:
+        method: the model of the session, before it was wrapped for several processes.
+        images: [N, C, H, W] uint8, on the device.
+        session: see :class:`Session`.
+        views: the random transformations.
+    """
+    for _ in session.epochs():
+        for step in session.steps():
+            generator = session.shared_generator(step, "views")
+            first, second = two_views(
+                images[step.indices],
+                views,
+                generator,
+                rank=step.rank,
+                processes=step.processes,
+                batch=step.batch,
+            )
+            losses = session.model(_fast_layout(first), _fast_layout(second))
+            session.optimise(losses["loss"], step)
+            method.after_step(step.progress)
+            session.record(step, **losses)
+
+
+def train_method(
+    name: str,
+    config: PretrainingConfig,
+    build: Callable[[int], Method],
+    score: Score,
+    out: str | Path | None = None,
+    *,
+    data_root: str | Path | None = None,
+    download: bool = False,
+    settings: RunSettings | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Trains and scores a method; one run or several with different seeds.
+
+    Args:
+        name: of the paper or baseline, as on the command line.
+        config: see :class:`PretrainingConfig`.
+        build: makes the method for a number of image channels; called after the seed is set, encoder first, so that
+            all methods start from the same encoder.
+        score: (encoder, data, config, seed) -> results with ``"splits"``, ``"images"`` and ``"protocol"``.
+        out: folder of the run; default: the first free one of ``runs/<name>-<data>-<preset>``, ``...-2`` and so on.
+        data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
+        download: fetch data that is not there.
+        settings: seed, runs, resume, precision, device, quiet; or give these as keywords.
+
+    Returns:
+        The content of ``results.json``, and the run's folder as ``"folder"``.
+    """
+    dataset = load_dataset(config.data, data_root, download=download)
+    settings = replace(settings or RunSettings(), **more)
+    config.make_encoder(dataset.channels)  # a missing weight file is noticed before a folder is made
+
+    def run_one(run: RunFolder, seed: int, accelerator: Accelerator) -> dict[str, Any]:
+        seed_everything(seed)
+        method = build(dataset.channels)
+        nn.Module.to(method, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = make_optimizer(
+            method, config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+        )
+        scheduler = LambdaLR(optimizer, warmup_cosine(config.epochs, config.warmup_epochs))
+        split, _ = evaluation_splits(dataset, config.selection)
+        images = as_bytes(split.images).to(accelerator.device)
+        plan = Plan(len(images), config.epochs, config.batch_size, seed, drop_last=True)
+        session = Session(run, accelerator, method, optimizer, scheduler, plan, settings.resume, settings.quiet)
+        pretrain(method, images, session, config.views())
+        return score(method.encoder.eval(), dataset, config, seed) if accelerator.is_main_process else {}
+
+    record = {"paper": name, "config": asdict(config)}
+    return train_runs(
+        f"{name}-{Path(config.data).stem}-{config.preset_name}",
+        record,
+        run_one,
+        out=out,
+        settings=settings,
+        provenance=dataset.provenance,
+        epochs=config.epochs,
+    )
+
+
+def load_method(run: RunFolder, method: Method) -> Method:
+    """``method`` with the state of the newest sound checkpoint of a run, in evaluation mode."""
+    state = run.checkpoints.load()
+    if state is None:
+        raise FileNotFoundError(f"{run.path} has no checkpoint yet; continue the run with --resume")
+    method.load_state_dict(state["model"])
+    return method.eval()
+
+
+def evaluate_method(
+    folder: str | Path,
+    config_type: type[PretrainingConfig],
+    build: Callable[[Any, int], Method],  # configuration, channels
+    score: Score,
+    *,
+    data_root: str | Path | None = None,
+) -> dict[str, Any]:
+    """Scores the newest checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
+    for run in load_runs(folder):
+        config = config_type.from_dict(run.config()["config"])
+        dataset = load_dataset(config.data, data_root)
+        method = load_method(run, build(config, dataset.channels))
+        results = score(method.encoder, dataset, config, run.config()["seed"])
+        update_results(run, results, dataset.provenance, epochs=config.epochs)
+    return write_summary(folder)
+
+
+def as_bytes(images: np.ndarray) -> Tensor:  # [N, H, W] or [N, H, W, 3] uint8 -> [N, C, H, W] uint8
+    """Images as the views take them: a quarter of the memory of floating point."""
+    values = torch.as_tensor(images)
+    return values[:, None] if values.ndim == 3 else values.permute(0, 3, 1, 2)
+
+
+def _fast_layout(images: Tensor) -> Tensor:
+    """Channels last, which this encoder's convolutions prefer in every precision, on the CPU by a quarter."""
+    return images.contiguous(memory_format=torch.channels_last)
