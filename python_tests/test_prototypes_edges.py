@@ -138,7 +138,11 @@ class TestValue:
         for name, (strided_z, strided_q) in steps.items():
             assert torch.equal(strided_z, z) and torch.equal(strided_q, q)
             step = prototype_step(strided_z, strided_q, temperature=0.1, new_weight=0.5)
-            assert torch.equal(step.assignment, expected.assignment), name
-            assert torch.equal(step.prototypes, expected.prototypes), name
+            if place.backend == "native":
+                assert torch.equal(step.assignment, expected.assignment), name
+                assert torch.equal(step.prototypes, expected.prototypes), name
+            else:  # a BLAS may add in another order for another layout
+                torch.testing.assert_close(step.assignment, expected.assignment, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(step.prototypes, expected.prototypes, rtol=1e-5, atol=1e-6)
         expanded = soft_assign(z[:1].expand(50, 19), q[2:3].expand(4, 19), temperature=0.1)
         assert torch.equal(expanded, torch.full((50, 4), 0.25, device=place.device))
