@@ -74,6 +74,21 @@ class TestNetwork:
         constant = torch.tensor([0.485, 0.456, 0.406])[None, :, None, None].expand(2, 3, 8, 8)
         assert torch.allclose(colour.eval()(constant), torch.zeros(()), atol=1e-5)
 
+    @pytest.mark.parametrize("width", [4, 8, 16])
+    def test_gradients_do_not_depend_on_the_layout(self, width: int) -> None:
+        """Nor do they corrupt memory: see the slice in `BasicBlock`."""
+        torch.manual_seed(0)
+        encoder, x = ResNet18(1, width=width, stem="small"), torch.rand(16, 1, 56, 56)
+        gradients = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            torch.nn.Module.to(encoder, memory_format=layout)  # type: ignore[call-overload]
+            encoder.zero_grad()
+            encoder(x.contiguous(memory_format=layout)).square().mean().backward()
+            gradients.append(
+                torch.cat([p.grad.contiguous().flatten() for p in encoder.parameters() if p.grad is not None])
+            )
+        assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
+
     @pytest.mark.parametrize("changes", [{"channels": 2}, {"stem": "large"}, {"width": 0}, {"last_stride": 3}])
     def test_refusals(self, changes: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="ResNet18"):

@@ -261,6 +261,7 @@ def load_method(run: RunFolder, method: Method) -> Method:
     if state is None:
         raise FileNotFoundError(f"{run.path} has no checkpoint yet; continue the run with --resume")
     method.load_state_dict(state["model"])
+    nn.Module.to(method, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return method.eval()
 
 
