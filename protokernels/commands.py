@@ -15,6 +15,7 @@ import torch.distributed as dist
 import tyro
 from rich.console import Console
 
+from .baselines import BASELINES
 from .papers import PAPERS
 from .training import RunFolder
 from .training.report import results_table
@@ -42,10 +43,10 @@ class _RunOptions:
 
 
 def train(words: list[str]) -> int:
-    """``protokernels train PAPER [options]``."""
-    if not words or words[0] in ("-h", "--help") or words[0] not in PAPERS:
+    """``protokernels train PAPER [options]``; a baseline's name instead of a paper's trains the baseline."""
+    if not words or words[0] in ("-h", "--help") or words[0] not in (*PAPERS, *BASELINES):
         print(
-            f"protokernels train PAPER [options]\n\npapers: {', '.join(PAPERS)}\n"
+            f"protokernels train PAPER [options]\n\npapers: {', '.join(PAPERS)}\nbaselines: {', '.join(BASELINES)}\n"
             "`protokernels train PAPER --help` lists the options."
         )
         return 0 if words and words[0] in ("-h", "--help") else 2
@@ -119,19 +120,23 @@ def figures(words: list[str]) -> int:
 
 
 def _paper(name: str) -> Any:
+    if name in BASELINES:
+        return importlib.import_module(f"protokernels.baselines.{name}").BASELINE
     return importlib.import_module(f"protokernels.papers.{name}")
 
 
 def _paper_of(run: Path) -> Any:
     name = RunFolder.open(run).config().get("paper")
-    if name not in PAPERS:
-        raise ValueError(f"{run / 'config.json'} names the paper {name!r}; this version knows {', '.join(PAPERS)}")
+    if name not in (*PAPERS, *BASELINES):
+        known = ", ".join((*PAPERS, *BASELINES))
+        raise ValueError(f"{run / 'config.json'} names the paper {name!r}; this version knows {known}")
     return _paper(name)
 
 
 def _show(paper: Any, results: dict[str, Any], folder: Path) -> None:
     console = Console()
-    console.print(results_table(results, paper.PAPER_RESULTS))
+    table = getattr(paper, "results_table", results_table)  # a paper may be judged by other scores
+    console.print(table(results, paper.PAPER_RESULTS))
     for warning in results.get("data_warnings", []):
         console.print(f"data: {warning}", style="yellow", highlight=False, markup=False)
     console.print(f"results  {folder / 'results.json'}", highlight=False, soft_wrap=True, markup=False)

@@ -68,7 +68,7 @@ class Fitted:
 class AdamWProtocol:
     """AdamW with cosine warm restarts and early stopping on the validation split.
 
-    The learning rate follows half cosines of 10, 20, 40, ... epochs down to 1e-6; gradients are clipped to norm 1.
+    The learning rate follows half cosines of 10 (or all, if fewer), 20, 40, ... epochs down to 1e-6; gradients are clipped to norm 1.
     """
 
     learning_rate: float
@@ -189,7 +189,7 @@ def fit_adamw(
     if not parameters:
         raise ValueError("fit_adamw: the module has no parameter that requires a gradient")
     optimizer = torch.optim.AdamW(parameters, lr=protocol.learning_rate, weight_decay=protocol.weight_decay)
-    scheduler = CosineAnnealingWarmRestarts(optimizer, T_0=10, T_mult=2, eta_min=1e-6)
+    scheduler = CosineAnnealingWarmRestarts(optimizer, T_0=min(10, protocol.epochs), T_mult=2, eta_min=1e-6)
     generator = torch.Generator().manual_seed(seed)
     best_epoch, best_score, best_state = 0, -math.inf, copy.deepcopy(module.state_dict())
     for epoch in range(1, protocol.epochs + 1):

@@ -24,7 +24,7 @@ TransferProtocol = Literal["fair", "sister", "probe"]
 
 
 PROBE_ADAMW = AdamWProtocol(learning_rate=3e-3, epochs=300, patience=10, batch_size=128)
-FINE_TUNE = AdamWProtocol(learning_rate=1e-3, epochs=10, patience=10, batch_size=32, least_steps=8)
+FINE_TUNE = AdamWProtocol(learning_rate=1e-3, epochs=8, patience=8, batch_size=32, least_steps=8)
 SISTER_FINE_TUNE = AdamWProtocol(learning_rate=3e-4, epochs=300, patience=10, batch_size=128)
 
 

@@ -5,13 +5,24 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """Batch normalisation that uses its running statistics for a batch of one, which has no variance of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, D]
+        if self.training and len(x) > 1:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
 def mlp_head(channels_in: int, hidden: int, channels_out: int, *, layers: int = 3) -> nn.Sequential:
     """Linear layers with batch normalisation and ReLU between them, and neither after the last.
 
-    Projectors, expanders and predictors are such a head: SimCLR's and BYOL's have two layers, VICReg's expander three.
+    A batch of one image is normalised by the running statistics. Projectors, expanders and predictors are such a head: SimCLR's
+    and BYOL's have two layers, VICReg's expander three.
 
     Args:
         channels_in: width of the input.
@@ -29,5 +40,5 @@ def mlp_head(channels_in: int, hidden: int, channels_out: int, *, layers: int = 
         last = index == layers - 1
         modules.append(nn.Linear(before, after, bias=last))  # normalisation has a bias of its own
         if not last:
-            modules += [nn.BatchNorm1d(after), nn.ReLU()]
+            modules += [BatchNorm1d(after), nn.ReLU()]
     return nn.Sequential(*modules)

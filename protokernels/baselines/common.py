@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""What the baselines share: precision of the losses, a measure of collapse, and the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import ImageDataset
+from ..training import RunFolder
+from ..training.runs import RunSettings, load_runs
+from ..training.self_supervised import Method, PretrainingConfig, evaluate_method, train_method
+from ..training.transfer_report import results_table
+from ..training.transfer_scoring import transfer_scores
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class Baseline:
+    """One method as the command line and the tests see it; the same functions as a paper's module.
+
+    Args:
+        name: of the method's module.
+        config: its dataclass.
+        build: (configuration, image channels) -> method.
+        description: the module's docstring.
+    """
+
+    PAPER_RESULTS: dict[str, Any] = {}  # noqa: RUF012 - none: nobody published numbers for these small encoders
+
+    def __init__(
+        self, name: str, config: type[PretrainingConfig], build: Callable[[Any, int], Method], description: str | None
+    ) -> None:
+        self.name, self.CONFIG, self.build = name, config, build
+        self.__doc__ = description
+        self.results_table = results_table
+
+    def train(
+        self,
+        config: PretrainingConfig,
+        out: str | Path | None = None,
+        *,
+        data_root: str | Path | None = None,
+        download: bool = False,
+        figures: bool = True,
+        settings: RunSettings | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Trains, evaluates and draws; one run or several with different seeds. See
+        :func:`protokernels.training.self_supervised.train_method`."""
+        settings = replace(settings or RunSettings(), **more)
+        results = self._train(config, out, data_root, download, settings)
+        if figures and results:
+            self.draw_figures(results["folder"])
+        return results
+
+    def _train(
+        self, config: Any, out: str | Path | None, data_root: str | Path | None, download: bool, settings: RunSettings
+    ) -> dict[str, Any]:
+        def build(channels: int) -> Method:
+            return self.build(config, channels)
+
+        return train_method(
+            self.name, config, build, transfer_scores, out, data_root=data_root, download=download, settings=settings
+        )
+
+    def evaluate(self, folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
+        """Scores the newest checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
+        return evaluate_method(folder, self.CONFIG, self.build, transfer_scores, data_root=data_root)
+
+    def draw_figures(
+        self, folder: str | Path, *, data_root: str | Path | None = None, dataset: ImageDataset | None = None
+    ) -> list[Path]:
+        """Draws the curves of the first seed of a run into ``figures`` and returns their paths."""
+        from ..figures.canvas import save_figure  # matplotlib is not needed for training
+        from ..figures.curves import loss_curves
+
+        run: RunFolder = load_runs(folder)[0]
+        metrics = run.metrics()
+        if not metrics:
+            return []
+        names = [name for name in metrics[0] if name not in ("epoch", "seconds")]
+        config = run.config()["config"]
+        title = f"{self.name}, {config['preset_name']}, {Path(config['data']).stem}: training"
+        return [save_figure(loss_curves(metrics, names, title=title), Path(folder) / "figures" / "losses.png")]
+
+
+def in_float32(loss: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Computes a loss in float32 (float64 stays) also where the networks run in half precision: it is cheap, and
+    exponentials and differences of large numbers need the digits."""
+
+    @wraps(loss)
+    def computed(*arguments: Parameters.args, **keywords: Parameters.kwargs) -> Result:
+        full = [
+            a.float() if isinstance(a, Tensor) and a.dtype in (torch.float16, torch.bfloat16) else a for a in arguments
+        ]
+        device = next((a.device.type for a in arguments if isinstance(a, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False):
+            return loss(*full, **keywords)  # type: ignore[arg-type]
+
+    return computed
+
+
+@torch.no_grad()
+def spread(z: Tensor) -> Tensor:  # [B, D] -> []
+    """How far embeddings are from collapse: sqrt(D) times the mean deviation of unit vectors per dimension; about 1 where
+    they point everywhere, 0 where all are the same."""
+    unit = F.normalize(z.float(), dim=1)
+    measure: Tensor = unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5
+    return measure

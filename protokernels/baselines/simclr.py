@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""SimCLR: two views of an image attract, all other views of the batch repel.
+
+T. Chen, S. Kornblith, M. Norouzi, G. Hinton. A Simple Framework for Contrastive Learning of Visual Representations. ICML
+2020. Eq. 1 (NT-Xent), for the 2N views of N images, with p(i) the other view of view i's image and unit vectors z:
+
+    l_i = -log( exp(z_i . z_p(i) / tau) / sum_{k != i} exp(z_i . z_k / tau) ),   L = mean_i l_i
+
+The projector has two layers, as there (section 4.2). On several processes the negatives are those of the own process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models import mlp_head, pooled
+from ..training.self_supervised import Method, PretrainingConfig
+from .common import Baseline, in_float32, spread
+
+
+@dataclass(frozen=True)
+class SimCLRConfig(PretrainingConfig):
+    """The shared settings and SimCLR's own."""
+
+    temperature: float = 0.5
+    hidden_dim: int = 256
+    output_dim: int = 128
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"hidden_dim": 512}}
+
+
+@in_float32
+def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:  # [N, D] each, any length -> []
+    """Eq. 1. One image has no negatives: 0. Equal embeddings: log(2N - 1).
+
+    >>> nt_xent(torch.eye(2), torch.eye(2), temperature=1.0)  # log(e + 2) - 1
+    tensor(0.5514)
+    """
+    count = len(first)
+    z = F.normalize(torch.cat([first, second]), dim=1)
+    scores = z @ z.T / temperature
+    scores = scores.masked_fill(torch.eye(2 * count, dtype=torch.bool, device=z.device), -torch.inf)
+    partner = torch.arange(2 * count, device=z.device).roll(count)
+    return F.cross_entropy(scores, partner)
+
+
+class SimCLR(Method):
+    """Encoder and projector."""
+
+    def __init__(self, config: SimCLRConfig, channels: int) -> None:
+        super().__init__()
+        self.encoder = config.make_encoder(channels)
+        self.projector = mlp_head(self.encoder.dim, config.hidden_dim, config.output_dim, layers=2)
+        self.temperature = config.temperature
+
+    def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+        z_first, z_second = (self.projector(pooled(self.encoder(view))) for view in (first, second))
+        return {"loss": nt_xent(z_first, z_second, self.temperature), "spread": spread(z_first)}
+
+
+BASELINE = Baseline("simclr", SimCLRConfig, SimCLR, __doc__)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""What an encoder that learned without labels is worth on a data set: the same for OPTiML and its baselines."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data import ImageDataset, Split, to_tensor
+from ..evaluation import TRANSFER_PROTOCOLS, Labelled, evaluate_transfer, label_subsets
+from .scoring import evaluation_splits
+
+if TYPE_CHECKING:
+    from .self_supervised import PretrainingConfig
+
+HELD_OUT = 1 / 6  # of the training images, where the data has no validation split to choose on
+
+
+def transfer_scores(encoder: nn.Module, dataset: ImageDataset, config: PretrainingConfig, seed: int) -> dict[str, Any]:
+    """Linear probes and fine-tuning at several label fractions, by the protocol that ``config.transfer`` names.
+
+    Scored is the test split, with the validation split for choosing (where there is none, a sixth of the training images).
+    With ``config.selection``, for choosing hyper-parameters, scored is the validation split, and a sixth of the training
+    images chooses: the test split is not looked at. The sixth consists of whole groups (patients) where these are known.
+
+    Args:
+        encoder: [B, C, S, S] in [0, 1] -> dense map or vectors; computed in float32 whatever it was trained in.
+        dataset: has one label per image (task ``labels``), and may have several findings (task ``targets``).
+        config: image size, selection and protocol.
+        seed: of subsets and heads.
+
+    Returns:
+        ``"splits"``: scored set -> task -> what :func:`protokernels.evaluation.evaluate_transfer` returns; ``"images"``: set ->
+        number of images (``choosing``: those that chose, where ``val`` is scored); ``"protocol"``.
+    """
+    train, scored = evaluation_splits(dataset, config.selection)
+    name, test = next(iter(scored.items()))  # the first is the test split, or what stands for it
+    if config.selection or dataset.val is None:
+        train, val = hold_out(train, dataset.num_classes)
+    else:
+        val = dataset.val
+    protocol = TRANSFER_PROTOCOLS[config.transfer]
+    device = next(encoder.parameters()).device
+    encoder = copy.deepcopy(encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    splits = {"train": train, "val" if name != "val" else "choosing": val, name: test}
+    images = [
+        to_tensor(split.images, size=config.image_size).to(device, memory_format=torch.channels_last)
+        for split in splits.values()
+    ]
+    tasks: dict[str, Any] = {}
+    for task, class_names in (("labels", dataset.class_names), ("targets", dataset.target_names)):
+        if class_names:
+            labelled = [_labelled(x, split, task) for x, split in zip(images, splits.values(), strict=True)]
+            tasks[task] = evaluate_transfer(encoder, *labelled, class_names=class_names, config=protocol, seed=seed)
+    return {
+        "splits": {name: tasks},
+        "images": {key: len(split) for key, split in splits.items()},
+        "protocol": {"transfer": config.transfer, **asdict(protocol)},
+    }
+
+
+def hold_out(split: Split, num_classes: int, share: float = HELD_OUT) -> tuple[Split, Split]:
+    """``split`` without, and only, about ``share`` of its images: whole groups where there are groups, else stratified by
+    class. Always the same ones."""
+    if split.groups is None:
+        chosen = label_subsets(torch.as_tensor(split.labels), [share], num_classes=num_classes)[share].numpy()
+        held = np.isin(np.arange(len(split)), chosen)
+    else:
+        names, group, sizes = np.unique(split.groups, return_inverse=True, return_counts=True)
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).numpy()
+        before = np.cumsum(sizes[order]) - sizes[order]
+        held = np.isin(group, order[before < share * len(split)])
+    if bool(held.all()):
+        raise ValueError(
+            f"hold_out: {len(split)} images in {'one group' if split.groups is not None else 'all'} leave nothing to train on"
+        )
+    return split.take(np.flatnonzero(~held)), split.take(np.flatnonzero(held))
+
+
+def _labelled(images: torch.Tensor, split: Split, task: str) -> Labelled:
+    targets = torch.as_tensor(split.labels if task == "labels" else split.targets)
+    return Labelled(images, (targets if targets.ndim == 1 else targets.float()).to(images.device))
