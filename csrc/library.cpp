@@ -36,6 +36,32 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "-> (Tensor grad_z, Tensor grad_prototypes, Tensor grad_temperature)");
   library.def("prototypes_accumulate(Tensor z, Tensor labels, int num_prototypes, bool skip_nonfinite) -> (Tensor sums, Tensor counts)");
   library.def("prototypes_blend(Tensor prototypes, Tensor sums, Tensor counts, float new_weight) -> Tensor");
+
+  // Sinkhorn (ops/sinkhorn.h): potentials, values and diagnostics of B transport problems, with the potentials of every iteration if asked for; its
+  // unrolled or implicit backward; the plan and its backward; the envelope gradient of the entropic value; the same from features, whose cost
+  // is never stored.
+  library.def(
+      "sinkhorn_forward(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor? g_init, int num_iters, float tol, float rho_a, float rho_b, "
+      "bool save_history) -> (Tensor f, Tensor g, Tensor transport_cost, Tensor entropic_value, Tensor marginal_error, Tensor iterations, "
+      "Tensor feasible, Tensor history)");
+  library.def(
+      "sinkhorn_backward(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor? g_init, Tensor f, Tensor g, Tensor iterations, "
+      "Tensor history, Tensor? grad_f, Tensor? grad_g, Tensor? grad_transport_cost, Tensor? grad_entropic_value, bool implicit, "
+      "float rho_a, float rho_b) -> (Tensor grad_cost, Tensor grad_a, Tensor grad_b, Tensor grad_epsilon)");
+  library.def("sinkhorn_plan(Tensor cost, Tensor f, Tensor g, Tensor epsilon) -> Tensor");
+  library.def(
+      "sinkhorn_plan_backward(Tensor grad_plan, Tensor plan, Tensor cost, Tensor f, Tensor g, Tensor epsilon) "
+      "-> (Tensor grad_cost, Tensor grad_f, Tensor grad_g, Tensor grad_epsilon)");
+  library.def(
+      "sinkhorn_envelope_backward(Tensor cost, Tensor f, Tensor g, Tensor epsilon, Tensor grad_entropic_value) "
+      "-> (Tensor grad_cost, Tensor grad_epsilon)");
+  library.def(
+      "sinkhorn_features_forward(Tensor x, Tensor y, Tensor a, Tensor b, Tensor epsilon, Tensor? g_init, bool cosine, int num_iters, "
+      "float tol, float rho_a, float rho_b) -> (Tensor f, Tensor g, Tensor transport_cost, Tensor entropic_value, Tensor marginal_error, "
+      "Tensor iterations, Tensor feasible)");
+  library.def(
+      "sinkhorn_features_backward(Tensor x, Tensor y, Tensor f, Tensor g, Tensor epsilon, Tensor? grad_entropic_value, bool cosine) "
+      "-> (Tensor grad_x, Tensor grad_y, Tensor grad_epsilon)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(protokernels, CompositeExplicitAutograd, library) { library.impl("build_info", TORCH_BOX(&build_info)); }

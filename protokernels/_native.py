@@ -17,6 +17,13 @@ OPERATORS = (
     "prototypes_backward",
     "prototypes_accumulate",
     "prototypes_blend",
+    "sinkhorn_forward",
+    "sinkhorn_backward",
+    "sinkhorn_plan",
+    "sinkhorn_plan_backward",
+    "sinkhorn_envelope_backward",
+    "sinkhorn_features_forward",
+    "sinkhorn_features_backward",
 )
 """What the library must hold; the schemas stand in csrc/library.cpp."""
 

@@ -212,6 +212,41 @@ PK_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
 
 PK_INLINE Vec<double> exp2_nonpositive(Vec<double> x) {
   for (int i = 0; i < LANES<double>; ++i) x[i] = std::exp2(x[i]);
+// log(x) for x >= 0, to two units in the last place: -infinity at 0, infinity stays, NaN stays NaN.
+PK_INLINE Vec<float> log_nonnegative(Vec<float> x) {
+  typedef Index<float> I;
+  const Vec<float> infinity = broadcast(INFINITY);
+  const Vec<float> normal = x < 1.17549435e-38f ? x * 16777216.0f : x;
+  I bits;
+  std::memcpy(&bits, &normal, sizeof bits);
+  const I above = bits - 0x3f3504f3;  // 1 / sqrt(2): the mantissa lies in [1 / sqrt(2), sqrt(2))
+  const I exponent = above >> 23;
+  const I mantissa = (above & 0x007fffff) + 0x3f3504f3;
+  Vec<float> m;
+  std::memcpy(&m, &mantissa, sizeof m);
+  m -= 1.0f;
+  Vec<float> e = __builtin_convertvector(exponent, Vec<float>);
+  e = x < 1.17549435e-38f ? e - 24.0f : e;
+  Vec<float> p = broadcast(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const Vec<float> square = m * m;
+  Vec<float> y = p * m * square;
+  y += e * -2.12194440e-4f;
+  y -= square * 0.5f;
+  y = (m + y) + e * 0.693359375f;
+  y = x > 0.0f ? y : x == 0.0f ? -infinity : x;
+  return x == infinity ? x : y;
+}
+
+PK_INLINE Vec<double> log_nonnegative(Vec<double> x) {
+  for (int i = 0; i < LANES<double>; ++i) x[i] = std::log(x[i]);
   return x;
 }
 

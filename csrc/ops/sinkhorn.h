@@ -16,7 +16,7 @@
 //   M_bar = Gamma, u_bar = Gamma 1 + epsilon f_bar, v_bar = Gamma^T 1 + epsilon g_bar
 //   w = lambda_b v_bar: log b_bar += w, M_bar -= S w, u_bar -= S w, S_ij = exp(u^t_i - C_ij / epsilon - LSE_j)
 //   z = lambda_a u_bar: log a_bar += z, M_bar -= R z, v_bar = -R^T z, u_bar = 0, R_ij = exp(v^(t-1)_j - C_ij / epsilon - LSE_i)
-//   C_bar = -M_bar / epsilon + (tc + e) P, a_bar = log a_bar / a (+ e rho_a (1 - p / a)),
+//   C_bar = -M_bar / epsilon + (tc + e) P, a_bar = log a_bar / a + e rho_a (1 - p / a), likewise b_bar (rho: unbalanced only),
 //   epsilon_bar = sum M_bar C / epsilon^2 + f_bar . u + g_bar . v + e sum P (log P - 1)
 //                 - sum v^0_bar v^0 / epsilon - sum over t of (v_bar . v / (rho_b + epsilon) + u_bar . u / (rho_a + epsilon))
 // Implicit backward (balanced), Gamma without e:
@@ -159,6 +159,50 @@ struct SinkhornFeaturesBackward {
   void* grad_x;                     // [B, N, D]
   void* grad_y;                     // [B, M, D]
   void* grad_epsilon;               // [B]
+};
+
+// ------------------------------------------------------------------------------------------------- CPU (csrc/ops/cpu)
+
+// Rows of one problem are cut into chunks by shape alone; a chunk is the unit of work and of summation. rows is a multiple of 8.
+struct SinkhornChunks {
+  int64_t rows, count;
+};
+SinkhornChunks sinkhorn_chunks(int64_t N, int64_t M);
+
+// Runs body(context, chunk) for every chunk below count, in any order and on any thread. A null pointer stands for a plain loop.
+using SinkhornEach = void (*)(int64_t count, void (*body)(void* context, int64_t chunk), void* context);
+
+// One table per instruction set and file; every function but plan does one problem b, with scratch of the given number of bytes, 64-aligned.
+struct SinkhornCpu {
+  const char* level;
+  int64_t (*forward_scratch)(const SinkhornForward&);
+  void (*forward)(const SinkhornForward&, int64_t b, void* scratch, SinkhornEach);
+};
+
+struct SinkhornPlanCpu {
+  void (*plan)(const SinkhornPlan&, int64_t first_row, int64_t last_row);  // of B N rows
+  int64_t (*backward_scratch)(const SinkhornPlanBackward&);
+  void (*backward)(const SinkhornPlanBackward&, int64_t b, void* scratch, SinkhornEach);
+  int64_t (*envelope_scratch)(const SinkhornEnvelope&);
+  void (*envelope)(const SinkhornEnvelope&, int64_t b, void* scratch, SinkhornEach);
+};
+
+struct SinkhornUnrolledCpu {
+  int64_t (*scratch)(const SinkhornBackward&);
+  void (*backward)(const SinkhornBackward&, int64_t b, void* scratch, SinkhornEach);
+};
+
+struct SinkhornImplicitCpu {
+  int64_t (*scratch)(const SinkhornBackward&);
+  void (*backward)(const SinkhornBackward&, int64_t b, void* scratch, SinkhornEach);
+};
+
+struct SinkhornFeaturesCpu {
+  int64_t (*chunks)(int64_t N, int64_t M);
+  int64_t (*forward_scratch)(const SinkhornFeatures&);
+  void (*forward)(const SinkhornFeatures&, int64_t b, void* scratch, SinkhornEach);
+  int64_t (*backward_scratch)(const SinkhornFeaturesBackward&);
+  void (*backward)(const SinkhornFeaturesBackward&, int64_t b, void* scratch, SinkhornEach);
 };
 
 // ---------------------------------------------------------------------------------------------- CUDA (csrc/ops/cuda)

@@ -1,0 +1,391 @@
+// SPDX-License-Identifier: MIT
+// Sinkhorn on the CPU: the iterations. The equations stand in ops/sinkhorn.h.
+//
+// They run on scales around an absorbed kernel matrix (sinkhorn_dense.h): one multiply-add for the row sum and one for the column sum of an
+// element, in a single read of the matrix, which is what bounds them: L1 and L2 for small problems, memory for large ones. The first row
+// half-step is taken in the log domain, so that every row has an entry near its mass. Later ones go back there when a sum is too small to be
+// trusted, and scales that grow are absorbed into the centers: the range of the cost does not matter.
+
+#include "ops/cpu/sinkhorn_dense.h"
+
+namespace {
+
+// What one chunk of rows, or the columns, report of a half-step or of the result.
+template <class T>
+struct Report {
+  double error = 0, transport = 0, value = 0, mass = 0;
+  T smallest_sum = INFINITE<T>, largest_sum = 0, smallest_scale = INFINITE<T>, largest_scale = 0;
+
+  void merge(const Report& other) {
+    error += other.error, transport += other.transport, value += other.value, mass += other.mass;
+    smallest_sum = std::min(smallest_sum, other.smallest_sum), largest_sum = std::max(largest_sum, other.largest_sum);
+    smallest_scale = std::min(smallest_scale, other.smallest_scale), largest_scale = std::max(largest_scale, other.largest_scale);
+  }
+  bool trusted(T largest_factor) const { return !(smallest_sum < TRUSTED_SUM<T> * largest_factor) && !(largest_sum > LARGEST_SUM<T>); }
+  bool in_range() const { return !(largest_scale > LARGE_SCALE<T>) && !(smallest_scale < 1 / LARGE_SCALE<T>); }
+};
+
+template <class T>
+struct Solver {
+  const SinkhornForward& p;
+  int64_t b;
+  Cost<T> cost;
+  SinkhornEach each;
+  SinkhornChunks chunks;
+  int64_t rows, stride;  // N and M, rounded up to whole vectors
+  T epsilon, lambda_a, lambda_b;
+  bool balanced;
+  T *kernel, *partial, *column_max;                                                // [rows, stride], [chunks, stride], [stride]
+  T *mass_a, *active_a, *log_a, *row_center, *row_scale, *next_scale, *log_scale;  // [rows]; active: 0 where infeasible
+  T *mass_b, *active_b, *log_b, *column_center, *column_scale;                     // [stride]
+  Report<T>* reports;                                                              // [chunks]
+
+  Solver(const SinkhornForward& problem, int64_t index, Arena& arena, SinkhornEach runner) : p(problem), b(index), each(runner) {
+    chunks = sinkhorn_chunks(p.N, p.M);
+    rows = round_up(p.N, 16), stride = round_up(p.M, LANES<T>);
+    kernel = arena.take<T>(rows * stride);
+    partial = arena.take<T>((chunks.count + 1) * stride);
+    for (T** piece : {&mass_a, &active_a, &log_a, &row_center, &row_scale, &next_scale, &log_scale}) *piece = arena.take<T>(rows + 16);
+    for (T** piece : {&mass_b, &active_b, &log_b, &column_center, &column_scale}) *piece = arena.take<T>(stride);
+    reports = arena.take<Report<T>>(chunks.count);
+    if (arena.block == nullptr) return;
+    column_max = partial + chunks.count * stride;
+    epsilon = static_cast<const T*>(p.epsilon)[b];
+    cost = {static_cast<const T*>(p.cost) + b * p.N * p.M, p.N, p.M, 1 / epsilon};
+    balanced = std::isinf(p.rho_a) && std::isinf(p.rho_b);
+    lambda_a = std::isinf(p.rho_a) ? T(1) : static_cast<T>(p.rho_a / (p.rho_a + epsilon));
+    lambda_b = std::isinf(p.rho_b) ? T(1) : static_cast<T>(p.rho_b / (p.rho_b + epsilon));
+    copy_padded(mass_a, static_cast<const T*>(p.a) + b * p.N, p.N, rows + 16, T(0));
+    copy_padded(mass_b, static_cast<const T*>(p.b) + b * p.M, p.M, stride, T(0));
+    std::copy(mass_a, mass_a + rows + 16, active_a);
+    std::copy(mass_b, mass_b + stride, active_b);
+    for (int64_t i = 0; i < rows; i += LANES<T>) store(log_a + i, log_nonnegative(load(mass_a + i)));
+    const T* const g_init = p.g_init ? static_cast<const T*>(p.g_init) + b * p.M : nullptr;
+    for (int64_t j = 0; j < stride; j += LANES<T>) {
+      const Vec<T> mass = load(mass_b + j);
+      const Vec<T> start = g_init ? load_part(g_init + j, p.M - j, p.M - j, T(0)) * cost.inverse_epsilon : Vec<T>{};
+      store(log_b + j, log_nonnegative(mass));
+      store(column_center + j, mass > T(0) || mass != mass ? start : broadcast(-INFINITE<T>));
+      store(column_scale + j, broadcast(T(1)));
+    }
+    for (T* piece : {row_center, row_scale, next_scale, log_scale}) std::fill(piece, piece + rows + 16, T(0));
+    std::fill(row_scale, row_scale + p.N, T(1));  // u = 0 before the first iteration
+  }
+
+  template <class Body>
+  Report<T> over_chunks(Body body) {
+    for_chunks(each, chunks.count, [&](int64_t c) {
+      reports[c] = Report<T>{};
+      body(c * chunks.rows, std::min(p.N, (c + 1) * chunks.rows), partial + c * stride, reports[c]);
+    });
+    Report<T> total;
+    for (int64_t c = 0; c < chunks.count; ++c) total.merge(reports[c]);
+    return total;
+  }
+
+  // ------------------------------------------------------------------------------------------------------- log domain
+
+  // A row half-step from v = column_center; K is left centered at it, partial at its column sums.
+  Report<T> restart_rows() {
+    const Report<T> report = over_chunks([&](int64_t begin, int64_t end, T* sums, Report<T>& mine) {
+      std::fill(sums, sums + stride, T(0));
+      for (int64_t i = begin; i < end; ++i) restart_row(i, sums, mine);
+    });
+    std::fill(kernel + p.N * stride, kernel + rows * stride, T(0));
+    return report;
+  }
+
+  PK_MEMBER void restart_row(int64_t i, T* sums, Report<T>& mine) {
+    T* const row = kernel + i * stride;
+    Vec<T> top = broadcast(-INFINITE<T>), sum{};
+    if (active_a[i] != T(0))
+      for (int64_t j = 0; j < stride; j += LANES<T>) {
+        const Vec<T> x = cost.score(i, j, column_center);
+        top = x > top ? x : top;
+      }
+    T highest = reduce_max(top);
+    if (highest == -INFINITE<T> && active_a[i] != T(0) && has_nan(i)) highest = 0;  // then the sum is NaN, and the row
+    if (active_a[i] == T(0) || highest == -INFINITE<T>) {
+      std::fill(row, row + stride, T(0));
+      active_a[i] = row_scale[i] = 0;
+      row_center[i] = -INFINITE<T>;
+      return;
+    }
+    for (int64_t j = 0; j < stride; j += LANES<T>) {
+      const Vec<T> e = exp_nonpositive(cost.score(i, j, column_center) - highest);
+      sum += e;
+      store(row + j, e);
+    }
+    const T total = reduce_sum(sum), u = lambda_a * (log_a[i] - (highest + std::log(total)));
+    const T factor = lambda_a == T(1) ? mass_a[i] / total : std::exp(std::min(u + highest, T(88)));
+    for (int64_t j = 0; j < stride; j += LANES<T>) {
+      const Vec<T> k = load(row + j) * factor;
+      store(row + j, k);
+      store(sums + j, load(sums + j) + k);
+    }
+    if (!balanced) mine.error += std::abs(u - (row_center[i] + std::log(row_scale[i]))) * mass_a[i];
+    row_center[i] = u, row_scale[i] = 1, log_scale[i] = 0;
+    mine.smallest_scale = mine.largest_scale = 1;
+  }
+
+  bool has_nan(int64_t i) const {
+    bool found = false;
+    for (int64_t j = 0; j < p.M; ++j) found |= column_center[j] != -INFINITE<T> && std::isnan(cost.data[i * p.M + j]);
+    return found;
+  }
+
+  // A column half-step from u = row_center; K is left as it was.
+  void restart_columns() {
+    over_chunks([&](int64_t begin, int64_t end, T* top, Report<T>&) {
+      std::fill(top, top + stride, -INFINITE<T>);
+      for (int64_t i = begin; i < end; ++i)
+        if (active_a[i] != T(0))
+          for (int64_t j = 0; j < stride; j += LANES<T>) {
+            const Vec<T> x = row_center[i] - cost.at(i, j, INFINITE<T>) * cost.inverse_epsilon, best = load(top + j);
+            store(top + j, x > best ? x : best);
+          }
+    });
+    for (int64_t j = 0; j < stride; ++j) {
+      T top = partial[j];
+      for (int64_t c = 1; c < chunks.count; ++c) top = std::max(top, partial[c * stride + j]);
+      column_max[j] = top == -INFINITE<T> ? T(0) : top;
+    }
+    over_chunks([&](int64_t begin, int64_t end, T* sums, Report<T>&) {
+      std::fill(sums, sums + stride, T(0));
+      for (int64_t i = begin; i < end; ++i)
+        if (active_a[i] != T(0))
+          for (int64_t j = 0; j < stride; j += LANES<T>) {
+            const Vec<T> x = row_center[i] - cost.at(i, j, INFINITE<T>) * cost.inverse_epsilon;
+            store(sums + j, load(sums + j) + exp_nonpositive(x - load(column_max + j)));
+          }
+    });
+    add_chunks(partial, stride, chunks.count);
+    for (int64_t j = 0; j < stride; j += LANES<T>) {
+      const Vec<T> sum = load(partial + j), none{};
+      const Vec<T> active = sum == none ? none : load(active_b + j);
+      const Vec<T> v = lambda_b * (load(log_b + j) - (load(column_max + j) + log_nonnegative(sum)));
+      store(active_b + j, active);
+      store(column_center + j, active == none ? broadcast(-INFINITE<T>) : v);
+      store(column_scale + j, broadcast(T(1)));
+    }
+  }
+
+  // Moves the scales into the centers.
+  void absorb_rows() {
+    for (int64_t i = 0; i < rows; i += LANES<T>) {
+      const Vec<T> none{}, center = load(row_center + i) + log_nonnegative(load(row_scale + i));
+      store(row_center + i, load(active_a + i) == none ? broadcast(-INFINITE<T>) : center);
+      store(row_scale + i, load(active_a + i) == none ? none : broadcast(T(1)));
+      store(log_scale + i, none);
+    }
+  }
+  void absorb_columns() {
+    for (int64_t j = 0; j < stride; j += LANES<T>) {
+      const Vec<T> none{}, center = load(column_center + j) + log_nonnegative(load(column_scale + j));
+      store(column_center + j, load(active_b + j) == none ? broadcast(-INFINITE<T>) : center);
+      store(column_scale + j, load(active_b + j) == none ? none : broadcast(T(1)));
+    }
+  }
+  void recenter() {
+    over_chunks([&](int64_t begin, int64_t end, T*, Report<T>&) {
+      fill_kernel(cost, row_center, column_center, kernel, stride, begin, end == p.N ? rows : end);
+    });
+  }
+
+  // ------------------------------------------------------------------------------------------------------- scales
+
+  // A row half-step into next_scale, and the column sums under it. The row error is that of the iteration before.
+  template <bool BALANCED>
+  Report<T> scale_rows() {
+    return over_chunks([&](int64_t begin, int64_t end, T* sums, Report<T>& mine) {
+      std::fill(sums, sums + stride, T(0));
+      Four<T> error{}, smallest = Four<T>{} + INFINITE<T>, largest{}, low = smallest, high{};
+      auto finish = [&](int64_t i, Four<T> r) __attribute__((always_inline)) {
+        const Four<T> none{}, active = load_four(active_a + i), before = load_four(row_scale + i);
+        Four<T> scale;
+        if constexpr (BALANCED) {
+          scale = active == none ? none : active / r;
+          const Four<T> off = before * r - load_four(mass_a + i);
+          error += off < none ? -off : off;
+        } else {
+          scale = damped_rows(i, r, error);
+        }
+        smallest = active != none && r < smallest ? r : smallest;
+        largest = active != none && r > largest ? r : largest;
+        low = active != none && scale < low ? scale : low;
+        high = scale > high ? scale : high;
+        store_four(next_scale + i, scale);
+        return scale;
+      };
+      fused_rows(kernel, stride, begin, round_up(end, ROWS), column_scale, sums, finish);
+      for (int k = 0; k < ROWS; ++k) {
+        mine.error += error[k];
+        mine.merge({0, 0, 0, 0, smallest[k], largest[k], low[k], high[k]});
+      }
+    });
+  }
+
+  // u = lambda (log a - log sum) needs logarithms; the error is the change of u.
+  PK_MEMBER Four<T> damped_rows(int64_t i, Four<T> r, Four<T>& error) {
+    alignas(64) T sum[16] = {}, scale[16], change[16];
+    store_four(sum, r);
+    for (int k = 0; k < ROWS; k += LANES<T>) {
+      const Vec<T> none{}, active = load(active_a + i + k), center = load(row_center + i + k);
+      const Vec<T> log_next = lambda_a * (load(log_a + i + k) + center - log_nonnegative(load(sum + k))) - center;
+      const Vec<T> moved = absolute<T>(log_next - load(log_scale + i + k)) * load(mass_a + i + k);
+      store(scale + k, active == none ? none : exp_any<T>(log_next));
+      store(change + k, active == none ? none : moved);
+      for (int lane = 0; lane < std::min(ROWS, LANES<T>); ++lane) log_scale[i + k + lane] = active[lane] == T(0) ? T(0) : log_next[lane];
+    }
+    error += load_four(change);
+    return load_four(scale);
+  }
+
+  // A column half-step from the column sums in partial.
+  Report<T> scale_columns() {
+    add_chunks(partial, stride, chunks.count);
+    const Vec<T> none{};
+    Vec<T> smallest = broadcast(INFINITE<T>), largest{}, low = smallest, high{};
+    for (int64_t j = 0; j < stride; j += LANES<T>) {
+      const Vec<T> sum = load(partial + j), active = load(active_b + j), center = load(column_center + j);
+      Vec<T> scale = active / sum;
+      if (lambda_b != T(1)) scale = exp_any<T>(lambda_b * (load(log_b + j) + center - log_nonnegative(sum)) - center);
+      scale = active == none ? none : scale;
+      smallest = active != none && sum < smallest ? sum : smallest;
+      largest = active != none && sum > largest ? sum : largest;
+      low = active != none && scale < low ? scale : low;
+      high = scale > high ? scale : high;
+      store(column_scale + j, scale);
+    }
+    return {0, 0, 0, 0, reduce_min(smallest), reduce_max(largest), reduce_min(low), reduce_max(high)};
+  }
+
+  // Returns the number of iterations whose result stands in centers and scales, and the error that tolerance looks at.
+  int64_t iterate(double& error) {
+    Report<T> columns;
+    for (int64_t t = 1; t <= p.num_iters; ++t) {
+      Report<T> report;
+      if (t > 1) {
+        report = balanced ? scale_rows<true>() : scale_rows<false>();
+        error = report.error;
+        if (balanced && p.tolerance > 0 && error <= p.tolerance) return t - 1;
+      }
+      if (t > 1 && report.trusted(columns.largest_scale)) {
+        std::swap(row_scale, next_scale);
+      } else {
+        if (t > 1) absorb_columns();
+        report = restart_rows();
+        if (!balanced) error = report.error;
+      }
+      columns = scale_columns();
+      const bool trusted = columns.trusted(report.largest_scale), in_range = columns.in_range() && report.in_range();
+      if (!trusted || !in_range) {
+        absorb_rows();
+        if (!trusted) restart_columns();
+        else absorb_columns();
+        recenter();
+        columns.largest_scale = 1;
+      }
+      if (p.history) save(t - 1);
+      if (!balanced && p.tolerance > 0 && error <= p.tolerance) return t;
+    }
+    if (balanced && p.tolerance > 0) error = scale_rows<true>().error;
+    return p.num_iters;
+  }
+
+  // (u, v) of this iteration.
+  void save(int64_t t) const {
+    T* const out = static_cast<T*>(p.history) + (b * p.num_iters + t) * (p.N + p.M);
+    for (int64_t i = 0; i < p.N; i += LANES<T>)
+      store_part(out + i, load(row_center + i) + log_nonnegative(load(row_scale + i)), p.N - i);
+    for (int64_t j = 0; j < p.M; j += LANES<T>)
+      store_part(out + p.N + j, load(column_center + j) + log_nonnegative(load(column_scale + j)), p.M - j);
+  }
+
+  // ------------------------------------------------------------------------------------------------------- results
+
+  // rho KL(p | mass) of one entry.
+  static double divergence(double rho, double marginal, double mass) {
+    if (std::isinf(rho)) return 0;
+    return rho * ((marginal > 0 ? marginal * std::log(marginal / mass) : 0.0) - marginal + mass);
+  }
+
+  // Row and column sums of P from the potentials themselves, as a reader of f and g would find them.
+  Report<T> measure() {
+    Report<T> total = over_chunks([&](int64_t begin, int64_t end, T* sums, Report<T>& mine) {
+      std::fill(sums, sums + stride, T(0));
+      for (int64_t i = begin; i < end; ++i) {
+        Vec<T> sum{}, transport{};
+        if (row_center[i] != -INFINITE<T>)
+          for (int64_t j = 0; j < stride; j += LANES<T>) {
+            const Vec<T> plan = exp_any<T>(row_center[i] + cost.score(i, j, column_center));
+            sum += plan;
+            transport += plan == T(0) ? Vec<T>{} : plan * cost.at(i, j, T(0));
+            store(sums + j, load(sums + j) + plan);
+          }
+        const double marginal = reduce_sum(sum);
+        mine.transport += reduce_sum(transport);
+        mine.mass += marginal;
+        mine.error += std::abs(marginal - mass_a[i]);
+        if (marginal != 0) mine.value += static_cast<double>(epsilon) * row_center[i] * marginal;
+        mine.value += divergence(p.rho_a, marginal, mass_a[i]);
+      }
+    });
+    add_chunks(partial, stride, chunks.count);
+    for (int64_t j = 0; j < p.M; ++j) {
+      const double marginal = partial[j];
+      total.error += std::abs(marginal - mass_b[j]);
+      if (marginal != 0) total.value += static_cast<double>(epsilon) * column_center[j] * marginal;
+      total.value += divergence(p.rho_b, marginal, mass_b[j]);
+    }
+    total.value -= static_cast<double>(epsilon) * total.mass;
+    return total;
+  }
+
+  bool is_feasible() const {
+    double sum_a = 0, sum_b = 0;
+    bool lost = false;
+    for (int64_t i = 0; i < p.N; ++i) sum_a += mass_a[i], lost |= active_a[i] != mass_a[i];
+    for (int64_t j = 0; j < p.M; ++j) sum_b += mass_b[j], lost |= active_b[j] != mass_b[j];
+    return !lost && (!balanced || std::abs(sum_a - sum_b) <= SINKHORN_MASS_TOLERANCE * std::max(sum_a, sum_b));
+  }
+
+  void solve() {
+    double error = 0;
+    p.iterations[b] = iterate(error);
+    absorb_rows();
+    absorb_columns();
+    const Report<T> result = measure();
+    T *const f = static_cast<T*>(p.f) + b * p.N, *const g = static_cast<T*>(p.g) + b * p.M;
+    for (int64_t i = 0; i < p.N; ++i) f[i] = epsilon * row_center[i];
+    for (int64_t j = 0; j < p.M; ++j) g[j] = epsilon * column_center[j];
+    static_cast<T*>(p.transport_cost)[b] = static_cast<T>(result.transport);
+    static_cast<T*>(p.entropic_value)[b] = static_cast<T>(result.value);
+    static_cast<T*>(p.marginal_error)[b] = static_cast<T>(balanced && p.tolerance == 0 ? result.error : error);
+    p.feasible[b] = is_feasible();
+  }
+};
+
+int64_t forward_scratch(const SinkhornForward& p) {
+  return with_type(p.kind, [&](auto zero) {
+    Arena arena{nullptr};
+    Solver<decltype(zero)>(p, 0, arena, nullptr);
+    return arena.bytes;
+  });
+}
+
+void forward(const SinkhornForward& p, int64_t b, void* scratch, SinkhornEach each) {
+  with_type(p.kind, [&](auto zero) {
+    Arena arena{static_cast<char*>(scratch)};
+    Solver<decltype(zero)>(p, b, arena, each).solve();
+  });
+}
+
+}  // namespace
+
+namespace protokernels {
+
+extern const SinkhornCpu PK_LEVEL_TABLE(sinkhorn_cpu);
+const SinkhornCpu PK_LEVEL_TABLE(sinkhorn_cpu) = {PK_STRINGIFY(PROTOKERNELS_LEVEL), forward_scratch, forward};
+
+}  // namespace protokernels
