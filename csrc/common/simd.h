@@ -212,6 +212,9 @@ PK_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
 
 PK_INLINE Vec<double> exp2_nonpositive(Vec<double> x) {
   for (int i = 0; i < LANES<double>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+
 // log(x) for x >= 0, to two units in the last place: -infinity at 0, infinity stays, NaN stays NaN.
 PK_INLINE Vec<float> log_nonnegative(Vec<float> x) {
   typedef Index<float> I;

@@ -41,6 +41,7 @@ PK_DECLARE_LEVELS(SinkhornPlanCpu, sinkhorn_plan_cpu);
 PK_DECLARE_LEVELS(SinkhornUnrolledCpu, sinkhorn_unrolled_cpu);
 PK_DECLARE_LEVELS(SinkhornImplicitCpu, sinkhorn_implicit_cpu);
 PK_DECLARE_LEVELS(SinkhornFeaturesCpu, sinkhorn_features_cpu);
+PK_DECLARE_LEVELS(SinkhornFeaturesGradientCpu, sinkhorn_features_gradient_cpu);
 
 namespace {
 
@@ -352,8 +353,9 @@ std::tuple<Tensor, Tensor, Tensor> features_backward(Tensor x, Tensor y, Tensor 
   const Tensor grad_epsilon = empty_beside(x, {p.B}, scalar_type(p.kind));
   p.grad_x = grad_x.data_ptr(), p.grad_y = grad_y.data_ptr(), p.grad_epsilon = grad_epsilon.data_ptr();
   if constexpr (!ON_CUDA) {
-    const SinkhornFeaturesCpu& cpu = PK_CHOOSE_LEVEL(sinkhorn_features_cpu);
-    for_problems(x, p.B, cpu.chunks(p.N, p.M), elements(p.N, p.M) * (4 + static_cast<double>(p.D)), cpu.backward_scratch(p),
+    const SinkhornFeaturesGradientCpu& cpu = PK_CHOOSE_LEVEL(sinkhorn_features_gradient_cpu);
+    const int64_t chunks = PK_CHOOSE_LEVEL(sinkhorn_features_cpu).chunks(p.N, p.M);
+    for_problems(x, p.B, chunks, elements(p.N, p.M) * (4 + static_cast<double>(p.D)), cpu.scratch(p),
                  [&](int64_t i, void* scratch, SinkhornEach each) { cpu.backward(p, i, scratch, each); });
   } else {
 #if defined(PROTOKERNELS_WITH_CUDA)

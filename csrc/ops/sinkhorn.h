@@ -57,7 +57,7 @@ struct SinkhornForward : SinkhornProblem {
   void* g;               // [B, M]
   void* transport_cost;  // [B]
   void* entropic_value;  // [B]
-  void* marginal_error;  // [B]: |P 1 - a|_1 + |P^T 1 - b|_1, or, where a rho is finite, sum_i a_i |u_i - u_i of the iteration before| (first: 0)
+  void* marginal_error;  // [B]: |P 1 - a|_1 + |P^T 1 - b|_1, or, where a rho is finite, sum_i a_i |u_i - u_i of one more half-step|
   int64_t* iterations;   // [B]
   bool* feasible;        // [B]
   void* history;         // [B, num_iters, N + M]: (u, v) after every iteration; or null
@@ -201,7 +201,10 @@ struct SinkhornFeaturesCpu {
   int64_t (*chunks)(int64_t N, int64_t M);
   int64_t (*forward_scratch)(const SinkhornFeatures&);
   void (*forward)(const SinkhornFeatures&, int64_t b, void* scratch, SinkhornEach);
-  int64_t (*backward_scratch)(const SinkhornFeaturesBackward&);
+};
+
+struct SinkhornFeaturesGradientCpu {
+  int64_t (*scratch)(const SinkhornFeaturesBackward&);
   void (*backward)(const SinkhornFeaturesBackward&, int64_t b, void* scratch, SinkhornEach);
 };
 

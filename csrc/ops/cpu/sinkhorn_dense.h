@@ -250,6 +250,12 @@ PK_INLINE void add_chunks(T* partial, int64_t stride, int64_t count) {
     for (int64_t j = 0; j < stride; j += LANES<T>) store(partial + j, load(partial + j) + load(partial + c * stride + j));
 }
 
+// rho KL(marginal | mass) of one entry; 0 where it is balanced.
+PK_INLINE double divergence(double rho, double marginal, double mass) {
+  if (std::isinf(rho)) return 0;
+  return rho * ((marginal > 0 ? marginal * std::log(marginal / mass) : 0.0) - marginal + mass);
+}
+
 template <class Function>
 PK_INLINE auto with_type(Kind kind, Function function) {
   return kind == Kind::f64 ? function(double{}) : function(float{});

@@ -107,7 +107,8 @@ struct Implicit {
       double* const mine = wide_partial + (sums - partial);
       std::fill(mine, mine + stride, 0.0);
       for (int64_t i = first; i < last; ++i)
-        for (int64_t j = 0; j < stride; ++j) mine[j] += of_rows[i] * static_cast<double>(plan[i * stride + j]);
+        for (int64_t j = 0; j < stride; j += LANES<double>)
+          store(mine + j, load(mine + j) + of_rows[i] * load_double(plan + i * stride + j));
     });
     add_chunks(wide_partial, stride, chunks.count);
     std::copy(wide_partial, wide_partial + stride, result);
@@ -116,11 +117,7 @@ struct Implicit {
     over_chunks([&](int64_t first, int64_t last, T*, double*) {
       for (int64_t i = first; i < last; ++i) {
         Vec<double> sum{};
-        alignas(64) double wide[LANES<double>];
-        for (int64_t j = 0; j < stride; j += LANES<double>) {
-          for (int lane = 0; lane < LANES<double>; ++lane) wide[lane] = plan[i * stride + j + lane];
-          sum += load(wide) * load(of_columns + j);
-        }
+        for (int64_t j = 0; j < stride; j += LANES<double>) sum += load_double(plan + i * stride + j) * load(of_columns + j);
         result[i] = reduce_sum(sum);
       }
     });

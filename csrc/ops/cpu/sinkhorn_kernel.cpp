@@ -34,9 +34,9 @@ struct Solver {
   SinkhornChunks chunks;
   int64_t rows, stride;  // N and M, rounded up to whole vectors
   T epsilon, lambda_a, lambda_b;
-  bool balanced;
+  bool balanced, any_lost = false;
   T *kernel, *partial, *column_max;                                                // [rows, stride], [chunks, stride], [stride]
-  T *mass_a, *active_a, *log_a, *row_center, *row_scale, *next_scale, *log_scale;  // [rows]; active: 0 where infeasible
+  T *mass_a, *active_a, *log_a, *row_center, *row_scale, *next_scale;  // [rows]; active: 0 where infeasible
   T *mass_b, *active_b, *log_b, *column_center, *column_scale;                     // [stride]
   Report<T>* reports;                                                              // [chunks]
 
@@ -45,7 +45,7 @@ struct Solver {
     rows = round_up(p.N, 16), stride = round_up(p.M, LANES<T>);
     kernel = arena.take<T>(rows * stride);
     partial = arena.take<T>((chunks.count + 1) * stride);
-    for (T** piece : {&mass_a, &active_a, &log_a, &row_center, &row_scale, &next_scale, &log_scale}) *piece = arena.take<T>(rows + 16);
+    for (T** piece : {&mass_a, &active_a, &log_a, &row_center, &row_scale, &next_scale}) *piece = arena.take<T>(rows + 16);
     for (T** piece : {&mass_b, &active_b, &log_b, &column_center, &column_scale}) *piece = arena.take<T>(stride);
     reports = arena.take<Report<T>>(chunks.count);
     if (arena.block == nullptr) return;
@@ -68,7 +68,7 @@ struct Solver {
       store(column_center + j, mass > T(0) || mass != mass ? start : broadcast(-INFINITE<T>));
       store(column_scale + j, broadcast(T(1)));
     }
-    for (T* piece : {row_center, row_scale, next_scale, log_scale}) std::fill(piece, piece + rows + 16, T(0));
+    for (T* piece : {row_center, row_scale, next_scale}) std::fill(piece, piece + rows + 16, T(0));
     std::fill(row_scale, row_scale + p.N, T(1));  // u = 0 before the first iteration
   }
 
@@ -124,7 +124,7 @@ struct Solver {
       store(sums + j, load(sums + j) + k);
     }
     if (!balanced) mine.error += std::abs(u - (row_center[i] + std::log(row_scale[i]))) * mass_a[i];
-    row_center[i] = u, row_scale[i] = 1, log_scale[i] = 0;
+    row_center[i] = u, row_scale[i] = 1;
     mine.smallest_scale = mine.largest_scale = 1;
   }
 
@@ -164,6 +164,7 @@ struct Solver {
       const Vec<T> sum = load(partial + j), none{};
       const Vec<T> active = sum == none ? none : load(active_b + j);
       const Vec<T> v = lambda_b * (load(log_b + j) - (load(column_max + j) + log_nonnegative(sum)));
+      for (int lane = 0; lane < LANES<T>; ++lane) any_lost |= active[lane] != active_b[j + lane];
       store(active_b + j, active);
       store(column_center + j, active == none ? broadcast(-INFINITE<T>) : v);
       store(column_scale + j, broadcast(T(1)));
@@ -176,7 +177,6 @@ struct Solver {
       const Vec<T> none{}, center = load(row_center + i) + log_nonnegative(load(row_scale + i));
       store(row_center + i, load(active_a + i) == none ? broadcast(-INFINITE<T>) : center);
       store(row_scale + i, load(active_a + i) == none ? none : broadcast(T(1)));
-      store(log_scale + i, none);
     }
   }
   void absorb_columns() {
@@ -232,10 +232,9 @@ struct Solver {
     for (int k = 0; k < ROWS; k += LANES<T>) {
       const Vec<T> none{}, active = load(active_a + i + k), center = load(row_center + i + k);
       const Vec<T> log_next = lambda_a * (load(log_a + i + k) + center - log_nonnegative(load(sum + k))) - center;
-      const Vec<T> moved = absolute<T>(log_next - load(log_scale + i + k)) * load(mass_a + i + k);
+      const Vec<T> moved = absolute<T>(log_next - log_nonnegative(load(row_scale + i + k))) * load(mass_a + i + k);
       store(scale + k, active == none ? none : exp_any<T>(log_next));
       store(change + k, active == none ? none : moved);
-      for (int lane = 0; lane < std::min(ROWS, LANES<T>); ++lane) log_scale[i + k + lane] = active[lane] == T(0) ? T(0) : log_next[lane];
     }
     error += load_four(change);
     return load_four(scale);
@@ -260,22 +259,22 @@ struct Solver {
     return {0, 0, 0, 0, reduce_min(smallest), reduce_max(largest), reduce_min(low), reduce_max(high)};
   }
 
-  // Returns the number of iterations whose result stands in centers and scales, and the error that tolerance looks at.
+  // Returns the number of iterations whose result stands in centers and scales. The error is what the row pass after them finds; infinite if it
+  // has to be measured.
   int64_t iterate(double& error) {
     Report<T> columns;
     for (int64_t t = 1; t <= p.num_iters; ++t) {
       Report<T> report;
       if (t > 1) {
         report = balanced ? scale_rows<true>() : scale_rows<false>();
-        error = report.error;
-        if (balanced && p.tolerance > 0 && error <= p.tolerance) return t - 1;
+        error = report.error + lost_columns();
+        if (p.tolerance > 0 && error <= p.tolerance) return t - 1;
       }
       if (t > 1 && report.trusted(columns.largest_scale)) {
         std::swap(row_scale, next_scale);
       } else {
         if (t > 1) absorb_columns();
         report = restart_rows();
-        if (!balanced) error = report.error;
       }
       columns = scale_columns();
       const bool trusted = columns.trusted(report.largest_scale), in_range = columns.in_range() && report.in_range();
@@ -287,10 +286,20 @@ struct Solver {
         columns.largest_scale = 1;
       }
       if (p.history) save(t - 1);
-      if (!balanced && p.tolerance > 0 && error <= p.tolerance) return t;
     }
-    if (balanced && p.tolerance > 0) error = scale_rows<true>().error;
+    error = INFINITE<double>;
+    if (balanced && p.tolerance > 0) error = scale_rows<true>().error + lost_columns();
+    if (balanced) return p.num_iters;
+    const Report<T> next = scale_rows<false>();
+    if (next.trusted(columns.largest_scale)) error = next.error;
     return p.num_iters;
+  }
+
+  double lost_columns() const {
+    double lost = 0;
+    if (balanced && any_lost)
+      for (int64_t j = 0; j < p.M; ++j) lost += mass_b[j] - active_b[j];
+    return lost;
   }
 
   // (u, v) of this iteration.
@@ -303,12 +312,6 @@ struct Solver {
   }
 
   // ------------------------------------------------------------------------------------------------------- results
-
-  // rho KL(p | mass) of one entry.
-  static double divergence(double rho, double marginal, double mass) {
-    if (std::isinf(rho)) return 0;
-    return rho * ((marginal > 0 ? marginal * std::log(marginal / mass) : 0.0) - marginal + mass);
-  }
 
   // Row and column sums of P from the potentials themselves, as a reader of f and g would find them.
   Report<T> measure() {
@@ -351,7 +354,7 @@ struct Solver {
   }
 
   void solve() {
-    double error = 0;
+    double error;
     p.iterations[b] = iterate(error);
     absorb_rows();
     absorb_columns();
@@ -361,8 +364,9 @@ struct Solver {
     for (int64_t j = 0; j < p.M; ++j) g[j] = epsilon * column_center[j];
     static_cast<T*>(p.transport_cost)[b] = static_cast<T>(result.transport);
     static_cast<T*>(p.entropic_value)[b] = static_cast<T>(result.value);
-    static_cast<T*>(p.marginal_error)[b] = static_cast<T>(balanced && p.tolerance == 0 ? result.error : error);
     p.feasible[b] = is_feasible();
+    if (error == INFINITE<double>) error = balanced ? result.error : restart_rows().error;
+    static_cast<T*>(p.marginal_error)[b] = static_cast<T>(error);
   }
 };
 
