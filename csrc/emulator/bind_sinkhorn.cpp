@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MIT
+// The CUDA kernels of `sinkhorn` on NumPy arrays: launch functions as the torch side calls them, workspace included.
+#include <limits>
+#include <vector>
+
+#include "emulator/host.h"
+#include "ops/cuda/sinkhorn_launch.h"
+#include "ops/sinkhorn.h"
+
+using namespace pk::emulator;
+using namespace protokernels;
+using Array = py::object;
+
+namespace {
+
+template <typename T>
+constexpr Kind kind_of = std::is_same_v<T, float> ? Kind::f32 : Kind::f64;
+
+// A workspace in poisoned device memory, as torch's empty() would hand it out.
+struct Workspace {
+  explicit Workspace(int64_t bytes)
+      : array(py::array_t<double>(std::vector<py::ssize_t>{static_cast<py::ssize_t>(bytes / 8 + 1)})), buffer(poison(array), "workspace") {}
+  static py::array poison(py::array_t<double>& values) {
+    for (py::ssize_t i = 0; i < values.size(); ++i) values.mutable_data()[i] = std::numeric_limits<double>::quiet_NaN();
+    return values;
+  }
+  void* data() const { return buffer.data(); }
+  py::array_t<double> array;
+  Output<double> buffer;
+};
+
+template <typename T>
+void forward(const Array& cost_array, const Array& a_array, const Array& b_array, const Array& epsilon_array, const Array& g_init_array,
+             int64_t num_iters, double tolerance, double rho_a, double rho_b, const Array& f_array, const Array& g_array,
+             const Array& transport_cost_array, const Array& entropic_value_array, const Array& marginal_error_array,
+             const Array& iterations_array, const Array& feasible_array, const Array& history_array) {
+  const Input<T> cost(cost_array, "cost"), a(a_array, "a"), b(b_array, "b"), epsilon(epsilon_array, "epsilon"),
+      g_init(g_init_array, "g_init");
+  const Output<T> f(f_array, "f"), g(g_array, "g"), transport_cost(transport_cost_array, "transport_cost"),
+      entropic_value(entropic_value_array, "entropic_value"), marginal_error(marginal_error_array, "marginal_error"),
+      history(history_array, "history");
+  const Output<int64_t> iterations(iterations_array, "iterations");
+  const Output<bool> feasible(feasible_array, "feasible");
+  SinkhornForward p;
+  p.B = cost.shape(0), p.N = cost.shape(1), p.M = cost.shape(2), p.kind = kind_of<T>;
+  p.cost = cost.data(), p.a = a.data(), p.b = b.data(), p.epsilon = epsilon.data(), p.g_init = g_init.data();
+  p.rho_a = rho_a, p.rho_b = rho_b, p.num_iters = num_iters, p.tolerance = tolerance;
+  p.f = f.data(), p.g = g.data(), p.transport_cost = transport_cost.data(), p.entropic_value = entropic_value.data();
+  p.marginal_error = marginal_error.data(), p.iterations = iterations.data(), p.feasible = feasible.data(), p.history = history.data();
+  const Workspace workspace(sinkhorn_forward_workspace(p));
+  check(launch_sinkhorn_forward(p, workspace.data(), nullptr));
+}
+
+}  // namespace
+
+PK_EMULATOR_MODULE(module) {
+  module.def("forward_f32", &forward<float>);
+  module.def("forward_f64", &forward<double>);
+  module.def("tier", [](int64_t N, int64_t M, bool wide, std::size_t shared_limit) {
+    return static_cast<int>(sinkhorn_tier(N, M, wide ? Kind::f64 : Kind::f32, shared_limit));
+  });
+}
