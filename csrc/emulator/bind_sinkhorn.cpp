@@ -51,11 +51,37 @@ void forward(const Array& cost_array, const Array& a_array, const Array& b_array
   check(launch_sinkhorn_forward(p, workspace.data(), nullptr));
 }
 
+template <typename T>
+void backward(const Array& cost_array, const Array& a_array, const Array& b_array, const Array& epsilon_array, const Array& g_init_array,
+              const Array& f_array, const Array& g_array, const Array& iterations_array, const Array& history_array, int64_t num_iters,
+              const Array& grad_f_array, const Array& grad_g_array, const Array& grad_transport_cost_array,
+              const Array& grad_entropic_value_array, bool implicit, double rho_a, double rho_b, const Array& grad_cost_array,
+              const Array& grad_a_array, const Array& grad_b_array, const Array& grad_epsilon_array) {
+  const Input<T> cost(cost_array, "cost"), a(a_array, "a"), b(b_array, "b"), epsilon(epsilon_array, "epsilon"),
+      g_init(g_init_array, "g_init"), f(f_array, "f"), g(g_array, "g"), history(history_array, "history"), grad_f(grad_f_array, "grad_f"),
+      grad_g(grad_g_array, "grad_g"), grad_transport_cost(grad_transport_cost_array, "grad_transport_cost"),
+      grad_entropic_value(grad_entropic_value_array, "grad_entropic_value");
+  const Input<int64_t> iterations(iterations_array, "iterations");
+  const Output<T> grad_cost(grad_cost_array, "grad_cost"), grad_a(grad_a_array, "grad_a"), grad_b(grad_b_array, "grad_b"),
+      grad_epsilon(grad_epsilon_array, "grad_epsilon");
+  SinkhornBackward p;
+  p.B = cost.shape(0), p.N = cost.shape(1), p.M = cost.shape(2), p.kind = kind_of<T>;
+  p.cost = cost.data(), p.a = a.data(), p.b = b.data(), p.epsilon = epsilon.data(), p.g_init = g_init.data();
+  p.rho_a = rho_a, p.rho_b = rho_b, p.implicit = implicit, p.f = f.data(), p.g = g.data(), p.iterations = iterations.data();
+  p.history = history.data(), p.num_iters = num_iters, p.grad_f = grad_f.data(), p.grad_g = grad_g.data();
+  p.grad_transport_cost = grad_transport_cost.data(), p.grad_entropic_value = grad_entropic_value.data();
+  p.grad_cost = grad_cost.data(), p.grad_a = grad_a.data(), p.grad_b = grad_b.data(), p.grad_epsilon = grad_epsilon.data();
+  const Workspace workspace(sinkhorn_backward_workspace(p));
+  check(launch_sinkhorn_backward(p, workspace.data(), nullptr));
+}
+
 }  // namespace
 
 PK_EMULATOR_MODULE(module) {
   module.def("forward_f32", &forward<float>);
   module.def("forward_f64", &forward<double>);
+  module.def("backward_f32", &backward<float>);
+  module.def("backward_f64", &backward<double>);
   module.def("tier", [](int64_t N, int64_t M, bool wide, std::size_t shared_limit) {
     return static_cast<int>(sinkhorn_tier(N, M, wide ? Kind::f64 : Kind::f32, shared_limit));
   });

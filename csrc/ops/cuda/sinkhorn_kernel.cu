@@ -17,6 +17,28 @@ namespace {
 
 using namespace protokernels;
 
+template <class T>
+constexpr T LOW = T(1e-13);
+template <class T>
+constexpr T HIGH = T(1e13);
+
+// What a lane knows of a row or of a column: the potential is base + log weight. Weight 0: no mass, or no partner for it.
+template <class T>
+struct Side {
+  T mass, base, weight;
+
+  __device__ __forceinline__ bool present() const { return weight != 0; }
+  __device__ __forceinline__ bool dead() const { return mass != 0 && weight == 0; }
+  __device__ __forceinline__ T potential() const { return present() ? base + logarithm(weight) : -T(INFINITY); }
+  __device__ __forceinline__ bool strays(T sum) const { return present() && !(sum >= LOW<T> && sum <= HIGH<T>); }
+  // A half-step in the log domain. Balanced: the base carries the log-sum, the weight the mass.
+  __device__ __forceinline__ void take_log_sum(T log_sum, T damping, bool balanced) {
+    const bool alive = mass != 0 && log_sum != -T(INFINITY);
+    weight = !alive ? T(0) : balanced ? mass : T(1);
+    base = !alive ? -T(INFINITY) : balanced ? -log_sum : damping * (logarithm(mass) - log_sum);
+  }
+};
+
 // The parts of a problem a kernel needs.
 template <class T>
 struct Forward {
@@ -49,7 +71,7 @@ struct Forward {
 
 // P and what is summed over it, from the potentials; the block's sums end in thread 0.
 template <class S, class T>
-__device__ __forceinline__ void write_values(const Forward<T>& p, Tile<S>& tile, const Rows<S>& rows, const Side<T> (&columns)[S::E],
+__device__ __forceinline__ void write_values(const Forward<T>& p, Tile<S, Side<T>>& tile, const Rows<S, Side<T>>& rows, const Side<T> (&columns)[S::E],
                                              T error, int iterations, T (&sums)[5][S::W]) {
   const T epsilon = p.epsilon[blockIdx.x];
   const int64_t problem = blockIdx.x;
@@ -123,15 +145,17 @@ template <class S>
 __global__ void __launch_bounds__(S::THREADS) solve_kernel(const Forward<typename S::T> p) {
   using T = typename S::T;
   PK_DYNAMIC_SHARED(T, dynamic);
-  PK_SHARED(Exchange<S>, exchange);
+  using Row = Side<T>;
+  using Shared = Exchange<S, Row>;
+  PK_SHARED(Shared, exchange);
   PK_SHARED(T, sums, 5, S::W);
   const int64_t problem = blockIdx.x;
   const T epsilon = p.epsilon[problem];
-  Tile<S> tile(p.N, p.M, p.cost + problem * p.N * p.M, epsilon, dynamic, &exchange);
+  Tile<S, Row> tile(p.N, p.M, p.cost + problem * p.N * p.M, epsilon, dynamic, &exchange);
   const T damping_a = p.rho_a == T(INFINITY) ? T(1) : p.rho_a / (p.rho_a + epsilon);
   const T damping_b = p.rho_b == T(INFINITY) ? T(1) : p.rho_b / (p.rho_b + epsilon);
   const bool tested = p.tolerance > 0;
-  Rows<S> rows(exchange);
+  Rows<S, Row> rows(exchange);
   Side<T> columns[S::E];
 #pragma unroll 1
   for (int batch = 0; batch < S::BATCHES; ++batch) {

@@ -29,6 +29,8 @@ constexpr SinkhornTier sinkhorn_tier(int64_t N, int64_t M, Kind kind, std::size_
   return side <= 256 && bytes <= static_cast<int64_t>(shared_limit) ? SinkhornTier::shared : SinkhornTier::stream;
 }
 
+int launch_on_chip_implicit(const SinkhornBackward&, void* stream);  // sinkhorn_implicit.cu
+
 // The streaming kernels (sinkhorn_stream*.cu).
 int64_t stream_forward_workspace(const SinkhornForward&);
 int launch_stream_forward(const SinkhornForward&, void* workspace, void* stream);

@@ -55,91 +55,76 @@ __device__ __forceinline__ T reduce_slots(const T (&values)[SLOTS]) {
   return one + __shfl_xor_sync(ALL, one, 16);
 }
 
-template <class T>
-constexpr T LOW = T(1e-13);
-template <class T>
-constexpr T HIGH = T(1e13);
-
-// What a lane knows of a row or of a column: the potential is base + log weight. Weight 0: no mass, or no partner for it.
-template <class T>
-struct Side {
-  T mass, base, weight;
-
-  __device__ __forceinline__ bool present() const { return weight != 0; }
-  __device__ __forceinline__ bool dead() const { return mass != 0 && weight == 0; }
-  __device__ __forceinline__ T potential() const { return present() ? base + logarithm(weight) : -T(INFINITY); }
-  __device__ __forceinline__ bool strays(T sum) const { return present() && !(sum >= LOW<T> && sum <= HIGH<T>); }
-  // A half-step in the log domain. Balanced: the base carries the log-sum, the weight the mass.
-  __device__ __forceinline__ void take_log_sum(T log_sum, T damping, bool balanced) {
-    const bool alive = mass != 0 && log_sum != -T(INFINITY);
-    weight = !alive ? T(0) : balanced ? mass : T(1);
-    base = !alive ? -T(INFINITY) : balanced ? -log_sum : damping * (logarithm(mass) - log_sum);
-  }
-};
-
-template <class S>
-struct Exchange {  // in shared memory
+// In shared memory. Row: what is kept of a row, three numbers.
+template <class S, class Row>
+struct Exchange {
   typename S::T columns[S::BUFFERS][S::W][S::COLUMNS];
   typename S::T total[S::COLUMNS];
   typename S::T scalar[S::BUFFERS][S::W];
-  Side<typename S::T> rows[S::BATCHES > 1 ? S::ROWS : 1], rows_before[S::BATCHES > 1 ? S::ROWS : 1];
+  typename S::T rows[2][3][S::BATCHES > 1 ? S::ROWS : 1];  // the fields of a row; second: before the half-step
 };
 
 // The rows a lane looks after, one per batch: in registers where there is one batch, else in shared memory, written by the first 8 lanes. The state
 // before the half-step is kept, for a problem that stops there.
-template <class S>
+template <class S, class Row>
 struct Rows {
-  using T = typename S::T;
   static constexpr bool SHARED = S::BATCHES > 1;
-  Exchange<S>& exchange;
-  Side<T> now, before;
+  Exchange<S, Row>& exchange;
+  Row now, before;
 
-  __device__ __forceinline__ explicit Rows(Exchange<S>& shared) : exchange(shared), now{}, before{} {}
+  __device__ __forceinline__ explicit Rows(Exchange<S, Row>& shared) : exchange(shared), now{}, before{} {}
   static __device__ __forceinline__ int place(int batch) { return (batch * S::W + threadIdx.x / 32) * SLOTS + threadIdx.x % SLOTS; }
-  __device__ __forceinline__ Side<T> get(int batch) const {
+  __device__ __forceinline__ Row get(int batch) const {
     if constexpr (!SHARED) return now;
-    const auto& side = exchange.rows[place(batch)];
-    return {side.mass, side.base, side.weight};
+    const int i = place(batch);
+    return {exchange.rows[0][0][i], exchange.rows[0][1][i], exchange.rows[0][2][i]};
   }
-  __device__ __forceinline__ void set(int batch, const Side<T>& side) {
+  __device__ __forceinline__ void set(int batch, const Row& row) {
     if constexpr (SHARED) {
       __syncwarp();
-      if (threadIdx.x % 32 < SLOTS) exchange.rows[place(batch)] = side;
+      write(0, batch, row);
       __syncwarp();
     } else {
-      now = side;
+      now = row;
     }
   }
-  __device__ __forceinline__ void keep(int batch, const Side<T>& side) {
-    if constexpr (SHARED) {
-      if (threadIdx.x % 32 < SLOTS) exchange.rows_before[place(batch)] = side;
-    } else {
-      before = side;
-    }
+  __device__ __forceinline__ void keep(int batch, const Row& row) {
+    if constexpr (SHARED)
+      write(1, batch, row);
+    else
+      before = row;
   }
   __device__ __forceinline__ void restore() {
     if constexpr (SHARED) {
       __syncwarp();
-      for (int batch = 0; batch < S::BATCHES; ++batch)
-        if (threadIdx.x % 32 < SLOTS) exchange.rows[place(batch)] = exchange.rows_before[place(batch)];
+      if (threadIdx.x % 32 < SLOTS)
+        for (int batch = 0; batch < S::BATCHES; ++batch)
+          for (int field = 0; field < 3; ++field) exchange.rows[0][field][place(batch)] = exchange.rows[1][field][place(batch)];
       __syncwarp();
     } else {
       now = before;
     }
   }
+
+ private:
+  __device__ __forceinline__ void write(int version, int batch, const Row& row) {
+    const auto& [x, y, z] = row;
+    const int i = place(batch);
+    if (threadIdx.x % 32 < SLOTS) exchange.rows[version][0][i] = x, exchange.rows[version][1][i] = y, exchange.rows[version][2][i] = z;
+  }
 };
 
-template <class S>
+template <class S, class Row>
 struct Tile {
   using T = typename S::T;
   int N, M, lane, warp, buffer;
   T inverse_epsilon;
   const T* cost;  // [N, M]
   T* shared;      // [N, M], unless in registers
-  Exchange<S>* exchange;
+  Exchange<S, Row>* exchange;
   T k[SLOTS][S::E];
 
-  __device__ __forceinline__ Tile(int rows, int columns, const T* problem_cost, T epsilon, T* dynamic_shared, Exchange<S>* partial)
+  __device__ __forceinline__ Tile(int rows, int columns, const T* problem_cost, T epsilon, T* dynamic_shared, Exchange<S, Row>* partial)
       : N(rows), M(columns), lane(threadIdx.x % 32), warp(threadIdx.x / 32), buffer(0), inverse_epsilon(T(1) / epsilon), cost(problem_cost),
         shared(dynamic_shared), exchange(partial) {}
 
@@ -256,7 +241,7 @@ struct Tile {
   }
 
   // LSE_i(u_i - C_ij / eps) of the lane's columns.
-  __device__ __forceinline__ void log_column_sums(const Rows<S>& rows, T (&result)[S::E]) {
+  __device__ __forceinline__ void log_column_sums(const Rows<S, Row>& rows, T (&result)[S::E]) {
     T top[S::E], nothing = 0;
 #pragma unroll
     for (int e = 0; e < S::E; ++e) top[e] = -INFINITY, result[e] = 0;

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: MIT
+// The implicit gradient of Sinkhorn on the GPU, problems that fit one multiprocessor: one block, one launch. The equations stand in ops/sinkhorn.h.
+//
+// Rows are eliminated: (diag(q) - P^T diag(1 / p) P) y = c - P^T (r / p), a graph Laplacian, solved by conjugate gradients scaled with diag(q). Its
+// product is the Sinkhorn iteration's: P d by warps, divided by p, back through P^T, with P read once. Every warp keeps the vectors over the columns
+// and takes the inner products itself, so that the exchange of column sums is the only barrier. What rounding leaves along the null vector is taken
+// out of every residual.
+// Limit on an H200: latency, about 600 cycles a step. Not yet run on a GPU; runs in the emulator.
+
+#include "common/simt.cuh"
+#include "ops/cuda/sinkhorn_adjoint.cuh"
+
+namespace {
+
+template <class T>
+struct Multiplier {  // of a row
+  T inverse_marginal, right, x;  // 1 / p_i, 0 for a row without mass; right side; solution
+};
+
+template <class S>
+struct Solver {
+  using T = typename S::T;
+  using Row = Multiplier<T>;
+  const Backward<T>& p;
+  Tile<S, Row> tile;
+  Rows<S, Row> rows;
+  const T epsilon;
+  T epsilon_bar;
+  T v[S::E], marginal[S::E], y[S::E], right[S::E];
+
+  __device__ __forceinline__ Solver(const Backward<T>& problem, T* dynamic, Exchange<S, Row>& exchange)
+      : p(problem), tile(p.N, p.M, p.cost + blockIdx.x * static_cast<int64_t>(p.N) * p.M, p.epsilon[blockIdx.x], dynamic, &exchange),
+        rows(exchange), epsilon(p.epsilon[blockIdx.x]), epsilon_bar(0) {}
+
+  __device__ __forceinline__ T u_of(int batch) const {
+    const int i = tile.own_row(batch);
+    return i < p.N ? p.f[static_cast<int64_t>(blockIdx.x) * p.N + i] / epsilon : -T(INFINITY);
+  }
+  __device__ __forceinline__ bool speaks(int batch) const { return tile.lane < SLOTS && tile.own_row(batch) < p.N; }
+
+  // P, its marginals, both right sides and what the potentials give to epsilon.
+  __device__ __forceinline__ void begin() {
+    const T tc = p.transport_gradient();
+    T ones[S::E], unused = 0;
+#pragma unroll
+    for (int e = 0; e < S::E; ++e) {
+      const int j = tile.column(e);
+      v[e] = j < p.M ? p.g[static_cast<int64_t>(blockIdx.x) * p.M + j] / epsilon : -T(INFINITY);
+      ones[e] = 1, marginal[e] = 0, right[e] = 0;
+    }
+#pragma unroll 1
+    for (int batch = 0; batch < S::BATCHES; ++batch) {
+      const T u = u_of(batch);
+      const int i = tile.own_row(batch);
+      tile.build(batch, u, v);
+      const T sum = tile.times_columns(ones);
+      T transported[SLOTS];
+      tile.add_rows(T(1), marginal);
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) {
+        transported[s] = 0;
+#pragma unroll
+        for (int e = 0; e < S::E; ++e) {
+          const T gamma = tile.k[s][e] != 0 ? tile.k[s][e] * tc * tile.cost_at(tile.row(batch, s), e) : T(0);
+          transported[s] += gamma;
+          right[e] += gamma;
+        }
+      }
+      Row row{sum != 0 ? T(1) / sum : T(0), reduce_slots(transported), T(0)};
+      if (i < p.N && sum != 0) {
+        row.right += epsilon * p.row_gradient(i);
+        if (speaks(batch)) epsilon_bar += p.row_gradient(i) * u;
+      }
+      rows.set(batch, row);
+    }
+    tile.template combine<false>(marginal, unused, false);
+    tile.template combine<false>(right, unused, false);
+#pragma unroll
+    for (int e = 0; e < S::E; ++e) {
+      const int j = tile.column(e);
+      if (marginal[e] == 0 || j >= p.M) continue;
+      right[e] += epsilon * p.column_gradient(j);
+      if (tile.warp == 0) epsilon_bar += p.column_gradient(j) * v[e];
+    }
+  }
+
+  // sums over the columns with mass; the same bits in every warp
+  __device__ __forceinline__ T columns_dot(const T (&first)[S::E], const T (&second)[S::E]) const {
+    T sum = 0;
+#pragma unroll
+    for (int e = 0; e < S::E; ++e) sum += first[e] * second[e];
+    return warp_sum(sum);
+  }
+  __device__ __forceinline__ T columns_count() const {
+    T count = 0;
+#pragma unroll
+    for (int e = 0; e < S::E; ++e) count += marginal[e] != 0 ? T(1) : T(0);
+    return warp_sum(count);
+  }
+  __device__ __forceinline__ T rows_count() const {
+    T count = 0;
+    for (int batch = 0; batch < S::BATCHES; ++batch) count += speaks(batch) && rows.get(batch).inverse_marginal != 0 ? T(1) : T(0);
+    return count;
+  }
+
+  // The right sides lose their part along (1, -1); c - P^T (r / p) is left in y's place for the solver.
+  __device__ __forceinline__ void reduce(T (&sums)[S::W], T (&schur)[S::E]) {
+    T of_rows = 0, ones[S::E], unused = 0;
+#pragma unroll
+    for (int e = 0; e < S::E; ++e) ones[e] = 1, schur[e] = 0;
+    for (int batch = 0; batch < S::BATCHES; ++batch) of_rows += speaks(batch) ? rows.get(batch).right : T(0);
+    const T row_total = block_sum<S>(of_rows, sums), row_count = block_sum<S>(rows_count(), sums);
+    const T excess = (row_total - columns_dot(right, ones)) / (row_count + columns_count());
+#pragma unroll 1
+    for (int batch = 0; batch < S::BATCHES; ++batch) {
+      Row row = rows.get(batch);
+      if (row.inverse_marginal != 0) row.right -= excess;
+      rows.set(batch, row);
+      tile.fetch(batch);
+      tile.add_rows(row.right * row.inverse_marginal, schur);
+    }
+    tile.template combine<false>(schur, unused, false);
+#pragma unroll
+    for (int e = 0; e < S::E; ++e) {
+      if (marginal[e] != 0) right[e] += excess;
+      schur[e] = right[e] - schur[e];
+    }
+  }
+
+  __device__ __forceinline__ void multiply(const T (&d)[S::E], T (&result)[S::E]) {
+    T unused = 0;
+#pragma unroll
+    for (int e = 0; e < S::E; ++e) result[e] = 0;
+#pragma unroll 1
+    for (int batch = 0; batch < S::BATCHES; ++batch) {
+      tile.fetch(batch);
+      tile.add_rows(rows.get(batch).inverse_marginal * tile.times_columns(d), result);
+    }
+    tile.template combine<false>(result, unused, false);
+#pragma unroll
+    for (int e = 0; e < S::E; ++e) result[e] = marginal[e] * d[e] - result[e];
+  }
+
+  // y from the residual that comes in.
+  __device__ __forceinline__ void conjugate_gradients(T (&residual)[S::E]) {
+    constexpr T tolerance = sizeof(T) == 4 ? T(1e-14) : T(1e-29);
+    T ones[S::E], scaled[S::E], d[S::E], product[S::E], before = 0, start = 0;
+#pragma unroll
+    for (int e = 0; e < S::E; ++e) ones[e] = 1, y[e] = 0, d[e] = 0;
+    const T mass = columns_dot(marginal, ones);
+    const int most = 2 * p.M + 32;
+    for (int step = 0; step < most; ++step) {
+      const T excess = columns_dot(residual, ones) / mass;
+#pragma unroll
+      for (int e = 0; e < S::E; ++e) {
+        residual[e] -= excess * marginal[e];
+        scaled[e] = marginal[e] != 0 ? residual[e] / marginal[e] : T(0);
+      }
+      const T square = columns_dot(residual, scaled);
+      if (step == 0) start = square;
+      if (!(square > tolerance * start)) break;
+      const T keep = step == 0 ? T(0) : square / before;
+#pragma unroll
+      for (int e = 0; e < S::E; ++e) d[e] = scaled[e] + keep * d[e];
+      multiply(d, product);
+      const T curvature = columns_dot(d, product);
+      if (!(curvature > 0)) break;
+      const T length = square / curvature;
+#pragma unroll
+      for (int e = 0; e < S::E; ++e) y[e] += length * d[e], residual[e] -= length * product[e];
+      before = square;
+    }
+  }
+
+  // x = (r - P y) / p; then both are shifted to equal sums.
+  __device__ __forceinline__ void center(T (&sums)[S::W]) {
+    T ones[S::E], of_rows = 0;
+#pragma unroll
+    for (int e = 0; e < S::E; ++e) ones[e] = 1;
+#pragma unroll 1
+    for (int batch = 0; batch < S::BATCHES; ++batch) {
+      Row row = rows.get(batch);
+      tile.fetch(batch);
+      row.x = (row.right - tile.times_columns(y)) * row.inverse_marginal;
+      rows.set(batch, row);
+      if (speaks(batch)) of_rows += row.x;
+    }
+    const T row_total = block_sum<S>(of_rows, sums), row_count = block_sum<S>(rows_count(), sums);
+    const T shift = (columns_dot(y, ones) - row_total) / (row_count + columns_count());
+#pragma unroll 1
+    for (int batch = 0; batch < S::BATCHES; ++batch) {
+      Row row = rows.get(batch);
+      if (row.inverse_marginal != 0) row.x += shift;
+      rows.set(batch, row);
+    }
+#pragma unroll
+    for (int e = 0; e < S::E; ++e)
+      if (marginal[e] != 0) y[e] -= shift;
+  }
+
+  __device__ __forceinline__ void finish(T (&sums)[S::W]) {
+    const T tc = p.transport_gradient(), entropic = p.entropic_gradient();
+    const int64_t problem = blockIdx.x;
+#pragma unroll 1
+    for (int batch = 0; batch < S::BATCHES; ++batch) {
+      const Row row = rows.get(batch);
+      const T u = u_of(batch);
+      tile.fetch(batch);
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) {
+        const T of_row = __shfl_sync(ALL, u, s), x = __shfl_sync(ALL, row.x, s);
+#pragma unroll
+        for (int e = 0; e < S::E; ++e) {
+          const int i = tile.row(batch, s), j = tile.column(e);
+          if (i >= p.N || j >= p.M) continue;
+          const T plan = tile.k[s][e], c = tile.cost_at(i, e);
+          T gradient = 0;
+          if (plan != 0) {
+            const T m = plan * (tc * c - x - y[e]);
+            gradient = (tc + entropic) * plan - m * tile.inverse_epsilon;
+            epsilon_bar += m * c * tile.inverse_epsilon * tile.inverse_epsilon + entropic * plan * (of_row + v[e] - c * tile.inverse_epsilon - 1);
+          }
+          p.grad_cost[(problem * p.N + i) * p.M + j] = gradient;
+        }
+      }
+      if (speaks(batch)) p.grad_a[problem * p.N + tile.own_row(batch)] = row.inverse_marginal != 0 ? row.x + entropic * u * epsilon : T(0);
+    }
+#pragma unroll
+    for (int e = 0; e < S::E; ++e)
+      if (tile.warp == 0 && tile.column(e) < p.M)
+        p.grad_b[problem * p.M + tile.column(e)] = marginal[e] != 0 ? y[e] + entropic * v[e] * epsilon : T(0);
+    const T total = block_sum<S>(epsilon_bar, sums);
+    if (threadIdx.x == 0) p.grad_epsilon[problem] = total;
+  }
+};
+
+// resources: dynamic shared 153664 bytes
+template <class S>
+__global__ void __launch_bounds__(S::THREADS) implicit_kernel(const Backward<typename S::T> p) {
+  using T = typename S::T;
+  using Shared = Exchange<S, Multiplier<T>>;
+  PK_DYNAMIC_SHARED(T, dynamic);
+  PK_SHARED(Shared, exchange);
+  PK_SHARED(T, sums, S::W);
+  Solver<S> solver(p, dynamic, exchange);
+  T schur[S::E];
+  solver.begin();
+  solver.reduce(sums, schur);
+  solver.conjugate_gradients(schur);
+  solver.center(sums);
+  solver.finish(sums);
+}
+
+struct LaunchImplicit {
+  const SinkhornBackward& p;
+  void* stream;
+
+  // 16 warps would leave too few registers.
+  int operator()(Shape<float, 4, 16, 1, true>) const { return (*this)(Shape<float, 4, 8, 2, false>()); }
+  template <class S>
+  int operator()(S) const {
+    const Backward<typename S::T> backward(p);
+    return PK_LAUNCH((implicit_kernel<S>), dim3(static_cast<unsigned>(p.B)), dim3(S::THREADS), S::dynamic_bytes(p.N, p.M), stream, backward);
+  }
+  int operator()() const { return 0; }  // never: the caller has looked at the tier
+};
+
+}  // namespace
+
+namespace protokernels {
+
+int launch_on_chip_implicit(const SinkhornBackward& p, void* stream) {
+  return with_shape(sinkhorn_tier(p.N, p.M, p.kind, pk::shared_memory_limit()), p.kind, LaunchImplicit{p, stream});
+}
+
+}  // namespace protokernels
