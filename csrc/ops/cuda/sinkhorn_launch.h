@@ -36,5 +36,7 @@ int64_t stream_forward_workspace(const SinkhornForward&);
 int launch_stream_forward(const SinkhornForward&, void* workspace, void* stream);
 int64_t stream_backward_workspace(const SinkhornBackward&);
 int launch_stream_backward(const SinkhornBackward&, void* workspace, void* stream);
+int64_t stream_implicit_workspace(const SinkhornBackward&);
+int launch_stream_implicit(const SinkhornBackward&, void* workspace, void* stream);
 
 }  // namespace protokernels
