@@ -140,9 +140,9 @@ __device__ __forceinline__ void write_values(const Forward<T>& p, Tile<S, Side<T
   p.feasible[problem] = total[3] == 0 && (!p.balanced || difference <= static_cast<T>(SINKHORN_MASS_TOLERANCE) * largest);
 }
 
-// resources: dynamic shared 153664 bytes
+// resources: dynamic shared 147456 bytes
 template <class S>
-__global__ void __launch_bounds__(S::THREADS) solve_kernel(const Forward<typename S::T> p) {
+__global__ void __launch_bounds__(S::THREADS, 1) solve_kernel(const Forward<typename S::T> p) {
   using T = typename S::T;
   PK_DYNAMIC_SHARED(T, dynamic);
   using Row = Side<T>;

@@ -261,9 +261,9 @@ struct Walk {
   }
 };
 
-// resources: dynamic shared 153664 bytes
+// resources: dynamic shared 147456 bytes
 template <class S>
-__global__ void __launch_bounds__(S::THREADS) unrolled_kernel(const Backward<typename S::T> p) {
+__global__ void __launch_bounds__(S::THREADS, 1) unrolled_kernel(const Backward<typename S::T> p) {
   using T = typename S::T;
   using Shared = Exchange<S, Adjoint<T>>;
   PK_DYNAMIC_SHARED(T, dynamic);

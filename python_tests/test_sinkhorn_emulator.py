@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA kernels of `sinkhorn`, run on the CPU by the emulator and compared with float64.
+
+Values against the NumPy oracle, gradients against autograd through the float64 reference. In float32 a gradient may be
+off by eight times what the same reference loses in float32, plus the error of log P that the oracle derives: that is
+where the rounding of the potentials enters every weight of the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from protokernels.reference import sinkhorn as reference
+
+from .emulator.build import SEEDS, load, missing_tools, poisoned
+from .sinkhorn_oracle import Answer, check, log_error, solve_batch
+
+pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
+
+BALANCED = (math.inf, math.inf)
+TYPES = {"f32": torch.float32, "f64": torch.float64}
+# Sizes by the kernels that serve them: 4 warps, 8 warps, 16 warps, K in shared memory, streamed
+ON_CHIP = [("f32", 1, 1), ("f32", 2, 1), ("f32", 31, 32), ("f32", 33, 2), ("f32", 49, 49), ("f32", 65, 127)]
+ON_CHIP += [("f32", 129, 40), ("f32", 3, 240), ("f64", 1, 2), ("f64", 33, 31), ("f64", 64, 49)]
+STREAMED = [("f32", 300, 3), ("f32", 5, 261), ("f32", 33, 258), ("f64", 66, 33), ("f64", 1, 70)]
+
+
+def numpy(x: Tensor | None) -> Any:
+    return None if x is None else x.detach().contiguous().numpy()
+
+
+class Case:
+    """Two problems with absent rows and columns and forbidden pairs, and their runs in the emulator."""
+
+    def __init__(self, kind: str, N: int, M: int, *, epsilon: float = 0.05, num_iters: int = 6, **options: Any) -> None:
+        generator = torch.Generator().manual_seed(1000 * N + M)
+        self.kind, self.dtype, self.num_iters = kind, TYPES[kind], num_iters
+        self.tol: float = options.pop("tol", 0.0)
+        self.rho: tuple[float, float] = options.pop("rho", BALANCED)
+        start: bool = options.pop("start", False)
+        assert not options
+        cost = 2 * torch.rand(2, N, M, generator=generator)
+        a, b = (0.1 + torch.rand(2, n, generator=generator) for n in (N, M))
+        if N > 2 and M > 2:
+            cost[0, 0, : M // 2], a[0, 1], b[1, 2] = math.inf, 0, 0
+        self.a, self.b = (x.div(x.sum(1, keepdim=True)).to(self.dtype) for x in (a, b))
+        self.cost = cost.to(self.dtype)
+        self.epsilon = torch.tensor([epsilon, 1.5 * epsilon], dtype=self.dtype)
+        self.start = 0.1 * torch.randn(2, M, generator=generator).to(self.dtype) if start else None
+        self.grad_f, self.grad_g, self.grad_transport, self.grad_entropic = (
+            torch.randn(shape, generator=generator).to(self.dtype) for shape in ((2, N), (2, M), (2,), (2,))
+        )
+
+    def empty(self, *shape: int) -> Any:
+        return poisoned(shape, np.float32 if self.kind == "f32" else np.float64)
+
+    def forward(self, emulator: Any) -> SimpleNamespace:
+        B, N, M = self.cost.shape
+        out = SimpleNamespace(
+            f=self.empty(B, N), g=self.empty(B, M), transport_cost=self.empty(B), entropic_value=self.empty(B),
+            marginal_error=self.empty(B), iterations=poisoned(B, np.int64), feasible=np.zeros(B, bool),
+            history=self.empty(B, self.num_iters, N + M),
+        )  # fmt: skip
+        inputs = (self.cost, self.a, self.b, self.epsilon, self.start)
+        getattr(emulator, f"forward_{self.kind}")(
+            *map(numpy, inputs), self.num_iters, self.tol, *self.rho, *vars(out).values()
+        )
+        return out
+
+    def plan(self, emulator: Any, out: SimpleNamespace) -> Any:
+        plan = self.empty(*self.cost.shape)
+        getattr(emulator, f"plan_{self.kind}")(numpy(self.cost), out.f, out.g, numpy(self.epsilon), plan)
+        return plan
+
+    def answers(self) -> list[Answer]:
+        return solve_batch(
+            self.cost, self.a, self.b, self.epsilon, self.num_iters, self.start, tol=self.tol, rho=self.rho
+        )
+
+    def check_values(self, emulator: Any) -> SimpleNamespace:
+        out = self.forward(emulator)
+        result = {name: torch.from_numpy(value) for name, value in vars(out).items()}
+        result["plan"] = torch.from_numpy(self.plan(emulator, out))
+        check(SimpleNamespace(**result), self.answers(), self.cost, self.epsilon, self.a)
+        return out
+
+    def backward(self, emulator: Any, out: SimpleNamespace, implicit: bool = False) -> dict[str, Any]:
+        inputs = (self.cost, self.a, self.b, self.epsilon)
+        gradients = {name: self.empty(*x.shape) for name, x in zip(("cost", "a", "b", "epsilon"), inputs, strict=True)}
+        getattr(emulator, f"backward_{self.kind}")(
+            *map(numpy, (*inputs, self.start)),
+            *(out.f, out.g, out.iterations, None if implicit else out.history, 0 if implicit else self.num_iters),
+            *map(numpy, (self.grad_f, self.grad_g, self.grad_transport, self.grad_entropic)),
+            implicit, *self.rho, *gradients.values(),
+        )  # fmt: skip
+        return gradients
+
+    def autograd(self, dtype: torch.dtype, implicit: bool = False) -> dict[str, Tensor]:
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (self.cost, self.a, self.b, self.epsilon)]
+        start = None if self.start is None else self.start.to(dtype)
+        if implicit:
+            solution = reference.solve_implicit(*inputs, start, self.num_iters, self.tol)
+            entropic = reference.solve_envelope(*inputs, start, self.num_iters, self.tol, self.rho).entropic_value
+        else:
+            solution = reference.solve(*inputs, start, self.num_iters, self.tol, self.rho)
+            entropic = solution.entropic_value
+        loss = (solution.transport_cost * self.grad_transport + entropic * self.grad_entropic).sum()
+        for potential, weight in ((solution.f, self.grad_f), (solution.g, self.grad_g)):
+            loss = loss + torch.where(potential == -math.inf, 0.0, potential * weight).sum()
+        return dict(zip(("cost", "a", "b", "epsilon"), torch.autograd.grad(loss, inputs), strict=True))
+
+    def check_gradients(self, gradients: dict[str, Any], expected: dict[str, Tensor], rough: dict[str, Tensor]) -> None:
+        answers = self.answers()
+        error = max(
+            log_error(answer, C.numpy(), float(eps), self.dtype, self.num_iters)
+            for answer, C, eps in zip(answers, self.cost, self.epsilon, strict=True)
+        )
+        for name, actual in gradients.items():
+            reach = 8 * float((rough[name].double() - expected[name]).abs().max())
+            scale = float(expected[name].abs().max())
+            if name == "epsilon":  # a sum of terms of both signs
+                finite = self.cost.isfinite()
+                scale = float(
+                    (torch.where(finite, expected["cost"] * self.cost, 0).abs().sum((1, 2)) / self.epsilon).max()
+                )
+            np.testing.assert_allclose(actual, expected[name], rtol=0, atol=reach + error * scale, err_msg=name)
+
+    def check_unrolled(self, emulator: Any) -> None:
+        gradients = self.backward(emulator, self.forward(emulator))
+        self.check_gradients(gradients, self.autograd(torch.float64), self.autograd(self.dtype))
+
+
+class TestForward:
+    @pytest.mark.parametrize("epsilon", [0.05, 0.005])
+    @pytest.mark.parametrize(("kind", "N", "M"), ON_CHIP + STREAMED)
+    def test_matches_the_oracle(self, kind: str, N: int, M: int, epsilon: float) -> None:
+        emulator = load("sinkhorn")
+        emulator.configure(seed=1)
+        Case(kind, N, M, epsilon=epsilon).check_values(emulator)
+
+    @pytest.mark.parametrize(("kind", "N", "M"), [("f32", 33, 49), ("f32", 70, 140), ("f32", 3, 260), ("f64", 20, 70)])
+    def test_the_order_of_threads_changes_no_bit(self, kind: str, N: int, M: int) -> None:
+        emulator = load("sinkhorn")
+        case = Case(kind, N, M, num_iters=3, tol=1e-3)
+        results = []
+        for seed in SEEDS:
+            emulator.configure(seed=seed)
+            out = case.forward(emulator)
+            results.append({**vars(out), **case.backward(emulator, out)})
+        for other in results[1:]:
+            for name, value in other.items():
+                np.testing.assert_array_equal(value, results[0][name], err_msg=name)
+
+    @pytest.mark.parametrize(("kind", "N", "M"), [("f32", 31, 20), ("f32", 49, 49), ("f32", 20, 140), ("f64", 66, 9)])
+    def test_a_problem_stops_at_its_tolerance(self, kind: str, N: int, M: int) -> None:
+        emulator = load("sinkhorn")
+        emulator.configure(seed=2)
+        out = Case(kind, N, M, epsilon=0.2, num_iters=60, tol=1e-2).check_values(emulator)
+        assert out.iterations[0] != out.iterations[1] and out.iterations.max() < 60
+        assert (out.marginal_error <= 1e-2).all()
+
+    @pytest.mark.parametrize("rho", [(0.5, 0.2), (math.inf, 0.3), (0.3, math.inf)])
+    @pytest.mark.parametrize(("kind", "N", "M"), [("f32", 31, 33), ("f32", 2, 140), ("f64", 9, 70)])
+    def test_unbalanced(self, kind: str, N: int, M: int, rho: tuple[float, float]) -> None:
+        emulator = load("sinkhorn")
+        emulator.configure(seed=3)
+        Case(kind, N, M, rho=rho, start=True).check_values(emulator)
+        Case(kind, N, M, rho=rho, tol=1e-3, num_iters=40, epsilon=0.2).check_values(emulator)
+
+    @pytest.mark.parametrize(("kind", "N", "M"), [("f32", 40, 30), ("f32", 140, 4), ("f64", 70, 4)])
+    def test_weights_that_run_away_are_taken_in_again(self, kind: str, N: int, M: int) -> None:
+        """C / epsilon in the thousands: the scaled kernel leaves its range every few iterations."""
+        emulator = load("sinkhorn")
+        emulator.configure(seed=4)
+        case = Case(kind, N, M, epsilon=0.001, num_iters=12, start=True)
+        case.check_values(emulator)
+        case.check_unrolled(emulator)
+
+    @pytest.mark.parametrize(("kind", "N", "M"), [("f32", 5, 7), ("f32", 40, 5), ("f32", 5, 130), ("f64", 70, 5)])
+    def test_blocked_rows_and_columns_are_flagged(self, kind: str, N: int, M: int) -> None:
+        emulator = load("sinkhorn")
+        emulator.configure(seed=2)
+        for rho in (BALANCED, (0.5, 0.5)):
+            case = Case(kind, N, M, rho=rho)
+            case.cost[0, 3], case.cost[1, :, 1] = math.inf, math.inf
+            out = case.check_values(emulator)
+            assert not out.feasible.any()
+            assert out.f[0, 3] == -math.inf and out.g[1, 1] == -math.inf
+            for value in case.backward(emulator, out).values():
+                assert np.isfinite(value).all()
+
+    @pytest.mark.parametrize(("kind", "N", "M"), [("f32", 6, 7), ("f32", 40, 5), ("f32", 5, 130), ("f64", 70, 5)])
+    def test_masses_that_differ_are_flagged(self, kind: str, N: int, M: int) -> None:
+        emulator = load("sinkhorn")
+        case = Case(kind, N, M)
+        case.a[1] *= 1.01
+        assert case.check_values(emulator).feasible.tolist() == [True, False]
+
+    @pytest.mark.parametrize(("kind", "N", "M"), [("f32", 6, 7), ("f32", 40, 5), ("f32", 5, 130), ("f64", 70, 5)])
+    def test_nan_stays_in_its_problem(self, kind: str, N: int, M: int) -> None:
+        emulator = load("sinkhorn")
+        case = Case(kind, N, M, tol=1e-6)
+        clean = case.forward(emulator)
+        case.cost[1, 0, 0] = math.nan
+        out = case.forward(emulator)
+        np.testing.assert_array_equal(out.f[0], clean.f[0])
+        assert np.isnan(out.transport_cost[1]) and not np.isnan(out.transport_cost[0])
+
+    def test_limits_of_the_architecture_choose_the_kernel(self) -> None:
+        emulator = load("sinkhorn")
+        small, large = 163 * 1024, 227 * 1024
+        shapes = [(32, 32), (33, 1), (64, 64), (128, 65), (129, 129), (196, 196), (240, 220), (257, 1), (250, 250)]
+        assert [emulator.tier(N, M, False, large) for N, M in shapes] == [0, 1, 1, 2, 3, 3, 3, 4, 4]
+        assert [emulator.tier(N, M, False, small) for N, M in shapes] == [0, 1, 1, 2, 3, 4, 4, 4, 4]
+        assert [emulator.tier(N, M, True, large) for N, M in shapes[:4]] == [1, 1, 1, 4]
+
+    def test_the_largest_problem_on_chip_launches(self) -> None:
+        emulator = load("sinkhorn")
+        emulator.configure(seed=1, architecture="sm_90")
+        case = Case("f32", 220, 240, num_iters=1)
+        out = case.check_values(emulator)
+        case.backward(emulator, out)
+        emulator.configure(seed=1)
+
+
+class TestUnrolled:
+    @pytest.mark.parametrize("epsilon", [0.05, 0.005])
+    @pytest.mark.parametrize(("kind", "N", "M"), ON_CHIP + STREAMED)
+    def test_matches_autograd(self, kind: str, N: int, M: int, epsilon: float) -> None:
+        emulator = load("sinkhorn")
+        emulator.configure(seed=1)
+        Case(kind, N, M, epsilon=epsilon, num_iters=4).check_unrolled(emulator)
+
+    @pytest.mark.parametrize(("kind", "N", "M"), [("f32", 20, 20), ("f32", 49, 33), ("f32", 9, 140), ("f64", 33, 66)])
+    def test_options(self, kind: str, N: int, M: int) -> None:
+        emulator = load("sinkhorn")
+        emulator.configure(seed=2)
+        Case(kind, N, M, epsilon=0.2, num_iters=40, tol=1e-2, start=True).check_unrolled(emulator)
+        for rho in ((0.5, 0.2), (math.inf, 0.3), (0.3, math.inf)):
+            Case(kind, N, M, num_iters=3, rho=rho, start=True).check_unrolled(emulator)
+
+    def test_absent_upstream_gradients_are_zero(self) -> None:
+        emulator = load("sinkhorn")
+        for kind, N, M in (("f32", 5, 6), ("f32", 3, 260), ("f64", 65, 2)):
+            case = Case(kind, N, M)
+            out = case.forward(emulator)
+            case.grad_f, case.grad_g = torch.zeros_like(case.grad_f), torch.zeros_like(case.grad_g)
+            case.grad_entropic = torch.zeros_like(case.grad_entropic)
+            expected = case.backward(emulator, out)
+            case.grad_f = case.grad_g = case.grad_entropic = None  # type: ignore[assignment]
+            for name, value in case.backward(emulator, out).items():
+                np.testing.assert_array_equal(value, expected[name])
+
+
+class TestImplicit:
+    @pytest.mark.parametrize(("kind", "N", "M"), [("f32", 1, 1), ("f32", 9, 31), ("f32", 40, 49), ("f32", 100, 6),
+                                                  ("f32", 130, 8), ("f32", 4, 258), ("f64", 33, 20), ("f64", 66, 5)])  # fmt: skip
+    def test_matches_the_dense_solve(self, kind: str, N: int, M: int) -> None:
+        emulator = load("sinkhorn")
+        emulator.configure(seed=1)
+        case = Case(kind, N, M, epsilon=0.5, num_iters=40)
+        present = (case.a > 0).to(case.dtype), (case.b > 0).to(case.dtype)
+        case.grad_f, case.grad_g = case.grad_f * present[0], case.grad_g * present[1]
+        excess = (case.grad_f.sum(1) - case.grad_g.sum(1)) / present[1].sum(1)  # f + c, g - c must change nothing
+        case.grad_g += excess[:, None] * present[1]
+        exact = reference.solve(
+            *(x.double() for x in (case.cost, case.a, case.b, case.epsilon)), None, case.num_iters, 0.0, BALANCED
+        )
+        out = SimpleNamespace(
+            f=numpy(exact.f.to(case.dtype)), g=numpy(exact.g.to(case.dtype)), iterations=np.full(2, 40)
+        )
+        gradients = case.backward(emulator, out, implicit=True)
+        for name, mask in zip(("a", "b"), present, strict=True):
+            assert (gradients[name][mask.numpy() == 0] == 0).all()
+        np.testing.assert_allclose(
+            gradients["a"].sum(1) - case_envelope(case, out, 0), gradients["b"].sum(1) - case_envelope(case, out, 1),
+            atol=1e-4 if kind == "f32" else 1e-10, rtol=1e-4 if kind == "f32" else 1e-10,
+        )  # fmt: skip
+        expected, rough = case.autograd(torch.float64, True), case.autograd(case.dtype, True)
+        both = present[0].bool().unsqueeze(2) & present[1].bool().unsqueeze(1)
+        sums = [torch.where(both, g["a"].unsqueeze(2) + g["b"].unsqueeze(1), 0.0) for g in (expected, rough)]
+        actual = torch.where(both, *map(torch.as_tensor, (gradients["a"][:, :, None] + gradients["b"][:, None], 0.0)))
+        case.check_gradients(
+            {"cost": gradients["cost"], "epsilon": gradients["epsilon"], "masses": actual.numpy()},
+            {**expected, "masses": sums[0]},
+            {**rough, "masses": sums[1]},
+        )
+
+
+def case_envelope(case: Case, out: SimpleNamespace, side: int) -> Any:
+    """What the entropic value gives to the masses, summed."""
+    potential = (out.f, out.g)[side]
+    return (np.where(np.isneginf(potential), 0, potential) * numpy(case.grad_entropic)[:, None]).sum(1)
+
+
+class TestPlan:
+    @pytest.mark.parametrize(("kind", "N", "M"), [("f32", 1, 1), ("f32", 33, 270), ("f64", 70, 31)])
+    def test_plan_and_envelope_gradients(self, kind: str, N: int, M: int) -> None:
+        emulator = load("sinkhorn")
+        emulator.configure(seed=1)
+        case = Case(kind, N, M)
+        out = case.forward(emulator)
+        plan = case.plan(emulator, out)
+        weight = torch.randn(plan.shape, generator=torch.Generator().manual_seed(0)).to(case.dtype)
+        inputs = [torch.from_numpy(x).double().requires_grad_() for x in (numpy(case.cost), out.f, out.g)]
+        epsilon = case.epsilon.double().requires_grad_()
+        exact = reference.plan(*inputs, epsilon)
+        error = 16 * torch.finfo(case.dtype).eps * float(2 / case.epsilon.min())  # log P rounds terms of 2 / epsilon
+        np.testing.assert_allclose(plan, exact.detach(), rtol=error, atol=1e-37)
+        gradients = [self_like(case, x) for x in (numpy(case.cost), out.f, out.g, numpy(case.epsilon))]
+        getattr(emulator, f"plan_backward_{kind}")(
+            numpy(weight), plan, numpy(case.cost), out.f, out.g, numpy(case.epsilon), *gradients
+        )
+        expected = torch.autograd.grad((exact * weight).sum(), [*inputs, epsilon], retain_graph=True)
+        for actual, value in zip(gradients, expected, strict=True):
+            np.testing.assert_allclose(actual, value, rtol=0, atol=error * float(value.abs().max() + 1e-30))
+
+        grad_cost, grad_epsilon = self_like(case, numpy(case.cost)), self_like(case, numpy(case.epsilon))
+        getattr(emulator, f"envelope_{kind}")(
+            numpy(case.cost), out.f, out.g, numpy(case.epsilon), numpy(case.grad_entropic), grad_cost, grad_epsilon
+        )
+        P = exact.detach()
+        upstream = case.grad_entropic.double()
+        np.testing.assert_allclose(grad_cost, P * upstream[:, None, None], rtol=error, atol=1e-37)
+        entropy = (torch.special.xlogy(P, P) - P).sum((1, 2)) * upstream
+        np.testing.assert_allclose(grad_epsilon, entropy, rtol=0, atol=error * float(entropy.abs().max()))
+
+
+def self_like(case: Case, x: Any) -> Any:
+    return case.empty(*x.shape)
+
+
+class TestFeatures:
+    """x [2, N, D] and y [2, M, D]: the cost is that of the reference, the rest that of the dense oracle."""
+
+    @pytest.mark.parametrize("cosine", [False, True], ids=["sqeuclidean", "cosine"])
+    @pytest.mark.parametrize(("kind", "N", "M", "D"), [("f32", 1, 1, 3), ("f32", 5, 140, 33), ("f32", 70, 33, 70),
+                                                       ("f64", 65, 34, 3), ("f64", 2, 1, 40)])  # fmt: skip
+    def test_matches_the_dense_problem(self, kind: str, N: int, M: int, D: int, cosine: bool) -> None:
+        emulator = load("sinkhorn")
+        generator = torch.Generator().manual_seed(D)
+        case = Case(kind, N, M, epsilon=0.1, num_iters=3)
+        x, y = ((torch.randn(2, n, D, generator=generator) / D**0.5).to(case.dtype) for n in (N, M))
+        if cosine and N > 2:
+            x[0, 2] = 0
+        metric = "cosine" if cosine else "sqeuclidean"
+        for seed, tol, rho in ((0, 0.0, BALANCED), (1, 0.05, BALANCED), (2, 0.0, (0.5, 0.3))):
+            emulator.configure(seed=seed)
+            case.tol, case.rho = tol, rho
+            case.cost = reference.cost_matrix(x.double(), y.double(), metric)
+            out = self.run(emulator, case, x, y, cosine)
+            tensors = {name: torch.from_numpy(value) for name, value in vars(out).items()}
+            tensors["plan"] = reference.plan(
+                case.cost, tensors["f"].double(), tensors["g"].double(), case.epsilon.double()
+            )
+            check(SimpleNamespace(**tensors), case.answers(), case.cost, case.epsilon, case.a)
+        self.check_gradients(emulator, case, x, y, out, metric)
+
+    @staticmethod
+    def run(emulator: Any, case: Case, x: Tensor, y: Tensor, cosine: bool) -> SimpleNamespace:
+        (B, N, _), M = x.shape, y.shape[1]
+        out = SimpleNamespace(
+            f=case.empty(B, N), g=case.empty(B, M), transport_cost=case.empty(B), entropic_value=case.empty(B),
+            marginal_error=case.empty(B), iterations=poisoned(B, np.int64), feasible=np.zeros(B, bool),
+        )  # fmt: skip
+        getattr(emulator, f"features_{case.kind}")(
+            *map(numpy, (x, y, case.a, case.b, case.epsilon, None)),
+            *(cosine, case.num_iters, case.tol, *case.rho, *vars(out).values()),
+        )
+        return out
+
+    @staticmethod
+    def check_gradients(emulator: Any, case: Case, x: Tensor, y: Tensor, out: SimpleNamespace, metric: str) -> None:
+        gradients = [case.empty(*shape) for shape in (x.shape, y.shape, (2,))]
+        arrays = (numpy(x), numpy(y), out.f, out.g, numpy(case.epsilon))
+        run = getattr(emulator, f"features_backward_{case.kind}")
+        run(*arrays, numpy(case.grad_entropic), metric == "cosine", *gradients)
+        inputs = [z.double().requires_grad_() for z in (x, y, case.epsilon)]
+        cost, upstream = reference.cost_matrix(*inputs[:2], metric), case.grad_entropic.double()
+        P = reference.plan(
+            cost, *(torch.from_numpy(z).double() for z in (out.f, out.g)), case.epsilon.double()
+        ).detach()
+        value = (P * cost).sum((1, 2)) + inputs[2] * (torch.special.xlogy(P, P) - P).sum((1, 2))
+        expected = torch.autograd.grad((value * upstream).sum(), inputs)
+        # log P rounds terms of up to max C / epsilon; a gradient adds up terms P |x - y|
+        error = 32 * torch.finfo(case.dtype).eps * (8 + float(cost.max() / case.epsilon.min()))
+        weight = float((P.sum((1, 2)) * upstream.abs()).max())
+        norm = float(max(x.norm(dim=2).max(), y.norm(dim=2).max()))
+        shortest = min(float(z.norm(dim=2)[z.norm(dim=2) > 0].min()) for z in (x, y))
+        scales = [weight / shortest if metric == "cosine" else weight * norm * 4] * 2 + [float(expected[2].abs().max())]
+        for actual, value, scale in zip(gradients, expected, scales, strict=True):
+            np.testing.assert_allclose(actual, value, rtol=0, atol=error * scale)
+        run(*arrays, None, metric == "cosine", *gradients)
+        assert all((gradient == 0).all() for gradient in gradients)
