@@ -3,7 +3,7 @@
 //
 // pass_kernel: a block takes 64 rows and a share of the columns, 128 at a time; products stay in registers as they come from the tensor cores, and
 // every thread keeps the log-sum of its part of two rows, the largest of 8 entries taken out at a time. The threads of a row meet once, at the end.
-// Shares are added in their order by combine_kernel; their number depends on the shape alone.
+// The last share of a tile to arrive adds them up in their order; their number depends on the shape alone. The last tile of a problem looks at the error.
 // Limit at 4096 x 4096, D = 64 on an H200: 2 passes of 4.4 us of tf32 products, times 3, and 4 us of exponentials. Not yet run on a GPU; runs in the
 // emulator.
 
@@ -13,17 +13,26 @@
 
 namespace {
 
+template <class T>
+struct ShareSums {
+  int shares, columns;       // columns of a share
+  T* partial;                // [B, shares, parts, rows]
+  unsigned* tile_arrivals;   // [B, row tiles]; 0 between launches
+  unsigned* problem_arrivals;  // [B]
+};
+
 template <class T, class Pass>
-__global__ void __launch_bounds__(FEATURE_THREADS, sizeof(T) == 4 ? 2 : 1) pass_kernel(const Pair<T> pair, const Pass pass, int shares, int share_columns, T* partial) {
+__global__ void __launch_bounds__(FEATURE_THREADS, sizeof(T) == 4 ? 2 : 1) pass_kernel(const Pair<T> pair, const Pass pass, const ShareSums<T> out) {
   using P = Products<T>;
   using Sum = typename Pass::Sum;
   PK_SHARED(FeatureTiles<T>, tiles);
   PK_SHARED(T, gathered, FEATURE_ROWS, P::SHARERS, Sum::PARTS);
   const int row_tiles = (pair.rows.count + FEATURE_ROWS - 1) / FEATURE_ROWS;
-  const int64_t b = blockIdx.x / (row_tiles * shares);
-  const int place = static_cast<int>(blockIdx.x % (row_tiles * shares)), share = place % shares, row0 = place / shares * FEATURE_ROWS;
+  const int64_t b = blockIdx.x / (row_tiles * out.shares);
+  const int place = static_cast<int>(blockIdx.x % (row_tiles * out.shares)), share = place % out.shares, tile = place / out.shares;
   if (pass.skip(b)) return;
-  const int first = share * share_columns, last = pair.columns.count - first < share_columns ? pair.columns.count : first + share_columns;
+  const int row0 = tile * FEATURE_ROWS, first = share * out.columns;
+  const int last = pair.columns.count - first < out.columns ? pair.columns.count : first + out.columns;
   Sum sums[P::ROWS];
   T row_norm[P::ROWS], row_factor[P::ROWS];
 #pragma unroll
@@ -55,19 +64,32 @@ __global__ void __launch_bounds__(FEATURE_THREADS, sizeof(T) == 4 ? 2 : 1) pass_
     for (int k = 0; k < Sum::PARTS; ++k) gathered[P::row(r)][P::sharer()][k] = sums[r].part[k];
   __syncthreads();
   const int row = threadIdx.x, i = row0 + row;
-  if (row >= FEATURE_ROWS || i >= pair.rows.count) return;
-  Sum total;
-  for (int s = 0; s < P::SHARERS; ++s) {
-    T part[Sum::PARTS];
+  const bool speaks = row < FEATURE_ROWS && i < pair.rows.count;
+  T* const partial = out.partial + b * out.shares * Sum::PARTS * pair.rows.count + i;
+  if (speaks) {
+    Sum total;
+    for (int s = 0; s < P::SHARERS; ++s) merge_parts(total, gathered[row][s]);
 #pragma unroll
-    for (int k = 0; k < Sum::PARTS; ++k) part[k] = gathered[row][s][k];
-    merge_parts(total, part);
+    for (int k = 0; k < Sum::PARTS; ++k) partial[(static_cast<int64_t>(share) * Sum::PARTS + k) * pair.rows.count] = total.part[k];
   }
+  if (!arrives_last(out.tile_arrivals + b * row_tiles + tile, out.shares)) return;
+  if (speaks) {
+    Sum total;
+    for (int s = 0; s < out.shares; ++s) {
+      T part[Sum::PARTS];
 #pragma unroll
-  for (int k = 0; k < Sum::PARTS; ++k) partial[((b * shares + share) * Sum::PARTS + k) * pair.rows.count + i] = total.part[k];
+      for (int k = 0; k < Sum::PARTS; ++k) part[k] = partial[(static_cast<int64_t>(s) * Sum::PARTS + k) * pair.rows.count];
+      merge_parts(total, part);
+    }
+    pass.target(b, i, total);
+  }
+  if constexpr (requires(T* memory) { pass.after_rows(b, memory); }) {
+    PK_SHARED(T, shared, STREAM_WARPS);
+    if (arrives_last(out.problem_arrivals + b, row_tiles)) pass.after_rows(b, &shared[0]);
+  }
 }
 
-// What a half-step sums: exponents from the potential of the other side. combine_kernel calls column() for what here is a row.
+// What a half-step sums: exponents from the potential of the other side. target() takes the sum of what is a row here.
 template <class T, class Op>
 struct LogPass : Op {
   __device__ __forceinline__ T row_factor(int64_t b, int) const { return this->p.inverse_epsilon(b); }
@@ -82,12 +104,13 @@ struct LogPass : Op {
 template <class T>
 struct RowsPass : LogPass<T, RowsOp<T>> {
   __device__ __forceinline__ T column_factor(int64_t b, int j) const { return this->p.v[b * this->p.M + j]; }
-  __device__ __forceinline__ void column(int64_t b, int i, const LogSum<T>& sum) const { this->row(b, i, sum); }
+  __device__ __forceinline__ void target(int64_t b, int i, const LogSum<T>& sum) const { this->row(b, i, sum); }
 };
 
 template <class T>
 struct ColumnsPass : LogPass<T, ColumnsOp<T>> {
   __device__ __forceinline__ T column_factor(int64_t b, int i) const { return this->p.u[b * this->p.N + i]; }
+  __device__ __forceinline__ void target(int64_t b, int j, const LogSum<T>& sum) const { this->column(b, j, sum); }
 };
 
 template <class T>
@@ -105,7 +128,7 @@ struct ValuesPass : ValuesOp<T> {
       sum.part[2] += plan * (u + v[k] - 1);
     }
   }
-  __device__ __forceinline__ void column(int64_t b, int i, const Sums<T, 3>& sum) const { this->row(b, i, sum); }
+  __device__ __forceinline__ void target(int64_t b, int i, const Sums<T, 3>& sum) const { this->row(b, i, sum); }
 };
 
 // Shares of the columns, so that few rows fill a GPU too: at least about 512 blocks.
@@ -126,6 +149,7 @@ struct FeaturePasses {
   int64_t B;
   Pair<T> pair;
   T* partial;
+  unsigned* arrivals;  // [B], [B, tiles]
   void* stream;
   int status = 0;
 
@@ -133,14 +157,11 @@ struct FeaturePasses {
   template <class Pass>
   void run(const Pair<T>& roles, const Pass& pass) {
     const int64_t N = roles.rows.count, M = roles.columns.count, tiles = (N + FEATURE_ROWS - 1) / FEATURE_ROWS;
-    const int64_t targets = (N + STREAM_COLUMNS - 1) / STREAM_COLUMNS;
     const Shares<T> shares(B, N, M);
-    const Matrix<T> sums{targets, static_cast<int>(M), static_cast<int>(N), static_cast<int>(shares.columns), nullptr, partial};
+    const ShareSums<T> sums{static_cast<int>(shares.count), static_cast<int>(shares.columns), partial, arrivals + B, arrivals};
     if (status == 0)
       status = PK_LAUNCH((pass_kernel<T, Pass>), dim3(static_cast<unsigned>(B * tiles * shares.count)), dim3(FEATURE_THREADS), 0, stream,
-                         roles, pass, static_cast<int>(shares.count), static_cast<int>(shares.columns), partial);
-    if (status == 0)
-      status = PK_LAUNCH((combine_kernel<T, Pass>), dim3(static_cast<unsigned>(B * targets)), dim3(STREAM_COLUMNS), 0, stream, sums, pass);
+                         roles, pass, sums);
   }
   void rows(const Solve<T>& p) { run(pair, RowsPass<T>{{{p}}}); }
   void columns(const Solve<T>& p) { run(exchanged(), ColumnsPass<T>{{{p}}}); }
@@ -159,13 +180,16 @@ int64_t forward(const SinkhornFeatures& p, void* workspace, void* stream, int* s
   T* const y_norms = pieces.take<T>(p.B * p.M);
   const int64_t of_rows = Shares<T>(p.B, p.N, p.M).count * 3 * p.N, of_columns = Shares<T>(p.B, p.M, p.N).count * 2 * p.M;
   T* const partial = pieces.take<T>(p.B * (of_rows > of_columns ? of_rows : of_columns));
+  const int64_t longer = p.N > p.M ? p.N : p.M, counters = p.B * (1 + (longer + FEATURE_ROWS - 1) / FEATURE_ROWS);
+  unsigned* const arrivals = pieces.take<unsigned>(counters);
   if (status) {
     const T* const x = static_cast<const T*>(p.x);
     const T* const y = static_cast<const T*>(p.y);
     const int D = static_cast<int>(p.D);
     FeaturePasses<T> passes{
-        p.B, {D, p.cosine, {static_cast<int>(p.N), x, x_norms}, {static_cast<int>(p.M), y, y_norms}}, partial, stream};
-    passes.status = launch_norms(p.B * p.N, D, p.cosine, x, x_norms, stream);
+        p.B, {D, p.cosine, {static_cast<int>(p.N), x, x_norms}, {static_cast<int>(p.M), y, y_norms}}, partial, arrivals, stream};
+    passes.status = pk::memset_async(arrivals, 0, sizeof(unsigned) * static_cast<std::size_t>(counters), stream);
+    if (passes.status == 0) passes.status = launch_norms(p.B * p.N, D, p.cosine, x, x_norms, stream);
     if (passes.status == 0) passes.status = launch_norms(p.B * p.M, D, p.cosine, y, y_norms, stream);
     iterate(passes, solve);
     *status = passes.status;

@@ -114,7 +114,8 @@ Potentials<T> potentials_of(const Problem& p) {
 
 template <class T>
 int plan(const SinkhornPlan& p, void* stream) {
-  Streamer<T> streamer{p.B, p.N, p.M, static_cast<const T*>(p.cost), nullptr, stream};
+  Pieces none(nullptr);
+  Streamer<T> streamer(p.B, p.N, p.M, p.cost, 0, none, stream);
   streamer.rows(PlanOp<T>{potentials_of<T>(p), static_cast<T*>(p.plan)});
   return streamer.status;
 }
@@ -123,9 +124,9 @@ template <class T>
 int64_t plan_backward(const SinkhornPlanBackward& p, void* workspace, void* stream, int* status) {
   Pieces pieces(workspace);
   T* const row_epsilon = pieces.take<T>(p.B * p.N);
-  T* const partial = pieces.take<T>(p.B * chunk_count(p.N) * 2 * p.M);
+  Streamer<T> streamer(p.B, p.N, p.M, p.cost, 2, pieces, stream);
   if (status) {
-    Streamer<T> streamer{p.B, p.N, p.M, static_cast<const T*>(p.cost), partial, stream};
+    streamer.clear();
     const PlanGradientOp<T> op{potentials_of<T>(p),           static_cast<const T*>(p.grad_plan), static_cast<const T*>(p.plan),
                                static_cast<T*>(p.grad_cost), static_cast<T*>(p.grad_f),          static_cast<T*>(p.grad_g),
                                row_epsilon};
@@ -141,8 +142,8 @@ template <class T>
 int64_t envelope(const SinkhornEnvelope& p, void* workspace, void* stream, int* status) {
   Pieces pieces(workspace);
   T* const row_epsilon = pieces.take<T>(p.B * p.N);
+  Streamer<T> streamer(p.B, p.N, p.M, p.cost, 0, pieces, stream);
   if (status) {
-    Streamer<T> streamer{p.B, p.N, p.M, static_cast<const T*>(p.cost), nullptr, stream};
     streamer.rows(EnvelopeOp<T>{potentials_of<T>(p), static_cast<const T*>(p.grad_entropic_value), static_cast<T*>(p.grad_cost), row_epsilon});
     streamer.problems(AddRows<T>{static_cast<int>(p.N), row_epsilon, static_cast<T*>(p.grad_epsilon)});
     *status = streamer.status;

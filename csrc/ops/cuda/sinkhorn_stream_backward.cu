@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The unrolled gradient of Sinkhorn on the GPU, problems of any size. The equations stand in ops/sinkhorn.h.
 //
-// An iteration is walked back in three launches: S w along the rows gives the row factors z; along the columns S and R are made again, subtracted
-// from M_bar, which lies in grad_cost, and R z is summed by chunks; the chunks together give the column factors of the iteration before. Row and
+// An iteration is walked back in two launches: S w along the rows gives the row factors z; along the columns S and R are made again, subtracted
+// from M_bar, which lies in grad_cost, and R z is summed by chunks, which give the column factors of the iteration before. Row and
 // column shifts are kept, so that an entry of S or R is one exponential. Problems that stopped early wait on the device.
 // Limit at 4096 x 4096 on an H200: memory, 62 us a step (the cost twice, M_bar there and back). Not yet run on a GPU; runs in the emulator.
 
@@ -250,9 +250,9 @@ template <class T>
 int64_t unrolled(const SinkhornBackward& p, void* workspace, void* stream, int* status) {
   Pieces pieces(workspace);
   WalkState<T> state(p, pieces);
-  T* const partial = pieces.take<T>(p.B * chunk_count(p.N) * 2 * p.M);
+  Streamer<T> streamer(p.B, p.N, p.M, p.cost, 2, pieces, stream);
   if (status) {
-    Streamer<T> streamer{p.B, p.N, p.M, static_cast<const T*>(p.cost), partial, stream};
+    streamer.clear();
     if (p.rho_a != INFINITY) streamer.rows(PullOp<T>{state});
     streamer.rows(GammaOp<T>{state});
     streamer.columns(GammaOp<T>{state});

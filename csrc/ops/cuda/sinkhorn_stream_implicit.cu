@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The implicit gradient of Sinkhorn on the GPU, problems of any size. The equations stand in ops/sinkhorn.h.
 //
-// Conjugate gradients as in sinkhorn_implicit.cu, with P made again from the cost in every product: four launches a step, a fixed number of steps,
+// Conjugate gradients as in sinkhorn_implicit.cu, with P made again from the cost in every product: three launches a step, a fixed number of steps,
 // and a flag on the device for problems that are done. Vectors and inner products of a problem belong to one block.
 // Limit at 4096 x 4096 on an H200: memory, 31 us a step. Not yet run on a GPU; runs in the emulator.
 
@@ -283,9 +283,9 @@ template <class T>
 int64_t implicit(const SinkhornBackward& p, void* workspace, void* stream, int* status) {
   Pieces pieces(workspace);
   const SolverState<T> state(p, pieces);
-  T* const partial = pieces.take<T>(p.B * chunk_count(p.N) * 2 * p.M);
+  Streamer<T> streamer(p.B, p.N, p.M, p.cost, 2, pieces, stream);
   if (status) {
-    Streamer<T> streamer{p.B, p.N, p.M, static_cast<const T*>(p.cost), partial, stream};
+    streamer.clear();
     streamer.rows(MarginalsOp<T>{state});
     streamer.columns(MarginalsOp<T>{state});
     streamer.problems(GaugeOp<T>{state});

@@ -62,6 +62,36 @@ struct RowsOp {
   __device__ __forceinline__ void row(int64_t problem, int i, const Sum& sum) const {
     p.u_next[problem * p.N + i] = p.half_step(problem, 0, p.a[problem * p.N + i], sum.value());
   }
+  // The error of the iterate before these rows, and whether that is the result. If not, the new u takes its place.
+  __device__ __forceinline__ void after_rows(int64_t problem, T* shared) const {
+    const int64_t first = problem * p.N;
+    if (p.t > 0 && (p.tolerance > 0 || p.t == p.num_iters)) {
+      T error = 0;
+      for (int i = threadIdx.x; i < p.N; i += STREAM_THREADS) {
+        const T before = p.u[first + i], after = p.u_next[first + i], mass = p.a[first + i];
+        if (before == -T(INFINITY))
+          error += p.balanced ? mass : T(0);
+        else if (p.balanced)  // after = -infinity leaves the whole row too much
+          error += mass * magnitude(exponential(before - after) - 1);
+        else
+          error += mass * magnitude(before - after);
+      }
+      error = problem_sum(error, shared);
+      if (p.t == p.num_iters || error <= p.tolerance) {
+        if (threadIdx.x == 0) {
+          p.done[problem] = 1;
+          p.marginal_error[problem] = error;
+          p.iterations[problem] = p.t;
+        }
+        return;
+      }
+    }
+    for (int i = threadIdx.x; i < p.N; i += STREAM_THREADS) {
+      const T u = p.u_next[first + i];
+      p.u[first + i] = u;
+      if (p.history) p.kept(problem, p.t)[i] = u;
+    }
+  }
 };
 
 template <class T>
@@ -105,43 +135,6 @@ struct StartOp {
     p.factors[problem] = T(1) / eps;
     p.factors[p.B + problem] = p.rho_a == T(INFINITY) ? T(1) : p.rho_a / (p.rho_a + eps);
     p.factors[2 * p.B + problem] = p.rho_b == T(INFINITY) ? T(1) : p.rho_b / (p.rho_b + eps);
-  }
-};
-
-// After a row pass: the error of the iterate before it, and whether that is the result. If not, the new u takes its place.
-template <class T>
-struct CheckOp {
-  Solve<T> p;
-
-  __device__ __forceinline__ bool skip(int64_t problem) const { return p.done[problem] != 0; }
-  __device__ __forceinline__ void run(int64_t problem, T* shared) const {
-    const int64_t first = problem * p.N;
-    if (p.t > 0 && (p.tolerance > 0 || p.t == p.num_iters)) {
-      T error = 0;
-      for (int i = threadIdx.x; i < p.N; i += STREAM_THREADS) {
-        const T before = p.u[first + i], after = p.u_next[first + i], mass = p.a[first + i];
-        if (before == -T(INFINITY))
-          error += p.balanced ? mass : T(0);
-        else if (p.balanced)  // after = -infinity leaves the whole row too much
-          error += mass * magnitude(exponential(before - after) - 1);
-        else
-          error += mass * magnitude(before - after);
-      }
-      error = problem_sum(error, shared);
-      if (p.t == p.num_iters || error <= p.tolerance) {
-        if (threadIdx.x == 0) {
-          p.done[problem] = 1;
-          p.marginal_error[problem] = error;
-          p.iterations[problem] = p.t;
-        }
-        return;
-      }
-    }
-    for (int i = threadIdx.x; i < p.N; i += STREAM_THREADS) {
-      const T u = p.u_next[first + i];
-      p.u[first + i] = u;
-      if (p.history) p.kept(problem, p.t)[i] = u;
-    }
   }
 };
 
@@ -189,13 +182,12 @@ struct FinishOp {
   }
 };
 
-// Passes: rows, columns and values launch the sums over the cost, problems an Op per problem.
+// Passes: rows, columns and values launch the sums over the cost, and what follows them; problems launches an Op per problem.
 template <class Passes, class T>
 void iterate(Passes& passes, Solve<T> p) {
   passes.problems(StartOp<T>{p});
   for (p.t = 0; p.t <= p.num_iters; ++p.t) {
     passes.rows(p);
-    passes.problems(CheckOp<T>{p});
     if (p.t < p.num_iters) passes.columns(p);
   }
   passes.values(p);

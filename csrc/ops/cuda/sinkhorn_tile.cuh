@@ -221,10 +221,14 @@ struct Tile {
     if constexpr (S::REDUNDANT) {
 #pragma unroll
       for (int e = 0; e < S::E; ++e) {
-        T total = mine[0][column(e)];
+        T part[S::W];  // a tree: three additions after each other, not seven
 #pragma unroll
-        for (int w = 1; w < S::W; ++w) total = maximum ? larger(total, mine[w][column(e)]) : total + mine[w][column(e)];
-        columns[e] = total;
+        for (int w = 0; w < S::W; ++w) part[w] = mine[w][column(e)];
+#pragma unroll
+        for (int half = S::W / 2; half > 0; half /= 2)
+#pragma unroll
+          for (int w = 0; w < half; ++w) part[w] = maximum ? larger(part[w], part[w + half]) : part[w] + part[w + half];
+        columns[e] = part[0];
       }
       buffer ^= 1;
     } else {
