@@ -25,16 +25,21 @@ from .ops.prototypes import (
     update_prototypes,
     update_prototypes_,
 )
+from .ops.sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence, sinkhorn_features
 
 __all__ = [
     "PrototypeStep",
     "PrototypeUpdate",
+    "SinkhornResult",
     "SoftAssignment",
     "__version__",
     "backend",
     "nn",
     "prototype_step",
     "reference",
+    "sinkhorn",
+    "sinkhorn_divergence",
+    "sinkhorn_features",
     "soft_assign",
     "update_prototypes",
     "update_prototypes_",

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: MIT
+"""Transport between clouds of features without the matrix of their costs, and the debiased divergence on top."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..reference import prototypes as prototypes_reference
+from ..reference import sinkhorn as reference
+from . import _checks
+from ._sinkhorn_problem import (
+    Penalty,
+    Problem,
+    anneal,
+    check_annealing,
+    check_batch,
+    prepare,
+)
+from ._sinkhorn_result import SinkhornResult
+
+Cost = Literal["cosine", "sqeuclidean"]
+COSTS = ("cosine", "sqeuclidean")
+
+
+def sinkhorn_features(
+    x: Tensor,  # [B, N, D] or [N, D]
+    y: Tensor,  # [B, M, D] or [M, D]
+    a: Tensor | None = None,  # [B, N] or [N]
+    b: Tensor | None = None,  # [B, M] or [M]
+    *,
+    cost: Cost = "cosine",
+    epsilon: float | Tensor = 0.05,
+    num_iters: int = 100,
+    tol: float = 0.0,
+    gradient: Literal["envelope"] = "envelope",
+    row_mask: Tensor | None = None,  # [B, N] or [N] bool
+    column_mask: Tensor | None = None,  # [B, M] or [M] bool
+    marginal_penalty: Penalty | None = None,
+    init: Tensor | None = None,  # [B, M] or [M]
+    annealing: float | None = None,
+) -> SinkhornResult:
+    """:func:`sinkhorn` between two clouds of features, in memory that grows with N + M, not N M.
+
+        C_ij = 1 - cos(x_i, y_j)   or   |x_i - y_j|^2
+
+    Costs are computed on the fly in every pass, forward and backward; no N x M array is ever stored. ``entropic_value`` is differentiable in x, y,
+    a, b and epsilon by the envelope theorem (see :func:`sinkhorn` for when that is valid); everything else comes detached.
+    In plain PyTorch: ``sinkhorn(1 - normalize(x, dim=-1) @ normalize(y, dim=-1).mT, gradient="envelope")``. A zero vector has cosine 0 with
+    everything, and no gradient.
+
+    Args:
+        x: features of the rows, any floating-point type and strides; half precision is computed and returned in float32.
+        y: features of the columns; the wider of both types counts.
+        cost: ``"cosine"``, in [0, 2] whatever the features, which is what the default epsilon suits; or ``"sqeuclidean"``, which
+            grows with D and the scale of the features, and epsilon must with it.
+        gradient: ``"envelope"``; for the others build the cost and call :func:`sinkhorn`.
+        a, b, epsilon, num_iters, tol, row_mask, column_mask, marginal_penalty, init: as in :func:`sinkhorn`.
+        annealing: as in :func:`sinkhorn`; the range is that of the cost: 2 for ``"cosine"``, the largest (|x| + |y|)^2 for ``"sqeuclidean"``.
+
+    Returns:
+        A :class:`SinkhornResult`; its ``apply`` streams too, its ``plan`` has N M elements.
+
+    Raises:
+        TypeError, ValueError: arguments do not fit.
+
+    Example:
+        >>> import torch, protokernels
+        >>> x = torch.eye(3).requires_grad_()
+        >>> result = protokernels.sinkhorn_features(x, torch.eye(3)[[2, 0, 1]], epsilon=0.1)
+        >>> result.plan.argmax(1).tolist()
+        [1, 2, 0]
+        >>> result.entropic_value.backward()
+        >>> x.grad.shape
+        torch.Size([3, 3])
+    """
+    op = "sinkhorn_features"
+    if gradient != "envelope":
+        raise ValueError(
+            f"{op}: gradient must be 'envelope' where the cost is never stored; got {gradient!r}; "
+            "build the cost (protokernels.reference.sinkhorn.cost_matrix(x, y, cost)) and call sinkhorn() with it"
+        )
+    single, x, y = _clouds(op, x, y, cost)
+    dtype = x.dtype
+    sizes = (x.shape[0], x.shape[1], y.shape[1])
+    problem = prepare(op, x, sizes, dtype, a, b, row_mask, column_mask, epsilon, num_iters, tol, marginal_penalty, init)
+    check_annealing(op, annealing)
+    if annealing is not None:
+        fixed = x.detach(), y.detach()
+        problem = anneal(problem, annealing, _spread(*fixed, problem, cost), lambda step: _solve(*fixed, step, cost).g)
+    solution = _solve(x, y, problem, cost)
+    values = [t.detach() for t in solution]
+    values[3] = solution.entropic_value
+    source, mass = (x.detach(), y.detach()), problem.a
+    if single:
+        values, source = [t.squeeze(0) for t in values], (source[0].squeeze(0), source[1].squeeze(0))
+        mass = mass.squeeze(0)
+    return SinkhornResult(*values, source, cost, problem.epsilon.detach(), mass, problem.tol, {})
+
+
+def sinkhorn_divergence(
+    x: Tensor,  # [B, N, D] or [N, D]
+    y: Tensor,  # [B, M, D] or [M, D]
+    a: Tensor | None = None,  # [B, N] or [N]
+    b: Tensor | None = None,  # [B, M] or [M]
+    *,
+    cost: Cost = "sqeuclidean",
+    epsilon: float | Tensor = 0.05,
+    num_iters: int = 100,
+    tol: float = 0.0,
+    row_mask: Tensor | None = None,  # [B, N] or [N] bool
+    column_mask: Tensor | None = None,  # [B, M] or [M] bool
+) -> Tensor:  # [B] or []
+    """How far two clouds of points are apart, without the bias of the entropy.
+
+        S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2        OT: ``entropic_value`` of :func:`sinkhorn_features`
+
+    At convergence S >= 0, and 0 only for equal clouds; it goes from the optimal transport cost (epsilon -> 0) to a kernel distance (epsilon -> inf,
+    Feydy et al., AISTATS 2019). The three terms cancel the mass terms of the entropy, so this is also the divergence defined with KL(P | a b^T).
+    Differentiable in x, y, a, b and epsilon by the envelope theorem; memory grows with N + M.
+
+    Args: as in :func:`sinkhorn_features`; for ``cost="cosine"`` clouds with the same directions count as equal.
+
+    Returns:
+        [B], or a scalar for one pair of clouds.
+
+    Raises:
+        TypeError, ValueError: arguments do not fit.
+
+    Example:
+        >>> import torch, protokernels
+        >>> x = torch.tensor([[0.0], [1.0]])
+        >>> [round(float(protokernels.sinkhorn_divergence(x, x + shift)), 3) for shift in (0.0, 0.5)]
+        [0.0, 0.25]
+    """
+    op = "sinkhorn_divergence"
+    single, x, y = _clouds(op, x, y, cost)
+    dtype, (B, N, _), M = x.dtype, x.shape, y.shape[1]
+    both = prepare(op, x, (B, N, M), dtype, a, b, row_mask, column_mask, epsilon, num_iters, tol, None, None)
+    rows, columns = both._replace(b=both.a), both._replace(a=both.b)
+    value = _solve(x, y, both, cost).entropic_value
+    value = value - (_solve(x, x, rows, cost).entropic_value + _solve(y, y, columns, cost).entropic_value) / 2
+    return value.squeeze(0) if single else value
+
+
+def _clouds(op: str, x: Tensor, y: Tensor, cost: str) -> tuple[bool, Tensor, Tensor]:
+    """Whether it is one problem, and both clouds as [B, N, D] in the type that is computed in."""
+    if cost not in COSTS:
+        raise ValueError(f"{op}: cost must be 'cosine' or 'sqeuclidean'; got {cost!r}")
+    check_batch(op, "x", x, "[B, N, D] or [N, D]")
+    check_batch(op, "y", y, "[B, M, D] or [M, D]")
+    _checks.check_same_device(op, "x", x, "y", y)
+    if x.dim() != y.dim() or x.shape[-1] != y.shape[-1] or (x.dim() == 3 and x.shape[0] != y.shape[0]):
+        raise ValueError(
+            f"{op}: x [B, N, D] and y [B, M, D] must share B and D; got {list(x.shape)} and {list(y.shape)}"
+        )
+    if 0 in x.shape[-2:] or 0 in y.shape[-2:]:
+        raise ValueError(
+            f"{op}: x and y must hold at least one vector of at least one dimension; got {list(x.shape)} and {list(y.shape)}"
+        )
+    single, dtype = x.dim() == 2, prototypes_reference.compute_dtype(x, y)
+    if single:
+        x, y = x.unsqueeze(0), y.unsqueeze(0)
+    return single, x.to(dtype).contiguous(), y.to(dtype).contiguous()
+
+
+def _solve(
+    x: Tensor,  # [B, N, D]
+    y: Tensor,  # [B, M, D]
+    problem: Problem,
+    cost: Cost,
+) -> reference.Solution:
+    a, b, epsilon, start, num_iters, tol, rho = problem
+    if backend.native_serves(x.device):
+        return reference.Solution(
+            *torch.ops.protokernels.sinkhorn_features_forward(
+                x, y, a, b, epsilon, start, cost == "cosine", num_iters, tol, *rho
+            )
+        )
+    return reference.solve_envelope(reference.cost_matrix(x, y, cost), a, b, epsilon, start, num_iters, tol, rho)
+
+
+def _spread(x: Tensor, y: Tensor, problem: Problem, cost: Cost) -> Tensor:  # [B], no less than the range of the costs
+    if cost == "cosine":
+        return torch.full_like(problem.epsilon, 2.0)
+    longest = (
+        torch.where(mass > 0, points.square().sum(2), 0.0).amax(1).sqrt()
+        for points, mass in ((x, problem.a), (y, problem.b))
+    )
+    return sum(longest, torch.zeros_like(problem.epsilon)).square()

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: MIT
+"""Arguments of the Sinkhorn functions: what they must be, and the form in which both backends take them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference.sinkhorn import FEASIBLE_MASS
+from . import _checks
+
+Gradient = Literal["unrolled", "implicit", "envelope"]
+Penalty = float | tuple[float, float]
+GRADIENTS = ("unrolled", "implicit", "envelope")
+ANNEALED_RANGE = 1e4
+"""Annealing spans this ratio between the range of the costs and epsilon; what is beyond is one last jump."""
+
+
+class Problem(NamedTuple):
+    """Masses, epsilon and options of a batch, in the type that is computed in; all tensors contiguous."""
+
+    a: Tensor  # [B, N]
+    b: Tensor  # [B, M]
+    epsilon: Tensor  # [B]
+    start: Tensor | None  # [B, M], g
+    num_iters: int
+    tol: float
+    rho: tuple[float, float]  # inf: exact marginal
+
+    @property
+    def wants_gradient(self) -> bool:
+        return any(t.requires_grad for t in (self.a, self.b, self.epsilon))
+
+    def detached(self, epsilon: Tensor, start: Tensor | None) -> Problem:
+        """One iteration of this problem at another epsilon, from another start."""
+        return self._replace(a=self.a.detach(), b=self.b.detach(), epsilon=epsilon, start=start, num_iters=1, tol=0.0)
+
+
+def prepare(
+    op: str,
+    like: Tensor,  # costs or features, whose device counts
+    sizes: tuple[int, int, int],  # B, N, M
+    dtype: torch.dtype,
+    a: Tensor | None,  # [B, N] or [N]
+    b: Tensor | None,  # [B, M] or [M]
+    row_mask: Tensor | None,  # [B, N] or [N] bool
+    column_mask: Tensor | None,  # [B, M] or [M] bool
+    epsilon: float | Tensor,
+    num_iters: int,
+    tol: float,
+    marginal_penalty: Penalty | None,
+    init: Tensor | None,  # [B, M] or [M]
+) -> Problem:
+    B, N, M = sizes
+    if isinstance(num_iters, bool) or not isinstance(num_iters, int):
+        raise TypeError(f"{op}: num_iters must be an integer of at least 1; got {_checks.describe(num_iters)}")
+    if num_iters < 1:
+        raise ValueError(f"{op}: num_iters must be at least 1; got {num_iters}")
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+        raise TypeError(f"{op}: tol must be a number, 0 for no early stop; got {_checks.describe(tol)}")
+    if not (tol >= 0 and math.isfinite(tol)):
+        raise ValueError(f"{op}: tol must be finite and not negative, 0 for no early stop; got {tol}")
+    rho = _rho(op, marginal_penalty)
+    known = a is None and b is None and row_mask is None and column_mask is None
+    masses = (
+        _mass(op, ("a", "row_mask", "N"), a, row_mask, like, B, N, dtype),
+        _mass(op, ("b", "column_mask", "M"), b, column_mask, like, B, M, dtype),
+    )
+    if rho == (math.inf, math.inf) and not known and values_are_at_hand(like):
+        _check_totals(op, *masses)
+    start = None
+    if init is not None:
+        _check_vector(op, "init", init, like, B, M, "M", (dtype, *_checks.FLOATING))
+        start = init.detach().to(dtype).expand(B, M).contiguous()
+    return Problem(*masses, _epsilon(op, epsilon, like, B, dtype), start, num_iters, float(tol), rho)
+
+
+def values_are_at_hand(like: Tensor) -> bool:
+    """Looking at values costs nothing: on the CPU and not while tracing."""
+    return like.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def anneal(
+    problem: Problem,
+    factor: float,
+    spread: Tensor,  # [B], largest minus smallest cost
+    solve: Callable[[Problem], Tensor],
+) -> Problem:
+    """`problem` with a start from one iteration each at epsilon = max(spread * factor^k, epsilon), k = 0, 1, ...
+
+    The number of steps depends on `factor` alone, so nothing is read from the device.
+    """
+    epsilon, start = problem.epsilon.detach(), problem.start
+    for k in range(math.ceil(math.log(ANNEALED_RANGE) / -math.log(factor))):
+        start = solve(problem.detached(torch.maximum(spread * factor**k, epsilon), start))
+    return problem._replace(start=start)
+
+
+def check_annealing(op: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: annealing must be a number in (0, 1) or None; got {_checks.describe(value)}")
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{op}: annealing must lie in (0, 1), such as 0.5 to halve epsilon in each step; got {value}")
+
+
+def check_gradient(op: str, gradient: object, rho: tuple[float, float]) -> None:
+    if gradient not in GRADIENTS:
+        raise ValueError(f"{op}: gradient must be 'unrolled', 'implicit' or 'envelope'; got {gradient!r}")
+    if gradient == "implicit" and rho != (math.inf, math.inf):
+        raise ValueError(
+            f"{op}: gradient='implicit' is for exact marginals only; "
+            "use gradient='unrolled' or 'envelope' with marginal_penalty"
+        )
+
+
+def check_batch(op: str, name: str, value: object, shape: str) -> None:
+    """A floating-point tensor with two dimensions (one problem) or three."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor of shape {shape}; got {_checks.describe(value)}")
+    if value.dtype not in _checks.FLOATING:
+        raise TypeError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16 of shape {shape}; got {_checks.describe(value)}; "
+            f"convert it, e.g. {name}.float()"
+        )
+    if value.dim() not in (2, 3):
+        raise ValueError(f"{op}: {name} must have shape {shape}; got {_checks.describe(value)}")
+
+
+# ------------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _mass(
+    op: str,
+    names: tuple[str, str, str],
+    value: object,
+    mask: object,
+    like: Tensor,
+    B: int,
+    n: int,
+    dtype: torch.dtype,
+) -> Tensor:  # [B, n]
+    """The masses given, or equal ones with the total 1; 0 where the mask says so."""
+    name, mask_name, letter = names
+    if mask is not None:
+        _check_vector(op, mask_name, mask, like, B, n, letter, (torch.bool,))
+        assert isinstance(mask, Tensor)
+    if value is None:
+        if mask is None:
+            return torch.full((B, n), 1.0 / n, dtype=dtype, device=like.device)
+        present = mask.to(dtype)
+        return (present / present.sum(-1, keepdim=True).clamp(min=1.0)).expand(B, n).contiguous()
+    _check_vector(op, name, value, like, B, n, letter, _checks.FLOATING)
+    assert isinstance(value, Tensor)
+    mass = value.to(dtype)
+    if values_are_at_hand(like) and mass.numel():
+        lowest, highest = (float(bound) for bound in mass.detach().aminmax())
+        if not (lowest >= 0 and highest < math.inf):
+            what = "NaN" if math.isnan(lowest) else lowest if lowest < 0 else highest
+            raise ValueError(
+                f"{op}: {name} must hold finite masses, 0 or more; got one that is {what}; 0 marks absence"
+            )
+    if mask is not None:
+        mass = torch.where(mask, mass, 0.0)
+    return mass.expand(B, n).contiguous()
+
+
+def _check_vector(
+    op: str,
+    name: str,
+    value: object,
+    like: Tensor,
+    B: int,
+    n: int,
+    letter: str,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    kind = "bool" if dtypes == (torch.bool,) else "floating-point"
+    expected = f"a {kind} tensor of shape [B, {letter}] = [{B}, {n}] or [{letter}] = [{n}]"
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        advice = "; True marks what is present" if kind == "bool" else ""
+        raise TypeError(f"{op}: {name} must be {expected}; got {_checks.describe(value)}{advice}")
+    if value.shape not in ((B, n), (1, n), (n,)):
+        raise ValueError(f"{op}: {name} must be {expected}; got {_checks.describe(value)}")
+    if value.device != like.device:
+        raise ValueError(
+            f"{op}: {name} is on {value.device} and the problem on {like.device}; pass {name}.to({str(like.device)!r})"
+        )
+
+
+def _check_totals(op: str, a: Tensor, b: Tensor) -> None:
+    total_a, total_b = a.detach().sum(1), b.detach().sum(1)
+    wrong = (total_a - total_b).abs() > FEASIBLE_MASS * torch.maximum(total_a, total_b)
+    if bool(wrong.any()):
+        index = int(wrong.int().argmax())
+        raise ValueError(
+            f"{op}: rows and columns must have the same total mass; problem {index} has sum(a) = {float(total_a[index]):.6g} and "
+            f"sum(b) = {float(total_b[index]):.6g}; normalise them, or pass marginal_penalty to let masses differ"
+        )
+
+
+def _epsilon(op: str, value: object, like: Tensor, B: int, dtype: torch.dtype) -> Tensor:  # [B]
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or (value.numel() != 1 and value.shape != (B,)):
+            raise ValueError(
+                f"{op}: epsilon must be a positive number or a floating-point tensor with one element or of shape "
+                f"[B] = [{B}]; got {_checks.describe(value)}"
+            )
+        if value.device != like.device:
+            raise ValueError(
+                f"{op}: epsilon is on {value.device} and the problem on {like.device}; pass epsilon.to({str(like.device)!r})"
+            )
+        if values_are_at_hand(like) and not bool(((value.detach() > 0) & value.detach().isfinite()).all()):
+            raise ValueError(f"{op}: epsilon must be positive and finite; got {value.detach().flatten()[:8].tolist()}")
+        return value.to(dtype).reshape(-1).expand(B).contiguous()
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{op}: epsilon must be a positive number or a tensor; got {_checks.describe(value)}")
+    if isinstance(value, (int, float)) and not (value > 0 and math.isfinite(value)):
+        raise ValueError(
+            f"{op}: epsilon must be positive and finite; got {value}; the smallest cost that matters is a start"
+        )
+    return torch.full((B,), value, dtype=dtype, device=like.device)
+
+
+def _rho(op: str, value: object) -> tuple[float, float]:
+    pair = value if isinstance(value, tuple) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{op}: marginal_penalty must be one number or two (rows, columns); got {len(pair)}")
+    rho = []
+    for number in pair:
+        if number is None:
+            number = math.inf
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(
+                f"{op}: marginal_penalty must be a positive number or a pair; got {_checks.describe(number)}"
+            )
+        if not number > 0:
+            raise ValueError(f"{op}: marginal_penalty must be positive, or None for exact marginals; got {number}")
+        rho.append(float(number))
+    return rho[0], rho[1]

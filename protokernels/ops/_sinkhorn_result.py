@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""What the Sinkhorn functions return."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..reference import sinkhorn as reference
+from . import _checks
+
+ROWS_AT_ONCE = 2**22
+"""Elements of the plan that `apply` holds at a time where the cost is not stored."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SinkhornResult:
+    """Solution of a batch of transport problems; without the leading dimension for a single one.
+
+    ``f`` and ``g`` are the potentials in units of cost, -inf where there is no mass (or no partner); adding a constant to f and taking it
+    from g changes nothing. ``plan`` is computed when it is first asked for and kept.
+
+    Attributes:
+        f: [B, N].
+        g: [B, M].
+        transport_cost: [B], <P, C>.
+        entropic_value: [B], <P, C> + epsilon sum P (log P - 1), and the penalties of unbalanced marginals.
+        marginal_error: [B]; |P 1 - a|_1 + |P^T 1 - b|_1, absolute. With ``marginal_penalty`` there are no marginals to miss: sum a |u' - u|,
+            how far the next iteration would move f / epsilon. No gradient.
+        iterations: [B] int64, full iterations that led to this result.
+        feasible: [B] bool; False where a row or column with mass has no allowed partner with mass (it is left empty), or where
+            the total masses of a balanced problem differ by more than 1e-4 of them.
+    """
+
+    f: Tensor  # [B, N]
+    g: Tensor  # [B, M]
+    transport_cost: Tensor  # [B]
+    entropic_value: Tensor  # [B]
+    marginal_error: Tensor  # [B]
+    iterations: Tensor  # [B] int64
+    feasible: Tensor  # [B] bool
+    _source: tuple[Tensor, ...]  # cost [B, N, M], or x [B, N, D] and y [B, M, D]
+    _kind: str  # "dense", or the cost of the features
+    _epsilon: Tensor  # [B]
+    _mass: Tensor  # [B, N], a
+    _tol: float
+    _kept: dict[str, Tensor]
+
+    @property
+    def converged(self) -> Tensor:  # [B] bool
+        """``marginal_error <= tol``; where tol is 0, at most a thousandth of the mass."""
+        bound = self._tol if self._tol > 0 else 1e-3 * self._mass.detach().sum(-1)
+        return self.marginal_error <= bound
+
+    @property
+    def plan(self) -> Tensor:  # [B, N, M]
+        """P = exp((f + g - C) / epsilon), differentiable as ``gradient`` says. From features it costs B N M memory and has no gradient."""
+        if "plan" not in self._kept:
+            cost = self._source[0] if self._kind == "dense" else reference.cost_matrix(*self._source, self._kind)
+            self._kept["plan"] = self._plan_of(cost, self.f)
+        return self._kept["plan"]
+
+    def apply(
+        self,
+        y: Tensor,  # [B, M, D]
+    ) -> Tensor:  # [B, N, D]
+        """P @ y, differentiable in y; from features a block of rows at a time. Divide by the row sums for the barycentric projection."""
+        shape = "[M, D]" if self.g.dim() == 1 else "[B, M, D]"
+        if not isinstance(y, Tensor) or y.dim() != self.g.dim() + 1 or y.shape[:-1] != self.g.shape:
+            raise ValueError(
+                f"SinkhornResult.apply: y must have shape {shape} with {shape[1:-4]} = {list(self.g.shape)}; got {_checks.describe(y)}"
+            )
+        device_type = y.device.type
+        y = y.to(self.f.dtype)
+        with (
+            torch.autocast(device_type, enabled=False)
+            if torch.amp.is_autocast_available(device_type)
+            else nullcontext()
+        ):
+            if self._kind == "dense" or "plan" in self._kept:
+                return self.plan @ y
+            x, points = self._source
+            step = max(1, ROWS_AT_ONCE // max(1, self.g.numel()))
+            blocks = [
+                self._plan_of(reference.cost_matrix(rows, points, self._kind), f) @ y
+                for rows, f in zip(x.split(step, -2), self.f.split(step, -1), strict=True)
+            ]
+            return torch.cat(blocks, dim=-2)
+
+    def __repr__(self) -> str:
+        sizes = " x ".join(str(size) for size in (*self.f.shape, self.g.shape[-1]))
+        return f"SinkhornResult({sizes}, {str(self.f.dtype).removeprefix('torch.')} on {self.f.device})"
+
+    def _plan_of(self, cost: Tensor, f: Tensor) -> Tensor:
+        single = f.dim() == 1
+        if single:
+            cost, f = cost.unsqueeze(0), f.unsqueeze(0)
+        g = self.g.unsqueeze(0) if single else self.g
+        if backend.native_serves(cost.device):
+            plan: Tensor = torch.ops.protokernels.sinkhorn_plan(
+                cost.contiguous(), f.contiguous(), g.contiguous(), self._epsilon
+            )
+        else:
+            plan = reference.plan(cost, f, g, self._epsilon)
+        return plan.squeeze(0) if single else plan
