@@ -2,6 +2,7 @@
 """Modules: one thin class per function of ``protokernels.ops``; and losses in plain PyTorch that methods share."""
 
 from .prototypes import LinearTemperature, Prototypes
+from .sinkhorn import SinkhornAssignment, SinkhornLoss
 from .variance_covariance import variance_covariance_loss
 
-__all__ = ["LinearTemperature", "Prototypes", "variance_covariance_loss"]
+__all__ = ["LinearTemperature", "Prototypes", "SinkhornAssignment", "SinkhornLoss", "variance_covariance_loss"]

@@ -20,7 +20,7 @@ from ._sinkhorn_problem import (
     check_batch,
     prepare,
 )
-from ._sinkhorn_result import SinkhornResult
+from ._sinkhorn_result import SinkhornResult, result_of
 
 Cost = Literal["cosine", "sqeuclidean"]
 COSTS = ("cosine", "sqeuclidean")
@@ -47,8 +47,9 @@ def sinkhorn_features(
 
         C_ij = 1 - cos(x_i, y_j)   or   |x_i - y_j|^2
 
-    Costs are computed on the fly in every pass, forward and backward; no N x M array is ever stored. ``entropic_value`` is differentiable in x, y,
-    a, b and epsilon by the envelope theorem (see :func:`sinkhorn` for when that is valid); everything else comes detached.
+    Costs are computed on the fly in every pass, forward and backward; no N x M array is ever stored. ``entropic_value`` is
+    differentiable in x, y, a, b and epsilon by the envelope theorem (see :func:`sinkhorn` for when that is valid);
+    everything else comes detached.
     In plain PyTorch: ``sinkhorn(1 - normalize(x, dim=-1) @ normalize(y, dim=-1).mT, gradient="envelope")``. A zero vector has cosine 0 with
     everything, and no gradient.
 
@@ -59,7 +60,8 @@ def sinkhorn_features(
             grows with D and the scale of the features, and epsilon must with it.
         gradient: ``"envelope"``; for the others build the cost and call :func:`sinkhorn`.
         a, b, epsilon, num_iters, tol, row_mask, column_mask, marginal_penalty, init: as in :func:`sinkhorn`.
-        annealing: as in :func:`sinkhorn`; the range is that of the cost: 2 for ``"cosine"``, the largest (|x| + |y|)^2 for ``"sqeuclidean"``.
+        annealing: as in :func:`sinkhorn`; it starts from a bound on the costs: 2 for ``"cosine"``, the largest (|x| + |y|)^2
+            for ``"sqeuclidean"``.
 
     Returns:
         A :class:`SinkhornResult`; its ``apply`` streams too, its ``plan`` has N M elements.
@@ -92,13 +94,7 @@ def sinkhorn_features(
         fixed = x.detach(), y.detach()
         problem = anneal(problem, annealing, _spread(*fixed, problem, cost), lambda step: _solve(*fixed, step, cost).g)
     solution = _solve(x, y, problem, cost)
-    values = [t.detach() for t in solution]
-    values[3] = solution.entropic_value
-    source, mass = (x.detach(), y.detach()), problem.a
-    if single:
-        values, source = [t.squeeze(0) for t in values], (source[0].squeeze(0), source[1].squeeze(0))
-        mass = mass.squeeze(0)
-    return SinkhornResult(*values, source, cost, problem.epsilon.detach(), mass, problem.tol, {})
+    return result_of(solution, problem, (x, y), cost, single=single, envelope=True)
 
 
 def sinkhorn_divergence(
@@ -118,9 +114,10 @@ def sinkhorn_divergence(
 
         S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2        OT: ``entropic_value`` of :func:`sinkhorn_features`
 
-    At convergence S >= 0, and 0 only for equal clouds; it goes from the optimal transport cost (epsilon -> 0) to a kernel distance (epsilon -> inf,
-    Feydy et al., AISTATS 2019). The three terms cancel the mass terms of the entropy, so this is also the divergence defined with KL(P | a b^T).
-    Differentiable in x, y, a, b and epsilon by the envelope theorem; memory grows with N + M.
+    At convergence S >= 0, and 0 only for equal clouds; it goes from the optimal transport cost (epsilon -> 0) to a kernel
+    distance (epsilon -> inf; Feydy et al., AISTATS 2019). The three terms cancel the mass terms of the entropy, so this is
+    also the divergence defined with KL(P | a b^T). Differentiable in x, y, a, b and epsilon by the envelope theorem; memory
+    grows with N + M.
 
     Args: as in :func:`sinkhorn_features`; for ``cost="cosine"`` clouds with the same directions count as equal.
 
@@ -133,7 +130,7 @@ def sinkhorn_divergence(
     Example:
         >>> import torch, protokernels
         >>> x = torch.tensor([[0.0], [1.0]])
-        >>> [round(float(protokernels.sinkhorn_divergence(x, x + shift)), 3) for shift in (0.0, 0.5)]
+        >>> [round(float(protokernels.sinkhorn_divergence(x, x + shift)), 2) for shift in (0.0, 0.5)]
         [0.0, 0.25]
     """
     op = "sinkhorn_divergence"

@@ -64,7 +64,7 @@ def prepare(
         raise TypeError(f"{op}: tol must be a number, 0 for no early stop; got {_checks.describe(tol)}")
     if not (tol >= 0 and math.isfinite(tol)):
         raise ValueError(f"{op}: tol must be finite and not negative, 0 for no early stop; got {tol}")
-    rho = _rho(op, marginal_penalty)
+    rho = penalties(op, marginal_penalty)
     known = a is None and b is None and row_mask is None and column_mask is None
     masses = (
         _mass(op, ("a", "row_mask", "N"), a, row_mask, like, B, N, dtype),
@@ -224,10 +224,10 @@ def _epsilon(op: str, value: object, like: Tensor, B: int, dtype: torch.dtype) -
         raise ValueError(
             f"{op}: epsilon must be positive and finite; got {value}; the smallest cost that matters is a start"
         )
-    return torch.full((B,), value, dtype=dtype, device=like.device)
+    return torch.full((B,), value, dtype=dtype, device=like.device)  # type: ignore[arg-type]
 
 
-def _rho(op: str, value: object) -> tuple[float, float]:
+def penalties(op: str, value: object) -> tuple[float, float]:
     pair = value if isinstance(value, tuple) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"{op}: marginal_penalty must be one number or two (rows, columns); got {len(pair)}")

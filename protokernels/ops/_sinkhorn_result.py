@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import backend
 from ..reference import sinkhorn as reference
 from . import _checks
+from ._sinkhorn_problem import Problem
 
 ROWS_AT_ONCE = 2**22
 """Elements of the plan that `apply` holds at a time where the cost is not stored."""
@@ -21,16 +22,16 @@ ROWS_AT_ONCE = 2**22
 class SinkhornResult:
     """Solution of a batch of transport problems; without the leading dimension for a single one.
 
-    ``f`` and ``g`` are the potentials in units of cost, -inf where there is no mass (or no partner); adding a constant to f and taking it
-    from g changes nothing. ``plan`` is computed when it is first asked for and kept.
+    ``f`` and ``g`` are the potentials in units of cost, -inf where there is no mass (or no partner); adding a constant to f
+    and taking it from g changes nothing. ``plan`` is computed when it is first asked for and kept.
 
     Attributes:
         f: [B, N].
         g: [B, M].
         transport_cost: [B], <P, C>.
         entropic_value: [B], <P, C> + epsilon sum P (log P - 1), and the penalties of unbalanced marginals.
-        marginal_error: [B]; |P 1 - a|_1 + |P^T 1 - b|_1, absolute. With ``marginal_penalty`` there are no marginals to miss: sum a |u' - u|,
-            how far the next iteration would move f / epsilon. No gradient.
+        marginal_error: [B]; |P 1 - a|_1 + |P^T 1 - b|_1, absolute. With ``marginal_penalty`` there are no marginals to miss: it is
+            sum a |u' - u|, how far the next iteration would move u = f / epsilon. No gradient.
         iterations: [B] int64, full iterations that led to this result.
         feasible: [B] bool; False where a row or column with mass has no allowed partner with mass (it is left empty), or where
             the total masses of a balanced problem differ by more than 1e-4 of them.
@@ -53,14 +54,15 @@ class SinkhornResult:
     @property
     def converged(self) -> Tensor:  # [B] bool
         """``marginal_error <= tol``; where tol is 0, at most a thousandth of the mass."""
-        bound = self._tol if self._tol > 0 else 1e-3 * self._mass.detach().sum(-1)
+        bound = self._tol if self._tol > 0 else 1e-3 * self._mass.sum(-1)
         return self.marginal_error <= bound
 
     @property
     def plan(self) -> Tensor:  # [B, N, M]
         """P = exp((f + g - C) / epsilon), differentiable as ``gradient`` says. From features it costs B N M memory and has no gradient."""
         if "plan" not in self._kept:
-            cost = self._source[0] if self._kind == "dense" else reference.cost_matrix(*self._source, self._kind)
+            first, last = self._source[0], self._source[-1]
+            cost = first if self._kind == "dense" else reference.cost_matrix(first, last, self._kind)
             self._kept["plan"] = self._plan_of(cost, self.f)
         return self._kept["plan"]
 
@@ -69,10 +71,10 @@ class SinkhornResult:
         y: Tensor,  # [B, M, D]
     ) -> Tensor:  # [B, N, D]
         """P @ y, differentiable in y; from features a block of rows at a time. Divide by the row sums for the barycentric projection."""
-        shape = "[M, D]" if self.g.dim() == 1 else "[B, M, D]"
+        shape, known = ("[M, D]", "[M]") if self.g.dim() == 1 else ("[B, M, D]", "[B, M]")
         if not isinstance(y, Tensor) or y.dim() != self.g.dim() + 1 or y.shape[:-1] != self.g.shape:
             raise ValueError(
-                f"SinkhornResult.apply: y must have shape {shape} with {shape[1:-4]} = {list(self.g.shape)}; got {_checks.describe(y)}"
+                f"SinkhornResult.apply: y must have shape {shape} with {known} = {list(self.g.shape)}; got {_checks.describe(y)}"
             )
         device_type = y.device.type
         y = y.to(self.f.dtype)
@@ -107,3 +109,24 @@ class SinkhornResult:
         else:
             plan = reference.plan(cost, f, g, self._epsilon)
         return plan.squeeze(0) if single else plan
+
+
+def result_of(
+    solution: reference.Solution,
+    problem: Problem,
+    source: tuple[Tensor, ...],  # as in SinkhornResult, with the batch
+    kind: str,
+    *,
+    single: bool,
+    envelope: bool,
+) -> SinkhornResult:
+    """The result for the user: one problem without its batch; by the envelope, everything but the entropic value detached."""
+    epsilon, mass = problem.epsilon, problem.a.detach()
+    if envelope:
+        value = solution.entropic_value
+        solution = reference.Solution(*(t.detach() for t in solution))._replace(entropic_value=value)
+        source, epsilon = tuple(t.detach() for t in source), epsilon.detach()
+    if single:
+        solution = reference.Solution(*(t.squeeze(0) for t in solution))
+        source, mass = tuple(t.squeeze(0) for t in source), mass.squeeze(0)
+    return SinkhornResult(*solution, source, kind, epsilon, mass, problem.tol, {})

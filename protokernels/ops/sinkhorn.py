@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Batched entropic optimal transport: Sinkhorn's iterations in the log domain, with three gradients.
 
-The equations stand in ``protokernels.reference.sinkhorn`` and ``csrc/ops/sinkhorn.h``. Source: M. Cuturi, Sinkhorn Distances (NeurIPS 2013);
-log domain and absorption: G. Peyré and M. Cuturi, Computational Optimal Transport (2019), section 4.4.
+The equations stand in ``protokernels.reference.sinkhorn`` and ``csrc/ops/sinkhorn.h``. Source: M. Cuturi, Sinkhorn
+Distances (NeurIPS 2013); log domain and absorption: G. Peyré and M. Cuturi, Computational Optimal Transport (2019), section 4.4.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ._sinkhorn_problem import (
     check_gradient,
     prepare,
 )
-from ._sinkhorn_result import SinkhornResult
+from ._sinkhorn_result import SinkhornResult, result_of
 
 __all__ = ["SinkhornResult", "sinkhorn", "sinkhorn_divergence", "sinkhorn_features"]
 
@@ -60,8 +60,8 @@ def sinkhorn(
         P = exp(u[:, :, None] + v[:, None, :] - C / epsilon)
 
     No epsilon overflows: potentials are kept in the log domain. A smaller epsilon needs more iterations, roughly in proportion to
-    the range of the costs over epsilon; if ``converged`` is False, take more iterations or a larger epsilon, or start from a solution (``init``,
-    ``annealing``). In float32 the plan is known to about 1e-7 max|C| / epsilon relative; float64 goes further.
+    the range of the costs over epsilon; if ``converged`` is False, take more iterations or a larger epsilon, or start
+    from a solution (``init``, ``annealing``). In float32 the plan is known to about 1e-7 max|C| / epsilon relative; float64 goes further.
 
     **Which gradient is valid when.** Gradients reach cost, a, b and epsilon (where it is a tensor):
 
@@ -130,17 +130,7 @@ def sinkhorn(
         fixed = batch.detach()
         problem = anneal(problem, annealing, _spread(fixed, problem), lambda step: _solve(fixed, step, "envelope").g)
     solution = _solve(batch, problem, gradient)
-    constant = gradient == "envelope"
-    if constant:
-        values = [t.detach() for t in solution]
-        values[3] = solution.entropic_value
-        solution = reference.Solution(*values)
-    source, epsilon_used = (batch.detach(), problem.epsilon.detach()) if constant else (batch, problem.epsilon)
-    if single:
-        solution = reference.Solution(*(t.squeeze(0) for t in solution))
-        source = source.squeeze(0)
-    mass = problem.a.squeeze(0) if single else problem.a
-    return SinkhornResult(*solution, (source,), "dense", epsilon_used, mass, problem.tol, {})
+    return result_of(solution, problem, (batch,), "dense", single=single, envelope=gradient == "envelope")
 
 
 def _solve(

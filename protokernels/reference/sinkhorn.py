@@ -266,14 +266,14 @@ def solve_envelope(
 
 
 def cost_matrix(
-    x: Tensor,  # [B, N, D]
-    y: Tensor,  # [B, M, D]
+    x: Tensor,  # [B, N, D] or [N, D]
+    y: Tensor,  # [B, M, D] or [M, D]
     cost: str,
-) -> Tensor:  # [B, N, M]
+) -> Tensor:  # [B, N, M] or [N, M]
     """``cosine``: 1 - cos(x_i, y_j), a zero vector having cosine 0 with everything; ``sqeuclidean``: |x_i - y_j|^2."""
     device_type = x.device.type
     with torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext():
         if cost == "cosine":
             return 1 - unit_vectors(x) @ unit_vectors(y).mT
-        squares = x.square().sum(2).unsqueeze(2) + y.square().sum(2).unsqueeze(1)
+        squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
         return (squares - 2 * (x @ y.mT)).clamp(min=0)

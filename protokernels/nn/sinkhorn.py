@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: MIT
+"""Optimal transport as modules: a loss between clouds of features, and the balanced assignment of samples to prototypes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..ops import _sinkhorn_problem as problems
+from ..ops import sinkhorn as ops
+from ..ops._sinkhorn_features import COSTS, Cost
+from ..reference.sinkhorn import cost_matrix
+
+Value = Literal["transport", "entropic", "divergence"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+class SinkhornLoss(nn.Module):
+    """Optimal transport between two clouds of features, or for given costs, as a loss.
+
+    ``forward(x, y)`` with features [B, N, D] and [B, M, D] (or one pair without B); with ``cost=None`` instead ``forward(cost)`` with
+    costs [B, N, M]. Masses and masks go by name: ``forward(x, y, a=a, row_mask=mask)``.
+
+    Args:
+        cost: ``"cosine"`` or ``"sqeuclidean"`` between features; None: the costs are given.
+        value: what the loss is. ``"transport"``: <P, C>, by :func:`protokernels.sinkhorn`. ``"entropic"``: with the entropy (may be
+            negative). ``"divergence"``: :func:`protokernels.sinkhorn_divergence`, which is 0 for equal clouds.
+        gradient: as in :func:`protokernels.sinkhorn`; default ``"unrolled"``, for the divergence ``"envelope"``. With ``"envelope"``
+            features are never turned into a matrix of costs, and the value must be one that has this gradient (not ``"transport"``).
+        epsilon, num_iters, tol, marginal_penalty, annealing: as in :func:`protokernels.sinkhorn`.
+        reduction: over the batch: ``"mean"``, ``"sum"`` or ``"none"``. The mean over no problem is 0.
+
+    Shape: [B, N, D], [B, M, D] -> [], or [B] without reduction.
+
+    Example:
+        >>> import torch
+        >>> from protokernels.nn import SinkhornLoss
+        >>> loss = SinkhornLoss(num_iters=20)
+        >>> x = torch.randn(4, 49, 16, requires_grad=True)
+        >>> loss(x, torch.randn(4, 49, 16)).backward()
+        >>> x.grad.shape
+        torch.Size([4, 49, 16])
+    """
+
+    def __init__(
+        self,
+        epsilon: float = 0.05,
+        num_iters: int = 100,
+        *,
+        cost: Cost | None = "cosine",
+        value: Value = "transport",
+        gradient: problems.Gradient | None = None,
+        tol: float = 0.0,
+        marginal_penalty: problems.Penalty | None = None,
+        annealing: float | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        if cost is not None and cost not in COSTS:
+            raise ValueError(f"SinkhornLoss: cost must be 'cosine', 'sqeuclidean' or None; got {cost!r}")
+        if value not in ("transport", "entropic", "divergence"):
+            raise ValueError(f"SinkhornLoss: value must be 'transport', 'entropic' or 'divergence'; got {value!r}")
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"SinkhornLoss: reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
+        if gradient is None:
+            gradient = "envelope" if value == "divergence" else "unrolled"
+        problems.check_gradient("SinkhornLoss", gradient, problems.penalties("SinkhornLoss", marginal_penalty))
+        problems.check_annealing("SinkhornLoss", annealing)
+        if value == "transport" and gradient == "envelope":
+            raise ValueError(
+                "SinkhornLoss: gradient='envelope' is the gradient of value='entropic' or 'divergence'; "
+                "use one of them, or gradient='unrolled' or 'implicit'"
+            )
+        if value == "divergence" and (
+            cost is None or gradient != "envelope" or marginal_penalty is not None or annealing is not None
+        ):
+            raise ValueError(
+                "SinkhornLoss: value='divergence' is between features, with gradient='envelope', "
+                "without marginal_penalty and annealing"
+            )
+        self.epsilon = epsilon
+        self.num_iters = num_iters
+        self.cost = cost
+        self.value = value
+        self.gradient: problems.Gradient = gradient
+        self.tol = tol
+        self.marginal_penalty = marginal_penalty
+        self.annealing = annealing
+        self.reduction = reduction
+
+    def forward(
+        self,
+        x: Tensor,  # [B, N, D], or costs [B, N, M]
+        y: Tensor | None = None,  # [B, M, D]
+        *,
+        a: Tensor | None = None,  # [B, N]
+        b: Tensor | None = None,  # [B, M]
+        row_mask: Tensor | None = None,  # [B, N] bool
+        column_mask: Tensor | None = None,  # [B, M] bool
+    ) -> Tensor:  # [] or [B]
+        if (y is None) != (self.cost is None):
+            expected = "costs alone" if self.cost is None else "features x and y"
+            raise TypeError(f"SinkhornLoss: with cost={self.cost!r}, forward takes {expected}")
+        value = self._value(x, y, a, b, row_mask, column_mask)
+        if self.reduction == "none":
+            return value
+        total = value.sum()
+        return total if self.reduction == "sum" else total / max(1, value.numel())
+
+    def extra_repr(self) -> str:
+        return (
+            f"epsilon={self.epsilon}, num_iters={self.num_iters}, cost={self.cost!r}, value={self.value!r}, "
+            f"gradient={self.gradient!r}"
+        )
+
+    def _value(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        row_mask: Tensor | None,
+        column_mask: Tensor | None,
+    ) -> Tensor:
+        if self.value == "divergence":
+            assert y is not None and self.cost is not None
+            return ops.sinkhorn_divergence(
+                x,
+                y,
+                a,
+                b,
+                cost=self.cost,
+                epsilon=self.epsilon,
+                num_iters=self.num_iters,
+                tol=self.tol,
+                row_mask=row_mask,
+                column_mask=column_mask,
+            )
+        if y is not None and self.gradient == "envelope":
+            assert self.cost is not None
+            result = ops.sinkhorn_features(
+                x,
+                y,
+                a,
+                b,
+                cost=self.cost,
+                epsilon=self.epsilon,
+                num_iters=self.num_iters,
+                tol=self.tol,
+                row_mask=row_mask,
+                column_mask=column_mask,
+                marginal_penalty=self.marginal_penalty,
+                annealing=self.annealing,
+            )
+        else:
+            if y is not None:
+                assert self.cost is not None
+                dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+                x = cost_matrix(x.to(dtype), y.to(dtype), self.cost)
+            result = ops.sinkhorn(
+                x,
+                a,
+                b,
+                epsilon=self.epsilon,
+                num_iters=self.num_iters,
+                tol=self.tol,
+                gradient=self.gradient,
+                row_mask=row_mask,
+                column_mask=column_mask,
+                marginal_penalty=self.marginal_penalty,
+                annealing=self.annealing,
+            )
+        return result.transport_cost if self.value == "transport" else result.entropic_value
+
+
+class SinkhornAssignment(nn.Module):
+    """Balanced soft assignment of a batch of samples to K prototypes, as in SwAV (Caron et al., NeurIPS 2020).
+
+    ``forward(scores)`` with scores [B, K], larger is closer, returns targets [B, K]: every row sums to 1, and every prototype
+    gets about B / K samples (exactly, as iterations go on). It is the transport plan between prototypes and samples for the
+    cost -scores, times B. SwAV computes exp(scores / epsilon), which overflows for unnormalised scores; here no score does.
+    No gradient flows.
+
+    Under ``torch.distributed`` the samples of all ranks are assigned together and every rank gets the rows of its own, as
+    one process with the whole batch would; every rank must call ``forward`` equally often.
+
+    Args:
+        epsilon: sharpness, in units of the scores; SwAV: 0.05 for cosine scores.
+        num_iters: iterations; SwAV: 3.
+        process_group: ranks that share the samples; default: all of them.
+        equal_batches: promise that all ranks bring equally many samples. It saves the exchange of their numbers, for which the host
+            waits in every call.
+
+    Shape: [B, K] -> [B, K], float32 for half precision.
+
+    Example:
+        >>> import torch
+        >>> from protokernels.nn import SinkhornAssignment
+        >>> targets = SinkhornAssignment(epsilon=0.1)(torch.tensor([[0.9, 0.1], [0.8, 0.3], [0.7, 0.2], [0.6, 0.4]]))
+        >>> [[round(t, 2) for t in row] for row in targets.tolist()]
+        [[0.95, 0.05], [0.5, 0.5], [0.5, 0.5], [0.05, 0.95]]
+    """
+
+    def __init__(
+        self,
+        epsilon: float = 0.05,
+        num_iters: int = 3,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        equal_batches: bool = False,
+    ) -> None:
+        super().__init__()
+        if not epsilon > 0:
+            raise ValueError(f"SinkhornAssignment: epsilon must be positive; got {epsilon}")
+        if num_iters < 1:
+            raise ValueError(f"SinkhornAssignment: num_iters must be at least 1; got {num_iters}")
+        self.epsilon = epsilon
+        self.num_iters = num_iters
+        self.process_group = process_group
+        self.equal_batches = equal_batches
+
+    @torch.no_grad()
+    def forward(self, scores: Tensor) -> Tensor:  # [B, K] -> [B, K]
+        if scores.dim() != 2 or scores.shape[1] == 0:
+            raise ValueError(f"SinkhornAssignment: scores must have shape [B, K] with K >= 1; got {list(scores.shape)}")
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        together, first = self._gather(scores)
+        if together.shape[0] == 0:
+            return scores
+        result = ops.sinkhorn(-together.T, epsilon=self.epsilon, num_iters=self.num_iters)
+        own = result.plan[:, first : first + scores.shape[0]].T
+        return (own * together.shape[0]).contiguous()
+
+    def extra_repr(self) -> str:
+        return f"epsilon={self.epsilon}, num_iters={self.num_iters}"
+
+    def _gather(self, scores: Tensor) -> tuple[Tensor, int]:
+        """The scores of all ranks in their order, and where our own begin."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return scores, 0
+        ranks, rank = dist.get_world_size(self.process_group), dist.get_rank(self.process_group)
+        if ranks == 1:
+            return scores, 0
+        sizes = [scores.shape[0]] * ranks
+        if not self.equal_batches:
+            own = torch.tensor([scores.shape[0]], device=scores.device)
+            counts = [torch.zeros_like(own) for _ in range(ranks)]
+            dist.all_gather(counts, own, group=self.process_group)
+            sizes = torch.cat(counts).tolist()
+        longest = max(sizes)
+        padded = torch.nn.functional.pad(scores, (0, 0, 0, longest - scores.shape[0])).contiguous()
+        parts = [torch.empty_like(padded) for _ in range(ranks)]
+        dist.all_gather(parts, padded, group=self.process_group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sum(sizes[:rank])

@@ -1,0 +1,498 @@
+# SPDX-License-Identifier: MIT
+"""The op `sinkhorn`: values against a float64 oracle and closed forms, three gradients against complex steps and each other.
+
+`test_sinkhorn_edges.py` holds masks, forbidden pairs, zero mass, NaN, early stop, starts and unbalanced marginals,
+`test_sinkhorn_features.py` clouds of features and the divergence, `test_sinkhorn_properties.py` invariants on random
+problems, `test_sinkhorn_torch.py` what torch does with the op, `test_nn_sinkhorn.py` the modules.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import protokernels
+from protokernels import sinkhorn
+from python_tests.sinkhorn_oracle import (
+    PLACES,
+    SIZES,
+    Place,
+    Weights,
+    as_numpy,
+    check,
+    directional,
+    draw,
+    gradients,
+    log_error,
+    modulo_constants,
+    norm_error,
+    solve,
+    solve_batch,
+)
+
+EPSILONS = (0.5, 0.05, 0.005)
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    with request.param.selected() as selected:
+        yield selected
+
+
+def inputs(
+    place: Place, B: int, N: int, M: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """Cost, a, b and epsilon [B] that take gradients."""
+    epsilon = torch.linspace(0.08, 0.2, B, dtype=dtype)
+    return tuple(x.to(place.device).requires_grad_() for x in (*draw(B, N, M, seed, dtype), epsilon))
+
+
+class TestValue:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(("B", "N", "M"), SIZES)
+    def test_every_output_within_rounding_of_float64(
+        self, place: Place, B: int, N: int, M: int, dtype: torch.dtype
+    ) -> None:
+        cost, a, b = draw(B, N, M, seed=N + M, dtype=dtype)
+        for eps in EPSILONS:
+            for num_iters in (1, 2, 30):
+                epsilon = torch.full((B,), eps, dtype=dtype)
+                result = sinkhorn(*(x.to(place.device) for x in (cost, a, b)), epsilon=eps, num_iters=num_iters)
+                assert result.plan.dtype == result.transport_cost.dtype == result.f.dtype == dtype
+                check(result, solve_batch(cost, a, b, epsilon, num_iters), cost, epsilon, a)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_large_problems(self, place: Place, dtype: torch.dtype) -> None:
+        cost, a, b = draw(1, 700, 530, dtype=dtype)
+        epsilon = torch.tensor([0.02], dtype=dtype)
+        result = sinkhorn(*(x.to(place.device) for x in (cost, a, b)), epsilon=0.02, num_iters=12)
+        check(result, solve_batch(cost, a, b, epsilon, 12), cost, epsilon, a)
+
+    def test_an_epsilon_for_each_problem(self, place: Place) -> None:
+        cost, a, b = draw(4, 9, 12)
+        epsilon = torch.tensor([0.01, 0.1, 1.0, 10.0], dtype=torch.float64)
+        moved = [x.to(place.device) for x in (cost, a, b, epsilon)]
+        result = sinkhorn(*moved[:3], epsilon=moved[3], num_iters=20)
+        check(result, solve_batch(cost, a, b, epsilon, 20), cost, epsilon, a)
+
+    def test_one_problem_without_a_batch(self, place: Place) -> None:
+        cost, a, b = (x.to(place.device) for x in draw(1, 9, 12))
+        result, batch = sinkhorn(cost[0], a[0], b[0]), sinkhorn(cost, a, b)
+        for name in ("f", "g", "transport_cost", "entropic_value", "marginal_error", "iterations", "feasible", "plan"):
+            assert torch.equal(getattr(result, name), getattr(batch, name)[0]), name
+        assert result.plan.shape == (9, 12) and result.converged.shape == ()
+        y = torch.randn(12, 3, dtype=torch.float64, device=place.device)
+        torch.testing.assert_close(result.apply(y), batch.apply(y[None])[0], rtol=1e-13, atol=1e-15)
+
+    def test_uniform_masses_are_the_default(self, place: Place) -> None:
+        cost, a, b = (x.to(place.device) for x in draw(3, 9, 12, uniform=True, dtype=torch.float32))
+        expected, result = sinkhorn(cost, a, b), sinkhorn(cost)
+        torch.testing.assert_close(result.plan, expected.plan, rtol=1e-4, atol=0)
+        shared = sinkhorn(cost, a[0], b[:1])  # masses for the whole batch
+        assert torch.equal(shared.plan, expected.plan)
+
+    def test_half_precision_is_computed_in_float32(self, place: Place) -> None:
+        cost, a, b = draw(3, 9, 12, dtype=torch.float32)
+        for dtype in (torch.bfloat16, torch.float16):
+            half = cost.to(place.device, dtype)
+            result = sinkhorn(half, a.to(place.device), b.to(place.device))
+            expected = sinkhorn(half.float(), a.to(place.device), b.to(place.device))
+            assert result.f.dtype == torch.float32
+            assert torch.equal(result.plan, expected.plan) and torch.equal(
+                result.entropic_value, expected.entropic_value
+            )
+
+    def test_columns_are_exact_and_rows_as_good_as_said(self, place: Place) -> None:
+        cost, a, b = (x.to(place.device) for x in draw(3, 33, 31))
+        errors = []
+        for num_iters in (1, 4, 16, 64):
+            result = sinkhorn(cost, a, b, epsilon=0.05, num_iters=num_iters)
+            torch.testing.assert_close(result.plan.sum(1), b, rtol=1e-12, atol=0)
+            rows = (result.plan.sum(2) - a).abs().sum(1)
+            torch.testing.assert_close(result.marginal_error, rows, rtol=1e-8, atol=1e-14)
+            errors.append(result.marginal_error)
+        for before, after in pairwise(errors):
+            assert (after < before).all()
+
+    def test_apply_is_the_plan_times_y(self, place: Place) -> None:
+        cost, a, b = (x.to(place.device) for x in draw(3, 9, 12))
+        y = torch.randn(3, 12, 5, dtype=torch.float64, device=place.device, requires_grad=True)
+        result = sinkhorn(cost, a, b)
+        torch.testing.assert_close(result.apply(y), result.plan @ y, rtol=1e-14, atol=0)
+        with pytest.raises(ValueError, match=r"apply: y must have shape \[B, M, D\] with \[B, M\] = \[3, 12\]; got"):
+            result.apply(y[0])
+
+    # --- closed forms
+
+    def test_all_mass_on_one_side_goes_everywhere(self, place: Place) -> None:
+        cost, a, b = (x.to(place.device) for x in draw(3, 1, 12))
+        result = sinkhorn(cost, a, b, num_iters=1)
+        torch.testing.assert_close(result.plan[:, 0], b, rtol=1e-13, atol=0)
+        torch.testing.assert_close(result.transport_cost, (cost[:, 0] * b).sum(1), rtol=1e-13, atol=0)
+        result = sinkhorn(cost.mT, b, a, num_iters=1)
+        torch.testing.assert_close(result.plan[:, :, 0], b, rtol=1e-13, atol=0)
+
+    def test_a_constant_cost_gives_the_product_at_once(self, place: Place) -> None:
+        cost, a, b = (x.to(place.device) for x in draw(3, 9, 12))
+        result = sinkhorn(torch.full_like(cost, 1.7), a, b, num_iters=1)
+        torch.testing.assert_close(result.plan, a.unsqueeze(2) * b.unsqueeze(1), rtol=1e-12, atol=0)
+        assert (result.marginal_error < 1e-12).all()
+
+    def test_two_by_two(self, place: Place) -> None:
+        """P_11 P_22 / (P_12 P_21) = exp(-D / eps), D = C_11 + C_22 - C_12 - C_21; so P_11 = s / (2 (1 + s)), s = exp(-D / 2 eps)."""
+        cost = torch.tensor([[0.2, 0.9], [0.4, 0.3]], dtype=torch.float64, device=place.device)
+        plan = sinkhorn(cost, epsilon=0.3, num_iters=400).plan
+        s = math.exp(0.8 / 0.6)
+        assert float(plan[0, 0]) == pytest.approx(s / (2 * (1 + s)), rel=1e-12)
+
+    def test_a_large_epsilon_gives_the_product(self, place: Place) -> None:
+        cost, a, b = (x.to(place.device) for x in draw(3, 9, 12))
+        result = sinkhorn(cost, a, b, epsilon=1e6)
+        torch.testing.assert_close(result.plan, a.unsqueeze(2) * b.unsqueeze(1), rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_small_epsilon_gives_the_permutation(self, place: Place, dtype: torch.dtype) -> None:
+        order = torch.randperm(31, generator=torch.Generator().manual_seed(2))
+        cost = torch.rand(31, 31, generator=torch.Generator().manual_seed(3), dtype=dtype) + 0.5
+        cost[torch.arange(31), order] -= 0.5
+        cost[torch.arange(31), order] *= 0.1  # the only cheap assignment
+        result = sinkhorn(cost.to(place.device), epsilon=2e-3, num_iters=200)
+        expected = torch.zeros(31, 31, dtype=dtype)
+        expected[torch.arange(31), order] = 1 / 31
+        torch.testing.assert_close(result.plan.cpu(), expected, rtol=0, atol=1e-4)
+
+    def test_points_on_a_line_are_matched_in_order(self, place: Place) -> None:
+        generator = torch.Generator().manual_seed(4)
+        x, y = (torch.rand(20, generator=generator, dtype=torch.float64) for _ in range(2))
+        cost = (x.unsqueeze(1) - y).square().to(place.device)
+        expected = float((x.sort().values - y.sort().values).square().mean())
+        result = sinkhorn(cost, epsilon=2e-3, num_iters=1000, annealing=0.5)
+        assert bool(result.converged)
+        # the entropy of a plan is at most log(20) above that of a permutation; rows may be off by the marginal error
+        slack = float(result.marginal_error)
+        assert expected - slack <= float(result.transport_cost) <= expected + 2e-3 * math.log(20) + slack
+
+
+class TestGradient:
+    @pytest.mark.parametrize(("B", "N", "M"), [(1, 1, 1), (2, 3, 4), (1, 1, 5), (1, 5, 1), (2, 7, 2)])
+    def test_gradcheck_unrolled(self, place: Place, B: int, N: int, M: int) -> None:
+        def outputs(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> tuple[Tensor, ...]:
+            result = sinkhorn(cost, a, b, epsilon=epsilon, num_iters=4)
+            return result.f, result.g, result.transport_cost, result.entropic_value, result.plan
+
+        assert torch.autograd.gradcheck(outputs, inputs(place, B, N, M))
+
+    @pytest.mark.parametrize("num_iters", [1, 2, 25])
+    @pytest.mark.parametrize(("B", "N", "M"), [(2, 1, 1), (2, 15, 17), (1, 33, 31), (2, 49, 49), (1, 3, 130)])
+    def test_unrolled_is_the_derivative_of_the_iterations(
+        self, place: Place, B: int, N: int, M: int, num_iters: int
+    ) -> None:
+        point = inputs(place, B, N, M, seed=N)
+        weights = Weights.draw(B, N, M)
+        result = sinkhorn(*point[:3], epsilon=point[3], num_iters=num_iters)
+        found = [as_numpy(g) for g in gradients(result, weights, point)]
+        values = [as_numpy(x) for x in point]
+        random = np.random.default_rng(1)
+        for index in range(B):
+            at = tuple(x[index] for x in values)
+
+            def loss(*x: Any, index: int = index) -> Any:
+                return weights.of_answer(solve(*x, num_iters), index)
+
+            for part in range(5):  # each input alone, then all together
+                direction = tuple(
+                    random.standard_normal(np.shape(x)) * (part in (k, 4)) * (x if k < 3 else 1.0)
+                    for k, x in enumerate(at)
+                )
+                expected = directional(loss, at, direction)
+                terms = [g[index] * d for g, d in zip(found, direction, strict=True)]
+                scale = sum(float(np.abs(t).sum()) for t in terms)
+                assert abs(sum(float(t.sum()) for t in terms) - expected) <= 1e-10 * scale + 1e-12
+
+    @pytest.mark.parametrize(("B", "N", "M"), [(2, 4, 5), (1, 1, 3), (2, 15, 17), (1, 49, 49)])
+    def test_implicit_is_unrolled_at_convergence(self, place: Place, B: int, N: int, M: int) -> None:
+        weights = Weights.draw(B, N, M, gauge_free=True)
+        found = []
+        for gradient in ("unrolled", "implicit"):
+            point = inputs(place, B, N, M, seed=N)
+            result = sinkhorn(*point[:3], epsilon=point[3], num_iters=400, gradient=gradient)
+            assert (result.marginal_error < 1e-9).all()
+            found.append(gradients(result, weights, point))
+        for index in (0, 3):
+            assert norm_error(found[1][index], found[0][index]) < 1e-6
+        assert norm_error(modulo_constants(*found[1][1:3]), modulo_constants(*found[0][1:3])) < 1e-6
+
+    def test_envelope_is_the_derivative_of_the_entropic_value_at_convergence(self, place: Place) -> None:
+        found = []
+        for gradient in ("unrolled", "implicit", "envelope"):
+            point = inputs(place, 3, 9, 12)
+            result = sinkhorn(*point[:3], epsilon=point[3], num_iters=400, gradient=gradient)
+            found.append(torch.autograd.grad(result.entropic_value.sum(), point))
+            plan, f, g = result.plan.detach(), result.f.detach(), result.g.detach()
+        for other in found[:2]:
+            torch.testing.assert_close(found[2][0], other[0], rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(found[2][3], other[3], rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(
+                modulo_constants(*found[2][1:3]), modulo_constants(*other[1:3]), rtol=1e-6, atol=1e-9
+            )
+        expected = (plan, f, g, (plan * (plan.log() - 1)).sum((1, 2)))
+        for a, e in zip(found[2], expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+        assert (
+            all(torch.equal(a, b) for a, b in zip(found[1][:1], found[2][:1], strict=True))
+            or place.backend == "reference"
+        )
+
+    def test_through_a_softmax_the_constants_drop_out(self, place: Place) -> None:
+        found = []
+        for gradient in ("unrolled", "implicit", "envelope"):
+            generator = torch.Generator().manual_seed(6)
+            q = torch.randn(2, 21, generator=generator, dtype=torch.float64).to(place.device).requires_grad_()
+            cost, _, _ = draw(2, 9, 12)
+            result = sinkhorn(
+                cost.to(place.device), q[:, :9].softmax(1), q[:, 9:].softmax(1), num_iters=1500, gradient=gradient
+            )
+            found.append(torch.autograd.grad(result.entropic_value.sum(), q)[0])
+        torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found[0], found[2], rtol=1e-6, atol=1e-9)
+
+    def test_by_the_envelope_nothing_else_has_a_gradient(self, place: Place) -> None:
+        point = inputs(place, 2, 3, 4)
+        result = sinkhorn(*point[:3], epsilon=point[3], gradient="envelope")
+        assert result.entropic_value.requires_grad
+        for name in ("f", "g", "transport_cost", "plan", "marginal_error"):
+            assert not getattr(result, name).requires_grad, name
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            result.transport_cost.sum().backward()
+
+    @pytest.mark.parametrize("gradient", ["unrolled", "implicit", "envelope"])
+    @pytest.mark.parametrize(("B", "N", "M"), [(2, 15, 17), (4, 49, 49), (1, 129, 33)])
+    def test_float32_follows_float64(self, place: Place, gradient: Any, B: int, N: int, M: int) -> None:
+        weights = Weights.draw(B, N, M, gauge_free=True)
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            point = tuple(x.detach().to(dtype).requires_grad_() for x in inputs(place, B, N, M, torch.float32, seed=N))
+            result = sinkhorn(*point[:3], epsilon=point[3], num_iters=60, gradient=gradient)
+            if gradient == "envelope":
+                found.append(torch.autograd.grad(result.entropic_value.sum(), point))
+            else:
+                found.append(gradients(result, weights, point))
+        answers = solve_batch(*(x.detach() for x in point), 60)
+        # every factor of the backward pass is a plan known to this relative error
+        error = max(
+            log_error(x, as_numpy(point[0][i]), float(point[3][i].detach()), torch.float32, 60)
+            for i, x in enumerate(answers)
+        )
+        for actual, expected in zip(found[0], found[1], strict=True):
+            assert actual.dtype == torch.float32 and norm_error(actual, expected) < 4 * error
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_gets_gradients_of_its_type(self, place: Place, dtype: torch.dtype) -> None:
+        cost, _, _ = draw(2, 9, 12, dtype=torch.float32)
+        half = cost.to(place.device, dtype).requires_grad_()
+        full = half.detach().float().requires_grad_()
+        grads = [torch.autograd.grad(sinkhorn(x).plan.square().sum(), x)[0] for x in (half, full)]
+        assert grads[0].dtype == dtype
+        assert norm_error(grads[0], grads[1]) < 2 * torch.finfo(dtype).eps
+
+    def test_the_default_gradient_is_unrolled(self, place: Place) -> None:
+        found = []
+        for options in ({}, {"gradient": "unrolled"}):
+            point = inputs(place, 2, 9, 12)
+            found.append(
+                gradients(sinkhorn(*point[:3], epsilon=point[3], num_iters=5, **options), Weights.draw(2, 9, 12), point)
+            )
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize(
+        "wanted", [(True, False, False, False), (False, True, False, False), (False, False, True, True)]
+    )
+    @pytest.mark.parametrize("gradient", ["unrolled", "implicit", "envelope"])
+    def test_only_what_needs_a_gradient_gets_one(self, place: Place, gradient: Any, wanted: tuple[bool, ...]) -> None:
+        everything = inputs(place, 2, 5, 6)
+        some = [x.detach().clone().requires_grad_(want) for x, want in zip(everything, wanted, strict=True)]
+        for point in (everything, some):
+            sinkhorn(*point[:3], epsilon=point[3], num_iters=9, gradient=gradient).entropic_value.sum().backward()
+        for want, full, x in zip(wanted, everything, some, strict=True):
+            if want:
+                assert x.grad is not None and full.grad is not None and torch.equal(x.grad, full.grad)
+            else:
+                assert x.grad is None
+
+    def test_a_second_derivative_is_refused_natively_and_right_in_the_reference(self, place: Place) -> None:
+        cost, a, b, _ = inputs(place, 1, 3, 4)
+        if place.backend == "reference":
+            assert torch.autograd.gradgradcheck(lambda c: sinkhorn(c, a, b, epsilon=0.2, num_iters=3).plan, (cost,))
+            return
+        (gradient,) = torch.autograd.grad(sinkhorn(cost, a, b).transport_cost.sum(), cost, create_graph=True)
+        with pytest.raises(NotImplementedError, match=r"no second derivative; use .*reference"):
+            gradient.sum().backward()
+
+
+def call(**changes: Any) -> Any:
+    """sinkhorn on a right problem, with some arguments changed."""
+    arguments: dict[str, Any] = {"cost": torch.ones(2, 3, 4)}
+    arguments.update(changes)
+    return sinkhorn(arguments.pop("cost"), **arguments)
+
+
+class TestContract:
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"cost": [[1.0]]}, TypeError, r"cost must be a torch.Tensor of shape \[B, N, M\] or \[N, M\]; got list"),
+            (
+                {"cost": torch.ones(3, 4, dtype=torch.int64)},
+                TypeError,
+                r"cost must be float32.*got int64 \[3, 4\].*convert it",
+            ),
+            ({"cost": torch.ones(3)}, ValueError, r"cost must have shape \[B, N, M\] or \[N, M\]; got float32 \[3\]"),
+            ({"cost": torch.ones(2, 0, 4)}, ValueError, r"at least one row and one column; got \[2, 0, 4\]"),
+            (
+                {"a": torch.ones(2, 4)},
+                ValueError,
+                r"a must be .*shape \[B, N\] = \[2, 3\] or \[N\] = \[3\]; got float32 \[2, 4\]",
+            ),
+            ({"b": [1.0]}, TypeError, r"b must be .*got list"),
+            ({"b": torch.ones(4, dtype=torch.int64)}, TypeError, r"b must be a floating-point tensor.*got int64"),
+            (
+                {"a": torch.tensor([0.5, 0.7, -0.2])},
+                ValueError,
+                r"a must hold finite masses, 0 or more; got one that is -0.2",
+            ),
+            ({"a": torch.tensor([0.5, math.nan, 0.5])}, ValueError, r"a must hold finite masses.*NaN"),
+            ({"b": torch.tensor([0.5, math.inf, 0.5, 0.0])}, ValueError, r"b must hold finite masses.*inf"),
+            (
+                {"a": torch.tensor([[1.0, 0, 0], [1.0, 1, 0]])},
+                ValueError,
+                r"same total mass; problem 1 has sum\(a\) = 2 and sum\(b\) = 1; normalise them, or pass marginal_penalty",
+            ),
+            (
+                {"row_mask": torch.ones(3)},
+                TypeError,
+                r"row_mask must be a bool tensor.*got float32.*True marks what is present",
+            ),
+            (
+                {"column_mask": torch.ones(5, dtype=torch.bool)},
+                ValueError,
+                r"column_mask must be .*\[B, M\] = \[2, 4\]",
+            ),
+            (
+                {"a": torch.ones(3, device="meta") / 3},
+                ValueError,
+                r"a is on meta and the problem on cpu; pass a.to\('cpu'\)",
+            ),
+            ({"epsilon": 0.0}, ValueError, r"epsilon must be positive and finite; got 0.0"),
+            ({"epsilon": math.nan}, ValueError, r"epsilon must be positive and finite; got nan"),
+            ({"epsilon": "small"}, TypeError, r"epsilon must be a positive number or a tensor; got str"),
+            ({"epsilon": torch.tensor([0.1, -0.1])}, ValueError, r"epsilon must be positive and finite; got \[0.1"),
+            ({"epsilon": torch.ones(3)}, ValueError, r"one element or of shape \[B\] = \[2\]; got float32 \[3\]"),
+            ({"epsilon": torch.ones((), device="meta")}, ValueError, r"epsilon is on meta and the problem on cpu"),
+            ({"num_iters": 0}, ValueError, r"num_iters must be at least 1; got 0"),
+            ({"num_iters": 2.0}, TypeError, r"num_iters must be an integer.*got float"),
+            ({"tol": -1e-3}, ValueError, r"tol must be finite and not negative.*got -0.001"),
+            ({"tol": None}, TypeError, r"tol must be a number.*got NoneType"),
+            ({"gradient": "exact"}, ValueError, r"gradient must be 'unrolled', 'implicit' or 'envelope'; got 'exact'"),
+            (
+                {"gradient": "implicit", "marginal_penalty": 1.0},
+                ValueError,
+                r"'implicit' is for exact marginals only; use gradient='unrolled' or 'envelope' with marginal_penalty",
+            ),
+            ({"marginal_penalty": 0.0}, ValueError, r"marginal_penalty must be positive, or None.*got 0.0"),
+            ({"marginal_penalty": (1.0, 2.0, 3.0)}, ValueError, r"one number or two \(rows, columns\); got 3"),
+            ({"marginal_penalty": "much"}, TypeError, r"marginal_penalty must be a positive number or a pair; got str"),
+            ({"init": torch.zeros(2, 3)}, ValueError, r"init must be .*\[B, M\] = \[2, 4\]"),
+            ({"annealing": 1.0}, ValueError, r"annealing must lie in \(0, 1\).*got 1.0"),
+            ({"annealing": True}, TypeError, r"annealing must be a number in \(0, 1\) or None; got bool"),
+        ],
+    )
+    def test_wrong_arguments_are_named(self, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+        assert call().plan.shape == (2, 3, 4)
+        with pytest.raises(error, match=f"^sinkhorn: .*{message}"):
+            call(**changes)
+
+    def test_inputs_are_left_as_they_were(self, place: Place) -> None:
+        point = inputs(place, 3, 33, 31)
+        before = [x.detach().clone() for x in point]
+        result = sinkhorn(*point[:3], epsilon=point[3], init=torch.zeros_like(point[2]), annealing=0.5)
+        result.plan.square().sum().backward()
+        for x, copy in zip(point, before, strict=True):
+            assert torch.equal(x, copy)
+
+    def test_the_result_is_frozen_and_says_what_it_is(self, place: Place) -> None:
+        result = sinkhorn(torch.ones(2, 3, 4, device=place.device))
+        assert isinstance(result, protokernels.SinkhornResult)
+        with pytest.raises(AttributeError):
+            result.f = result.g  # type: ignore[misc]
+        assert repr(result) == f"SinkhornResult(2 x 3 x 4, float32 on {result.f.device})"
+        assert result.plan is result.plan
+
+
+class TestDeterminism:
+    @pytest.mark.parametrize(("B", "N", "M"), [(64, 49, 49), (3, 130, 151), (1, 600, 515)])
+    def test_repeats_and_any_number_of_threads_agree_to_the_bit(self, place: Place, B: int, N: int, M: int) -> None:
+        threads = torch.get_num_threads()
+        point = inputs(place, B, N, M, torch.float32)
+        results = []
+        try:
+            for repeat in range(6):
+                # what torch's own reductions give, which the reference is made of, depends on the number of threads
+                torch.set_num_threads(1 + repeat % 2 if place.backend == "native" else 1)
+                results.append(everything(point))
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.equal(a, b)
+
+    def test_a_problem_does_not_depend_on_its_neighbours(self, place: Place) -> None:
+        if place.backend == "reference":
+            pytest.skip("torch's own reductions, which the reference is made of, depend on the number of problems")
+        cost, a, b, _ = inputs(place, 7, 33, 49, torch.float32)
+        whole = sinkhorn(cost, a, b, num_iters=20)
+        for index in (0, 3, 6):
+            alone = sinkhorn(cost[index], a[index], b[index], num_iters=20)
+            assert torch.equal(alone.f, whole.f[index]) and torch.equal(
+                alone.entropic_value, whole.entropic_value[index]
+            )
+
+    def test_two_python_threads_do_not_disturb_each_other(self, place: Place) -> None:
+        problems = [inputs(place, 8, 49, 33, torch.float32, seed=seed) for seed in (1, 2)]
+        expected = [everything(problem) for problem in problems]
+        mistakes: list[str] = []
+        start = threading.Barrier(2)
+
+        def work(index: int) -> None:
+            start.wait()
+            for _ in range(5):
+                for a, b in zip(everything(problems[index]), expected[index], strict=True):
+                    if not torch.equal(a, b):
+                        mistakes.append(f"thread {index}")
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not mistakes
+
+
+def everything(point: tuple[Tensor, ...]) -> list[Tensor]:
+    found = []
+    for gradient in ("unrolled", "implicit"):
+        result = sinkhorn(*point[:3], epsilon=point[3], num_iters=10, gradient=gradient)
+        loss = result.plan.square().sum() + result.entropic_value.sum()
+        found += [result.f, result.g, result.entropic_value, result.marginal_error, result.plan]
+        found += list(torch.autograd.grad(loss, point))
+        if point[0].shape[1] > 200:
+            break  # the reference solves its linear system densely
+    return found
