@@ -62,7 +62,7 @@ def prepare(
         raise ValueError(f"{op}: num_iters must be at least 1; got {num_iters}")
     if isinstance(tol, bool) or not isinstance(tol, (int, float)):
         raise TypeError(f"{op}: tol must be a number, 0 for no early stop; got {_checks.describe(tol)}")
-    if not (tol >= 0 and math.isfinite(tol)):
+    if not 0 <= tol < math.inf:
         raise ValueError(f"{op}: tol must be finite and not negative, 0 for no early stop; got {tol}")
     rho = penalties(op, marginal_penalty)
     known = a is None and b is None and row_mask is None and column_mask is None
@@ -220,7 +220,7 @@ def _epsilon(op: str, value: object, like: Tensor, B: int, dtype: torch.dtype) -
         return value.to(dtype).reshape(-1).expand(B).contiguous()
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{op}: epsilon must be a positive number or a tensor; got {_checks.describe(value)}")
-    if isinstance(value, (int, float)) and not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(
             f"{op}: epsilon must be positive and finite; got {value}; the smallest cost that matters is a start"
         )

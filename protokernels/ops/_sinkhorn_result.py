@@ -63,7 +63,10 @@ class SinkhornResult:
         if "plan" not in self._kept:
             first, last = self._source[0], self._source[-1]
             cost = first if self._kind == "dense" else reference.cost_matrix(first, last, self._kind)
-            self._kept["plan"] = self._plan_of(cost, self.f)
+            plan = self._plan_of(cost, self.f)
+            if not torch.is_grad_enabled() and (self.f.requires_grad or first.requires_grad):
+                return plan  # where gradients are recorded it is another one
+            self._kept["plan"] = plan
         return self._kept["plan"]
 
     def apply(
@@ -122,7 +125,7 @@ def result_of(
 ) -> SinkhornResult:
     """The result for the user: one problem without its batch; by the envelope, everything but the entropic value detached."""
     epsilon, mass = problem.epsilon, problem.a.detach()
-    if envelope:
+    if envelope or not torch.is_grad_enabled():
         value = solution.entropic_value
         solution = reference.Solution(*(t.detach() for t in solution))._replace(entropic_value=value)
         source, epsilon = tuple(t.detach() for t in source), epsilon.detach()

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: MIT
+"""One rank of the two that `test_nn_sinkhorn.py` starts: assigns its part of every batch of scores and saves what it gets.
+
+python sinkhorn_worker.py RANK WORLD_SIZE STORE OUTPUT
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from protokernels.nn import SinkhornAssignment
+
+K = 5
+# rows of every batch, and where the second rank's part begins: even, uneven, nothing for the second, nothing for the first, nothing at all
+BATCHES = [(32, 16), (11, 7), (6, 6), (9, 0), (0, 0)]
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(B, K, generator=generator) for B, _ in BATCHES]
+
+
+def main(rank: int, world_size: int, store: str, output: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    parts = [rows[:cut] if rank == 0 else rows[cut:] for rows, (_, cut) in zip(batches(), BATCHES, strict=True)]
+    module = SinkhornAssignment(epsilon=0.3, num_iters=4)
+    results = [module(part) for part in parts]
+    results.append(SinkhornAssignment(epsilon=0.3, num_iters=4, equal_batches=True)(parts[0]))
+    torch.save(results, output)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

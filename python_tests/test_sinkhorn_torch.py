@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: MIT
+"""The op `sinkhorn` under torch's machinery: opcheck, compile, export, autocast; and under every CPU instruction set."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from protokernels import _native, sinkhorn, sinkhorn_divergence, sinkhorn_features
+from python_tests.sinkhorn_oracle import PLACES, Place, draw, needs_native
+from python_tests.test_prototypes_torch import LEVEL_FLAGS, cpu_flags
+
+ROOT = Path(__file__).resolve().parents[1]
+NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
+DTYPES = [torch.float32, torch.float64]
+OPS = torch.ops.protokernels
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    with request.param.selected() as selected:
+        yield selected
+
+
+def arguments(place: Place, dtype: torch.dtype, grad: bool) -> tuple[Tensor, ...]:
+    """cost, a, b and epsilon, with a forbidden pair and an absent row."""
+    cost, a, b = draw(2, 9, 12, dtype=dtype)
+    cost[0, 3, 4] = math.inf
+    a[1, 0] += a[1, 2]
+    a[1, 2] = 0
+    epsilon = torch.tensor([0.1, 0.2], dtype=dtype)
+    return tuple(x.to(place.device).requires_grad_(grad) for x in (cost, a, b, epsilon))
+
+
+@pytest.mark.parametrize("place", NATIVE_PLACES)
+@pytest.mark.parametrize("dtype", DTYPES)
+class TestOpcheck:
+    @pytest.mark.parametrize("history", [False, True])
+    def test_forward(self, place: Place, dtype: torch.dtype, history: bool) -> None:
+        point = arguments(place, dtype, grad=True)
+        start = torch.zeros(2, 12, dtype=dtype, device=place.device)
+        # potentials of absent rows are -inf: only what is finite goes through the comparison of gradients
+        whole = [x.detach()[:1].clone() for x in point]
+        whole[0][0, 3, 4] = 0.5
+        leaves = [x.requires_grad_() for x in whole]
+        torch.library.opcheck(OPS.sinkhorn_forward, (*leaves, None, 3, 0.0, math.inf, math.inf, history))
+        if history:
+            torch.library.opcheck(OPS.sinkhorn_forward, (*leaves, start[:1], 2, 0.0, 0.5, math.inf, True))
+        detached = [x.detach() for x in point]
+        torch.library.opcheck(OPS.sinkhorn_forward, (*detached, start, 3, 0.0, 0.5, 2.0, history))
+
+    @pytest.mark.parametrize("implicit", [False, True])
+    def test_backward(self, place: Place, dtype: torch.dtype, implicit: bool) -> None:
+        point = arguments(place, dtype, grad=False)
+        f, g, value, _, _, iterations, _, history = OPS.sinkhorn_forward(
+            *point, None, 3, 0.0, math.inf, math.inf, not implicit
+        )
+        grads = (torch.randn_like(f), None, torch.randn_like(value), torch.randn_like(value))
+        torch.library.opcheck(
+            OPS.sinkhorn_backward, (*point, None, f, g, iterations, history, *grads, implicit, math.inf, math.inf)
+        )
+
+    def test_plan_and_envelope(self, place: Place, dtype: torch.dtype) -> None:
+        cost, a, b, epsilon = arguments(place, dtype, grad=False)
+        f, g, value, *_ = OPS.sinkhorn_forward(cost, a, b, epsilon, None, 3, 0.0, math.inf, math.inf, False)
+        plan = OPS.sinkhorn_plan(cost, f, g, epsilon)
+        torch.library.opcheck(OPS.sinkhorn_plan, (cost, f, g, epsilon))
+        leaves = [x[:1].clone() for x in (cost, f, g, epsilon)]
+        leaves[0][0, 3, 4] = 0.5
+        torch.library.opcheck(OPS.sinkhorn_plan, tuple(x.requires_grad_() for x in leaves))
+        torch.library.opcheck(OPS.sinkhorn_plan_backward, (torch.randn_like(plan), plan, cost, f, g, epsilon))
+        torch.library.opcheck(OPS.sinkhorn_envelope_backward, (cost, f, g, epsilon, torch.randn_like(value)))
+
+    @pytest.mark.parametrize("cosine", [False, True])
+    def test_features(self, place: Place, dtype: torch.dtype, cosine: bool) -> None:
+        _, a, b, epsilon = arguments(place, dtype, grad=True)
+        a = a.detach()[:1].expand(2, 9).clone().requires_grad_()
+        generator = torch.Generator().manual_seed(0)
+        x, y = (
+            torch.randn(2, n, 5, generator=generator, dtype=torch.float64).to(place.device, dtype).requires_grad_()
+            for n in (9, 12)
+        )
+        options = (None, cosine, 3, 0.0, math.inf, math.inf)
+        torch.library.opcheck(OPS.sinkhorn_features_forward, (x, y, a, b, epsilon, *options))
+        x, y, a, b, epsilon = (t.detach() for t in (x, y, a, b, epsilon))
+        f, g, _, value, *_ = OPS.sinkhorn_features_forward(x, y, a, b, epsilon, *options)
+        for grad in (torch.randn_like(value), None):
+            torch.library.opcheck(OPS.sinkhorn_features_backward, (x, y, f, g, epsilon, grad, cosine))
+
+
+class TestContract:
+    @pytest.mark.parametrize("gradient", ["unrolled", "implicit", "envelope"])
+    def test_compile_without_graph_breaks(self, place: Place, gradient: Any) -> None:
+        def step(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> tuple[Tensor, ...]:
+            result = sinkhorn(
+                2 * cost, a.softmax(1), b.softmax(1), epsilon=epsilon, num_iters=4, gradient=gradient, annealing=0.3
+            )
+            loss = result.entropic_value.sum()
+            if gradient != "envelope":
+                loss = loss + result.plan.square().sum() + result.transport_cost.sum()
+            return loss, result.f, result.iterations, result.converged, result.apply(cost.mT)
+
+        self._compare(step, place, "aot_eager")
+
+    def test_compile_features(self, place: Place) -> None:
+        def step(x: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> tuple[Tensor, ...]:
+            y = 2 * x.flip(1)[:, :, :5] + 1
+            options: dict[str, Any] = {"epsilon": epsilon, "num_iters": 4}
+            result = sinkhorn_features(x[:, :, :5], y, a.softmax(1), None, **options)
+            apart = sinkhorn_divergence(x[:, :, :5], y, cost="cosine", **options)
+            return (result.entropic_value + apart).sum(), result.f, b.detach()
+
+        self._compare(step, place, "aot_eager")
+
+    @needs_native
+    @pytest.mark.skipif(
+        shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler"
+    )
+    def test_compile_with_inductor(self) -> None:
+        def step(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> tuple[Tensor, ...]:
+            result = sinkhorn(cost.tanh(), a.softmax(1), b.softmax(1), epsilon=epsilon, num_iters=4)
+            return result.plan.square().sum(), result.f
+
+        self._compare(step, Place("cpu", "native"), "inductor")
+
+    @staticmethod
+    def _compare(function: Any, place: Place, compiler: str) -> None:
+        """Values and gradients of the compiled function equal those of the function."""
+        torch.compiler.reset()
+        results = []
+        for run in (function, torch.compile(function, fullgraph=True, backend=compiler)):
+            cost, a, b = (x.to(place.device).requires_grad_() for x in draw(3, 9, 12, dtype=torch.float32))
+            epsilon = torch.tensor(0.2, device=place.device, requires_grad=True)
+            loss, *rest = run(cost, a, b, epsilon)
+            grads = torch.autograd.grad(loss, (cost, a, b, epsilon), allow_unused=True)
+            results.append([loss, *rest, *(g for g in grads if g is not None)])
+        assert len(results[0]) == len(results[1])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    def test_compile_for_any_size(self, place: Place) -> None:
+        torch.compiler.reset()
+        compiled = torch.compile(
+            lambda cost: sinkhorn(cost, num_iters=5).plan, fullgraph=True, backend="aot_eager", dynamic=True
+        )
+        for B, N, M in ((2, 9, 12), (3, 33, 31), (5, 7, 130)):
+            cost = draw(B, N, M, dtype=torch.float32)[0].to(place.device)
+            torch.testing.assert_close(compiled(cost), sinkhorn(cost, num_iters=5).plan, rtol=1e-5, atol=1e-8)
+
+    def test_a_result_may_leave_the_compiled_function(self, place: Place) -> None:
+        torch.compiler.reset()
+        cost = draw(2, 9, 12, dtype=torch.float32)[0].to(place.device)
+        compiled = torch.compile(lambda cost: sinkhorn(cost, num_iters=5), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(cost).plan, sinkhorn(cost, num_iters=5).plan, rtol=1e-5, atol=1e-8)
+
+    def test_export_with_a_free_batch_size(self, place: Place) -> None:
+        class Matcher(nn.Module):
+            def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                result = sinkhorn(1 - x @ y.mT, num_iters=5, tol=1e-3)
+                streamed = sinkhorn_features(x, y, num_iters=5)
+                return result.plan, result.converged, streamed.entropic_value
+
+        x, y = torch.rand(2, 9, 5, device=place.device), torch.rand(2, 7, 5, device=place.device)
+        batch = torch.export.Dim("batch", min=2)
+        exported = torch.export.export(Matcher(), (x, y), dynamic_shapes=({0: batch}, {0: batch}))
+        x, y = torch.rand(6, 9, 5, device=place.device), torch.rand(6, 7, 5, device=place.device)
+        for a, b in zip(exported.module()(x, y), Matcher()(x, y), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        if place.backend == "native":
+            assert "protokernels.sinkhorn_forward" in exported.graph_module.code
+
+    def test_autocast(self, place: Place) -> None:
+        cost, a, b = (x.to(place.device) for x in draw(2, 9, 12, dtype=torch.float32))
+        points = torch.randn(2, 12, 5, device=place.device)
+        linear = nn.Linear(12, 12).to(place.device)
+        with torch.autocast(place.device, torch.bfloat16):
+            half = linear(cost)
+            assert half.dtype == torch.bfloat16
+            result = sinkhorn(half, a, b, num_iters=9)
+            moved = result.apply(points)
+        # what came in is half precision; everything after it is computed and returned in float32
+        assert result.plan.dtype == moved.dtype == torch.float32
+        assert torch.equal(result.plan, sinkhorn(half.float(), a, b, num_iters=9).plan)
+        torch.testing.assert_close(moved, result.plan @ points)
+        result.transport_cost.sum().backward()
+        assert linear.weight.grad is not None and linear.weight.grad.isfinite().all() and linear.weight.grad.any()
+
+    def test_no_gradient_is_recorded_where_none_is_wanted(self, place: Place) -> None:
+        cost = draw(2, 9, 12)[0].to(place.device).requires_grad_()
+        with torch.no_grad():
+            result = sinkhorn(cost)
+        assert not (result.f.requires_grad or result.plan.requires_grad)
+        result = sinkhorn(cost)
+        with torch.no_grad():
+            assert not result.plan.requires_grad
+        assert result.plan.requires_grad
+        with torch.inference_mode():
+            other = sinkhorn(cost)
+            torch.testing.assert_close(other.plan, result.plan.detach())
+
+
+class TestInstructionSets:
+    def test_the_level_asked_for_is_the_level_used(self) -> None:
+        wanted = os.environ.get("PROTOKERNELS_CPU_LEVEL")
+        if wanted is None:
+            pytest.skip("only inside test_every_level, which sets PROTOKERNELS_CPU_LEVEL")
+        assert _native.build_info()["cpu_level"] == wanted
+
+    @needs_native
+    @pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+    def test_every_level(self, level: str) -> None:
+        """Values, gradients and edges again in a process that may use this level only."""
+        if "PROTOKERNELS_CPU_LEVEL" in os.environ:
+            pytest.skip("the outer test run limits the level already")
+        if _native.build_info()["cpu_level"] == level:
+            pytest.skip(f"{level} is what the other tests of this run use")
+        missing = LEVEL_FLAGS[level] - cpu_flags()
+        if missing:
+            pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
+        files = [f"python_tests/test_sinkhorn{part}.py" for part in ("", "_edges", "_features")]
+        run = subprocess.run(
+            [
+                sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, __file__,
+                "-k", "(cpu-native and (TestValue or TestGradient)) or the_level_asked_for",
+            ],
+            cwd=ROOT,
+            env={**os.environ, "PROTOKERNELS_CPU_LEVEL": level},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+        assert "skipped" not in run.stdout.splitlines()[-1] and " passed" in run.stdout.splitlines()[-1]
