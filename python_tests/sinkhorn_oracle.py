@@ -153,6 +153,14 @@ def draw(
     return cost.to(dtype), a.to(dtype), b.to(dtype)
 
 
+def inputs(
+    place: Place, B: int, N: int, M: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """Cost, a, b and epsilon [B] that take gradients."""
+    epsilon = torch.linspace(0.08, 0.2, B, dtype=dtype)
+    return tuple(x.to(place.device).requires_grad_() for x in (*draw(B, N, M, seed, dtype), epsilon))
+
+
 def log_error(answer: Answer, cost: Array, epsilon: float, dtype: torch.dtype, num_iters: int) -> float:
     """How far u, v and log P may be from float64 after so many iterations in `dtype`.
 

@@ -227,7 +227,7 @@ class TestInstructionSets:
         missing = LEVEL_FLAGS[level] - cpu_flags()
         if missing:
             pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
-        files = [f"python_tests/test_sinkhorn{part}.py" for part in ("", "_edges", "_features")]
+        files = [f"python_tests/test_sinkhorn{part}.py" for part in ("", "_gradient", "_edges", "_features")]
         run = subprocess.run(
             [
                 sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, __file__,
