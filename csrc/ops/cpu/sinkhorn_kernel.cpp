@@ -34,7 +34,7 @@ struct Solver {
   SinkhornChunks chunks;
   int64_t rows, stride;  // N and M, rounded up to whole vectors
   T epsilon, lambda_a, lambda_b;
-  bool balanced, any_lost = false;
+  bool balanced, any_lost = false, looks_at_error;
   T *kernel, *partial, *column_max;                                                // [rows, stride], [chunks, stride], [stride]
   T *mass_a, *active_a, *log_a, *row_center, *row_scale, *next_scale;  // [rows]; active: 0 where infeasible
   T *mass_b, *active_b, *log_b, *column_center, *column_scale;                     // [stride]
@@ -52,7 +52,7 @@ struct Solver {
     column_max = partial + chunks.count * stride;
     epsilon = static_cast<const T*>(p.epsilon)[b];
     cost = {static_cast<const T*>(p.cost) + b * p.N * p.M, p.N, p.M, 1 / epsilon};
-    balanced = std::isinf(p.rho_a) && std::isinf(p.rho_b);
+    balanced = std::isinf(p.rho_a) && std::isinf(p.rho_b), looks_at_error = p.tolerance > 0;
     lambda_a = std::isinf(p.rho_a) ? T(1) : static_cast<T>(p.rho_a / (p.rho_a + epsilon));
     lambda_b = std::isinf(p.rho_b) ? T(1) : static_cast<T>(p.rho_b / (p.rho_b + epsilon));
     copy_padded(mass_a, static_cast<const T*>(p.a) + b * p.N, p.N, rows + 16, T(0));
@@ -232,11 +232,12 @@ struct Solver {
     for (int k = 0; k < ROWS; k += LANES<T>) {
       const Vec<T> none{}, active = load(active_a + i + k), center = load(row_center + i + k);
       const Vec<T> log_next = lambda_a * (load(log_a + i + k) + center - log_nonnegative(load(sum + k))) - center;
-      const Vec<T> moved = absolute<T>(log_next - log_nonnegative(load(row_scale + i + k))) * load(mass_a + i + k);
       store(scale + k, active == none ? none : exp_any<T>(log_next));
+      if (!looks_at_error) continue;
+      const Vec<T> moved = absolute<T>(log_next - log_nonnegative(load(row_scale + i + k))) * load(mass_a + i + k);
       store(change + k, active == none ? none : moved);
     }
-    error += load_four(change);
+    if (looks_at_error) error += load_four(change);
     return load_four(scale);
   }
 
@@ -290,6 +291,7 @@ struct Solver {
     error = INFINITE<double>;
     if (balanced && p.tolerance > 0) error = scale_rows<true>().error + lost_columns();
     if (balanced) return p.num_iters;
+    looks_at_error = true;
     const Report<T> next = scale_rows<false>();
     if (next.trusted(columns.largest_scale)) error = next.error;
     return p.num_iters;
