@@ -207,31 +207,40 @@ PK_INLINE void fused_rows_short(const T* kernel, int64_t begin, int64_t end, con
   for (int c = 0; c < VECTORS; ++c) store(sums + c * LANES<T>, sum[c]);
 }
 
-template <class T, class Finish>
-PK_INLINE void fused_rows_long(const T* kernel, int64_t stride, int64_t begin, int64_t end, const T* v, T* sums, Finish& finish) {
-  for (int64_t i = begin; i < end; i += ROWS) {
-    const T* const rows = kernel + i * stride;
-    Vec<T> even[ROWS] = {}, odd[ROWS] = {};  // two chains a row, or the latency of the additions would be the limit
-    int64_t j = 0;
-    for (; j + 2 * LANES<T> <= stride; j += 2 * LANES<T>) {
-      const Vec<T> first = load(v + j), second = load(v + j + LANES<T>);
+// The sums of four rows of K under v. Two chains a row, or the latency of the additions would be the limit.
+template <class T>
+PK_INLINE Four<T> four_sums(const T* rows, int64_t stride, const T* v) {
+  Vec<T> even[ROWS] = {}, odd[ROWS] = {};
+  int64_t j = 0;
+  for (; j + 2 * LANES<T> <= stride; j += 2 * LANES<T>) {
+    const Vec<T> first = load(v + j), second = load(v + j + LANES<T>);
 #pragma GCC unroll 4
-      for (int row = 0; row < ROWS; ++row) {
-        even[row] += load(rows + row * stride + j) * first;
-        odd[row] += load(rows + row * stride + j + LANES<T>) * second;
-      }
-    }
-    if (j < stride)
-#pragma GCC unroll 4
-      for (int row = 0; row < ROWS; ++row) even[row] += load(rows + row * stride + j) * load(v + j);
-    const Four<T> scale = finish(i, sum_four<T>(even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]));
-    const Vec<T> s0 = broadcast(scale[0]), s1 = broadcast(scale[1]), s2 = broadcast(scale[2]), s3 = broadcast(scale[3]);
-    for (j = 0; j < stride; j += LANES<T>) {
-      const Vec<T> upper = s0 * load(rows + j) + s1 * load(rows + stride + j);
-      const Vec<T> lower = s2 * load(rows + 2 * stride + j) + s3 * load(rows + 3 * stride + j);
-      store(sums + j, load(sums + j) + (upper + lower));
+    for (int row = 0; row < ROWS; ++row) {
+      even[row] += load(rows + row * stride + j) * first;
+      odd[row] += load(rows + row * stride + j + LANES<T>) * second;
     }
   }
+  if (j < stride)
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; ++row) even[row] += load(rows + row * stride + j) * load(v + j);
+  return sum_four<T>(even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]);
+}
+
+// sums += four rows of K, scaled.
+template <class T>
+PK_INLINE void add_four(const T* rows, int64_t stride, Four<T> scale, T* sums) {
+  const Vec<T> s0 = broadcast(scale[0]), s1 = broadcast(scale[1]), s2 = broadcast(scale[2]), s3 = broadcast(scale[3]);
+  for (int64_t j = 0; j < stride; j += LANES<T>) {
+    const Vec<T> upper = s0 * load(rows + j) + s1 * load(rows + stride + j);
+    const Vec<T> lower = s2 * load(rows + 2 * stride + j) + s3 * load(rows + 3 * stride + j);
+    store(sums + j, load(sums + j) + (upper + lower));
+  }
+}
+
+template <class T, class Finish>
+PK_INLINE void fused_rows_long(const T* kernel, int64_t stride, int64_t begin, int64_t end, const T* v, T* sums, Finish& finish) {
+  for (int64_t i = begin; i < end; i += ROWS)
+    add_four(kernel + i * stride, stride, finish(i, four_sums(kernel + i * stride, stride, v)), sums);
 }
 
 template <class T, class Finish>
