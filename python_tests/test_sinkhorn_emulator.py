@@ -390,7 +390,7 @@ class TestFeatures:
         value = (P * cost).sum((1, 2)) + inputs[2] * (torch.special.xlogy(P, P) - P).sum((1, 2))
         expected = torch.autograd.grad((value * upstream).sum(), inputs)
         # log P rounds terms of up to max C / epsilon; a gradient adds up terms P |x - y|
-        error = 32 * torch.finfo(case.dtype).eps * (8 + float(cost.max() / case.epsilon.min()))
+        error = 32 * torch.finfo(case.dtype).eps * (8 + float(cost.detach().max() / case.epsilon.min()))
         weight = float((P.sum((1, 2)) * upstream.abs()).max())
         norm = float(max(x.norm(dim=2).max(), y.norm(dim=2).max()))
         shortest = min(float(z.norm(dim=2)[z.norm(dim=2) > 0].min()) for z in (x, y))

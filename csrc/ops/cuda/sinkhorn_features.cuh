@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Costs between features, a tile at a time: 64 vectors of one side against panels of the other, products by tensor cores (three tf32 products:
-// float32 accuracy; float64: plain), handed to a Pass in groups of 8 entries of a row. Nothing of size N M is stored.
+// Costs between features, a tile at a time: 64 vectors of one side against panels of the other, products by tensor cores (three tf32
+// products: float32 accuracy; float64: plain), handed to a Pass in groups of 8 entries of a row. Nothing of size N M is stored.
 //
 // Rows and columns are roles: the half-step of the columns is the same kernel with x and y exchanged. A Pass has
 //
@@ -50,8 +50,8 @@ __device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
 
 // d += a b by three tf32 products.
 template <int fragments>
-__device__ __forceinline__ void multiply_fragment(float (&d)[fragments][4], int f, const unsigned (&high)[4], const unsigned (&low)[4], float b0,
-                                                  float b1) {
+__device__ __forceinline__ void multiply_fragment(float (&d)[fragments][4], int f, const unsigned (&high)[4], const unsigned (&low)[4],
+                                                  float b0, float b1) {
   unsigned b_high[2], b_low[2];
   split(b0, b_high[0], b_low[0]);
   split(b1, b_high[1], b_low[1]);
@@ -66,7 +66,7 @@ struct Products;
 
 template <>
 struct Products<float> {  // warps 4 x 2, each 16 rows x 64 columns: 8 fragments of 16 x 8
-  static constexpr int COLUMNS = 128, ROWS = 2, GROUPS = 2, SHARERS = 8;  // per thread: rows, groups of 8 in a row; threads that share a row
+  static constexpr int COLUMNS = 128, ROWS = 2, GROUPS = 2, SHARERS = 8;  // of a thread: rows, groups of 8 in one; threads of a row
   float sum[8][4] = {};
 
   static __device__ __forceinline__ int row(int r) { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + r * 8; }
@@ -128,7 +128,8 @@ __device__ __forceinline__ void load_vectors(T (&tile)[count][STRIDE], const Vec
 
 // What goes with the columns of a panel. Begins with a barrier; another must follow.
 template <class T, class Pass>
-__device__ __forceinline__ void load_columns(FeatureTiles<T>& tiles, const Pair<T>& pair, const Pass& pass, int64_t b, int column0, int last) {
+__device__ __forceinline__ void load_columns(FeatureTiles<T>& tiles, const Pair<T>& pair, const Pass& pass, int64_t b, int column0,
+                                             int last) {
   __syncthreads();
   const int k = threadIdx.x, j = column0 + k;
   if (k >= Products<T>::COLUMNS) return;
@@ -164,7 +165,8 @@ __global__ void __launch_bounds__(STREAM_THREADS) norms_kernel(int64_t count, in
 template <class T>
 int launch_norms(int64_t count, int D, bool cosine, const T* vectors, T* norms, void* stream) {
   const int64_t blocks = (count + STREAM_WARPS - 1) / STREAM_WARPS;
-  return PK_LAUNCH((norms_kernel<T>), dim3(static_cast<unsigned>(blocks)), dim3(STREAM_THREADS), 0, stream, count, D, cosine, vectors, norms);
+  return PK_LAUNCH((norms_kernel<T>), dim3(static_cast<unsigned>(blocks)), dim3(STREAM_THREADS), 0, stream, count, D, cosine, vectors,
+                   norms);
 }
 
 }  // namespace

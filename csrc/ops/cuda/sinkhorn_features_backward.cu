@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // The envelope gradient of Sinkhorn between features on the GPU. The equations stand in ops/sinkhorn.h.
 //
-// gradient_kernel: like attention with weights that need no normalisation. A block takes 64 rows and 64 dimensions of the result: a panel of 128
-// columns gives a tile of P in registers, which is at once the left factor of P Y: the accumulator of one product is the operand of the next when k is
-// numbered 2 member, 2 member + 1 instead of member, member + 4. Row sums of P and P (log P - 1) come along. The gradient of y is the same with roles
-// exchanged. finish_kernel turns P Y into the gradient of a squared distance or of a cosine.
+// gradient_kernel: like attention with weights that need no normalisation. A block takes 64 rows and 64 dimensions of the result: a panel
+// of 128 columns gives a tile of P in registers, which is at once the left factor of P Y: the accumulator of one product is the operand of
+// the next when k is numbered 2 member, 2 member + 1 instead of member, member + 4. Row sums of P and P (log P - 1) come along. The
+// gradient of y is the same with roles exchanged. finish_kernel turns P Y into the gradient of a squared distance or of a cosine.
 // Limit at 4096 x 4096, D = 64 on an H200: twice 27 us of tf32 products. Not yet run on a GPU; runs in the emulator.
 
 #include "common/simt.cuh"
@@ -30,7 +30,8 @@ struct PlanProduct<float> {  // a warp: 16 rows x 64 dimensions over its own 64 
   static constexpr int DIMENSIONS = 64;
   float sum[8][4] = {};
 
-  __device__ __forceinline__ void add(Products<float>& plan, FeatureTiles<float>& tiles, const Pair<float>& pair, int64_t b, int column0, int d0) {
+  __device__ __forceinline__ void add(Products<float>& plan, FeatureTiles<float>& tiles, const Pair<float>& pair, int64_t b, int column0,
+                                      int d0) {
     const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4, half = threadIdx.x / 128 * 64;
 #pragma unroll
     for (int stage = 0; stage < 2; ++stage) {
@@ -160,8 +161,8 @@ __global__ void __launch_bounds__(FEATURE_THREADS, 1) gradient_kernel(const Pair
 
 // In place: P Y becomes the gradient; a warp per vector. The second statistic becomes its share of the gradient of epsilon.
 template <class T>
-__global__ void __launch_bounds__(STREAM_THREADS) finish_kernel(int64_t total, int D, bool cosine, Vectors<T> side, const T* upstream, T* result,
-                                                                T* statistics) {
+__global__ void __launch_bounds__(STREAM_THREADS) finish_kernel(int64_t total, int D, bool cosine, Vectors<T> side,
+                                                                const T* upstream, T* result, T* statistics) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * STREAM_WARPS + threadIdx.x / 32, b = at / side.count, i = at % side.count;
   if (at >= total) return;
   const int lane = threadIdx.x % 32;
@@ -194,8 +195,8 @@ struct AddEpsilon {
 };
 
 template <class T>
-int side_gradient(const SinkhornFeaturesBackward& p, const Pair<T>& pair, const void* row_potential, const void* column_potential, void* result,
-                  T* statistics, void* stream) {
+int side_gradient(const SinkhornFeaturesBackward& p, const Pair<T>& pair, const void* row_potential, const void* column_potential,
+                  void* result, T* statistics, void* stream) {
   constexpr int64_t dimensions = PlanProduct<T>::DIMENSIONS;
   const int64_t blocks = p.B * ((pair.rows.count + FEATURE_ROWS - 1) / FEATURE_ROWS) * ((p.D + dimensions - 1) / dimensions);
   const int64_t total = p.B * pair.rows.count;
@@ -203,8 +204,9 @@ int side_gradient(const SinkhornFeaturesBackward& p, const Pair<T>& pair, const 
   const int status = PK_LAUNCH((gradient_kernel<T>), dim3(static_cast<unsigned>(blocks)), dim3(FEATURE_THREADS), 0, stream, pair, plan,
                                static_cast<T*>(result), statistics);
   if (status != 0) return status;
-  return PK_LAUNCH((finish_kernel<T>), dim3(static_cast<unsigned>((total + STREAM_WARPS - 1) / STREAM_WARPS)), dim3(STREAM_THREADS), 0, stream,
-                   total, pair.D, pair.cosine, pair.rows, static_cast<const T*>(p.grad_entropic_value), static_cast<T*>(result), statistics);
+  const int64_t vector_blocks = (total + STREAM_WARPS - 1) / STREAM_WARPS;
+  return PK_LAUNCH((finish_kernel<T>), dim3(static_cast<unsigned>(vector_blocks)), dim3(STREAM_THREADS), 0, stream, total, pair.D,
+                   pair.cosine, pair.rows, static_cast<const T*>(p.grad_entropic_value), static_cast<T*>(result), statistics);
 }
 
 template <class T>

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The implicit gradient of Sinkhorn on the GPU, problems that fit one multiprocessor: one block, one launch. The equations stand in ops/sinkhorn.h.
+// The implicit gradient of Sinkhorn on the GPU, problems that fit one multiprocessor: one block, one launch. The equations stand in
+// ops/sinkhorn.h.
 //
-// Rows are eliminated: (diag(q) - P^T diag(1 / p) P) y = c - P^T (r / p), a graph Laplacian, solved by conjugate gradients scaled with diag(q). Its
-// product is the Sinkhorn iteration's: P d by warps, divided by p, back through P^T, with P read once. Every warp keeps the vectors over the columns
-// and takes the inner products itself, so that the exchange of column sums is the only barrier. What rounding leaves along the null vector is taken
-// out of every residual.
+// Rows are eliminated: (diag(q) - P^T diag(1 / p) P) y = c - P^T (r / p), a graph Laplacian, solved by conjugate gradients scaled with
+// diag(q). Its product is the Sinkhorn iteration's: P d by warps, divided by p, back through P^T, with P read once. Every warp keeps the
+// vectors over the columns and takes the inner products itself, so that the exchange of column sums is the only barrier. What rounding
+// leaves along the null vector is taken out of every residual.
 // Limit on an H200: latency, about 600 cycles a step. Not yet run on a GPU; runs in the emulator.
 
 #include "common/simt.cuh"
@@ -218,7 +219,8 @@ struct Solver {
           if (plan != 0) {
             const T m = plan * (tc * c - x - y[e]);
             gradient = (tc + entropic) * plan - m * tile.inverse_epsilon;
-            epsilon_bar += m * c * tile.inverse_epsilon * tile.inverse_epsilon + entropic * plan * (of_row + v[e] - c * tile.inverse_epsilon - 1);
+            epsilon_bar += m * c * tile.inverse_epsilon * tile.inverse_epsilon;
+            epsilon_bar += entropic * plan * (of_row + v[e] - c * tile.inverse_epsilon - 1);
           }
           p.grad_cost[(problem * p.N + i) * p.M + j] = gradient;
         }
@@ -260,7 +262,8 @@ struct LaunchImplicit {
   template <class S>
   int operator()(S) const {
     const Backward<typename S::T> backward(p);
-    return PK_LAUNCH((implicit_kernel<S>), dim3(static_cast<unsigned>(p.B)), dim3(S::THREADS), S::dynamic_bytes(p.N, p.M), stream, backward);
+    return PK_LAUNCH((implicit_kernel<S>), dim3(static_cast<unsigned>(p.B)), dim3(S::THREADS), S::dynamic_bytes(p.N, p.M), stream,
+                     backward);
   }
   int operator()() const { return 0; }  // never: the caller has looked at the tier
 };

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT
-// Sinkhorn on the GPU, problems that fit one multiprocessor: one block, one launch for all iterations. The equations stand in ops/sinkhorn.h.
+// Sinkhorn on the GPU, problems that fit one multiprocessor: one block, one launch for all iterations. The equations stand in
+// ops/sinkhorn.h.
 //
-// The iteration runs on a scaled kernel K = exp(alpha_i + beta_j - C_ij / eps) that is made once: w_i = a_i / (K z)_i, z_j = b_j / (K^T w)_j, and
-// u_i = alpha_i + log w_i, v_j = beta_j + log z_j. alpha and beta take the log-sums without the masses, so that both products stay near 1; one that
-// leaves [1e-13, 1e13] has its half-step done again in the log domain and K made anew: a warp does that for its own rows, the block for columns.
-// Unbalanced problems always take the log domain: their weights have no bound. The first iteration does too, for everyone.
-// The stop test is free: sum_i |w_i (K z)_i - a_i| of the last iterate falls out of the next row pass.
-// Limit at 64 x 49 x 49, 100 iterations on an H200: latency, about 400 cycles an iteration (8 warps: 5 shuffles, a barrier, 16 loads, 2 divisions).
-// Not yet run on a GPU; runs in the emulator.
+// The iteration runs on a scaled kernel K = exp(alpha_i + beta_j - C_ij / eps) that is made once: w_i = a_i / (K z)_i, z_j = b_j / (K^T
+// w)_j, and u_i = alpha_i + log w_i, v_j = beta_j + log z_j. alpha and beta take the log-sums without the masses, so that both products
+// stay near 1; one that leaves [1e-13, 1e13] has its half-step done again in the log domain and K made anew: a warp does that for its own
+// rows, the block for columns. Unbalanced problems always take the log domain: their weights have no bound. The first iteration does too,
+// for everyone. The stop test is free: sum_i |w_i (K z)_i - a_i| of the last iterate falls out of the next row pass.
+// Limit at 64 x 49 x 49, 100 iterations on an H200: latency, about 400 cycles an iteration (8 warps: 5 shuffles, a barrier, 16 loads, 2
+// divisions). Not yet run on a GPU; runs in the emulator.
 
 #include "common/simt.cuh"
 #include "ops/cuda/sinkhorn_tile.cuh"
@@ -71,8 +72,8 @@ struct Forward {
 
 // P and what is summed over it, from the potentials; the block's sums end in thread 0.
 template <class S, class T>
-__device__ __forceinline__ void write_values(const Forward<T>& p, Tile<S, Side<T>>& tile, const Rows<S, Side<T>>& rows, const Side<T> (&columns)[S::E],
-                                             T error, int iterations, T (&sums)[5][S::W]) {
+__device__ __forceinline__ void write_values(const Forward<T>& p, Tile<S, Side<T>>& tile, const Rows<S, Side<T>>& rows,
+                                             const Side<T> (&columns)[S::E], T error, int iterations, T (&sums)[5][S::W]) {
   const T epsilon = p.epsilon[blockIdx.x];
   const int64_t problem = blockIdx.x;
   T transported = 0, value = 0, mass_a = 0, mass_b = 0, bad = 0, v[S::E];

@@ -32,7 +32,8 @@ struct PlanOp {
   __device__ __forceinline__ void add(Sum&, int64_t b, int i, int j, int di, int dj, int n, const T (&c)[STEP]) const {
 #pragma unroll
     for (int k = 0; k < STEP; ++k)
-      if (k < n) plan[(b * potentials.N + i + k * di) * potentials.M + j + k * dj] = exponential(potentials.log_plan(b, i, j + k * dj, c[k]));
+      if (k < n)
+        plan[(b * potentials.N + i + k * di) * potentials.M + j + k * dj] = exponential(potentials.log_plan(b, i, j + k * dj, c[k]));
   }
   __device__ __forceinline__ void row(int64_t, int, const Sum&) const {}
 };
@@ -89,7 +90,9 @@ struct EnvelopeOp {
       grad_cost[(b * potentials.N + i) * potentials.M + j + k * dj] = gradient[b] * plan;
     }
   }
-  __device__ __forceinline__ void row(int64_t b, int i, const Sum& sum) const { row_epsilon[b * potentials.N + i] = gradient[b] * sum.part[0]; }
+  __device__ __forceinline__ void row(int64_t b, int i, const Sum& sum) const {
+    row_epsilon[b * potentials.N + i] = gradient[b] * sum.part[0];
+  }
 };
 
 template <class T>
@@ -109,7 +112,8 @@ struct AddRows {
 
 template <class T, class Problem>
 Potentials<T> potentials_of(const Problem& p) {
-  return {static_cast<int>(p.N), static_cast<int>(p.M), static_cast<const T*>(p.f), static_cast<const T*>(p.g), static_cast<const T*>(p.epsilon)};
+  return {static_cast<int>(p.N), static_cast<int>(p.M), static_cast<const T*>(p.f), static_cast<const T*>(p.g),
+          static_cast<const T*>(p.epsilon)};
 }
 
 template <class T>
@@ -144,7 +148,8 @@ int64_t envelope(const SinkhornEnvelope& p, void* workspace, void* stream, int* 
   T* const row_epsilon = pieces.take<T>(p.B * p.N);
   Streamer<T> streamer(p.B, p.N, p.M, p.cost, 0, pieces, stream);
   if (status) {
-    streamer.rows(EnvelopeOp<T>{potentials_of<T>(p), static_cast<const T*>(p.grad_entropic_value), static_cast<T*>(p.grad_cost), row_epsilon});
+    const T* const gradient = static_cast<const T*>(p.grad_entropic_value);
+    streamer.rows(EnvelopeOp<T>{potentials_of<T>(p), gradient, static_cast<T*>(p.grad_cost), row_epsilon});
     streamer.problems(AddRows<T>{static_cast<int>(p.N), row_epsilon, static_cast<T*>(p.grad_epsilon)});
     *status = streamer.status;
   }
@@ -166,7 +171,8 @@ int64_t sinkhorn_plan_backward_workspace(const SinkhornPlanBackward& p) {
 
 int launch_sinkhorn_plan_backward(const SinkhornPlanBackward& p, void* workspace, void* stream) {
   int status = 0;
-  if (p.B > 0) p.kind == Kind::f64 ? plan_backward<double>(p, workspace, stream, &status) : plan_backward<float>(p, workspace, stream, &status);
+  if (p.B == 0) return 0;
+  p.kind == Kind::f64 ? plan_backward<double>(p, workspace, stream, &status) : plan_backward<float>(p, workspace, stream, &status);
   return status;
 }
 

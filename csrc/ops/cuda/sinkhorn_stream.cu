@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Sinkhorn on the GPU, problems of any size: the cost is read in every half-step, in the log domain. The equations stand in ops/sinkhorn.h.
 //
-// An iteration is two launches: rows, the last block of a problem looking at the error; columns by chunks of rows, the last block of a panel adding up
-// its chunks. A problem that has reached the tolerance, or its last iteration, is marked on the device and skipped from then on: the host never waits. 1.13 exponentials per entry and half-step (the largest of
-// 8 entries is taken out at a time).
+// An iteration is two launches: rows, the last block of a problem looking at the error; columns by chunks of rows, the last block of a
+// panel adding up its chunks. A problem that has reached the tolerance, or its last iteration, is marked on the device and skipped from
+// then on: the host never waits. 1.13 exponentials per entry and half-step (the largest of 8 entries is taken out at a time).
 // Limit at 4096 x 4096 on an H200: memory, 31 us an iteration. Not yet run on a GPU; runs in the emulator.
 
 #include "common/simt.cuh"

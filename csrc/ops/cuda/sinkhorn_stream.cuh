@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Sums along the rows and the columns of matrices that do not fit one multiprocessor. What is summed is an Op; the walk is the same for all:
+// Sums along the rows and the columns of matrices that do not fit one multiprocessor. What is summed is an Op; the walk is the same for
+// all:
 //
 //   row_kernel       a warp per row, 8 entries per lane at a time
 //   column_kernel    a thread per column and chunk of rows, 8 rows at a time; the last chunk to arrive adds up all of them in their order
@@ -96,7 +97,8 @@ struct Matrix {
   unsigned* arrivals;  // [B] for rows or [B, panels] for columns; 0 between launches
 };
 
-// True in all threads of the block that is the last of so many to come here; what the others wrote before is visible then. Counts from 0 and leaves 0.
+// True in all threads of the block that is the last of so many to come here; what the others wrote before is visible then. Counts from 0
+// and leaves 0.
 __device__ __forceinline__ bool arrives_last(unsigned* count, int64_t blocks) {
   PK_SHARED(int, last);
   __threadfence();
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(STREAM_THREADS, 2) row_kernel(const Matrix<T> 
 }
 
 template <class T, class Op>
-__global__ void __launch_bounds__(STREAM_COLUMNS, 4) column_kernel(const Matrix<T> matrix, const Op op) {
+__global__ void __launch_bounds__(STREAM_COLUMNS, 2) column_kernel(const Matrix<T> matrix, const Op op) {
   constexpr int parts = Op::Sum::PARTS;
   const int panels = (matrix.M + STREAM_COLUMNS - 1) / STREAM_COLUMNS, chunks = (matrix.N + matrix.chunk - 1) / matrix.chunk;
   const int64_t b = blockIdx.x / matrix.blocks_per_problem;
@@ -235,7 +237,8 @@ struct Streamer {
   void columns(const Op& op) {
     const int64_t blocks = panels() * chunk_count(N);
     if (status == 0)
-      status = PK_LAUNCH((column_kernel<T, Op>), dim3(static_cast<unsigned>(B * blocks)), dim3(STREAM_COLUMNS), 0, stream, matrix(blocks), op);
+      status = PK_LAUNCH((column_kernel<T, Op>), dim3(static_cast<unsigned>(B * blocks)), dim3(STREAM_COLUMNS), 0, stream,
+                         matrix(blocks), op);
   }
   template <class Op>
   void problems(const Op& op) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The unrolled gradient of Sinkhorn on the GPU, problems of any size. The equations stand in ops/sinkhorn.h.
 //
-// An iteration is walked back in two launches: S w along the rows gives the row factors z; along the columns S and R are made again, subtracted
-// from M_bar, which lies in grad_cost, and R z is summed by chunks, which give the column factors of the iteration before. Row and
-// column shifts are kept, so that an entry of S or R is one exponential. Problems that stopped early wait on the device.
+// An iteration is walked back in two launches: S w along the rows gives the row factors z; along the columns S and R are made again,
+// subtracted from M_bar, which lies in grad_cost, and R z is summed by chunks, which give the column factors of the iteration before. Row
+// and column shifts are kept, so that an entry of S or R is one exponential. Problems that stopped early wait on the device.
 // Limit at 4096 x 4096 on an H200: memory, 62 us a step (the cost twice, M_bar there and back). Not yet run on a GPU; runs in the emulator.
 
 #include "common/simt.cuh"
@@ -44,8 +44,8 @@ struct WalkState {
   int t;
 
   WalkState(const SinkhornBackward& p, Pieces& pieces)
-      : B(p.B), N(static_cast<int>(p.N)), M(static_cast<int>(p.M)), num_iters(static_cast<int>(p.num_iters)), rho_a(static_cast<T>(p.rho_a)),
-        rho_b(static_cast<T>(p.rho_b)), a(static_cast<const T*>(p.a)), b(static_cast<const T*>(p.b)),
+      : B(p.B), N(static_cast<int>(p.N)), M(static_cast<int>(p.M)), num_iters(static_cast<int>(p.num_iters)),
+        rho_a(static_cast<T>(p.rho_a)), rho_b(static_cast<T>(p.rho_b)), a(static_cast<const T*>(p.a)), b(static_cast<const T*>(p.b)),
         epsilon(static_cast<const T*>(p.epsilon)), g_init(static_cast<const T*>(p.g_init)), iterations(p.iterations),
         history(static_cast<const T*>(p.history)), grad_f(static_cast<const T*>(p.grad_f)), grad_g(static_cast<const T*>(p.grad_g)),
         grad_transport_cost(static_cast<const T*>(p.grad_transport_cost)),
@@ -65,8 +65,12 @@ struct WalkState {
     if (b[problem * M + j] == 0) return -INFINITY;
     return g_init ? g_init[problem * M + j] / epsilon[problem] : T(0);
   }
-  __device__ __forceinline__ T transport_gradient(int64_t problem) const { return grad_transport_cost ? grad_transport_cost[problem] : T(0); }
-  __device__ __forceinline__ T entropic_gradient(int64_t problem) const { return grad_entropic_value ? grad_entropic_value[problem] : T(0); }
+  __device__ __forceinline__ T transport_gradient(int64_t problem) const {
+    return grad_transport_cost ? grad_transport_cost[problem] : T(0);
+  }
+  __device__ __forceinline__ T entropic_gradient(int64_t problem) const {
+    return grad_entropic_value ? grad_entropic_value[problem] : T(0);
+  }
   // What the step back of an iteration needs of a column whose v_bar is known.
   __device__ __forceinline__ void set_column(int64_t problem, int j, int iteration, T v_bar) const {
     const int64_t at = problem * M + j;
@@ -200,7 +204,8 @@ struct CostGradientOp {
   __device__ __forceinline__ bool skip(int64_t) const { return false; }
   __device__ __forceinline__ void add(Sum& sum, int64_t problem, int i, int j, int, int dj, int n, const T (&c)[STEP]) const {
     const int t = p.last(problem);
-    const T inverse = T(1) / p.epsilon[problem], values = p.transport_gradient(problem) + p.entropic_gradient(problem), u = p.u(problem, t, i);
+    const T inverse = T(1) / p.epsilon[problem], values = p.transport_gradient(problem) + p.entropic_gradient(problem);
+    const T u = p.u(problem, t, i);
 #pragma unroll
     for (int k = 0; k < STEP; ++k) {
       if (k >= n) continue;
@@ -235,7 +240,8 @@ struct MassGradientOp {
       T gradient = 0;
       if (v != -T(INFINITY)) {
         gradient = p.log_b_bar[at] / p.b[at];
-        if (p.rho_b != T(INFINITY)) gradient += p.entropic_gradient(problem) * p.rho_b * (1 - exponential(-v * p.epsilon[problem] / p.rho_b));
+        if (p.rho_b != T(INFINITY))
+          gradient += p.entropic_gradient(problem) * p.rho_b * (1 - exponential(-v * p.epsilon[problem] / p.rho_b));
       }
       p.grad_b[at] = gradient;
       sum += p.column_epsilon[at];

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The implicit gradient of Sinkhorn on the GPU, problems of any size. The equations stand in ops/sinkhorn.h.
 //
-// Conjugate gradients as in sinkhorn_implicit.cu, with P made again from the cost in every product: three launches a step, a fixed number of steps,
-// and a flag on the device for problems that are done. Vectors and inner products of a problem belong to one block.
+// Conjugate gradients as in sinkhorn_implicit.cu, with P made again from the cost in every product: three launches a step, a fixed number
+// of steps, and a flag on the device for problems that are done. Vectors and inner products of a problem belong to one block.
 // Limit at 4096 x 4096 on an H200: memory, 31 us a step. Not yet run on a GPU; runs in the emulator.
 
 #include "common/simt.cuh"
@@ -53,8 +53,12 @@ struct SolverState {
     done = pieces.take<int>(p.B);
   }
 
-  __device__ __forceinline__ T transport_gradient(int64_t problem) const { return grad_transport_cost ? grad_transport_cost[problem] : T(0); }
-  __device__ __forceinline__ T entropic_gradient(int64_t problem) const { return grad_entropic_value ? grad_entropic_value[problem] : T(0); }
+  __device__ __forceinline__ T transport_gradient(int64_t problem) const {
+    return grad_transport_cost ? grad_transport_cost[problem] : T(0);
+  }
+  __device__ __forceinline__ T entropic_gradient(int64_t problem) const {
+    return grad_entropic_value ? grad_entropic_value[problem] : T(0);
+  }
   // log P; -infinity if there is no pair. Potentials are never +infinity.
   __device__ __forceinline__ T log_plan(T potential, T other, T c, T inverse) const { return (potential + other - c) * inverse; }
 };

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The iterations of a streamed Sinkhorn, whatever the cost is made of: the state of the problems, what becomes of the sums, the order of launches.
+// The iterations of a streamed Sinkhorn, whatever the cost is made of: the state of the problems, what becomes of the sums, the order of
+// launches.
 #pragma once
 
 #include "ops/cuda/sinkhorn_stream.cuh"
@@ -42,7 +43,8 @@ struct Solve {
         epsilon(static_cast<const T*>(p.epsilon)), g_init(static_cast<const T*>(p.g_init)), f(static_cast<T*>(p.f)),
         g(static_cast<T*>(p.g)), transport_cost(static_cast<T*>(p.transport_cost)), entropic_value(static_cast<T*>(p.entropic_value)),
         marginal_error(static_cast<T*>(p.marginal_error)), iterations(p.iterations), feasible(p.feasible), history(kept),
-        u(pieces.take<T>(p.B * p.N)), u_next(pieces.take<T>(p.B * p.N)), v(pieces.take<T>(p.B * p.M)), values(pieces.take<T>(p.B * p.N * 3)),
+        u(pieces.take<T>(p.B * p.N)), u_next(pieces.take<T>(p.B * p.N)), v(pieces.take<T>(p.B * p.M)),
+        values(pieces.take<T>(p.B * p.N * 3)),
         factors(pieces.take<T>(p.B * 3)), done(pieces.take<int>(p.B)), t(0) {}
 
   __device__ __forceinline__ T* kept(int64_t problem, int iteration) const { return history + (problem * num_iters + iteration) * (N + M); }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
 // One Sinkhorn problem in one block: where every entry, row and column lives.
 //
-// The rows of a problem go round the warps: slot s of batch b of warp w is row (8 b + s) W + w. Lane l has the columns l, l + 32, ... (E of them) of
-// its warp's rows, and looks after the row in slot l % 8. The scaled kernel K = exp(alpha_i + beta_j - C_ij / eps) therefore belongs to one thread per
-// entry: it stays in registers, or in shared memory that nobody else reads. Every warp keeps all column weights. An iteration reads K once: the warp
-// reduces its rows, turns them into row weights, and adds weight times row to its partial column sums; one exchange between the warps follows.
+// The rows of a problem go round the warps: slot s of batch b of warp w is row (8 b + s) W + w. Lane l has the columns l, l + 32, ... (E of
+// them) of its warp's rows, and looks after the row in slot l % 8. The scaled kernel K = exp(alpha_i + beta_j - C_ij / eps) therefore
+// belongs to one thread per entry: it stays in registers, or in shared memory that nobody else reads. Every warp keeps all column weights.
+// An iteration reads K once: the warp reduces its rows, turns them into row weights, and adds weight times row to its partial column sums;
+// one exchange between the warps follows.
 #pragma once
 
 #include "common/simt.cuh"
@@ -64,8 +65,8 @@ struct Exchange {
   typename S::T rows[2][3][S::BATCHES > 1 ? S::ROWS : 1];  // the fields of a row; second: before the half-step
 };
 
-// The rows a lane looks after, one per batch: in registers where there is one batch, else in shared memory, written by the first 8 lanes. The state
-// before the half-step is kept, for a problem that stops there.
+// The rows a lane looks after, one per batch: in registers where there is one batch, else in shared memory, written by the first 8 lanes.
+// The state before the half-step is kept, for a problem that stops there.
 template <class S, class Row>
 struct Rows {
   static constexpr bool SHARED = S::BATCHES > 1;

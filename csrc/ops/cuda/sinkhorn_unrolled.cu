@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
-// The unrolled gradient of Sinkhorn on the GPU, problems that fit one multiprocessor: one block, one launch. The equations stand in ops/sinkhorn.h.
+// The unrolled gradient of Sinkhorn on the GPU, problems that fit one multiprocessor: one block, one launch. The equations stand in
+// ops/sinkhorn.h.
 //
-// An iteration is walked back with one read of a scaled kernel K = exp(alpha_i + beta_j - C_ij / eps), as in the forward kernel: its softmaxes are
-// S = K sr_i sc_j and R = K rr_i rc_j, whose four factors cost an exponential per row and column, not per entry. K follows the potentials of the
-// iteration when they have moved by more than 30; a step whose two ends lie further apart than that (the first ones of a small epsilon), and every
-// step of an unbalanced problem, takes S and R entry by entry. A warp decides for itself: only column sums meet.
-// The gradient of C / eps is kept by the thread that owns the entry, in registers, or in grad_cost where they do not suffice.
-// Limit at 64 x 49 x 49, 100 iterations on an H200: latency, about 450 cycles a step. Not yet run on a GPU; runs in the emulator.
+// An iteration is walked back with one read of a scaled kernel K = exp(alpha_i + beta_j - C_ij / eps), as in the forward kernel: its
+// softmaxes are S = K sr_i sc_j and R = K rr_i rc_j, whose four factors cost an exponential per row and column, not per entry. K follows
+// the potentials of the iteration when they have moved by more than 30; a step whose two ends lie further apart than that (the first ones
+// of a small epsilon), and every step of an unbalanced problem, takes S and R entry by entry. A warp decides for itself: only column sums
+// meet. The gradient of C / eps is kept by the thread that owns the entry, in registers, or in grad_cost where they do not suffice. Limit
+// at 64 x 49 x 49, 100 iterations on an H200: latency, about 450 cycles a step. Not yet run on a GPU; runs in the emulator.
 
 #include "common/simt.cuh"
 #include "ops/cuda/sinkhorn_adjoint.cuh"
@@ -297,7 +298,8 @@ struct LaunchUnrolled {
   template <class S>
   int operator()(S) const {
     const Backward<typename S::T> backward(p);
-    return PK_LAUNCH((unrolled_kernel<S>), dim3(static_cast<unsigned>(p.B)), dim3(S::THREADS), S::dynamic_bytes(p.N, p.M), stream, backward);
+    return PK_LAUNCH((unrolled_kernel<S>), dim3(static_cast<unsigned>(p.B)), dim3(S::THREADS), S::dynamic_bytes(p.N, p.M), stream,
+                     backward);
   }
   int operator()() const { return launch_stream_backward(p, workspace, stream); }
 };
