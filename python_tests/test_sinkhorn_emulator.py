@@ -310,7 +310,7 @@ class TestPlan:
         plan = case.plan(emulator, out)
         weight = torch.randn(plan.shape, generator=torch.Generator().manual_seed(0)).to(case.dtype)
         inputs = [torch.from_numpy(x).double().requires_grad_() for x in (numpy(case.cost), out.f, out.g)]
-        epsilon = case.epsilon.double().requires_grad_()
+        epsilon = case.epsilon.to(torch.float64, copy=True).requires_grad_()
         exact = reference.plan(*inputs, epsilon)
         error = 16 * torch.finfo(case.dtype).eps * float(2 / case.epsilon.min())  # log P rounds terms of 2 / epsilon
         np.testing.assert_allclose(plan, exact.detach(), rtol=error, atol=1e-37)
@@ -382,7 +382,7 @@ class TestFeatures:
         arrays = (numpy(x), numpy(y), out.f, out.g, numpy(case.epsilon))
         run = getattr(emulator, f"features_backward_{case.kind}")
         run(*arrays, numpy(case.grad_entropic), metric == "cosine", *gradients)
-        inputs = [z.double().requires_grad_() for z in (x, y, case.epsilon)]
+        inputs = [z.to(torch.float64, copy=True).requires_grad_() for z in (x, y, case.epsilon)]
         cost, upstream = reference.cost_matrix(*inputs[:2], metric), case.grad_entropic.double()
         P = reference.plan(
             cost, *(torch.from_numpy(z).double() for z in (out.f, out.g)), case.epsilon.double()
