@@ -95,7 +95,12 @@ def table(results: dict[str, Any]) -> str:
     parts = []
     for what in dict.fromkeys(row["what"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["what"] == what]
-        parts += [f"### {what[:1].upper()}{what[1:]}", "", HEADER.format(case="rows x D x K"), "|---" * 8 + "|"]
+        parts += [
+            f"### {what[:1].upper()}{what[1:]}",
+            "",
+            HEADER.format(case=rows[0].get("sizes", "rows x D x K")),
+            "|---" * 8 + "|",
+        ]
         parts += [line(row) for row in rows]
         if all("size" in row for row in rows):
             parts += ["", *sweep_notes(rows)]

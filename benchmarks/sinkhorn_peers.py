@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""Other people's ways to solve a batch of entropic transport problems, each as its users write it.
+
+A function of `PLANS`, `VALUES` and `PLAN_GRADIENTS` takes a problem and gives a call that runs all iterations (no early stop) and
+returns plans [B, N, M], or gradients of the costs: of the entropic values' sum, or of <W, P> for given W. What has to be converted for another
+library is converted before. Masses are uniform over what the masks leave; only the peers in `TAKE_MASKS` can do with masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    cost: Tensor  # [B, N, M]
+    a: Tensor  # [B, N]
+    b: Tensor  # [B, M]
+    weight: Tensor  # [B, N, M]
+    epsilon: float
+    num_iters: int
+
+    def numpy(self) -> tuple[Any, ...]:
+        return tuple(x.numpy() for x in (self.cost, self.a, self.b, self.weight))
+
+
+# ------------------------------------------------------------------------------------------------------------ torch
+
+
+def log_plan(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, num_iters: int) -> Tensor:
+    """Log domain, two log-sum-exps an iteration, as in SuperGlue."""
+    scores, log_a, log_b = -cost / epsilon, a.log(), b.log()
+    u, v = torch.zeros_like(log_a), torch.zeros_like(log_b)
+    for _ in range(num_iters):
+        u = log_a - torch.logsumexp(scores + v.unsqueeze(1), 2)
+        v = log_b - torch.logsumexp(scores + u.unsqueeze(2), 1)
+    return scores + u.unsqueeze(2) + v.unsqueeze(1)
+
+
+def torch_plan(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, num_iters: int) -> Tensor:
+    return log_plan(cost, a, b, epsilon, num_iters).exp()
+
+
+def torch_value(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, num_iters: int, unrolled: bool) -> Tensor:
+    with torch.set_grad_enabled(unrolled):
+        log_p = log_plan(cost, a, b, epsilon, num_iters)
+    plan = log_p.exp()
+    return (plan * cost).sum() + epsilon * torch.special.entr(plan).neg().sum() - epsilon * plan.sum()
+
+
+def torch_plans(p: Problem, compiled: bool = False) -> Call:
+    solve = torch.compile(torch_plan, dynamic=False) if compiled else torch_plan
+    return torch.no_grad()(partial(solve, p.cost, p.a, p.b, p.epsilon, p.num_iters))
+
+
+def torch_values(p: Problem, unrolled: bool) -> Call:
+    leaf = p.cost.detach().clone().requires_grad_()
+    return lambda: torch.autograd.grad(torch_value(leaf, p.a, p.b, p.epsilon, p.num_iters, unrolled), leaf)[0]
+
+
+def torch_plan_gradients(p: Problem) -> Call:
+    leaf = p.cost.detach().clone().requires_grad_()
+    return lambda: torch.autograd.grad(torch_plan(leaf, p.a, p.b, p.epsilon, p.num_iters), leaf, p.weight)[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- POT
+
+
+def pot_batch(cost: Tensor, p: Problem, method: str, grad: str) -> Any:
+    import ot.batch  # type: ignore[import-not-found, unused-ignore]
+
+    return ot.batch.solve_batch(
+        cost, reg=p.epsilon, a=p.a, b=p.b, max_iter=p.num_iters, tol=0.0, method=method, grad=grad
+    )
+
+
+def pot_plans(p: Problem, method: str) -> Call:
+    return lambda: pot_batch(p.cost, p, method, "detach").plan
+
+
+def pot_values(p: Problem) -> Call:
+    leaf = p.cost.detach().clone().requires_grad_()
+    return lambda: torch.autograd.grad(pot_batch(leaf, p, "log_sinkhorn", "envelope").value.sum(), leaf)[0]
+
+
+def pot_plan_gradients(p: Problem) -> Call:
+    leaf = p.cost.detach().clone().requires_grad_()
+    return lambda: torch.autograd.grad(pot_batch(leaf, p, "log_sinkhorn", "autodiff").plan, leaf, p.weight)[0]
+
+
+def pot_loop(p: Problem) -> Call:
+    import ot
+
+    rows = list(zip(*p.numpy()[:3], strict=True))
+
+    def run() -> Any:
+        return [
+            ot.sinkhorn(a, b, c, p.epsilon, method="sinkhorn_log", numItermax=p.num_iters, stopThr=0.0, warn=False)
+            for c, a, b in rows
+        ]
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------- geomloss, OTT
+
+
+def geomloss_values(p: Problem) -> Call:
+    """Its symmetric updates, as many as ours: one scaling step each."""
+    from geomloss import SamplesLoss  # type: ignore[import-not-found, unused-ignore]
+
+    diameter = float(p.cost.max())
+    leaf = p.cost.detach().clone().requires_grad_()
+    scaling = (p.epsilon / diameter) ** (1 / p.num_iters)
+    loss = SamplesLoss(
+        p=1, blur=p.epsilon, diameter=diameter, scaling=scaling, debias=False, backend="tensorized",
+        cost=lambda x, y: leaf,
+    )  # fmt: skip
+    x, y = (torch.zeros(*m.shape, 1) for m in (p.a, p.b))
+    return lambda: torch.autograd.grad(loss(p.a, x, p.b, y).sum(), leaf)[0]
+
+
+def ott_solver(p: Problem) -> tuple[Any, tuple[Any, ...]]:
+    import jax.numpy as jnp  # type: ignore[import-not-found, unused-ignore]
+    from ott.geometry import geometry  # type: ignore[import-not-found, unused-ignore]
+    from ott.problems.linear import linear_problem  # type: ignore[import-not-found, unused-ignore]
+    from ott.solvers.linear import sinkhorn  # type: ignore[import-not-found, unused-ignore]
+
+    solver = sinkhorn.Sinkhorn(min_iterations=p.num_iters, max_iterations=p.num_iters, inner_iterations=p.num_iters)
+
+    def solve(c: Any, a: Any, b: Any) -> Any:
+        return solver(linear_problem.LinearProblem(geometry.Geometry(c, epsilon=p.epsilon), a, b))
+
+    return solve, tuple(jnp.asarray(x) for x in p.numpy())
+
+
+def ott_plans(p: Problem) -> Call:
+    import jax
+
+    solve, (c, a, b, _) = ott_solver(p)
+    run = jax.jit(jax.vmap(lambda c, a, b: solve(c, a, b).matrix))
+    return lambda: run(c, a, b).block_until_ready()
+
+
+def ott_values(p: Problem) -> Call:
+    import jax
+
+    solve, (c, a, b, _) = ott_solver(p)
+    run = jax.jit(jax.vmap(jax.grad(lambda c, a, b: solve(c, a, b).reg_ot_cost)))
+    return lambda: run(c, a, b).block_until_ready()
+
+
+def ott_plan_gradients(p: Problem) -> Call:
+    import jax
+
+    solve, (c, a, b, w) = ott_solver(p)
+    run = jax.jit(jax.vmap(jax.grad(lambda c, a, b, w: (solve(c, a, b).matrix * w).sum())))
+    return lambda: run(c, a, b, w).block_until_ready()
+
+
+PLANS: dict[str, tuple[str, Callable[[Problem], Call]]] = {
+    "torch": ("torch", torch_plans),
+    "torch.compile": ("torch", partial(torch_plans, compiled=True)),
+    "POT solve_batch, log domain": ("ot", partial(pot_plans, method="log_sinkhorn")),
+    "POT solve_batch, scaling": ("ot", partial(pot_plans, method="sinkhorn")),
+    "POT, one by one, log domain": ("ot", pot_loop),
+    "OTT-JAX": ("ott", ott_plans),
+}
+VALUES: dict[str, tuple[str, Callable[[Problem], Call]]] = {
+    "torch, envelope": ("torch", partial(torch_values, unrolled=False)),
+    "torch, unrolled": ("torch", partial(torch_values, unrolled=True)),
+    "POT solve_batch, envelope": ("ot", pot_values),
+    "geomloss, as many steps": ("geomloss", geomloss_values),
+    "OTT-JAX": ("ott", ott_values),
+}
+PLAN_GRADIENTS: dict[str, tuple[str, Callable[[Problem], Call]]] = {
+    "torch, unrolled": ("torch", torch_plan_gradients),
+    "POT solve_batch, unrolled": ("ot", pot_plan_gradients),
+    "OTT-JAX, implicit": ("ott", ott_plan_gradients),
+}
+TAKE_MASKS = frozenset({"torch", "torch.compile", "torch, envelope", "POT solve_batch, scaling"})
+"""Peers that accept masses of zero."""
+LEAVES_OUT = {
+    "POT solve_batch, scaling": "no log domain",
+    "geomloss, as many steps": "symmetric updates while epsilon falls",
+}
+OTHERWISE = frozenset({"geomloss, as many steps"})
+"""Peers that iterate another way: their numbers are near, not the same."""
