@@ -94,12 +94,20 @@ def our_plan_gradients(p: Problem, gradient: str = "unrolled") -> Call:
     return lambda: torch.autograd.grad(solve(p, leaf, gradient).plan, leaf, p.weight)[0]
 
 
-def check_agreement(ours: Any, theirs: Any, allowed: float) -> None:
+def distance(ours: Any, theirs: Any) -> float:
     """|ours - theirs| relative to the length of theirs: single elements cancel."""
-    expected = np.asarray(theirs) if not isinstance(theirs, list) else np.stack(theirs)
-    actual = np.asarray(ours)
-    assert np.isfinite(expected).all(), "the peer gives NaN or infinity"
-    assert np.linalg.norm(actual - expected) <= allowed * np.linalg.norm(expected)
+    expected = np.stack(theirs) if isinstance(theirs, list) else np.asarray(theirs)
+    return float(np.linalg.norm(np.asarray(ours) - expected) / np.linalg.norm(expected))
+
+
+def admit(name: str, ours: Call, peer: Call) -> None:
+    """Skips a peer that does not compute the same thing, or fails: at a small epsilon some give NaN."""
+    try:
+        apart = distance(ours(), peer())
+    except Exception as error:
+        pytest.skip(f"{name} fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
+    if not apart <= peers.ALLOWED.get(name, 1e-3):
+        pytest.skip(f"{name} gives something else: {apart:.2g} of its length apart")
 
 
 def peer_call(name: str, table: dict[str, tuple[str, Callable[[Problem], Call]]], case: Case, p: Problem) -> Call:
@@ -133,11 +141,7 @@ class TestForward:
     def test_peer(self, benchmark: Any, contest: Any, case: Case, name: str) -> None:
         p = case.problem()
         ours, peer = our_plans(p), peer_call(name, peers.PLANS, case, p)
-        try:
-            # POT and ours end with the other half-step: as far apart as the problem is from convergence
-            check_agreement(ours(), peer(), 0.5 if "one by one" in name or case.epsilon < 0.05 else 2e-2)
-        except AssertionError as error:
-            pytest.skip(f"{name}: {error}")
+        admit(name, ours, peer)
         contest(benchmark, peer, ours, **facts("forward", case, name))
 
 
@@ -153,8 +157,7 @@ class TestValue:
     def test_peer(self, benchmark: Any, contest: Any, case: Case, name: str) -> None:
         p = case.problem()
         ours, peer = our_values(p), peer_call(name, peers.VALUES, case, p)
-        if name not in peers.OTHERWISE and case.epsilon >= 0.05:
-            check_agreement(ours(), peer(), 0.1)
+        admit(name, ours, peer)
         contest(benchmark, peer, ours, **facts("value, forward and backward", case, name))
 
 
@@ -177,8 +180,7 @@ class TestPlanGradient:
         p = case.problem()
         kind = "implicit" if "implicit" in name else "unrolled"
         ours, peer = our_plan_gradients(p, kind), peer_call(name, peers.PLAN_GRADIENTS, case, p)
-        if kind == "unrolled" and case.epsilon >= 0.05:
-            check_agreement(ours(), peer(), 2e-2)
+        admit(name, ours, peer)
         against = IMPLICIT if kind == "implicit" else OURS
         contest(benchmark, peer, ours, **facts("gradient through the plan", case, name, against=against))
 
@@ -264,7 +266,7 @@ def test_on_cuda(cuda_contest: Any, case: Case, mode: str, what: str, name: str)
     sweeps = 3 if what == "gradient through the plan" and name == OURS else 1
 
     def agree(one: Tensor, other: Tensor) -> None:
-        check_agreement(one.detach().cpu(), other.detach().cpu(), 0.1 if case.epsilon >= 0.05 else 10.0)
+        assert distance(one.cpu(), other.cpu()) <= 1e-3
 
     cuda_contest(
         ours if is_ours else contender,

@@ -159,7 +159,11 @@ def modules() -> list[str]:
     return ["protokernels", *(module.name for module in pkgutil.walk_packages(protokernels.__path__, "protokernels."))]
 
 
-SHOWN = ("protokernels", "protokernels.backend", "protokernels.nn.prototypes", "protokernels.ops.prototypes")
+SHOWN = (
+    "protokernels",
+    "protokernels.backend",
+    *(f"protokernels.{part}.{op}" for part in ("nn", "ops") for op in ("prototypes", "sinkhorn")),
+)
 """Modules that show examples; a test that finds none there would prove nothing."""
 
 
