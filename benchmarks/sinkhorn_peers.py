@@ -122,8 +122,8 @@ def geomloss_values(p: Problem) -> Call:
     scaling = (p.epsilon / diameter) ** (1 / p.num_iters)
     x, y = torch.zeros(*p.a.shape, 1), torch.ones(*p.b.shape, 1)
 
-    def cost(rows: Tensor, _columns: Tensor) -> Tensor:  # it solves for both directions
-        return leaf if float(rows[0, 0]) == 0 else leaf.mT
+    def cost(rows: Tensor, _columns: Tensor) -> Tensor:  # asked for from both sides; either has the whole derivative
+        return leaf if float(rows[0, 0, 0]) == 0 else leaf.detach().mT
 
     loss = SamplesLoss(
         p=1, blur=p.epsilon, diameter=diameter, scaling=scaling, debias=False, backend="tensorized", cost=cost
@@ -196,7 +196,7 @@ LEAVES_OUT = {
     "geomloss, as many steps": "symmetric updates while epsilon falls",
 }
 ALLOWED = {
-    "geomloss, as many steps": 0.5,
+    "geomloss, as many steps": 0.2,
     "POT, one by one, log domain": 0.05,
     "OTT-JAX": 0.05,
     "OTT-JAX, implicit": 0.05,
