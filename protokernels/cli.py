@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The command line.
 
-protokernels train vaesim [--preset paper|official|fair] [--data NAME] [--out FOLDER] [...]   train, evaluate, draw
+protokernels train vaesim|optiml [--preset NAME] [--data NAME] [--out FOLDER] [...]   train, evaluate, draw
+protokernels ablate optiml [--only ABLATION ...] [...]   train and score every ablation of a paper
 protokernels evaluate RUN    score a run again from its newest checkpoint
 protokernels figures RUN     draw a run's pictures again
 protokernels doctor          what is installed, built and in use, and why not
@@ -59,8 +60,8 @@ class _UsageError(Exception):
 def _command(name: str) -> Callable[[list[str]], int]:
     if name == "doctor":
         return _doctor
-    if name not in ("train", "evaluate", "figures"):
-        raise _UsageError(f"unknown command {name!r}; expected one of train, evaluate, figures, doctor")
+    if name not in ("train", "ablate", "evaluate", "figures"):
+        raise _UsageError(f"unknown command {name!r}; expected one of train, ablate, evaluate, figures, doctor")
     # Imported here: the extra that it needs may be missing, and `doctor` has to run all the same.
     command: Callable[[list[str]], int] = getattr(importlib.import_module("protokernels.commands"), name)
     return command

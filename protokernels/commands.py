@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The commands that need the extra ``protokernels[train]``: train, evaluate, figures. Options come from the
+"""The commands that need the extra ``protokernels[train]``: train, ablate, evaluate, figures. Options come from the
 dataclasses, through tyro."""
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.distributed as dist
 import tyro
 from rich.console import Console
 
+from .ablations import SUMMARY, ablation_tables, run_ablations
 from .baselines import BASELINES
 from .papers import PAPERS
 from .training import RunFolder
@@ -35,6 +36,12 @@ class _TrainOptions:
 
 
 @dataclass(frozen=True)
+class _AblateOptions(_TrainOptions):
+    only: tuple[str, ...] = ()
+    """Ablations to run; default: all."""
+
+
+@dataclass(frozen=True)
 class _RunOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder written by `protokernels train`."""
@@ -51,32 +58,7 @@ def train(words: list[str]) -> int:
         )
         return 0 if words and words[0] in ("-h", "--help") else 2
     paper = _paper(words[0])
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--preset", default="fair")
-    chooser.add_argument("--data", default="digits")
-    chosen, rest = chooser.parse_known_args(words[1:])
-    defaults = paper.CONFIG.preset(chosen.preset, data=chosen.data)
-
-    parts = (
-        ("files", _TrainOptions, _TrainOptions()),
-        ("run", RunSettings, RunSettings()),
-        (words[0], paper.CONFIG, defaults),
-    )
-    all_options = make_dataclass(
-        "AllOptions", [(name, kind, field(default=default)) for name, kind, default in parts], frozen=True
-    )
-    command: Any = tyro.cli(
-        all_options,
-        args=rest,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-        prog=f"protokernels train {words[0]}",
-        description=(
-            f"{(paper.__doc__ or '').splitlines()[0]} First choose --preset paper|official|fair and --data NAME: they "
-            f"set the defaults of the options below, now those of --preset {chosen.preset} --data {chosen.data}."
-        ),
-    )
-    _plain_warnings()
-    options, config = command.files, getattr(command, words[0])
+    options, settings, config = _parse(words, paper, "train")
     try:
         results = paper.train(
             config,
@@ -84,14 +66,85 @@ def train(words: list[str]) -> int:
             data_root=options.data_root,
             download=options.download,
             figures=options.figures,
-            settings=command.run,
+            settings=settings,
         )
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        _leave_processes()
     if results:  # the main process
         _show(paper, results, Path(results["folder"]))
     return 0
+
+
+def ablate(words: list[str]) -> int:
+    """``protokernels ablate PAPER [options]``."""
+    papers = [name for name in PAPERS if hasattr(_paper(name), "ABLATIONS")]
+    if not words or words[0] in ("-h", "--help") or words[0] not in papers:
+        print(
+            f"protokernels ablate PAPER [--only ABLATION ...] [options]\n\npapers: {', '.join(papers)}\n"
+            "`protokernels ablate PAPER --help` lists the options and the ablations."
+        )
+        return 0 if words and words[0] in ("-h", "--help") else 2
+    paper = _paper(words[0])
+    options, settings, config = _parse(words, paper, "ablate")
+    try:
+        results, folder = run_ablations(
+            paper,
+            words[0],
+            config,
+            options.out,
+            only=options.only,
+            data_root=options.data_root,
+            download=options.download,
+            figures=options.figures,
+            settings=settings,
+        )
+    finally:
+        _leave_processes()
+    if results:
+        console = Console()
+        for table in ablation_tables(results):
+            console.print(table)
+        _list_files(console, folder, SUMMARY)
+    return 0
+
+
+def _parse(words: list[str], paper: Any, command: str) -> tuple[Any, RunSettings, Any]:
+    """Options of the files, how to run, and the paper's configuration, from the words behind ``command``."""
+    name = words[0]
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--preset", default="fair")
+    chooser.add_argument("--data", default="digits")
+    chosen, rest = chooser.parse_known_args(words[1:])
+    defaults = paper.CONFIG.preset(chosen.preset, data=chosen.data)
+
+    files: Any = _AblateOptions() if command == "ablate" else _TrainOptions()
+    parts = (
+        ("files", type(files), files),
+        ("run", RunSettings, RunSettings()),
+        (name, paper.CONFIG, defaults),
+    )
+    all_options = make_dataclass(
+        "AllOptions", [(part, kind, field(default=default)) for part, kind, default in parts], frozen=True
+    )
+    ablations = f" Ablations: {', '.join(paper.ABLATIONS)}." if command == "ablate" else ""
+    parsed: Any = tyro.cli(
+        all_options,
+        args=rest,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        prog=f"protokernels {command} {name}",
+        description=(
+            f"{(paper.__doc__ or '').splitlines()[0]}{ablations} First choose --preset NAME and --data NAME: "
+            f"they set the defaults of the options below, now those of --preset {chosen.preset} --data "
+            f"{chosen.data}."
+        ),
+    )
+    _plain_warnings()
+    return parsed.files, parsed.run, getattr(parsed, name)
+
+
+def _leave_processes() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def evaluate(words: list[str]) -> int:
@@ -139,7 +192,11 @@ def _show(paper: Any, results: dict[str, Any], folder: Path) -> None:
     console.print(table(results, paper.PAPER_RESULTS))
     for warning in results.get("data_warnings", []):
         console.print(f"data: {warning}", style="yellow", highlight=False, markup=False)
-    console.print(f"results  {folder / 'results.json'}", highlight=False, soft_wrap=True, markup=False)
+    _list_files(console, folder, "results.json")
+
+
+def _list_files(console: Console, folder: Path, results: str) -> None:
+    console.print(f"results  {folder / results}", highlight=False, soft_wrap=True, markup=False)
     for path in sorted((folder / "figures").glob("*.png")):
         console.print(f"figure   {path}", highlight=False, soft_wrap=True, markup=False)
 

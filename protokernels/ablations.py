@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: MIT
+"""All ablations of a paper: one run folder each below one folder, then a table and curves side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from .training import RunFolderError, next_free_folder
+from .training.files import read_json, write_json
+from .training.runs import RunSettings
+
+SUMMARY = "ablations.json"
+
+
+def run_ablations(
+    paper: Any,
+    name: str,
+    config: Any,
+    out: Path | None,
+    *,
+    only: Sequence[str] = (),
+    data_root: Path | None = None,
+    download: bool = False,
+    figures: bool = True,
+    settings: RunSettings,
+) -> tuple[dict[str, Any], Path]:
+    """Trains and scores ``config`` with the changes of each of ``paper.ABLATIONS``.
+
+    Args:
+        paper: a paper's module.
+        name: of the paper.
+        config: what all ablations start from.
+        out: folder; default: the first free one of ``runs/<name>-<data>-<preset>-ablations``, ``...-2`` and so on.
+        only: names of ablations; empty: all.
+        data_root: where the data lies.
+        download: fetch data that is not there.
+        figures: draw pictures, of each and of all.
+        settings: seeds and so on; with ``resume``, what is finished is left as it is.
+
+    Returns:
+        Results by ablation, and the folder. Empty on processes other than the main one.
+
+    Raises:
+        ValueError: an unknown ablation.
+    """
+    if unknown := [word for word in only if word not in paper.ABLATIONS]:
+        raise ValueError(f"unknown ablations {', '.join(unknown)}; expected some of {', '.join(paper.ABLATIONS)}")
+    folder = out or next_free_folder(Path("runs") / f"{name}-{Path(config.data).stem}-{config.preset_name}-ablations")
+    if (folder / SUMMARY).exists() and not settings.resume:
+        raise RunFolderError(f"{folder} already holds ablations; pass --resume to continue them or another --out")
+    results: dict[str, Any] = {}
+    changes = {ablation: replace(config, **paper.ABLATIONS[ablation]) for ablation in only or paper.ABLATIONS}
+    if not only:  # of several names for one configuration, the first
+        changes = {ablation: changed for ablation, changed in changes.items() if first_of(changes, changed) == ablation}
+    for ablation, changed in changes.items():
+        done = paper.train(
+            changed,
+            folder / ablation,
+            data_root=data_root,
+            download=download,
+            figures=figures,
+            settings=settings,
+        )
+        if not done:  # not the main process
+            continue
+        results[ablation] = done
+        before = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
+        write_json(folder / SUMMARY, {**before, ablation: {key: done[key] for key in ("splits", "seeds", "complete")}})
+    if figures and results:
+        draw_ablations(results, folder)
+    return results, folder
+
+
+def first_of(changes: Mapping[str, Any], config: Any) -> str:
+    """The first name that ``config`` has."""
+    return next(name for name, changed in changes.items() if changed == config)
+
+
+def draw_ablations(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Curves over label fractions, one line per ablation, for every task that was scored."""
+    from .figures import save_figure
+    from .figures.fractions import label_fraction_curves
+
+    first = next(iter(results.values()))
+    paths = []
+    for split, tasks in first["splits"].items():
+        for task in tasks:
+            scores = {name: result["splits"][split][task] for name, result in results.items()}
+            try:
+                figure = label_fraction_curves(scores, title=f"{first['paper']}, {first['config']['data']}, {task}")
+            except ValueError:  # no class could be scored
+                continue
+            paths.append(save_figure(figure, folder / "figures" / f"label_fractions_{task}.png"))
+    return paths
+
+
+def ablation_tables(results: Mapping[str, Any]) -> list[Table]:
+    """Macro AUROC over label fractions, a table per task and way, a row per ablation."""
+    first = next(iter(results.values()))
+    tables = []
+    for split, tasks in first["splits"].items():
+        for task, ways in tasks.items():
+            for way, fractions in ways.items():
+                if not fractions:
+                    continue
+                table = Table(
+                    title=f"{first['paper']}, {first['config']['data']}, {split}, {task}, {way.replace('_', '-')}: "
+                    f"macro AUROC, runs: {first['number_of_runs']}",
+                    box=box.SIMPLE_HEAD,
+                    pad_edge=False,
+                )
+                table.add_column("ablation", no_wrap=True)
+                for fraction in fractions:
+                    table.add_column(fraction, justify="right", no_wrap=True)
+                for name, result in results.items():
+                    rows = result["splits"][split][task][way]
+                    table.add_row(name, *(_cell(rows.get(fraction, {}).get("macro_auroc")) for fraction in fractions))
+                tables.append(table)
+    return tables
+
+
+def _cell(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value['mean']:.3f}" + ("" if value["std"] is None else f" ±{value['std']:.3f}")

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""The figures of OPTiML (Singh et al. 2024): transport plans, masses, label fractions, and what training went through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..data.views import ViewParameters, draw_views, make_view
+from ..training import RunFolder
+from .canvas import save_figure
+from .curves import loss_curves
+from .fractions import label_fraction_curves
+from .transport import mass_maps, transport_maps
+
+if TYPE_CHECKING:
+    from ..papers.optiml import OPTiML
+
+_CURVES = ("loss", "alignment", "variance", "covariance", "q_std", "cost_range", "positions", "marginal_error")
+
+
+@torch.no_grad()
+def draw(
+    folder: Path,
+    method: OPTiML,
+    run: RunFolder,
+    images: Tensor,  # [N, C, H, W] uint8
+    generator: torch.Generator,
+) -> list[Path]:
+    """Draws everything into ``folder / "figures"`` and returns the paths."""
+    config = method.config
+    name = f"OPTiML, {config.preset_name}, {Path(config.data).stem}"
+    metrics = run.metrics()
+    figures = {
+        "losses": loss_curves(metrics, [key for key in _CURVES if key in metrics[-1]], title=f"{name}: training")
+    }
+    if config.alignment == "transport":
+        drawn = [draw_views(config.views(), len(images), generator, view=view) for view in (0, 1)]
+        first, second = (make_view(images, parameters, config.image_size) for parameters in drawn)
+        aligned = method.align(first, second)
+        plan, side = aligned.solution.plan.cpu(), method.side
+        figures["transport"] = transport_maps(
+            first,
+            second,
+            plan,
+            side=side,
+            positions=chosen_positions(side),
+            partners=partner_places(drawn[0], drawn[1], side),
+            title=f"{name}: where the mass of a position goes (x: the same point of the image)",
+        )
+        figures["masses"] = mass_maps(
+            first, second, aligned.a.cpu(), aligned.b.cpu(), plan, side=side, title=f"{name}: masses and plans"
+        )
+    results = RunFolder(folder).results() or {}
+    for task, figure in fraction_figures(name, results).items():
+        figures[f"label_fractions_{task}"] = figure
+    return [save_figure(figure, folder / "figures" / f"{key}.png") for key, figure in figures.items()]
+
+
+def fraction_figures(name: str, results: dict[str, Any]) -> dict[str, Figure]:
+    """Label-fraction curves of one run folder, by task; none where a task has no score."""
+    tasks: dict[str, Any] = next(iter(results.get("splits", {}).values()), {})
+    figures = {}
+    for task, ways in tasks.items():
+        try:
+            figures[task] = label_fraction_curves({"OPTiML": ways}, title=f"{name}: macro AUROC, {task}")
+        except ValueError:
+            continue
+    return figures
+
+
+def chosen_positions(side: int) -> list[int]:
+    """Four positions: near three corners and the middle."""
+    low, middle, high = side // 4, side // 2, side - 1 - side // 4
+    return [low * side + low, low * side + high, middle * side + middle, high * side + middle]
+
+
+def partner_places(first: ViewParameters, second: ViewParameters, side: int) -> Tensor:  # [N, side * side, 2]
+    """Where the centre of each position of the first view lies in the second: row and column in units of the view's
+    side, NaN where the second crop does not show it."""
+    centres = (torch.arange(side) + 0.5) / side
+    places = []
+    for axis in (1, 0):  # rows, columns
+        start, length = first.box[:, axis, None], first.box[:, axis + 2, None]
+        along = centres.expand(len(first.box), side)
+        if axis == 0:
+            along = torch.where(first.flip[:, None], 1 - along, along)
+        other = (start + length * along - second.box[:, axis, None]) / second.box[:, axis + 2, None]
+        if axis == 0:
+            other = torch.where(second.flip[:, None], 1 - other, other)
+        places.append(other)
+    rows, columns = places
+    grid = torch.stack([rows[:, :, None].expand(-1, -1, side), columns[:, None, :].expand(-1, side, -1)], dim=3)
+    grid = torch.where(((grid >= 0) & (grid <= 1)).all(dim=3, keepdim=True), grid, torch.nan)
+    return grid.flatten(1, 2)
