@@ -36,7 +36,7 @@ FLOORS = {
     **dict.fromkeys(("nn", "__init__"), 2),
     **dict.fromkeys(("models", "data", "evaluation", "training"), 3),
     **dict.fromkeys(("papers", "baselines", "figures"), 4),
-    **dict.fromkeys(("cli", "commands", "__main__"), 5),
+    **dict.fromkeys(("ablations", "cli", "commands", "__main__"), 5),
 }
 """Every part of the package and the floor it stands on; a part imports its own floor and those below."""
 GROUND = 2
