@@ -87,8 +87,10 @@ class TestContract:
 
 class TestHead:
     def test_layers(self) -> None:
-        kinds = [type(module) for module in mlp_head(4, 8, 5)]
-        assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+        kinds = (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear)
+        modules = list(mlp_head(4, 8, 5))
+        assert len(modules) == len(kinds) and all(map(isinstance, modules, kinds))
+        assert torch.isfinite(mlp_head(4, 8, 5)(torch.randn(1, 4))).all()  # in training, a batch of one
         assert [type(module) for module in mlp_head(4, 8, 5, layers=1)] == [nn.Linear]
         assert mlp_head(4, 8, 5, layers=2)(torch.randn(3, 4)).shape == (3, 5)
         with pytest.raises(ValueError, match="at least 1; got 0"):
