@@ -19,6 +19,7 @@ from protokernels.baselines.byol import prediction_loss
 from protokernels.baselines.common import in_float32, spread
 from protokernels.baselines.densecl import correspondence, info_nce
 from protokernels.baselines.simclr import nt_xent
+from protokernels.baselines.swav import swapped_loss
 from protokernels.baselines.vicreg import vicreg_loss
 from protokernels.models import mlp_head
 
@@ -149,6 +150,33 @@ class TestVICReg:
     def test_one_image_has_the_invariance_only(self) -> None:
         found = vicreg_loss(torch.zeros(1, 5), torch.ones(1, 5), (25, 25, 1))
         assert found["loss"] == 25 and found["variance"] == found["covariance"] == 0
+
+
+class TestSwAV:
+    def test_against_loops(self) -> None:
+        first, second = embeddings()
+        q_first, q_second = (x.softmax(dim=1) for x in embeddings(seed=1))
+        total = 0.0
+        for scores, q in ((first, q_second), (second, q_first)):
+            for row, weights in zip(scores, q, strict=True):
+                normaliser = math.log(sum(math.exp(float(s) / 0.2) for s in row))
+                total -= (
+                    sum(float(w) * (float(s) / 0.2 - normaliser) for s, w in zip(row, weights, strict=True)) / 6 / 2
+                )
+        assert float(swapped_loss(first, second, q_first, q_second, 0.2)) == pytest.approx(total, rel=1e-12)
+
+    def test_the_assignment_is_balanced(self) -> None:
+        swav = make("swav", num_prototypes=4, num_iters=50)
+        assignment = swav.assignment(torch.rand(32, 4, generator=torch.Generator().manual_seed(0)))
+        torch.testing.assert_close(assignment.sum(dim=1), torch.ones(32), rtol=0, atol=1e-4)
+        torch.testing.assert_close(assignment.sum(dim=0), torch.full((4,), 8.0), rtol=0, atol=1e-2)
+
+    def test_collapsed_embeddings_keep_all_prototypes_in_play(self) -> None:
+        """Where all images look the same, the balanced assignment is uniform: the loss cannot fall below log K."""
+        swav = make("swav", num_prototypes=4)
+        scores = torch.tensor([[0.9, 0.1, 0.0, -0.3]]).expand(16, 4)
+        assignment = swav.assignment(scores)
+        assert float(swapped_loss(scores, scores, assignment, assignment, 0.1)) >= math.log(4)
 
 
 class TestDenseCL:

@@ -75,6 +75,7 @@ class TestCommands:
         assert probe["100%"]["macro_auroc"] > 0.75
         assert set(stored["splits"]["test"]) == {"labels"} and stored["splits"]["test"]["labels"]["fine_tune"] == {}
         assert (out / "figures" / "losses.png").exists() == (name != "random_init")
+        assert (out / "figures" / "fractions_test_labels.png").exists()
         assert cli.main(["evaluate", str(out)]) == 0
         again = json.loads((out / "results.json").read_text())
         assert again["splits"] == stored["splits"]

@@ -8,6 +8,6 @@ what a paper's module does: ``CONFIG``, ``train``, ``evaluate``, ``draw_figures`
 
 from __future__ import annotations
 
-BASELINES = ("random_init", "supervised", "simclr", "byol", "barlow_twins", "vicreg", "densecl")
+BASELINES = ("random_init", "supervised", "simclr", "byol", "barlow_twins", "vicreg", "swav", "densecl")
 
 __all__ = ["BASELINES"]

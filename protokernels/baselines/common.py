@@ -79,18 +79,25 @@ class Baseline:
     def draw_figures(
         self, folder: str | Path, *, data_root: str | Path | None = None, dataset: ImageDataset | None = None
     ) -> list[Path]:
-        """Draws the curves of the first seed of a run into ``figures`` and returns their paths."""
+        """Draws the training curves of the first seed of a run and the scores over label fractions into ``figures`` and returns
+        the paths."""
         from ..figures.canvas import save_figure  # matplotlib is not needed for training
         from ..figures.curves import loss_curves
+        from ..figures.fractions import label_fraction_curves
 
         run: RunFolder = load_runs(folder)[0]
-        metrics = run.metrics()
-        if not metrics:
-            return []
-        names = [name for name in metrics[0] if name not in ("epoch", "seconds")]
-        config = run.config()["config"]
-        title = f"{self.name}, {config['preset_name']}, {Path(config['data']).stem}: training"
-        return [save_figure(loss_curves(metrics, names, title=title), Path(folder) / "figures" / "losses.png")]
+        metrics, config = run.metrics(), run.config()["config"]
+        name = f"{self.name}, {config['preset_name']}, {Path(config['data']).stem}"
+        figures = {}
+        if metrics:
+            curves = [key for key in metrics[0] if key not in ("epoch", "seconds")]
+            figures["losses"] = loss_curves(metrics, curves, title=f"{name}: training")
+        for split, tasks in (RunFolder(Path(folder)).results() or {"splits": {}})["splits"].items():
+            for task, ways in tasks.items():
+                if any("macro_auroc" in row for rows in ways.values() for row in rows.values()):
+                    title = f"{name}: {split}, {task}"
+                    figures[f"fractions_{split}_{task}"] = label_fraction_curves({self.name: ways}, title=title)
+        return [save_figure(figure, Path(folder) / "figures" / f"{key}.png") for key, figure in figures.items()]
 
 
 def in_float32(loss: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
