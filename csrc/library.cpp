@@ -41,7 +41,8 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
   // unrolled or implicit backward; the plan and its backward; the envelope gradient of the entropic value; the same from features, whose cost
   // is never stored.
   library.def(
-      "sinkhorn_forward(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor? g_init, int num_iters, float tol, float rho_a, float rho_b, "
+      "sinkhorn_forward(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor? g_init, int num_iters, float tol, float rho_a, float "
+      "rho_b, "
       "bool save_history) -> (Tensor f, Tensor g, Tensor transport_cost, Tensor entropic_value, Tensor marginal_error, Tensor iterations, "
       "Tensor feasible, Tensor history)");
   library.def(

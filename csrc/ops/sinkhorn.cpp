@@ -23,7 +23,8 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr double SERIAL_WORK = 1e5;  // about 30 microseconds, in elements of an iteration: below it a second thread costs more than it brings
+constexpr double SERIAL_WORK =
+    1e5;  // about 30 microseconds, in elements of an iteration: below it a second thread costs more than it brings
 
 #if defined(PROTOKERNELS_X86)
 #define PK_CHOOSE_LEVEL(table) \
@@ -157,7 +158,8 @@ struct Guard<true> {
 };
 
 template <class Problem>
-void launch(const Problem& p, const Tensor& like, int64_t workspace_bytes, int (*launcher)(const Problem&, void*, void*), const char* what) {
+void launch(const Problem& p, const Tensor& like, int64_t workspace_bytes, int (*launcher)(const Problem&, void*, void*),
+            const char* what) {
   const Tensor workspace = empty_beside(like, {workspace_bytes}, ScalarType::Byte);
   check_cuda(launcher(p, workspace.data_ptr(), current_cuda_stream(like)), what);
 }
@@ -175,8 +177,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forwa
   fill_shape(p, cost);
   fill_measures(p, a, b, epsilon, g_init, rho_a, rho_b);
   const Solution out(p, cost, num_iters, tolerance);
-  const Tensor history = save_history ? empty_beside(cost, {p.B, num_iters, p.N + p.M}, scalar_type(p.kind))
-                                      : empty_beside(cost, {0}, scalar_type(p.kind));
+  const Tensor history =
+      save_history ? empty_beside(cost, {p.B, num_iters, p.N + p.M}, scalar_type(p.kind)) : empty_beside(cost, {0}, scalar_type(p.kind));
   p.history = save_history ? history.data_ptr() : nullptr;
   if constexpr (!ON_CUDA) {
     const SinkhornCpu& cpu = PK_CHOOSE_LEVEL(sinkhorn_cpu);
@@ -349,7 +351,8 @@ std::tuple<Tensor, Tensor, Tensor> features_backward(Tensor x, Tensor y, Tensor 
   fill_features(p, x, y, cosine);
   fill_potentials(p, f, g, epsilon);
   p.grad_entropic_value = checked(grad_entropic_value, "grad_entropic_value", p.kind, {p.B});
-  const Tensor grad_x = empty_beside(x, {p.B, p.N, p.D}, scalar_type(p.kind)), grad_y = empty_beside(x, {p.B, p.M, p.D}, scalar_type(p.kind));
+  const Tensor grad_x = empty_beside(x, {p.B, p.N, p.D}, scalar_type(p.kind)),
+               grad_y = empty_beside(x, {p.B, p.M, p.D}, scalar_type(p.kind));
   const Tensor grad_epsilon = empty_beside(x, {p.B}, scalar_type(p.kind));
   p.grad_x = grad_x.data_ptr(), p.grad_y = grad_y.data_ptr(), p.grad_epsilon = grad_epsilon.data_ptr();
   if constexpr (!ON_CUDA) {

@@ -35,8 +35,8 @@
 
 namespace protokernels {
 
-constexpr double SINKHORN_NORM_FLOOR = 1e-12;      // cosine: a shorter vector counts as zero
-constexpr double SINKHORN_MASS_TOLERANCE = 1e-4;   // balanced masses that differ more, relative to the larger, are not feasible
+constexpr double SINKHORN_NORM_FLOOR = 1e-12;     // cosine: a shorter vector counts as zero
+constexpr double SINKHORN_MASS_TOLERANCE = 1e-4;  // balanced masses that differ more, relative to the larger, are not feasible
 
 // Everything floating is of kind, f32 or f64, and contiguous.
 struct SinkhornProblem {

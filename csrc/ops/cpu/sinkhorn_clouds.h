@@ -35,7 +35,7 @@ template <class T>
 struct Cloud {
   int64_t count, padded, D;
   T *points, *panels, *bias, *potential, *mass, *active, *log_mass, *inverse_norm;  // [padded, D], packed [D, count], [padded] ...
-  T *scratch;                                                                       // [padded]
+  T* scratch;                                                                       // [padded]
 
   void layout(int64_t points_count, int64_t dimensions, Arena& arena) {
     count = points_count, padded = round_up(count, 16), D = dimensions;

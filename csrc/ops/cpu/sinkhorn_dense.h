@@ -143,9 +143,7 @@ struct Cost {
   int64_t N, M;
   T inverse_epsilon;
 
-  PK_MEMBER Vec<T> at(int64_t i, int64_t j, T fill) const {
-    return load_part(data + i * M + j, M - j, (N - i) * M - j, fill);
-  }
+  PK_MEMBER Vec<T> at(int64_t i, int64_t j, T fill) const { return load_part(data + i * M + j, M - j, (N - i) * M - j, fill); }
   // v_j - C_ij / epsilon; -infinity where v is, whatever the cost says there. v is -infinity after the last column.
   PK_MEMBER Vec<T> score(int64_t i, int64_t j, const T* v) const {
     const Vec<T> column = load(v + j), absent = broadcast(-INFINITE<T>);
@@ -264,8 +262,7 @@ PK_INLINE void fill_kernel(const Cost<T>& cost, const T* row_center, const T* co
       std::fill(row, row + stride, T(0));
       continue;
     }
-    for (int64_t j = 0; j < stride; j += LANES<T>)
-      store(row + j, exp_any<T>(row_center[i] + cost.score(i, j, column_center)));
+    for (int64_t j = 0; j < stride; j += LANES<T>) store(row + j, exp_any<T>(row_center[i] + cost.score(i, j, column_center)));
   }
 }
 

@@ -64,8 +64,10 @@ struct CloudSolver {
         }
         for (int64_t j = 0; j < width; j += LANES<T>) sum += exp_nonpositive(load(row + j) - highest);
         const T total = reduce_sum(sum), next = total == T(0) ? -INFINITE<T> : lambda * (rows.log_mass[i] - (highest + std::log(total)));
-        if (total == T(0)) rows.active[i] = 0;
-        else totals[0] += std::abs(next - rows.potential[i]) * rows.mass[i];
+        if (total == T(0))
+          rows.active[i] = 0;
+        else
+          totals[0] += std::abs(next - rows.potential[i]) * rows.mass[i];
         rows.potential[i] = next;
       }
     };

@@ -64,8 +64,10 @@ struct CloudGradient {
           for (int64_t i = 0; i < height; i += TILE_ROWS) {
             const T* const plan = products + i * columns.padded + k;
             T* const sums = gathered.data + i * D_padded + d;
-            if (narrow) tile_product<T, 1>(plan, columns.padded, 1, values, panel, depth, sums, D_padded, k > 0);
-            else tile_product<T, 2>(plan, columns.padded, 1, values, panel, depth, sums, D_padded, k > 0);
+            if (narrow)
+              tile_product<T, 1>(plan, columns.padded, 1, values, panel, depth, sums, D_padded, k > 0);
+            else
+              tile_product<T, 2>(plan, columns.padded, 1, values, panel, depth, sums, D_padded, k > 0);
           }
         }
       for (int64_t i = begin; i < end; ++i)

@@ -24,10 +24,10 @@ struct Implicit {
   T epsilon, grad_transport = 0, grad_value = 0;
   double dropped = 0;  // from every entry of the right side's rows, and added to its columns
   const T *f, *g, *grad_f, *grad_g;
-  T *plan, *partial, *u, *v, *inverse_rows, *direction;          // [rows, stride], [chunks, stride], [rows], [stride], [rows], [stride]
-  double *p_sum, *x, *row_side, *q_sum, *y, *column_side;        // [rows] and [stride]
-  double *residual, *search, *product, *totals;                  // [stride], [chunks, 2]
-  double *wide_partial, *matrix, *block;                                        // [chunks, stride], [padded, padded], [BLOCK, padded]
+  T *plan, *partial, *u, *v, *inverse_rows, *direction;    // [rows, stride], [chunks, stride], [rows], [stride], [rows], [stride]
+  double *p_sum, *x, *row_side, *q_sum, *y, *column_side;  // [rows] and [stride]
+  double *residual, *search, *product, *totals;            // [stride], [chunks, 2]
+  double *wide_partial, *matrix, *block;                   // [chunks, stride], [padded, padded], [BLOCK, padded]
 
   static bool is_direct(const SinkhornBackward& p) { return std::min(p.N, p.M) <= DIRECT; }
 
@@ -179,13 +179,17 @@ struct Implicit {
     build(columns);
     for (int64_t i = 0; i < others; ++i) other[i] = gone[i] > 0 ? gone_side[i] / gone[i] : gone[i];
     std::fill(other + others, other + (columns ? rows : stride), 0.0);
-    if (columns) times_transposed(other, solved);
-    else times(other, solved);
+    if (columns)
+      times_transposed(other, solved);
+    else
+      times(other, solved);
     for (int64_t j = 0; j < small; ++j) solved[j] = kept_side[j] - solved[j];
     std::fill(solved + small, solved + (columns ? stride : rows), 0.0);
     solve_factored(kept, solved);
-    if (columns) times(solved, other);
-    else times_transposed(solved, other);
+    if (columns)
+      times(solved, other);
+    else
+      times_transposed(solved, other);
     for (int64_t i = 0; i < others; ++i) other[i] = gone[i] > 0 ? (gone_side[i] - other[i]) / gone[i] : gone[i];
   }
 
@@ -293,8 +297,10 @@ struct Implicit {
 
   void run() {
     begin();
-    if (is_direct(p)) solve_directly();
-    else solve_iteratively();
+    if (is_direct(p))
+      solve_directly();
+    else
+      solve_iteratively();
     balance();
     end();
   }

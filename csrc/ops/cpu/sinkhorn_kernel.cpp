@@ -40,10 +40,10 @@ struct Solver {
   int64_t rows, stride;  // N and M, rounded up to whole vectors
   T epsilon, lambda_a, lambda_b;
   bool balanced, any_lost = false, looks_at_error;
-  T *kernel, *partial, *column_max;                                                // [rows, stride], [chunks, stride], [stride]
+  T *kernel, *partial, *column_max;                                    // [rows, stride], [chunks, stride], [stride]
   T *mass_a, *active_a, *log_a, *row_center, *row_scale, *next_scale;  // [rows]; active: 0 where infeasible
-  T *mass_b, *active_b, *log_b, *column_center, *column_scale;                     // [stride]
-  Report<T>* reports;                                                              // [chunks]
+  T *mass_b, *active_b, *log_b, *column_center, *column_scale;         // [stride]
+  Report<T>* reports;                                                  // [chunks]
 
   Solver(const SinkhornForward& problem, int64_t index, Arena& arena, SinkhornEach runner) : p(problem), b(index), each(runner) {
     chunks = sinkhorn_chunks(p.N, p.M);
@@ -204,8 +204,10 @@ struct Solver {
   Report<T> scale_rows() {
     return over_chunks([&](int64_t begin, int64_t end, T* sums, Report<T>& mine) {
       std::fill(sums, sums + stride, T(0));
-      if (balanced) scale_chunk(begin, round_up(end, ROWS), sums, mine);
-      else damp_chunk(begin, end, sums, mine);
+      if (balanced)
+        scale_chunk(begin, round_up(end, ROWS), sums, mine);
+      else
+        damp_chunk(begin, end, sums, mine);
     });
   }
 
@@ -296,8 +298,10 @@ struct Solver {
       const bool trusted = columns.trusted(report.largest_scale), in_range = columns.in_range() && report.in_range();
       if (!trusted || !in_range) {
         absorb_rows();
-        if (!trusted) restart_columns();
-        else absorb_columns();
+        if (!trusted)
+          restart_columns();
+        else
+          absorb_columns();
         recenter();
         columns.largest_scale = 1;
       }
@@ -322,8 +326,7 @@ struct Solver {
   // (u, v) of this iteration.
   void save(int64_t t) const {
     T* const out = static_cast<T*>(p.history) + (b * p.num_iters + t) * (p.N + p.M);
-    for (int64_t i = 0; i < p.N; i += LANES<T>)
-      store_part(out + i, load(row_center + i) + log_nonnegative(load(row_scale + i)), p.N - i);
+    for (int64_t i = 0; i < p.N; i += LANES<T>) store_part(out + i, load(row_center + i) + log_nonnegative(load(row_scale + i)), p.N - i);
     for (int64_t j = 0; j < p.M; j += LANES<T>)
       store_part(out + p.N + j, load(column_center + j) + log_nonnegative(load(column_scale + j)), p.M - j);
   }

@@ -26,7 +26,7 @@ struct Unrolled {
   int64_t b, rows, stride, steps = 0, iterations;
   T epsilon, lambda_a, lambda_b, grad_transport = 0, grad_value = 0;
   const T *history, *grad_f, *grad_g;
-  T *kernel, *partial, *grad_cost;                                                     // [rows, stride], [chunks, stride], [N, M]
+  T *kernel, *partial, *grad_cost;                                                            // [rows, stride], [chunks, stride], [N, M]
   T *log_a, *inverse_a, *row_center, *u, *u_last, *alpha, *gamma, *u_bar, *log_a_bar, *mass;  // [rows]
   T *log_b, *inverse_b, *column_center, *v, *v_last, *v_before, *beta, *delta, *v_bar, *log_b_bar, *weight;  // [stride]
   T *row_factors, *column_factors;  // [2 SEGMENT, rows], [2 SEGMENT, stride]
@@ -39,7 +39,8 @@ struct Unrolled {
     const int64_t segment = std::min(SEGMENT, p.num_iters);
     kernel = arena.take<T>(rows * stride);
     partial = arena.take<T>(chunks.count * stride);
-    for (T** piece : {&log_a, &inverse_a, &row_center, &u, &u_last, &alpha, &gamma, &u_bar, &log_a_bar, &mass}) *piece = arena.take<T>(rows);
+    for (T** piece : {&log_a, &inverse_a, &row_center, &u, &u_last, &alpha, &gamma, &u_bar, &log_a_bar, &mass})
+      *piece = arena.take<T>(rows);
     for (T** piece : {&log_b, &inverse_b, &column_center, &v, &v_last, &v_before, &beta, &delta, &v_bar, &log_b_bar, &weight})
       *piece = arena.take<T>(stride);
     row_factors = arena.take<T>(2 * segment * rows);
@@ -87,9 +88,8 @@ struct Unrolled {
 
   template <class Body>
   double over_chunks(Body body) {
-    for_chunks(each, chunks.count, [&](int64_t c) {
-      totals[c] = body(c * chunks.rows, std::min(p.N, (c + 1) * chunks.rows), partial + c * stride);
-    });
+    for_chunks(each, chunks.count,
+               [&](int64_t c) { totals[c] = body(c * chunks.rows, std::min(p.N, (c + 1) * chunks.rows), partial + c * stride); });
     double total = 0;
     for (int64_t c = 0; c < chunks.count; ++c) total += totals[c];
     return total;
