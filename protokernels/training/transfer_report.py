@@ -23,7 +23,7 @@ def results_table(results: Mapping[str, Any], _paper: Any = None) -> Table:
     if not results["complete"]:
         notes.append(f"NOT FINISHED: after epoch {results['last_epoch'].get('epoch', 0)} of {config['epochs']}")
     rows = [
-        (f"{split}, {task}, {title}", scores[task][way])
+        (f"{split}, {task}\n{title}", scores[task][way])
         for split, scores in results["splits"].items()
         for task in scores
         for way, title in _WAYS
@@ -40,7 +40,7 @@ def results_table(results: Mapping[str, Any], _paper: Any = None) -> Table:
     fractions = list(dict.fromkeys(fraction for _, by_fraction in rows for fraction in by_fraction))
     for fraction in fractions:
         images = next(int(row[fraction]["images"]["mean"]) for _, row in rows if fraction in row)
-        table.add_column(f"{fraction}\n({images})", justify="right", no_wrap=True)
+        table.add_column(f"{fraction}\n({images})", justify="right", vertical="bottom", no_wrap=True)
     for name, by_fraction in rows:
         table.add_row(name, *(_cell(by_fraction.get(fraction, {}).get("macro_auroc")) for fraction in fractions))
     return table
