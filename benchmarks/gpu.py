@@ -171,6 +171,11 @@ STAGES = (
 GROUPS = {"sanitizer": ("memcheck", "racecheck"), "summary": ()}
 
 
+def heed_interrupts() -> None:
+    """A shell starts what runs in its background with interrupts ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_process(command: Sequence[str], environment: dict[str, str], log: Path, seconds: float) -> Outcome:
     """Runs a command in a session of its own. When its time is over it is interrupted, so that pytest still writes its report."""
     start = time.monotonic()
@@ -185,6 +190,7 @@ def run_process(command: Sequence[str], environment: dict[str, str], log: Path, 
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=heed_interrupts,
             )
         except OSError as error:
             print(error, file=file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -257,7 +258,11 @@ class TestProcesses:
         start = time.monotonic()
         command = [*gpu.pytest_command(str(tmp_path), f"--junitxml={report}"), "-c", os.devnull, "-x", "-s"]
         lean = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # loading plugins must not eat the time on a busy machine
-        outcome = gpu.run_process(command, lean, tmp_path / "log", 6)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
+        try:
+            outcome = gpu.run_process(command, lean, tmp_path / "log", 6)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert outcome.timed_out and time.monotonic() - start < 25
         assert report.exists(), (tmp_path / "log").read_text()
         assert "test_quick" in report.read_text() and "0 failed" in gpu_reports.read_junit(report).found
