@@ -45,10 +45,9 @@ What happens to the masses
     few epochs every image had its whole mass on the same one of 49 positions, and the alignment said nothing about the
     others. The entropic value, <P, C> + epsilon sum P (log P - 1), rewards spread masses: half of the positions kept
     them, but it was the half at the border; zero padding, which makes features there alike whatever the image shows, is
-    suspected and not tested. Uniform
-    masses (without CV-SIM) cannot retreat. ``positions``, the exponential of the masses' entropy, is recorded, and the
-    figures show where masses lie; ``q_std`` and ``cost_range`` tell whether features collapse, against which only the
-    variance of q stands.
+    suspected and not tested. Uniform masses (without CV-SIM) cannot retreat. ``positions``, the exponential of the
+    masses' entropy, is recorded, and the figures show where masses lie; ``q_std`` and ``cost_range`` tell whether
+    features collapse, against which only the variance of q stands.
 """
 
 from __future__ import annotations
