@@ -125,6 +125,8 @@ class TestLoss:
             ({"value": "divergence", "cost": None}, "value='divergence' is between features"),
             ({"value": "divergence", "marginal_penalty": 1.0}, "without marginal_penalty"),
             ({"gradient": "implicit", "marginal_penalty": 1.0}, "'implicit' is for exact marginals only"),
+            ({"num_iters": 0}, "num_iters must be at least 1; got 0"),
+            ({"tol": -1.0}, "tol must be finite and not negative"),
             ({"annealing": 2.0}, r"annealing must lie in \(0, 1\)"),
         ],
     )

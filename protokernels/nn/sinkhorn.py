@@ -68,6 +68,7 @@ class SinkhornLoss(nn.Module):
         if gradient is None:
             gradient = "envelope" if value == "divergence" else "unrolled"
         problems.check_gradient("SinkhornLoss", gradient, problems.penalties("SinkhornLoss", marginal_penalty))
+        problems.check_iterations("SinkhornLoss", num_iters, tol)
         problems.check_annealing("SinkhornLoss", annealing)
         if value == "transport" and gradient == "envelope":
             raise ValueError(

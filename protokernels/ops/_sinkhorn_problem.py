@@ -56,14 +56,7 @@ def prepare(
     init: Tensor | None,  # [B, M] or [M]
 ) -> Problem:
     B, N, M = sizes
-    if isinstance(num_iters, bool) or not isinstance(num_iters, int):
-        raise TypeError(f"{op}: num_iters must be an integer of at least 1; got {_checks.describe(num_iters)}")
-    if num_iters < 1:
-        raise ValueError(f"{op}: num_iters must be at least 1; got {num_iters}")
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
-        raise TypeError(f"{op}: tol must be a number, 0 for no early stop; got {_checks.describe(tol)}")
-    if not 0 <= tol < math.inf:
-        raise ValueError(f"{op}: tol must be finite and not negative, 0 for no early stop; got {tol}")
+    check_iterations(op, num_iters, tol)
     rho = penalties(op, marginal_penalty)
     known = a is None and b is None and row_mask is None and column_mask is None
     masses = (
@@ -98,6 +91,17 @@ def anneal(
     for k in range(math.ceil(math.log(ANNEALED_RANGE) / -math.log(factor))):
         start = solve(problem.detached(torch.maximum(spread * factor**k, epsilon), start))
     return problem._replace(start=start)
+
+
+def check_iterations(op: str, num_iters: object, tol: object) -> None:
+    if isinstance(num_iters, bool) or not isinstance(num_iters, int):
+        raise TypeError(f"{op}: num_iters must be an integer of at least 1; got {_checks.describe(num_iters)}")
+    if num_iters < 1:
+        raise ValueError(f"{op}: num_iters must be at least 1; got {num_iters}")
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+        raise TypeError(f"{op}: tol must be a number, 0 for no early stop; got {_checks.describe(tol)}")
+    if not 0 <= tol < math.inf:
+        raise ValueError(f"{op}: tol must be finite and not negative, 0 for no early stop; got {tol}")
 
 
 def check_annealing(op: str, value: object) -> None:
