@@ -71,8 +71,8 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "int form, int reduction) -> (Tensor order, Tensor groups, Tensor ranges, Tensor weights)");
   library.def("contrastive_pack(Tensor x, Tensor order, bool normalize) -> (Tensor packed, Tensor norms)");
   library.def(
-      "contrastive_unpack(Tensor grad_packed, Tensor packed, Tensor norms, Tensor order, Tensor like, int[] shape, bool normalize) "
-      "-> Tensor");
+      "contrastive_unpack(Tensor grad_packed, Tensor packed, Tensor norms, Tensor order, Tensor like, bool normalize, bool "
+      "channels_last) -> Tensor");
   library.def(
       "contrastive_forward(Tensor rows, Tensor? columns, Tensor groups, Tensor ranges, Tensor? weights, int channels, float temperature, "
       "bool unit, int form, int precision) -> (Tensor total, Tensor losses, Tensor statistics)");

@@ -117,9 +117,10 @@ struct ContrastiveUnpack : ContrastivePack {  // packed and norms as pack left t
 
 // Which vectors meet which, from the labels of N maps of size [D, H, W]. Positions on the grid of stride fall into blocks, a block of all maps (or of
 // one map, if per_image) is a group; inside it the rows are sorted by class, stably: classes with anchors in ascending order, background, ignored.
+// Groups run over blocks in the order of the map and, if per_image, over maps inside a block. Ignored rows have the range (0, 0, -1).
 struct ContrastivePlan {
   int64_t N, size[3];
-  int64_t block[3], stride[3];  // block counts positions of the map, not of the grid
+  int64_t block[3], stride[3];  // block counts positions of the map, not of the grid; 0: the whole axis
   bool per_image, drop_remainder;
   bool has_background, has_ignored;
   int64_t background, ignored;

@@ -1,0 +1,454 @@
+# SPDX-License-Identifier: MIT
+"""Contrastive losses over pixels and embeddings, exact, with memory linear in their number.
+
+Sources: Hu et al., MICCAI 2021 (local contrast with block division, Eq. 1 and 2); Khosla et al. 2020 (SupCon); Chen et al. 2020 (NT-Xent); Ruppli et al.
+2022, Eq. 2 (cross-view). The native kernels stand in ``csrc/ops/contrastive.h``.
+
+Four forms, for an anchor i with positives P (its class) and negatives N (the others) among the vectors it meets, itself left out, s_ij = <f_i, f_j> /
+temperature, p = log sum_P exp s, n = log sum_N exp s:
+
+    ``"supcon"``   logaddexp(p, n) - mean_P s       Khosla's L_out, the released code of Hu et al.
+    ``"in"``       logaddexp(p, n) - p + log |P|    Khosla's L_in
+    ``"paper"``    (n - p) / |P|                    Hu et al., Eq. 2 as printed
+    ``"negout"``   n - mean_P s                     positives left out of the denominator
+
+No anchor is a vector without positives or, for ``"paper"`` and ``"negout"``, without negatives; where nothing is left the loss is an exact 0
+with a zero gradient. Unit vectors (``normalize=True``): a vector no longer than 1e-12 counts as zero and gets no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..reference import contrastive as reference
+from . import _checks, _contrastive_autograd, _contrastive_distributed  # noqa: F401  (the first registers shapes and gradients)
+from ._contrastive_plan import REDUCTIONS, Plan, matching_plan, pairs_plan
+
+Form = Literal["supcon", "in", "paper", "negout"]
+Denominator = Literal["all", "negatives"]
+Precision = Literal["highest", "high", "medium"]
+Gather = bool | Literal["ring"]
+Size = int | Sequence[int]
+
+PRECISIONS = get_args(Precision)
+_INT64 = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def local_contrastive_loss(
+    features: Tensor,  # [N, C, H, W] or [N, C, D, H, W]
+    labels: Tensor | None,  # [N, H, W] or [N, D, H, W]
+    *,
+    temperature: float = 0.1,
+    block_size: Size | None = None,
+    stride: Size | None = None,
+    form: Form = "supcon",
+    scope: Literal["group", "image"] = "group",
+    reduction: Literal["group", "anchor", "image", "none"] = "group",
+    background: int | None = 0,
+    ignore_index: int | None = None,
+    normalize: bool = True,
+    drop_remainder: bool = False,
+    precision: Precision = "highest",
+) -> Tensor:
+    """Supervised local contrastive loss: pixels of one class attract, pixels of different classes repel (Hu et al. 2021, Eq. 2 and 3).
+
+    Anchors are the pixels that are not background; positives and negatives come from all N maps (images and views), the background among the
+    negatives. Block division lets a pixel meet the pixels of its own block only, in all maps; a stride thins the maps out instead. In plain
+    PyTorch, for one block with features f [S, C] and labels y [S]: the losses of the forms above from ``f @ f.T / temperature`` and the masks
+    ``y[:, None] == y`` and its opposite. Here no S x S matrix exists: memory is that of the features, three times at the most.
+
+    Without labels (``labels=None``) the maps are two views of N / 2 images, stacked: the positive of a pixel is the same pixel of the other view,
+    and every pixel is an anchor.
+
+    Args:
+        features: maps of both views, stacked along N; float32, float64, bfloat16 or float16 (computed in float32), any strides.
+        labels: class of every pixel, an integer dtype; ``None``: see above.
+        temperature: positive. Above 1/40 no maximum has to be kept (unit vectors), which is faster.
+        block_size: edge of a block in pixels, one number or one for each axis; what remains at the border is a smaller block.
+        stride: every ``stride``-th pixel of each axis takes part. Neither: all pixels meet all (dense).
+        form: see above.
+        scope: ``"group"``: a pixel meets the pixels of all maps; ``"image"``: of its own map.
+        reduction: ``"group"``: mean over the anchors of a block, then over the blocks that have any; ``"anchor"``: over all anchors; ``"image"``: over
+            the anchors of a map, then over the maps that have any (Eq. 3); ``"none"``: the loss of every pixel, 0 where there is no anchor.
+        background: class without anchors; ``None``: every class has anchors.
+        ignore_index: pixels of this class take no part at all.
+        normalize: compare directions (cosine); otherwise inner products.
+        drop_remainder: leave out blocks that are not whole, as the released code does.
+        precision: of products on a GPU: ``"highest"`` as float32, ``"high"`` TF32, ``"medium"`` bfloat16; a CPU always computes in float32.
+
+    Returns:
+        The loss, a scalar of float32 (float64 for float64 features); [N, H, W] or [N, D, H, W] for ``reduction="none"``. Differentiable in the
+        features, once.
+
+    Raises:
+        TypeError: features or labels are no tensors of the dtypes above.
+        ValueError: shapes, devices or values do not fit.
+
+    Example:
+        >>> import torch, protokernels
+        >>> features = torch.randn(4, 8, 32, 32, requires_grad=True)
+        >>> labels = torch.randint(0, 3, (4, 32, 32))
+        >>> loss = protokernels.local_contrastive_loss(features, labels, temperature=0.1, block_size=16)
+        >>> loss.backward()
+        >>> protokernels.local_contrastive_loss(features, torch.zeros_like(labels)).item()  # background only
+        0.0
+    """
+    op = "local_contrastive_loss"
+    _check_features(op, features)
+    size = features.shape[2:]
+    labels, background = _pixel_labels(op, features, labels, background, scope, ignore_index)
+    _check_choices(op, temperature, form, precision)
+    _checks.check_choice(op, "scope", scope, ("group", "image"))
+    _checks.check_choice(op, "reduction", reduction, (*REDUCTIONS, "none"))
+    if block_size is not None and stride is not None:
+        raise ValueError(f"{op}: give block_size or stride, not both; got block_size={block_size} and stride={stride}")
+    leading = (1,) * (3 - len(size))
+    block = [*leading, *_sizes(op, "block_size", block_size, len(size), 0)]
+    steps = [*leading, *_sizes(op, "stride", stride, len(size), 1)]
+    shape = (len(features), *leading, *size)
+    grid = labels.reshape(shape)
+    if not backend.native_serves(features.device):
+        loss = reference.local_contrastive_loss(
+            features.reshape(len(features), -1, *shape[1:]),
+            grid,
+            temperature=temperature,
+            block=block,
+            stride=steps,
+            per_image=scope == "image",
+            drop_remainder=drop_remainder,
+            background=background,
+            ignore_index=ignore_index,
+            form=form,
+            reduction=reduction,
+            normalize=normalize,
+        )
+        return loss.view(labels.shape) if reduction == "none" else loss
+    plan = Plan(
+        *torch.ops.protokernels.contrastive_plan(
+            grid,
+            block,
+            steps,
+            scope == "image",
+            drop_remainder,
+            background,
+            ignore_index,
+            reference.FORMS.index(form),
+            REDUCTIONS.index(reduction) if reduction != "none" else 0,
+        )
+    )
+    total, losses = _native_losses(features.flatten(2), plan, temperature, form, normalize, precision)
+    if reduction != "none":
+        return total
+    return losses.new_zeros(labels.numel()).index_put((plan.order,), losses).view(labels.shape)
+
+
+def supcon_loss(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    temperature: float = 0.1,
+    form: Form = "supcon",
+    reduction: Literal["mean", "none"] = "mean",
+    ignore_index: int | None = None,
+    normalize: bool = True,
+    gather: Gather = False,
+    precision: Precision = "highest",
+) -> Tensor:
+    """Supervised contrastive loss of embeddings: those of one class attract (Khosla et al. 2020; the forms above).
+
+    Every embedding with a partner of its class is an anchor and meets all others. For several views, stack embeddings and labels along N.
+
+    Args:
+        embeddings: [N, D], any floating-point dtype, any strides.
+        labels: class of every embedding, an integer dtype.
+        temperature: positive.
+        form: ``"supcon"``, ``"in"``, ``"paper"`` or ``"negout"``.
+        reduction: ``"mean"`` over anchors, or ``"none"``: [N], 0 where there is no anchor.
+        ignore_index: embeddings of this class take no part.
+        normalize: compare directions (cosine); otherwise inner products.
+        gather: also meet the embeddings of all ranks of ``torch.distributed``. ``True``: they are gathered; ``"ring"``: they are passed round, one rank's
+            at a time, so that memory does not grow with the number of ranks. Every rank gets the mean over its own anchors and the gradient
+            of the SUM of all ranks' losses by its own embeddings, so that data-parallel training, which averages over ranks, follows the mean of
+            the ranks' losses. All ranks must call forward and backward; their N may differ.
+        precision: see :func:`local_contrastive_loss`.
+
+    Returns:
+        The loss, float32 (float64 for float64 embeddings), differentiable once.
+
+    Raises:
+        TypeError, ValueError: arguments do not fit. RuntimeError: ``gather`` without an initialised process group.
+
+    Example:
+        >>> import torch, protokernels
+        >>> embeddings = torch.eye(4).repeat(2, 1)  # two views of four classes
+        >>> loss = protokernels.supcon_loss(embeddings, torch.arange(4).repeat(2), temperature=1.0)
+        >>> round(loss.item(), 4)  # log(e + 6) - 1
+        1.1654
+    """
+    op = "supcon_loss"
+    _checks.check_matrix(op, "embeddings", embeddings, "[N, D]")
+    labels = _labels(op, labels, embeddings.shape[:1], "[N]", embeddings)
+    _check_choices(op, temperature, form, precision)
+    _checks.check_choice(op, "reduction", reduction, ("mean", "none"))
+    if _checks.check_choice(op, "gather", gather, (False, True, "ring")):
+        losses, anchors = _contrastive_distributed.gathered_losses(
+            op, embeddings, labels, temperature, form, ignore_index, normalize, gather == "ring", precision
+        )
+        return losses if reduction == "none" else losses.sum() / anchors.sum().clamp(min=1)
+    if not backend.native_serves(embeddings.device):
+        return reference.supcon_loss(
+            embeddings,
+            labels,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            form=form,
+            normalize=normalize,
+            reduction=reduction,
+        )
+    plan = Plan(
+        *torch.ops.protokernels.contrastive_plan(
+            labels.view(-1, 1, 1, 1),
+            [0, 0, 0],
+            [1, 1, 1],
+            False,
+            False,
+            None,
+            ignore_index,
+            reference.FORMS.index(form),
+            REDUCTIONS.index("anchor"),
+        )
+    )
+    total, losses = _native_losses(embeddings.unsqueeze(-1), plan, temperature, form, normalize, precision)
+    return total if reduction == "mean" else losses.new_zeros(len(labels)).index_put((plan.order,), losses)
+
+
+def nt_xent_loss(
+    first: Tensor,  # [N, D]
+    second: Tensor,  # [N, D]
+    *,
+    temperature: float = 0.5,
+    denominator: Denominator = "all",
+    normalize: bool = True,
+    gather: Gather = False,
+    precision: Precision = "highest",
+) -> Tensor:
+    """NT-Xent: the two views of an image attract, all other views of the batch repel (Chen et al. 2020, Eq. 1; Hu et al. 2021, Eq. 1).
+
+        l_i = -log( exp(s_i,p(i)) / sum_{k != i} exp(s_ik) ),   mean over the 2N views
+
+    In plain PyTorch: ``cross_entropy(masked scores of cat([first, second]), partner)``.
+
+    Args:
+        first, second: embeddings of the two views, [N, D] each.
+        temperature: positive.
+        denominator: ``"all"`` others, as above, or the ``"negatives"`` alone (Ferrante et al. 2022, Eq. 1; the loss may be negative).
+        normalize: compare directions (cosine); otherwise inner products.
+        gather: negatives of all ranks too, see :func:`supcon_loss`.
+        precision: see :func:`local_contrastive_loss`.
+
+    Returns:
+        The loss, float32 (float64 for float64 embeddings), differentiable once. One image has no negatives: 0.
+
+    Raises:
+        TypeError, ValueError: arguments do not fit. RuntimeError: ``gather`` without an initialised process group.
+
+    Example:
+        >>> import torch, protokernels
+        >>> round(protokernels.nt_xent_loss(torch.eye(2), torch.eye(2), temperature=1.0).item(), 4)  # log(e + 2) - 1
+        0.5514
+    """
+    op = "nt_xent_loss"
+    count = _check_views(op, first, second)
+    form = _form_of(op, denominator)
+    _check_choices(op, temperature, form, precision)
+    stacked = torch.cat([first, second])
+    pairs = torch.arange(count, device=first.device).repeat(2)
+    if _checks.check_choice(op, "gather", gather, (False, True, "ring")):
+        losses, anchors = _contrastive_distributed.gathered_losses(
+            op, stacked, pairs, temperature, form, None, normalize, gather == "ring", precision, labels_are_local=True
+        )
+        return losses.sum() / anchors.sum().clamp(min=1)
+    if not backend.native_serves(first.device):
+        return reference.supcon_loss(
+            stacked, pairs, temperature=temperature, ignore_index=None, form=form, normalize=normalize, reduction="mean"
+        )
+    plan = pairs_plan(count, first.device)
+    return _native_losses(stacked.unsqueeze(-1), plan, temperature, form, normalize, precision)[0]
+
+
+def cross_view_loss(
+    first: Tensor,  # [N, D]
+    second: Tensor,  # [N, D]
+    *,
+    temperature: float = 1.0,
+    denominator: Denominator = "all",
+    symmetric: bool = True,
+    normalize: bool = True,
+    precision: Precision = "highest",
+) -> Tensor:
+    """InfoNCE between two views: row i of the one and row i of the other attract, rows of the same view do not meet.
+
+        l_i = -log( exp(s_ii) / sum_j exp(s_ij) ),   s_ij = <first_i, second_j> / temperature
+
+    In plain PyTorch: ``cross_entropy(first @ second.T / temperature, arange(N))``, and its mean with the other direction if ``symmetric``.
+
+    Args:
+        first, second: [N, D] each.
+        temperature: positive.
+        denominator: ``"all"`` columns, or only the ``"negatives"`` j != i (Ruppli et al. 2022, Eq. 2, with ``symmetric=False, normalize=False``).
+        symmetric: also from the second view to the first, and the mean of both.
+        normalize: compare directions (cosine); otherwise inner products.
+        precision: see :func:`local_contrastive_loss`.
+
+    Returns:
+        The loss, float32 (float64 for float64 embeddings), differentiable once. A single pair: 0.
+
+    Raises:
+        TypeError, ValueError: arguments do not fit.
+
+    Example:
+        >>> import torch, protokernels
+        >>> round(protokernels.cross_view_loss(torch.eye(2), torch.eye(2)).item(), 4)  # log(e + 1) - 1
+        0.3133
+    """
+    op = "cross_view_loss"
+    count = _check_views(op, first, second)
+    form = _form_of(op, denominator)
+    _check_choices(op, temperature, form, precision)
+    ways = [(first, second), (second, first)] if symmetric else [(first, second)]
+    if not backend.native_serves(first.device):
+        losses = [
+            reference.cross_view_loss(
+                own, other, temperature=temperature, form=form, normalize=normalize, reduction="mean"
+            )
+            for own, other in ways
+        ]
+        return torch.stack(losses).mean()
+    plan = matching_plan(count, first.device)
+    dtype = torch.promote_types(reference.compute_dtype(first), reference.compute_dtype(second))
+    packed = [
+        torch.ops.protokernels.contrastive_pack(x.to(dtype).unsqueeze(-1), plan.order, normalize)[0] for x in (first, second)
+    ]
+    directions = [(packed[0], packed[1]), (packed[1], packed[0])] if symmetric else [(packed[0], packed[1])]
+    totals = [
+        torch.ops.protokernels.contrastive_forward(
+            own,
+            other,
+            plan.groups,
+            plan.ranges,
+            plan.weights,
+            first.shape[1],
+            temperature,
+            normalize,
+            reference.FORMS.index(form),
+            PRECISIONS.index(precision),
+        )[0]
+        for own, other in directions
+    ]
+    return totals[0] if len(totals) == 1 else (totals[0] + totals[1]) / 2
+
+
+# ------------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _native_losses(
+    x: Tensor, plan: Plan, temperature: float, form: Form, normalize: bool, precision: Precision
+) -> tuple[Tensor, Tensor]:  # [N, C, P] -> [], [R] in the order of the plan
+    packed, _ = torch.ops.protokernels.contrastive_pack(x, plan.order, normalize)
+    total, losses, _ = torch.ops.protokernels.contrastive_forward(
+        packed,
+        None,
+        plan.groups,
+        plan.ranges,
+        plan.weights,
+        x.shape[1],
+        temperature,
+        normalize,
+        reference.FORMS.index(form),
+        PRECISIONS.index(precision),
+    )
+    return total, losses
+
+
+def _form_of(op: str, denominator: Denominator) -> Form:
+    _checks.check_choice(op, "denominator", denominator, get_args(Denominator))
+    return "supcon" if denominator == "all" else "negout"
+
+
+def _check_choices(op: str, temperature: object, form: object, precision: object) -> None:
+    if isinstance(temperature, Tensor):
+        raise TypeError(
+            f"{op}: temperature must be a number; got {_checks.describe(temperature)}; to learn it, multiply the vectors by its inverse "
+            "and pass normalize=False, temperature=1"
+        )
+    _checks.check_temperature(op, temperature, torch.device("cpu"))
+    _checks.check_choice(op, "form", form, get_args(Form))
+    _checks.check_choice(op, "precision", precision, PRECISIONS)
+
+
+def _check_features(op: str, features: object) -> None:
+    expected = "[N, C, H, W] or [N, C, D, H, W]"
+    if not isinstance(features, Tensor) or features.dtype not in _checks.FLOATING:
+        raise TypeError(f"{op}: features must be a floating-point tensor {expected}; got {_checks.describe(features)}")
+    if features.dim() not in (4, 5) or features.shape[1] == 0:
+        raise ValueError(
+            f"{op}: features must have shape {expected} with at least one channel; got {_checks.describe(features)}"
+        )
+
+
+def _check_views(op: str, first: object, second: object) -> int:
+    _checks.check_matrix(op, "first", first, "[N, D]")
+    _checks.check_matrix(op, "second", second, "[N, D]")
+    assert isinstance(first, Tensor) and isinstance(second, Tensor)
+    _checks.check_same_device(op, "first", first, "second", second)
+    if first.shape != second.shape or first.shape[1] == 0:
+        raise ValueError(
+            f"{op}: first and second must have the same shape [N, D] with D at least 1; got {list(first.shape)} and "
+            f"{list(second.shape)}"
+        )
+    return first.shape[0]
+
+
+def _labels(op: str, labels: object, shape: Sequence[int], expected: str, beside: Tensor) -> Tensor:
+    if not isinstance(labels, Tensor) or labels.dtype not in _INT64:
+        raise TypeError(f"{op}: labels must be an integer tensor {expected}; got {_checks.describe(labels)}")
+    if labels.shape != torch.Size(shape):
+        raise ValueError(f"{op}: labels must have shape {list(shape)}; got {_checks.describe(labels)}")
+    _checks.check_same_device(op, "the first argument", beside, "labels", labels)
+    return labels.to(torch.int64)
+
+
+def _pixel_labels(
+    op: str, features: Tensor, labels: Tensor | None, background: int | None, scope: str, ignore_index: int | None
+) -> tuple[Tensor, int | None]:
+    shape = (features.shape[0], *features.shape[2:])
+    for name, value in (("background", background), ("ignore_index", ignore_index)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{op}: {name} must be an integer or None; got {_checks.describe(value)}")
+    if labels is not None:
+        return _labels(op, labels, shape, "[N, H, W] or [N, D, H, W]", features), background
+    if features.shape[0] % 2 or scope == "image" or ignore_index is not None:
+        raise ValueError(
+            f"{op}: without labels the maps are two views of N / 2 images, stacked: N must be even, scope 'group' and ignore_index None; "
+            f"got N = {features.shape[0]}, scope {scope!r} and ignore_index {ignore_index}"
+        )
+    half = (shape[0] // 2, *shape[1:])
+    places = torch.arange(half[0] * features[0, 0].numel(), device=features.device) if shape[0] else torch.empty(
+        0, dtype=torch.int64, device=features.device
+    )
+    return places.view(half).repeat(2, *(1,) * (len(shape) - 1)), None
+
+
+def _sizes(op: str, name: str, value: Size | None, axes: int, default: int) -> list[int]:
+    """One number for each axis."""
+    if value is None:
+        return [default] * axes
+    several = list(value) if isinstance(value, Sequence) else [value] * axes
+    if len(several) != axes or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in several):
+        raise ValueError(f"{op}: {name} must be a positive integer or one for each of the {axes} axes; got {value!r}")
+    return several
