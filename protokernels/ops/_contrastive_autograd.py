@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Fake kernels (shapes for torch.compile and torch.export) and the autograd formulas of the native contrastive operators.
 
-The losses of a row depend on scores through three statistics; ``contrastive_coefficients`` is the derivative by them, ``contrastive_backward``
-takes it on to the vectors. With one set of vectors a single call serves both roles of a pair; with two sets there is one call for each.
+The losses of a row depend on scores through three statistics; ``contrastive_coefficients`` is the derivative by them,
+``contrastive_backward`` takes it on to the vectors. With one set of vectors a single call serves both roles of a pair; with two sets
+there is one call for each.
 """
 
 from __future__ import annotations
@@ -66,7 +67,13 @@ def _pack_backward(ctx: Any, grad_packed: Tensor, _norms: Tensor | None) -> tupl
 
 
 def _fake_unpack(
-    grad_packed: Tensor, packed: Tensor, norms: Tensor, order: Tensor, like: Tensor, normalize: bool, channels_last: bool
+    grad_packed: Tensor,
+    packed: Tensor,
+    norms: Tensor,
+    order: Tensor,
+    like: Tensor,
+    normalize: bool,
+    channels_last: bool,
 ) -> Tensor:
     N, C, P = like.shape
     return like.new_empty((N, P, C)).transpose(1, 2) if channels_last else like.new_empty((N, C, P))

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Contrast with the embeddings of all ranks of ``torch.distributed``, gathered at once or passed round.
 
-A rank's rows meet the embeddings of one rank after the other; the statistics of the parts add up: p = logaddexp(p, p_part), n likewise, l = l + l_part.
-The backward pass sends round what the pairs need of the other side, its embeddings with three statistics and three coefficients each, so that
-every rank works out the whole gradient of its own embeddings, also what they are to the other ranks' losses: no gradient travels.
+A rank's rows meet the embeddings of one rank after the other; the statistics of the parts add up: p = logaddexp(p, p_part), n likewise,
+l = l + l_part. The backward pass sends round what the pairs need of the other side, its embeddings with three statistics and three
+coefficients each, so that every rank works out the whole gradient of its own embeddings, also what they are to the other ranks' losses:
+no gradient travels.
 
-Per rank and step, with N embeddings of C numbers on each of W ranks: forward (W - 1) N (C + 2) numbers come in, backward (W - 1) N (C + 8); memory is
-W N C gathered, 2 N C passed round.
+Per rank and step, with N embeddings of C numbers on each of W ranks: forward (W - 1) N (C + 2) numbers come in, backward (W - 1) N (C +
+8); memory is W N C gathered, 2 N C passed round.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def gathered_losses(
     *,
     labels_are_local: bool = False,
 ) -> tuple[Tensor, Tensor]:  # losses [N], 0 where there is no anchor; which of them are anchors [N]
-    """The losses of this rank's embeddings among those of all ranks. Labels of different ranks mean the same unless they ``are_local``."""
+    """The losses of this rank's embeddings among those of all ranks; labels mean the same on all ranks unless they ``are_local``."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             f"{op}: gather needs torch.distributed; call torch.distributed.init_process_group first, or pass gather=False"
@@ -52,7 +53,9 @@ def gathered_losses(
         labels = labels * dist.get_world_size() + dist.get_rank()
     if backend.native_serves(embeddings.device):
         rows = OPS.contrastive_pack(embeddings.unsqueeze(-1), order, normalize)[0]
-        kernel: _Kernel = _NativeKernel(embeddings.shape[1], temperature, normalize, ("highest", "high", "medium").index(precision))
+        kernel: _Kernel = _NativeKernel(
+            embeddings.shape[1], temperature, normalize, ("highest", "high", "medium").index(precision)
+        )
     else:
         rows = reference.prepared(embeddings, normalize)[order]
         kernel = _ReferenceKernel(temperature)
@@ -68,9 +71,7 @@ class _Statistics(torch.autograd.Function):
     """p, n and l of every row over the columns of all ranks, and how many positives and negatives it has."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, rows: Tensor, labels: Tensor, travel: _Travel, kernel: _Kernel
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, rows: Tensor, labels: Tensor, travel: _Travel, kernel: _Kernel) -> tuple[Tensor, ...]:
         p = n = rows.new_full((len(rows),), -torch.inf)
         linear = rows.new_zeros(len(rows))
         positives = negatives = torch.zeros_like(labels)
@@ -87,7 +88,7 @@ class _Statistics(torch.autograd.Function):
         return p, n, linear, positives, negatives
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, labels, statistics = ctx.saved_tensors
         coefficients = torch.stack(grads[:3])
         grad_rows = torch.zeros_like(rows)
@@ -161,9 +162,7 @@ class _ReferenceKernel(_Kernel):
     def statistics(self, rows: Tensor, columns: Tensor, ranges: Tensor) -> Tensor:
         s, positive, negative = self._pairs(rows, columns, ranges)
         linear = torch.where(positive, s, 0.0).sum(1)
-        return torch.stack(
-            [reference.masked_logsumexp(s, positive), reference.masked_logsumexp(s, negative), linear]
-        )
+        return torch.stack([reference.masked_logsumexp(s, positive), reference.masked_logsumexp(s, negative), linear])
 
     def gradient(
         self, rows: Tensor, columns: Tensor, ranges: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]

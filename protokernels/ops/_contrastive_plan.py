@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Which vectors meet which, worked out from the labels in torch: the form that a GPU runs, and the oracle of the native one.
 
-A plan is four tensors, as csrc/ops/contrastive.h describes them: ``order`` [R] int64, the place of every row in the flattened labels; ``groups``
-[G, 6] int32, first row, end of the anchors and end of the rows of every group, then the same of its columns; ``ranges`` [R, 3] int32, the columns of a
-row's own class and the column that is the row itself; ``weights`` [R] float64, a row's part in the mean.
+A plan is four tensors, as csrc/ops/contrastive.h describes them: ``order`` [R] int64, the place of every row in the flattened labels;
+``groups`` [G, 6] int32, first row, end of the anchors and end of the rows of every group, then the same of its columns; ``ranges`` [R,
+3] int32, the columns of a row's own class and the column that is the row itself; ``weights`` [R] float64, a row's part in the mean.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def plan_in_torch(
     group = torch.zeros((), dtype=torch.int64, device=device)
     for axis, (edge, step) in enumerate(zip(block, stride, strict=True)):
         kept, edge, count = blocks_of(labels.shape[1 + axis], edge, step, drop_remainder)
-        place = place.narrow(1 + axis, 0, labels.shape[1 + axis])[(slice(None),) * (1 + axis) + (slice(None, None, step),)]
+        place = place.narrow(1 + axis, 0, labels.shape[1 + axis])[
+            (slice(None),) * (1 + axis) + (slice(None, None, step),)
+        ]
         place = place.narrow(1 + axis, 0, kept)
         index = torch.arange(kept, device=device) // edge
         group = group * count + index.view(-1, *(1,) * (2 - axis))
@@ -99,7 +101,12 @@ def plan_in_torch(
     takes_part = key % 3 != 2
     none = torch.tensor(0, device=device)
     ranges = torch.stack(
-        [torch.where(takes_part, begin, none), torch.where(takes_part, end, none), torch.where(takes_part, rows, none - 1)], dim=1
+        [
+            torch.where(takes_part, begin, none),
+            torch.where(takes_part, end, none),
+            torch.where(takes_part, rows, none - 1),
+        ],
+        dim=1,
     ).to(torch.int32)
 
     in_class = end - begin
@@ -107,7 +114,9 @@ def plan_in_torch(
     anchors = (key % 3 == 0) & (in_class > 1)
     if FORMS[form] in NEEDS_NEGATIVES and G:
         anchors = anchors & (limits[of_group, 2] - limits[of_group, 0] > in_class)
-    weights = _weights(anchors, of_group, place // max(labels[0].numel(), 1) if N else place, G, N, REDUCTIONS[reduction])
+    weights = _weights(
+        anchors, of_group, place // max(labels[0].numel(), 1) if N else place, G, N, REDUCTIONS[reduction]
+    )
     return place, groups, ranges, weights
 
 

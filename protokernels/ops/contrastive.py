@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Contrastive losses over pixels and embeddings, exact, with memory linear in their number.
 
-Sources: Hu et al., MICCAI 2021 (local contrast with block division, Eq. 1 and 2); Khosla et al. 2020 (SupCon); Chen et al. 2020 (NT-Xent); Ruppli et al.
-2022, Eq. 2 (cross-view). The native kernels stand in ``csrc/ops/contrastive.h``.
+Sources: Hu et al., MICCAI 2021 (local contrast with block division, Eq. 1 and 2); Khosla et al. 2020 (SupCon); Chen et al. 2020
+(NT-Xent); Ruppli et al. 2022, Eq. 2 (cross-view). The native kernels stand in ``csrc/ops/contrastive.h``.
 
-Four forms, for an anchor i with positives P (its class) and negatives N (the others) among the vectors it meets, itself left out, s_ij = <f_i, f_j> /
-temperature, p = log sum_P exp s, n = log sum_N exp s:
+Four forms, for an anchor i with positives P (its class) and negatives N (the others) among the vectors it meets, itself left out, s_ij =
+<f_i, f_j> / temperature, p = log sum_P exp s, n = log sum_N exp s:
 
     ``"supcon"``   logaddexp(p, n) - mean_P s       Khosla's L_out, the released code of Hu et al.
     ``"in"``       logaddexp(p, n) - p + log |P|    Khosla's L_in
     ``"paper"``    (n - p) / |P|                    Hu et al., Eq. 2 as printed
     ``"negout"``   n - mean_P s                     positives left out of the denominator
 
-No anchor is a vector without positives or, for ``"paper"`` and ``"negout"``, without negatives; where nothing is left the loss is an exact 0
-with a zero gradient. Unit vectors (``normalize=True``): a vector no longer than 1e-12 counts as zero and gets no gradient.
+No anchor is a vector without positives or, for ``"paper"`` and ``"negout"``, without negatives; where nothing is left the loss is an
+exact 0 with a zero gradient. Unit vectors (``normalize=True``): a vector no longer than 1e-12 counts as zero and gets no gradient.
 """
 
 from __future__ import annotations
@@ -57,13 +57,14 @@ def local_contrastive_loss(
 ) -> Tensor:
     """Supervised local contrastive loss: pixels of one class attract, pixels of different classes repel (Hu et al. 2021, Eq. 2 and 3).
 
-    Anchors are the pixels that are not background; positives and negatives come from all N maps (images and views), the background among the
-    negatives. Block division lets a pixel meet the pixels of its own block only, in all maps; a stride thins the maps out instead. In plain
-    PyTorch, for one block with features f [S, C] and labels y [S]: the losses of the forms above from ``f @ f.T / temperature`` and the masks
+    Anchors are the pixels that are not background; positives and negatives come from all N maps (images and views), the background among
+    the negatives. Block division lets a pixel meet the pixels of its own block only, in all maps; a stride thins the maps out instead.
+    In plain PyTorch, for one block with features f [S, C] and labels y [S]: the losses of the forms above from ``f @ f.T / temperature``
+    and the masks
     ``y[:, None] == y`` and its opposite. Here no S x S matrix exists: memory is that of the features, three times at the most.
 
-    Without labels (``labels=None``) the maps are two views of N / 2 images, stacked: the positive of a pixel is the same pixel of the other view,
-    and every pixel is an anchor.
+    Without labels (``labels=None``) the maps are two views of N / 2 images, stacked: the positive of a pixel is the same pixel of the
+    other view, and every pixel is an anchor.
 
     Args:
         features: maps of both views, stacked along N; float32, float64, bfloat16 or float16 (computed in float32), any strides.
@@ -73,17 +74,19 @@ def local_contrastive_loss(
         stride: every ``stride``-th pixel of each axis takes part. Neither: all pixels meet all (dense).
         form: see above.
         scope: ``"group"``: a pixel meets the pixels of all maps; ``"image"``: of its own map.
-        reduction: ``"group"``: mean over the anchors of a block, then over the blocks that have any; ``"anchor"``: over all anchors; ``"image"``: over
-            the anchors of a map, then over the maps that have any (Eq. 3); ``"none"``: the loss of every pixel, 0 where there is no anchor.
+        reduction: ``"group"``: mean over the anchors of a block, then over the blocks that have any; ``"anchor"``: over all anchors;
+            ``"image"``: over the anchors of a map, then over the maps that have any (Eq. 3); ``"none"``: the loss of every pixel, 0
+            where there is no anchor.
         background: class without anchors; ``None``: every class has anchors.
         ignore_index: pixels of this class take no part at all.
         normalize: compare directions (cosine); otherwise inner products.
         drop_remainder: leave out blocks that are not whole, as the released code does.
-        precision: of products on a GPU: ``"highest"`` as float32, ``"high"`` TF32, ``"medium"`` bfloat16; a CPU always computes in float32.
+        precision: of products on a GPU: ``"highest"`` as float32, ``"high"`` TF32, ``"medium"`` bfloat16; a CPU always computes in
+            float32.
 
     Returns:
-        The loss, a scalar of float32 (float64 for float64 features); [N, H, W] or [N, D, H, W] for ``reduction="none"``. Differentiable in the
-        features, once.
+        The loss, a scalar of float32 (float64 for float64 features); [N, H, W] or [N, D, H, W] for ``reduction="none"``. Differentiable
+        in the features, once.
 
     Raises:
         TypeError: features or labels are no tensors of the dtypes above.
@@ -114,7 +117,7 @@ def local_contrastive_loss(
     grid = labels.reshape(shape)
     if not backend.native_serves(features.device):
         loss = reference.local_contrastive_loss(
-            features.reshape(len(features), -1, *shape[1:]),
+            features.reshape(shape[0], features.shape[1], *shape[1:]),
             grid,
             temperature=temperature,
             block=block,
@@ -171,10 +174,10 @@ def supcon_loss(
         reduction: ``"mean"`` over anchors, or ``"none"``: [N], 0 where there is no anchor.
         ignore_index: embeddings of this class take no part.
         normalize: compare directions (cosine); otherwise inner products.
-        gather: also meet the embeddings of all ranks of ``torch.distributed``. ``True``: they are gathered; ``"ring"``: they are passed round, one rank's
-            at a time, so that memory does not grow with the number of ranks. Every rank gets the mean over its own anchors and the gradient
-            of the SUM of all ranks' losses by its own embeddings, so that data-parallel training, which averages over ranks, follows the mean of
-            the ranks' losses. All ranks must call forward and backward; their N may differ.
+        gather: also meet the embeddings of all ranks of ``torch.distributed``. ``True``: they are gathered; ``"ring"``: they are passed
+            round, one rank's at a time, so that memory does not grow with the number of ranks. Every rank gets the mean over its own
+            anchors and the gradient of the SUM of all ranks' losses by its own embeddings, so that data-parallel training, which
+            averages over ranks, follows the mean of the ranks' losses. All ranks must call forward and backward; their N may differ.
         precision: see :func:`local_contrastive_loss`.
 
     Returns:
@@ -295,12 +298,14 @@ def cross_view_loss(
 
         l_i = -log( exp(s_ii) / sum_j exp(s_ij) ),   s_ij = <first_i, second_j> / temperature
 
-    In plain PyTorch: ``cross_entropy(first @ second.T / temperature, arange(N))``, and its mean with the other direction if ``symmetric``.
+    In plain PyTorch: ``cross_entropy(first @ second.T / temperature, arange(N))``, and its mean with the other direction if
+    ``symmetric``.
 
     Args:
         first, second: [N, D] each.
         temperature: positive.
-        denominator: ``"all"`` columns, or only the ``"negatives"`` j != i (Ruppli et al. 2022, Eq. 2, with ``symmetric=False, normalize=False``).
+        denominator: ``"all"`` columns, or only the ``"negatives"`` j != i (Ruppli et al. 2022, Eq. 2, with ``symmetric=False,
+            normalize=False``).
         symmetric: also from the second view to the first, and the mean of both.
         normalize: compare directions (cosine); otherwise inner products.
         precision: see :func:`local_contrastive_loss`.
@@ -332,7 +337,8 @@ def cross_view_loss(
     plan = matching_plan(count, first.device)
     dtype = torch.promote_types(reference.compute_dtype(first), reference.compute_dtype(second))
     packed = [
-        torch.ops.protokernels.contrastive_pack(x.to(dtype).unsqueeze(-1), plan.order, normalize)[0] for x in (first, second)
+        torch.ops.protokernels.contrastive_pack(x.to(dtype).unsqueeze(-1), plan.order, normalize)[0]
+        for x in (first, second)
     ]
     directions = [(packed[0], packed[1]), (packed[1], packed[0])] if symmetric else [(packed[0], packed[1])]
     totals = [
@@ -438,8 +444,10 @@ def _pixel_labels(
             f"got N = {features.shape[0]}, scope {scope!r} and ignore_index {ignore_index}"
         )
     half = (shape[0] // 2, *shape[1:])
-    places = torch.arange(half[0] * features[0, 0].numel(), device=features.device) if shape[0] else torch.empty(
-        0, dtype=torch.int64, device=features.device
+    places = (
+        torch.arange(half[0] * features[0, 0].numel(), device=features.device)
+        if shape[0]
+        else torch.empty(0, dtype=torch.int64, device=features.device)
     )
     return places.view(half).repeat(2, *(1,) * (len(shape) - 1)), None
 

@@ -98,7 +98,9 @@ def cross_view_loss(
 ) -> Tensor:  # [], or [N]
     """From the first view to the second: the positive of row i is row i of the other view, the negatives are its other rows."""
     same = torch.eye(len(first), dtype=torch.bool, device=first.device)
-    losses, anchors = pair_losses(prepared(first, normalize), prepared(second, normalize), same, ~same, temperature, form)
+    losses, anchors = pair_losses(
+        prepared(first, normalize), prepared(second, normalize), same, ~same, temperature, form
+    )
     return losses if reduction == "none" else mean_of_means([(losses.sum(), anchors.sum())], losses)
 
 
