@@ -32,6 +32,8 @@ from ._contrastive_plan import REDUCTIONS, Plan, matching_plan, pairs_plan
 Form = Literal["supcon", "in", "paper", "negout"]
 Denominator = Literal["all", "negatives"]
 Precision = Literal["highest", "high", "medium"]
+Scope = Literal["group", "image"]
+Reduction = Literal["group", "anchor", "image", "none"]
 Gather = bool | Literal["ring"]
 Size = int | Sequence[int]
 
@@ -47,8 +49,8 @@ def local_contrastive_loss(
     block_size: Size | None = None,
     stride: Size | None = None,
     form: Form = "supcon",
-    scope: Literal["group", "image"] = "group",
-    reduction: Literal["group", "anchor", "image", "none"] = "group",
+    scope: Scope = "group",
+    reduction: Reduction = "group",
     background: int | None = 0,
     ignore_index: int | None = None,
     normalize: bool = True,
@@ -105,11 +107,7 @@ def local_contrastive_loss(
     _check_features(op, features)
     size = features.shape[2:]
     labels, background = _pixel_labels(op, features, labels, background, scope, ignore_index)
-    _check_choices(op, temperature, form, precision)
-    _checks.check_choice(op, "scope", scope, ("group", "image"))
-    _checks.check_choice(op, "reduction", reduction, (*REDUCTIONS, "none"))
-    if block_size is not None and stride is not None:
-        raise ValueError(f"{op}: give block_size or stride, not both; got block_size={block_size} and stride={stride}")
+    check_local(op, temperature, block_size, stride, form, scope, reduction, precision)
     leading = (1,) * (3 - len(size))
     block = [*leading, *_sizes(op, "block_size", block_size, len(size), 0)]
     steps = [*leading, *_sizes(op, "stride", stride, len(size), 1)]
@@ -196,9 +194,9 @@ def supcon_loss(
     op = "supcon_loss"
     _checks.check_matrix(op, "embeddings", embeddings, "[N, D]")
     labels = _labels(op, labels, embeddings.shape[:1], "[N]", embeddings)
-    _check_choices(op, temperature, form, precision)
+    check_choices(op, temperature, form, precision, gather)
     _checks.check_choice(op, "reduction", reduction, ("mean", "none"))
-    if _checks.check_choice(op, "gather", gather, (False, True, "ring")):
+    if gather:
         losses, anchors = _contrastive_distributed.gathered_losses(
             op, embeddings, labels, temperature, form, ignore_index, normalize, gather == "ring", precision
         )
@@ -267,11 +265,11 @@ def nt_xent_loss(
     """
     op = "nt_xent_loss"
     count = _check_views(op, first, second)
-    form = _form_of(op, denominator)
-    _check_choices(op, temperature, form, precision)
+    form = form_of(op, denominator)
+    check_choices(op, temperature, form, precision, gather)
     stacked = torch.cat([first, second])
     pairs = torch.arange(count, device=first.device).repeat(2)
-    if _checks.check_choice(op, "gather", gather, (False, True, "ring")):
+    if gather:
         losses, anchors = _contrastive_distributed.gathered_losses(
             op, stacked, pairs, temperature, form, None, normalize, gather == "ring", precision, labels_are_local=True
         )
@@ -323,40 +321,62 @@ def cross_view_loss(
     """
     op = "cross_view_loss"
     count = _check_views(op, first, second)
-    form = _form_of(op, denominator)
-    _check_choices(op, temperature, form, precision)
+    form = form_of(op, denominator)
+    check_choices(op, temperature, form, precision)
+    dtype = torch.promote_types(reference.compute_dtype(first), reference.compute_dtype(second))
+    first, second = first.to(dtype), second.to(dtype)
     ways = [(first, second), (second, first)] if symmetric else [(first, second)]
-    if not backend.native_serves(first.device):
+    if backend.native_serves(first.device):
+        plan = matching_plan(count, first.device)
+        packed = {
+            id(x): torch.ops.protokernels.contrastive_pack(x.unsqueeze(-1), plan.order, normalize)[0]
+            for x in (first, second)
+        }
+        settings = (first.shape[1], temperature, normalize, form, precision)
+        losses = [_forward(packed[id(own)], packed[id(other)], plan, *settings)[0] for own, other in ways]
+    else:
         losses = [
-            reference.cross_view_loss(
-                own, other, temperature=temperature, form=form, normalize=normalize, reduction="mean"
-            )
+            reference.cross_view_loss(own, other, temperature=temperature, form=form, normalize=normalize)
             for own, other in ways
         ]
-        return torch.stack(losses).mean()
-    plan = matching_plan(count, first.device)
-    dtype = torch.promote_types(reference.compute_dtype(first), reference.compute_dtype(second))
-    packed = [
-        torch.ops.protokernels.contrastive_pack(x.to(dtype).unsqueeze(-1), plan.order, normalize)[0]
-        for x in (first, second)
-    ]
-    directions = [(packed[0], packed[1]), (packed[1], packed[0])] if symmetric else [(packed[0], packed[1])]
-    totals = [
-        torch.ops.protokernels.contrastive_forward(
-            own,
-            other,
-            plan.groups,
-            plan.ranges,
-            plan.weights,
-            first.shape[1],
-            temperature,
-            normalize,
-            reference.FORMS.index(form),
-            PRECISIONS.index(precision),
-        )[0]
-        for own, other in directions
-    ]
-    return totals[0] if len(totals) == 1 else (totals[0] + totals[1]) / 2
+    return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
+
+
+def form_of(op: str, denominator: Denominator) -> Form:
+    """The form that has this denominator."""
+    _checks.check_choice(op, "denominator", denominator, get_args(Denominator))
+    return "supcon" if denominator == "all" else "negout"
+
+
+def check_choices(op: str, temperature: object, form: object, precision: object, gather: object = False) -> None:
+    """What all losses take by name."""
+    if isinstance(temperature, Tensor):
+        raise TypeError(
+            f"{op}: temperature must be a number; got {_checks.describe(temperature)}; to learn it, multiply the vectors by its "
+            "inverse's root and pass normalize=False, temperature=1"
+        )
+    _checks.check_temperature(op, temperature, torch.device("cpu"))
+    _checks.check_choice(op, "form", form, get_args(Form))
+    _checks.check_choice(op, "precision", precision, PRECISIONS)
+    _checks.check_choice(op, "gather", gather, (False, True, "ring"))
+
+
+def check_local(
+    op: str,
+    temperature: object,
+    block_size: object,
+    stride: object,
+    form: object,
+    scope: object,
+    reduction: object,
+    precision: object,
+) -> None:
+    """What :func:`local_contrastive_loss` takes by name."""
+    check_choices(op, temperature, form, precision)
+    _checks.check_choice(op, "scope", scope, get_args(Scope))
+    _checks.check_choice(op, "reduction", reduction, get_args(Reduction))
+    if block_size is not None and stride is not None:
+        raise ValueError(f"{op}: give block_size or stride, not both; got block_size={block_size} and stride={stride}")
 
 
 # ------------------------------------------------------------------------------------------------------------------- helpers
@@ -366,35 +386,32 @@ def _native_losses(
     x: Tensor, plan: Plan, temperature: float, form: Form, normalize: bool, precision: Precision
 ) -> tuple[Tensor, Tensor]:  # [N, C, P] -> [], [R] in the order of the plan
     packed, _ = torch.ops.protokernels.contrastive_pack(x, plan.order, normalize)
+    return _forward(packed, None, plan, x.shape[1], temperature, normalize, form, precision)
+
+
+def _forward(
+    rows: Tensor,
+    columns: Tensor | None,
+    plan: Plan,
+    channels: int,
+    temperature: float,
+    normalize: bool,
+    form: Form,
+    precision: Precision,
+) -> tuple[Tensor, Tensor]:  # [R, Cp], [M, Cp] -> [], [R]
     total, losses, _ = torch.ops.protokernels.contrastive_forward(
-        packed,
-        None,
+        rows,
+        columns,
         plan.groups,
         plan.ranges,
         plan.weights,
-        x.shape[1],
+        channels,
         temperature,
         normalize,
         reference.FORMS.index(form),
         PRECISIONS.index(precision),
     )
     return total, losses
-
-
-def _form_of(op: str, denominator: Denominator) -> Form:
-    _checks.check_choice(op, "denominator", denominator, get_args(Denominator))
-    return "supcon" if denominator == "all" else "negout"
-
-
-def _check_choices(op: str, temperature: object, form: object, precision: object) -> None:
-    if isinstance(temperature, Tensor):
-        raise TypeError(
-            f"{op}: temperature must be a number; got {_checks.describe(temperature)}; to learn it, multiply the vectors by its inverse "
-            "and pass normalize=False, temperature=1"
-        )
-    _checks.check_temperature(op, temperature, torch.device("cpu"))
-    _checks.check_choice(op, "form", form, get_args(Form))
-    _checks.check_choice(op, "precision", precision, PRECISIONS)
 
 
 def _check_features(op: str, features: object) -> None:
@@ -426,7 +443,8 @@ def _labels(op: str, labels: object, shape: Sequence[int], expected: str, beside
     if labels.shape != torch.Size(shape):
         raise ValueError(f"{op}: labels must have shape {list(shape)}; got {_checks.describe(labels)}")
     _checks.check_same_device(op, "the first argument", beside, "labels", labels)
-    return labels.to(torch.int64)
+    classes: Tensor = labels.to(torch.int64)
+    return classes
 
 
 def _pixel_labels(
@@ -456,7 +474,7 @@ def _sizes(op: str, name: str, value: Size | None, axes: int, default: int) -> l
     """One number for each axis."""
     if value is None:
         return [default] * axes
-    several = list(value) if isinstance(value, Sequence) else [value] * axes
+    several: list[int] = list(value) if isinstance(value, Sequence) else [value] * axes
     if len(several) != axes or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in several):
         raise ValueError(f"{op}: {name} must be a positive integer or one for each of the {axes} axes; got {value!r}")
     return several

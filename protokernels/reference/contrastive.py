@@ -94,14 +94,12 @@ def cross_view_loss(
     temperature: float,
     form: str,
     normalize: bool,
-    reduction: str,
-) -> Tensor:  # [], or [N]
+) -> Tensor:  # []
     """From the first view to the second: the positive of row i is row i of the other view, the negatives are its other rows."""
     same = torch.eye(len(first), dtype=torch.bool, device=first.device)
-    losses, anchors = pair_losses(
-        prepared(first, normalize), prepared(second, normalize), same, ~same, temperature, form
-    )
-    return losses if reduction == "none" else mean_of_means([(losses.sum(), anchors.sum())], losses)
+    first, second = prepared(first, normalize), prepared(second, normalize)
+    losses, anchors = pair_losses(first, second, same, ~same, temperature, form)
+    return mean_of_means([(losses.sum(), anchors.sum())], losses)
 
 
 def prepared(vectors: Tensor, normalize: bool) -> Tensor:  # [R, C] -> [R, C] float32 or float64
