@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import _contrastive_checks as checks
 from ..ops import contrastive as ops
+from ..ops._checks import check_choice
 
 
 class LocalContrastiveLoss(nn.Module):
@@ -117,6 +118,7 @@ class SupConLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_choices("SupConLoss", temperature, form, precision, gather)
+        check_choice("SupConLoss", "reduction", reduction, ("mean", "none"))
         self.temperature = temperature
         self.form: checks.Form = form
         self.reduction: Literal["mean", "none"] = reduction
