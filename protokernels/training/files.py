@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,22 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def write_json_lines(path: Path, values: list[dict[str, Any]]) -> None:
     """Replaces a JSON-lines file, whole or not at all."""
     write_bytes(path, "".join(json.dumps(value, allow_nan=False) + "\n" for value in values).encode())
+
+
+@contextmanager
+def exclusive(path: Path, *, wanted: bool = True) -> Iterator[None]:
+    """Waits until no other process is inside ``exclusive`` of the same path; a process that is killed leaves it.
+
+    Where the system has no such locks (Windows), or with ``wanted`` false, nobody waits.
+    """
+    if not wanted or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, by whatever end
+        yield
 
 
 def remove_leftovers(folder: Path) -> None:
