@@ -139,14 +139,15 @@ def whole_labels(volume: NiftiVolume) -> np.ndarray:  # [X, Y, Z] int64
     Raises:
         DataError: some are not.
     """
-    labels = np.rint(volume.values)
-    wrong = ~(labels == volume.values)  # NaN differs from itself
+    values = volume.values
+    wrong = ~((np.rint(values) == values) & (np.abs(values) < 2**53))  # NaN and infinity are wrong as well
     if wrong.any():
         raise DataError(
-            f"{volume.path}: labels must be whole numbers; got {float(volume.values[wrong][0]):g}, one of "
+            f"{volume.path}: labels must be whole numbers; got {float(values[wrong][0]):g}, one of "
             f"{int(wrong.sum()):,} that are not. Is it an image, or a label map that was interpolated?"
         )
-    return labels.astype(np.int64)
+    labels: np.ndarray = values.astype(np.int64)
+    return labels
 
 
 def without_suffix(path: Path) -> str:
