@@ -15,13 +15,13 @@ Hippocampus, all of whose 260 files are in that order.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..training.files import read_json
 from .nifti import SUFFIXES, NiftiVolume, read_nifti, whole_labels, without_suffix
 from .slicing import image_slices, label_slices
 from .types import DataError
@@ -194,9 +194,9 @@ def _description(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = read_json(path)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}); fetch it again, or remove it") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} must hold an object with labels and training; got {type(value).__name__}")
     return value
