@@ -8,6 +8,8 @@ import gzip
 import math
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -112,15 +114,11 @@ def read_nifti(path: str | Path) -> NiftiVolume:
         ImportError: nibabel is not installed.
     """
     path = Path(path)
-    _check_name(path)
-    try:
-        with cast("IO[bytes]", gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")) as file:
-            start, header, orientation = _read_header(path, file)
-            shape, dtype = header.get_data_shape(), header.get_data_dtype()
-            end = int(header["vox_offset"]) + math.prod(shape) * dtype.itemsize
-            content = _read_data(path, file, start, end)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is truncated or damaged ({error}); delete it and fetch it again") from error
+    with _opened(path) as file:
+        start, header, orientation = _read_header(path, file)
+        shape, dtype = header.get_data_shape(), header.get_data_dtype()
+        end = int(header["vox_offset"]) + math.prod(shape) * dtype.itemsize
+        content = _read_data(path, file, start, end)
     raw = np.frombuffer(content, dtype, math.prod(shape), int(header["vox_offset"]))
     exact = dtype.kind in "iu" and dtype.itemsize <= 2
     values = raw.astype(np.float32 if exact or dtype.itemsize <= 2 or dtype.str[1:] == "f4" else np.float64)
@@ -131,6 +129,12 @@ def read_nifti(path: str | Path) -> NiftiVolume:
     cube = values.reshape((*shape, 1, 1)[:3] if len(shape) < 3 else shape[:3], order="F")
     turned = np.flip(cube, flipped).transpose(np.argsort(order))
     return NiftiVolume(path, np.ascontiguousarray(turned), spacing, affine, header, order, flipped)
+
+
+def check_nifti(path: str | Path) -> None:
+    """Raises what :func:`read_nifti` would raise for the file's name and header; voxels are not read."""
+    with _opened(Path(path)) as file:
+        _read_header(Path(path), file)
 
 
 def whole_labels(volume: NiftiVolume) -> np.ndarray:  # [X, Y, Z] int64
@@ -153,6 +157,16 @@ def whole_labels(volume: NiftiVolume) -> np.ndarray:  # [X, Y, Z] int64
 def without_suffix(path: Path) -> str:
     """The file's name without ``.nii`` or ``.nii.gz``."""
     return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    _check_name(path)
+    try:
+        with cast("IO[bytes]", gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")) as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is truncated or damaged ({error}); delete it and fetch it again") from error
 
 
 def _check_name(path: Path) -> None:

@@ -34,7 +34,9 @@ class DiceCounter:
         >>> counter = DiceCounter(3)
         >>> counter.add(torch.tensor([[[1, 1, 0, 0]]]), torch.tensor([[[1, 0, 0, 0]]]))
         >>> counter.dice()  # class 2 is in neither
-        tensor([0.6667,    nan], dtype=torch.float64)
+        tensor([0.8000, 0.6667,    nan], dtype=torch.float64)
+        >>> round(counter.mean(), 4)
+        0.6667
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
@@ -49,14 +51,15 @@ class DiceCounter:
 
     def add(
         self,
-        prediction: Tensor,  # [N, H, W] whole numbers
-        label: Tensor,  # [N, H, W] whole numbers
+        prediction: Tensor | np.ndarray,  # [N, H, W] whole numbers
+        label: Tensor | np.ndarray,  # [N, H, W] whole numbers
     ) -> None:
         """Adds the pixels of some slices; any shape will do where both have the same.
 
         Raises:
             ValueError: different shapes, values that are no whole numbers or no classes.
         """
+        prediction, label = (torch.as_tensor(value) for value in (prediction, label))
         if prediction.shape != label.shape:
             raise ValueError(
                 f"DiceCounter: prediction and label must have one shape; got {described(prediction)} and "
@@ -71,20 +74,20 @@ class DiceCounter:
                     f"DiceCounter: {name} must lie in 0..{self.num_classes - 1}; got {int(value.min())}.."
                     f"{int(value.max())}"
                 )
-            flat.append(value.reshape(-1).to(self.counts.device))
+            flat.append(value.reshape(-1).to(self.counts.device, torch.int64))
         predicted, true = flat
         for row, classes in enumerate((true[predicted == true], predicted, true)):
             self.counts[row] += torch.bincount(classes, minlength=self.num_classes)
 
-    def dice(self) -> Tensor:  # [K - 1] float64
-        """Dice of the classes 1, 2, ...; NaN for one that was neither predicted nor there."""
-        hits, predicted, true = self.counts[:, 1:].double()
+    def dice(self) -> Tensor:  # [K] float64
+        """Dice of every class, the background first; NaN for one that was neither predicted nor there."""
+        hits, predicted, true = self.counts.double()
         dice: Tensor = 2 * hits / (predicted + true)
         return dice
 
     def mean(self) -> float:
         """Mean Dice over the foreground classes that were predicted or there; NaN where none was."""
-        return float(self.dice().nanmean())
+        return float(self.dice()[1:].nanmean())
 
     def sum_over_processes(self) -> None:
         """Adds up the counts of all processes; each then holds the sum. Nothing changes where there is one process."""
@@ -150,16 +153,16 @@ def segmentation_scores(
     dice, distances = [], []
     for prediction, volume in zip(maps, volumes, strict=True):
         own = DiceCounter(len(names))
-        own.add(torch.from_numpy(prediction.astype(np.int64)), torch.from_numpy(volume.label.astype(np.int64)))
+        own.add(prediction, volume.label)
         pooled.counts += own.counts
-        dice.append(own.dice().tolist())
+        dice.append(own.dice()[1:].tolist())
         spacing = volume.spacing if known else (1.0, 1.0, 1.0)
         distances.append(hausdorff95(prediction, volume.label, len(names), spacing))
     # Absent from both is NaN in Dice; absent from one is NaN in the distance only.
     absent = np.isnan(np.array(dice)).sum(axis=0)
     one_sided = np.isnan(np.array(distances)).sum(axis=0) - absent
     return {
-        "pooled_dice": _summary(names, [pooled.dice().tolist()]),
+        "pooled_dice": _summary(names, [pooled.dice()[1:].tolist()]),
         "volume_dice": _summary(names, dice) | {"absent": _by_class(names, absent.tolist())},
         "hausdorff95": _summary(names, distances)
         | {"absent": _by_class(names, absent.tolist()), "one_sided": _by_class(names, one_sided.tolist())},
