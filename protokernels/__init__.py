@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from . import backend, nn, reference
 from ._version import __version__
+from .ops.contrastive import cross_view_loss, local_contrastive_loss, nt_xent_loss, supcon_loss
 from .ops.prototypes import (
     PrototypeStep,
     PrototypeUpdate,
@@ -34,13 +35,17 @@ __all__ = [
     "SoftAssignment",
     "__version__",
     "backend",
+    "cross_view_loss",
+    "local_contrastive_loss",
     "nn",
+    "nt_xent_loss",
     "prototype_step",
     "reference",
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_features",
     "soft_assign",
+    "supcon_loss",
     "update_prototypes",
     "update_prototypes_",
 ]

@@ -24,6 +24,12 @@ OPERATORS = (
     "sinkhorn_envelope_backward",
     "sinkhorn_features_forward",
     "sinkhorn_features_backward",
+    "contrastive_plan",
+    "contrastive_pack",
+    "contrastive_unpack",
+    "contrastive_forward",
+    "contrastive_coefficients",
+    "contrastive_backward",
 )
 """What the library must hold; the schemas stand in csrc/library.cpp."""
 

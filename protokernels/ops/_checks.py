@@ -49,6 +49,13 @@ def check_unit_interval(op: str, name: str, value: object) -> float:
     return float(value)
 
 
+def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> object:
+    """One of ``choices``; no number stands for a truth value."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    return value
+
+
 def check_temperature(op: str, value: object, device: torch.device) -> None:
     """A positive finite number, or a one-element floating-point tensor (whose value is not read: that would wait for the device)."""
     if isinstance(value, Tensor):

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: MIT
+// Contrastive losses over pixels or embeddings (Hu et al. 2021, Eq. 1 and 2; SupCon, Khosla et al. 2020; NT-Xent, Chen et al. 2020), exact,
+// without ever storing an N x N matrix.
+//
+// For a row i (an anchor) and the columns j of its group without itself, split into its own class P and the others N:
+//
+//   s_ij = <f_i, f_j> / temperature
+//   p_i = log sum_P exp s_ij        n_i = log sum_N exp s_ij        l_i = sum_P s_ij                   ("statistics")
+//
+//   supcon: logaddexp(p, n) - l / |P|    in: logaddexp(p, n) - p + log|P|    paper: (n - p) / |P|    negout: n - l / |P|
+//
+// A row without positives is no anchor, nor is one without negatives for paper and negout: loss 0. total = sum_i weight_i loss_i.
+//
+// Backward, with dp, dn, dl the derivatives by a row's statistics ("coefficients", 0 for a row that is no anchor):
+//
+//   same class:  H_ij = dp_i exp(s_ij - p_i) + dp_j exp(s_ij - p_j) + dl_i + dl_j
+//   others:      H_ij = dn_i exp(s_ij - n_i) + dn_j exp(s_ij - n_j)               df_i = sum_j H_ij f_j / temperature
+//
+// s is symmetric, so one recomputed tile serves both roles of a pair; with two sets of vectors a column's part is that of its own statistics, if
+// it has any. Unit vectors bound s by 1 / temperature: while 2 / temperature < 80 that bound replaces every maximum, and one exponential
+// serves all four terms.
+//
+// Rows lie group by group and inside a group class by class: first the classes that have anchors, then the background, so that anchors are a
+// prefix and a row's class is one range of columns. A background row has no statistics and gets its gradient from the anchors alone.
+//
+// Shapes: vectors [R, Cp] with Cp = C rounded up to 16, zeros behind C. Cost, with S rows in a group and A of them anchors: forward 2 A S C flop and A S
+// exponentials (half of that among anchors, by symmetry), backward 4 C (2 A S - A^2) flop. Nothing larger than the vectors is stored: forward
+// saves them and three numbers a row.
+#pragma once
+
+#include <cstdint>
+
+#include "common/kind.h"
+
+namespace protokernels {
+
+constexpr double CONTRASTIVE_NORM_FLOOR = 1e-12;
+constexpr double CONTRASTIVE_BOUND = 80;    // largest 2 / temperature for which unit vectors need no maximum
+constexpr int64_t CONTRASTIVE_ALIGN = 16;   // elements to which a vector's length is rounded up
+
+enum class ContrastiveForm : int { supcon = 0, in = 1, paper = 2, negout = 3 };
+enum class ContrastivePrecision : int { highest = 0, high = 1, medium = 2 };  // products on CUDA: as float32, tf32, bf16; the CPU has one
+
+// Rows [row_begin, row_end) meet columns [column_begin, column_end); the anchors among them come first. Rows and columns outside all groups (ignored
+// labels) take no part.
+struct ContrastiveGroup {
+  int32_t row_begin, row_anchor_end, row_end;
+  int32_t column_begin, column_anchor_end, column_end;
+};
+
+// Columns of a row's own class, and the column that is the row itself, or -1. The range lies within the group's columns.
+struct ContrastiveRange {
+  int32_t class_begin, class_end, self;
+};
+
+// T is double if double_compute, else float.
+struct ContrastiveProblem {
+  int64_t R, M, G;     // rows, columns, groups
+  int64_t C, Cp;       // length of a vector, and as stored
+  const void* rows;    // T [R, Cp]
+  const void* columns; // T [M, Cp]; equal to rows if there is one set of vectors: then s is symmetric, and so are the ranges
+  const ContrastiveGroup* groups;  // [G], in order of their rows
+  const ContrastiveRange* ranges;  // [R]
+  double temperature;
+  bool bounded;        // vectors of length 1 or 0, and 2 / temperature < CONTRASTIVE_BOUND
+  bool double_compute;
+  ContrastivePrecision precision;
+};
+
+struct ContrastiveForward : ContrastiveProblem {
+  ContrastiveForm form;
+  const double* weights;  // [R] or null: no total
+  void* losses;           // T [R], 0 for a row that is no anchor
+  void* statistics;       // T [3, R]: p, n, l; -inf, -inf, 0 for rows that are not among the anchors of a group
+  void* total;            // T [1]
+};
+
+// Coefficients of rows from the derivative by their losses.
+struct ContrastiveCoefficients {
+  int64_t R, G;
+  const ContrastiveGroup* groups;
+  const ContrastiveRange* ranges;
+  const void* grad_losses;  // T [R]
+  const void* statistics;   // T [3, R]
+  ContrastiveForm form;
+  bool double_compute;
+  void* coefficients;       // T [3, R]: dp, dn, dl
+};
+
+struct ContrastiveBackward : ContrastiveProblem {
+  const void* row_statistics;       // T [3, R], or null with row_coefficients: rows have no losses of their own
+  const void* row_coefficients;     // T [3, R]
+  const void* column_statistics;    // T [3, M], those of the rows if there is one set; null: columns have no losses of their own
+  const void* column_coefficients;  // T [3, M]
+  void* grad_rows;                  // T [R, Cp], zero for rows outside all groups
+};
+
+// Vectors from images or embeddings: row r is the vector at position order[r] of x [N, C, P], position = n P + p, divided by its length if normalize
+// (no longer than the floor: it counts as zero and gets no gradient). With f the vector and df its gradient, dx = (df - f <f, df>) / |x|;
+// positions that are not in order get 0.
+struct ContrastivePack {
+  int64_t R, N, C, P, Cp;
+  const void* x;  // [N, C, P] of x_kind
+  Kind x_kind;
+  int64_t stride_n, stride_c, stride_p;  // elements
+  const int64_t* order;                  // [R], distinct
+  bool normalize;
+  bool double_compute;
+  void* packed;  // T [R, Cp]
+  void* norms;   // T [R]: the length, infinity for a vector that counts as zero; 1 without normalize
+};
+
+struct ContrastiveUnpack : ContrastivePack {  // packed and norms as pack left them; x is not read
+  const void* grad_packed;                    // T [R, Cp]
+  void* grad_x;                               // [N, C, P] of x_kind, strides as given; zero before the call
+};
+
+// Which vectors meet which, from the labels of N maps of size [D, H, W]. Positions on the grid of stride fall into blocks, a block of all maps (or of
+// one map, if per_image) is a group; inside it the rows are sorted by class, stably: classes with anchors in ascending order, background, ignored.
+// Groups run over blocks in the order of the map and, if per_image, over maps inside a block. Ignored rows have the range (0, 0, -1).
+struct ContrastivePlan {
+  int64_t N, size[3];
+  int64_t block[3], stride[3];  // block counts positions of the map, not of the grid; 0: the whole axis
+  bool per_image, drop_remainder;
+  bool has_background, has_ignored;
+  int64_t background, ignored;
+  const int64_t* labels;  // [N, D, H, W]
+  ContrastiveForm form;
+  int reduction;              // weights: 0: mean over the anchors of a group, then over groups with anchors; 1: over all anchors; 2: of an image, then over images
+  int64_t R, G;               // from contrastive_plan_sizes
+  int64_t* order;             // [R]
+  ContrastiveGroup* groups;   // [G]
+  ContrastiveRange* ranges;   // [R]
+  double* weights;            // [R], 0 for a row that is no anchor
+};
+void contrastive_plan_sizes(ContrastivePlan&);  // fills in R and G
+
+// ------------------------------------------------------------------------------------------------- CPU (csrc/ops/cpu)
+
+// One table per instruction set. A task is a unit of work that writes rows of its own, or partial results that are added up in order: the result
+// does not depend on how tasks are spread over threads.
+struct ContrastiveCpu {
+  const char* level;
+  void (*pack)(const ContrastivePack&, int64_t first_row, int64_t last_row);
+  void (*unpack)(const ContrastiveUnpack&, int64_t first_row, int64_t last_row);
+  int64_t (*forward_tasks)(const ContrastiveForward&);             // number of tasks; depends on shape and groups only
+  int64_t (*forward_workspace)(const ContrastiveForward&);         // bytes
+  void (*forward)(const ContrastiveForward&, void* workspace, int64_t first_task, int64_t last_task);
+  void (*finish_forward)(const ContrastiveForward&, void* workspace, int64_t first_row, int64_t last_row);  // statistics and losses of rows
+  int64_t (*backward_tasks)(const ContrastiveBackward&);
+  int64_t (*backward_workspace)(const ContrastiveBackward&);
+  void (*prepare_backward)(const ContrastiveBackward&, void* workspace);
+  void (*backward)(const ContrastiveBackward&, void* workspace, int64_t first_task, int64_t last_task);
+};
+const ContrastiveCpu& contrastive_cpu();  // the best table this machine can run
+
+// ---------------------------------------------------------------------------------------------- CUDA (csrc/ops/cuda)
+
+// Each returns a cudaError_t as int; workspace sizes are in bytes and depend on shapes only (groups lie on the device).
+int launch_contrastive_pack(const ContrastivePack&, void* stream);
+int launch_contrastive_unpack(const ContrastiveUnpack&, void* stream);
+int64_t contrastive_forward_workspace(const ContrastiveForward&);
+int launch_contrastive_forward(const ContrastiveForward&, void* workspace, void* stream);
+int launch_contrastive_coefficients(const ContrastiveCoefficients&, void* stream);
+int64_t contrastive_backward_workspace(const ContrastiveBackward&);
+int launch_contrastive_backward(const ContrastiveBackward&, void* workspace, void* stream);
+
+}  // namespace protokernels

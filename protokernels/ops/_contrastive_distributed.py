@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: MIT
+"""Contrast with the embeddings of all ranks of ``torch.distributed``, gathered at once or passed round.
+
+A rank's rows meet the embeddings of one rank after the other; the statistics of the parts add up: p = logaddexp(p, p_part), n likewise,
+l = l + l_part. The backward pass sends round what the pairs need of the other side, its embeddings with three statistics and three
+coefficients each, so that every rank works out the whole gradient of its own embeddings, also what they are to the other ranks' losses:
+no gradient travels.
+
+Per rank and step, with N embeddings of C numbers on each of W ranks: forward (W - 1) N (C + 2) numbers come in, backward (W - 1) N (C +
+8); memory is W N C gathered, 2 N C passed round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import backend
+from ..reference import contrastive as reference
+
+Parts = list[Tensor]
+OPS = torch.ops.protokernels
+
+
+def gathered_losses(
+    op: str,
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N] int64
+    temperature: float,
+    form: str,
+    ignore_index: int | None,
+    normalize: bool,
+    ring: bool,
+    precision: str,
+    *,
+    labels_are_local: bool = False,
+) -> tuple[Tensor, Tensor]:  # losses [N], 0 where there is no anchor; which of them are anchors [N]
+    """The losses of this rank's embeddings among those of all ranks; labels mean the same on all ranks unless they ``are_local``."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{op}: gather needs torch.distributed; call torch.distributed.init_process_group first, or pass gather=False"
+        )
+    kept = torch.arange(len(labels), device=labels.device)
+    if ignore_index is not None:
+        kept = kept[labels != ignore_index]
+    order = kept[labels[kept].argsort(stable=True)]
+    labels = labels[order]
+    if labels_are_local:
+        labels = labels * dist.get_world_size() + dist.get_rank()
+    if backend.native_serves(embeddings.device):
+        rows = OPS.contrastive_pack(embeddings.unsqueeze(-1), order, normalize)[0]
+        kernel: _Kernel = _NativeKernel(
+            embeddings.shape[1], temperature, normalize, ("highest", "high", "medium").index(precision)
+        )
+    else:
+        rows = reference.prepared(embeddings, normalize)[order]
+        kernel = _ReferenceKernel(temperature)
+    travel = _Travel(len(rows), rows.device, ring)
+    p, n, linear, positives, negatives = _Statistics.apply(rows, labels, travel, kernel)
+    losses, anchors = reference.losses_of(p, n, linear, positives, negatives, form)
+    return losses.new_zeros(len(embeddings)).index_put((order,), losses), torch.zeros(
+        len(embeddings), dtype=torch.bool, device=order.device
+    ).index_put((order,), anchors)
+
+
+class _Statistics(torch.autograd.Function):
+    """p, n and l of every row over the columns of all ranks, and how many positives and negatives it has."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, labels: Tensor, travel: _Travel, kernel: _Kernel) -> tuple[Tensor, ...]:
+        p = n = rows.new_full((len(rows),), -torch.inf)
+        linear = rows.new_zeros(len(rows))
+        positives = negatives = torch.zeros_like(labels)
+        for own, (columns, column_labels) in travel.round([rows, labels]):
+            ranges = class_ranges(labels, column_labels, own)
+            part = kernel.statistics(rows, columns, ranges)
+            p, n, linear = torch.logaddexp(p, part[0]), torch.logaddexp(n, part[1]), linear + part[2]
+            in_class = (ranges[:, 1] - ranges[:, 0]).long()
+            positives = positives + in_class - int(own)
+            negatives = negatives + len(columns) - in_class
+        ctx.save_for_backward(rows, labels, torch.stack([p, n, linear]))
+        ctx.travel, ctx.kernel = travel, kernel
+        ctx.mark_non_differentiable(positives, negatives)
+        return p, n, linear, positives, negatives
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, labels, statistics = ctx.saved_tensors
+        coefficients = torch.stack(grads[:3])
+        grad_rows = torch.zeros_like(rows)
+        mine = [rows, labels, statistics.T.contiguous(), coefficients.T.contiguous()]
+        for own, (columns, column_labels, column_statistics, column_coefficients) in ctx.travel.round(mine):
+            grad_rows += ctx.kernel.gradient(
+                rows,
+                columns,
+                class_ranges(labels, column_labels, own),
+                (statistics, coefficients),
+                (column_statistics.T.contiguous(), column_coefficients.T.contiguous()),
+            )
+        return grad_rows, None, None, None
+
+
+def class_ranges(labels: Tensor, column_labels: Tensor, own: bool) -> Tensor:  # [R], [M] sorted -> [R, 3] int32
+    """For every row the columns of its class, and the column that is the row itself: its own place among its rank's rows, else -1."""
+    begin = torch.searchsorted(column_labels, labels)
+    end = torch.searchsorted(column_labels, labels, right=True)
+    itself = torch.arange(len(labels), device=labels.device) if own else torch.full_like(begin, -1)
+    return torch.stack([begin, end, itself], dim=1).to(torch.int32)
+
+
+class _Kernel:
+    """What a pair of row and column blocks needs."""
+
+    def statistics(self, rows: Tensor, columns: Tensor, ranges: Tensor) -> Tensor:  # [3, R]
+        raise NotImplementedError
+
+    def gradient(
+        self, rows: Tensor, columns: Tensor, ranges: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
+    ) -> Tensor:  # [R, C]
+        raise NotImplementedError
+
+
+class _NativeKernel(_Kernel):
+    def __init__(self, channels: int, temperature: float, unit: bool, precision: int) -> None:
+        self.settings = (channels, temperature, unit)
+        self.precision = precision
+
+    def statistics(self, rows: Tensor, columns: Tensor, ranges: Tensor) -> Tensor:
+        groups = self._groups(rows, columns)
+        outputs = OPS.contrastive_forward(rows, columns, groups, ranges, None, *self.settings, 0, self.precision)
+        statistics: Tensor = outputs[2]
+        return statistics
+
+    def gradient(
+        self, rows: Tensor, columns: Tensor, ranges: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        groups = self._groups(rows, columns)
+        grad: Tensor = OPS.contrastive_backward(
+            rows, columns, groups, ranges, *own, *other, *self.settings, self.precision
+        )
+        return grad
+
+    @staticmethod
+    def _groups(rows: Tensor, columns: Tensor) -> Tensor:
+        R, M = len(rows), len(columns)
+        return torch.tensor([[0, R, R, 0, M, M]], dtype=torch.int32, device=rows.device)
+
+
+class _ReferenceKernel(_Kernel):
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+
+    def _pairs(self, rows: Tensor, columns: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        column = torch.arange(len(columns), device=rows.device)
+        same = (column >= ranges[:, :1]) & (column < ranges[:, 1:2])
+        return rows @ columns.T / self.temperature, same & (column != ranges[:, 2:]), ~same
+
+    def statistics(self, rows: Tensor, columns: Tensor, ranges: Tensor) -> Tensor:
+        s, positive, negative = self._pairs(rows, columns, ranges)
+        linear = torch.where(positive, s, 0.0).sum(1)
+        return torch.stack([reference.masked_logsumexp(s, positive), reference.masked_logsumexp(s, negative), linear])
+
+    def gradient(
+        self, rows: Tensor, columns: Tensor, ranges: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        s, positive, negative = self._pairs(rows, columns, ranges)
+        H = torch.zeros_like(s)
+        for (statistics, coefficients), axis in ((own, 1), (other, 0)):
+            p, n, _ = statistics.unsqueeze(1 + axis)
+            dp, dn, dl = coefficients.unsqueeze(1 + axis)
+            H = H + torch.where(positive, dp * _weight(s, p) + dl, 0.0) + torch.where(negative, dn * _weight(s, n), 0.0)
+        return H @ columns / self.temperature
+
+
+def _weight(s: Tensor, log_sum: Tensor) -> Tensor:
+    """exp(s - log_sum), 0 where nothing was summed."""
+    return torch.where(log_sum == -torch.inf, 0.0, (s - log_sum).exp())
+
+
+class _Travel:
+    """Brings the tensors of all ranks by, one rank's after the other, this rank's first."""
+
+    def __init__(self, count: int, device: torch.device, ring: bool) -> None:
+        self.ring, self.rank, self.world = ring, dist.get_rank(), dist.get_world_size()
+        own = torch.tensor([count], device=device)
+        counts = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(counts, own)
+        self.counts = [int(count) for count in counts]
+
+    def round(self, mine: Sequence[Tensor]) -> Iterator[tuple[bool, Parts]]:
+        """Pairs of whether it is this rank's own part, and the part: tensors like ``mine``, with the other rank's number of rows."""
+        yield from (self._passed_round if self.ring else self._gathered)([part.contiguous() for part in mine])
+
+    def _gathered(self, mine: Parts) -> Iterator[tuple[bool, Parts]]:
+        most = max(self.counts)
+        everyone = []
+        for part in mine:
+            padded = part.new_zeros(most, *part.shape[1:])
+            padded[: len(part)] = part
+            parts = [torch.empty_like(padded) for _ in range(self.world)]
+            dist.all_gather(parts, padded)
+            everyone.append(parts)
+        for step in range(self.world):
+            rank = (self.rank + step) % self.world
+            yield step == 0, [parts[rank][: self.counts[rank]].contiguous() for parts in everyone]
+
+    def _passed_round(self, mine: Parts) -> Iterator[tuple[bool, Parts]]:
+        """The next part is on its way while the caller works on the present one."""
+        present = mine
+        for step in range(self.world):
+            following, requests = present, []
+            if step + 1 < self.world:
+                count = self.counts[(self.rank - step - 1) % self.world]
+                following = [part.new_empty(count, *part.shape[1:]) for part in present]
+                to, source = (self.rank + 1) % self.world, (self.rank - 1) % self.world
+                moves = [dist.P2POp(dist.isend, part, to) for part in present]
+                moves += [dist.P2POp(dist.irecv, part, source) for part in following]
+                requests = dist.batch_isend_irecv(moves)
+            yield step == 0, present
+            for request in requests:
+                request.wait()
+            present = following
