@@ -272,6 +272,6 @@ _FOR_DATA: dict[str, dict[str, dict[str, Any]]] = {
     "official": _LARGE,
     "fair": {
         "mmwhs": {"labelled": 0.1},
-        "phantoms": {"labelled": 0.2, "global_steps": 20, "local_steps": 20, "fine_tune_steps": 60, "validations": 3},
+        "phantoms": {"image_size": 32, "labelled": 0.2, "global_steps": 20, "local_steps": 20, "fine_tune_steps": 60, "validations": 3},
     },
 }

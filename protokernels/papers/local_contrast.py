@@ -7,6 +7,7 @@ X. Hu, D. Zeng, X. Xu, Y. Shi. Semi-supervised Contrastive Learning for Label-Ef
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +17,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..data.segmentation_views import IntensityConfig, SpatialConfig, intensity_views, spatial_views
+import protokernels
+
+from ..data.segmentation_views import IntensityConfig, SpatialConfig, View, spatial_views, view_pair
 from ..data.volumes import LabelledVolume, SegmentationDataset, labelled_subset, load_segmentation, slices_of
 from ..evaluation.segmentation import DiceCounter, segmentation_scores
 from ..models import UNet, UNetEncoder, global_head, local_head
-from ..training import CheckpointStore, RunFolder, Session, seed_everything
+from ..training import CheckpointStore, RunFolder, Session, Step, process_count, seed_everything
 from ..training.randomness import derived_seed
 from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
 from ..training.segmentation import Stages, predict_volumes, segmentation_losses
-from ._contrastive_standin import local_contrastive_loss, nt_xent_loss
 from ._local_contrast_baselines import MeanTeacher, mixup_losses, tcsm_losses, tcsm_weight
 from ._local_contrast_config import METHODS, PAPER_RESULTS, LocalContrastConfig
 
@@ -47,13 +49,15 @@ class GlobalContrast(nn.Module):
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         z = self.head(self.encoder(torch.cat([first, second]))[1]).float()  # h_1(E(a_i)), normalised in the loss
         z_first, z_second = z.chunk(2)
-        return nt_xent_loss(z_first, z_second, temperature=self.temperature)  # Eq. 1
+        return protokernels.nt_xent_loss(
+            z_first, z_second, temperature=self.temperature, gather=process_count() > 1
+        )  # Eq. 1
 
 
 class LocalContrast(nn.Module):
     """E, decoder D and head h_2 of stage 2.
 
-    Shape: two views [B, 1, H, W], the labels of both [2B, H, W] or None -> L_l (Eq. 2 and 3).
+    Shape: two views [B, 1, H, W] with their labels [B, H, W], or None -> L_l (Eq. 2 and 3).
     """
 
     def __init__(self, backbone: UNet, config: LocalContrastConfig) -> None:
@@ -61,15 +65,18 @@ class LocalContrast(nn.Module):
         self.backbone, self.head = backbone, local_head(backbone.width, config.local_head)
         self.config = config
 
-    def forward(self, first: Tensor, second: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(
+        self, first: Tensor, second: Tensor, first_labels: Tensor | None = None, second_labels: Tensor | None = None
+    ) -> Tensor:
         f = self.head(self.backbone(torch.cat([first, second]))[-1])  # f^1 = h_2(D_1(E(a_i)))
+        labels = None if first_labels is None or second_labels is None else torch.cat([first_labels, second_labels])
         return local_loss(f.float(), labels, self.config)
 
 
 def local_loss(f: Tensor, labels: Tensor | None, config: LocalContrastConfig) -> Tensor:  # [2B, C, H, W], [2B, H, W]
     """Eq. 2 and 3, in blocks or on a grid (section 2.3)."""
     in_blocks = config.recipe.local_contrast == "block"
-    return local_contrastive_loss(
+    return protokernels.local_contrastive_loss(
         f,
         labels,
         temperature=config.temperature,
@@ -98,44 +105,39 @@ class Segmenter(nn.Module):
 
 
 def contrast_globally(images: Tensor, session: Session) -> None:  # [N, 1, H, W] in [0, 1]
-    """Stage 1: two views of every slice, moved, deformed and with other intensities."""
+    """Stage 1: two views of every slice, with other intensities, moved and deformed."""
     spatial, intensity = SpatialConfig.preset("global"), IntensityConfig()
     for _ in session.epochs():
         for step in session.steps():
-            x, generator = images[step.indices], session.step_generator(step, "views")
-            first, second = (
-                intensity_views(spatial_views(x, None, spatial, generator)[0], intensity, generator) for _ in range(2)
-            )
-            loss = session.model(first, second)
+            generator = session.shared_generator(step, "views")
+            first, second = view_pair(images[step.indices], None, intensity, spatial, generator, **share(step))
+            loss = session.model(first.images, second.images)
             session.optimise(loss, step)
             session.record(step, loss=loss)
 
 
-def contrast_locally(images: Tensor, labels: Tensor | None, session: Session, config: LocalContrastConfig) -> None:
-    """Stage 2: two views of every slice with other intensities; without labels, the same pixel is the positive.
-
-    Args:
-        images: [N, 1, H, W] in [0, 1].
-        labels: [N, H, W] int64, or None.
-        session: see :class:`Session`.
-        config: the views.
-    """
-    spatial, intensity = SpatialConfig.preset("global"), IntensityConfig()
+def contrast_locally(
+    images: Tensor,  # [N, 1, H, W] in [0, 1]
+    labels: Tensor | None,  # [N, H, W] int64; None: the same pixel of the other view is the positive
+    session: Session,
+    config: LocalContrastConfig,
+) -> None:
+    """Stage 2: two views of every slice with other intensities, and where they are."""
+    intensity = IntensityConfig()
+    spatial = SpatialConfig.preset("global") if config.spatial_views and labels is not None else None
     for _ in session.epochs():
         for step in session.steps():
-            generator = session.step_generator(step, "views")
             x, y = images[step.indices], None if labels is None else labels[step.indices]
-            views, targets = [], []
-            for _view in range(2):
-                view, target = x, y
-                if config.spatial_views and y is not None:
-                    view, target = spatial_views(x, y, spatial, generator)
-                views.append(intensity_views(view, intensity, generator))
-                targets.append(target)
-            if config.identical_views:  # the released code transforms one array twice and returns it twice
-                views = [intensity_views(views[0], intensity, generator)] * 2
-            both = None if y is None else torch.cat([each for each in targets if each is not None])
-            loss = session.model(*views, both)
+            first, second = view_pair(
+                x,
+                y,
+                intensity,
+                spatial,
+                session.shared_generator(step, "views"),
+                identical_views=config.identical_views,
+                **share(step),
+            )
+            loss = session.model(first.images, second.images, first.labels, second.labels)
             session.optimise(loss, step)
             session.record(step, loss=loss)
 
@@ -149,19 +151,22 @@ def fine_tune(
     after_epoch: Callable[[int], None],
 ) -> None:
     """Stage 3: segmentation of the labelled slices, plainly or by one of the two methods that change it."""
-    spatial, model, bare = SpatialConfig.preset("segmentation"), session.model, session.bare_model
+    model, bare = session.model, session.bare_model
+
+    def moved(x: Tensor, y: Tensor | None) -> View:
+        spatial = SpatialConfig.preset("segmentation")
+        return spatial_views(x, y, spatial, generator, **share(step)) if config.augment else View(x, y)
+
     for epoch in session.epochs():
         for step in session.steps():
-            generator = session.step_generator(step, "views")
-            x, y = images[step.indices], labels[step.indices]
-            if config.augment:
-                x, y = spatial_views(x, y, spatial, generator)
+            generator = session.shared_generator(step, "views")
+            x, y = moved(images[step.indices], labels[step.indices])
+            assert y is not None
             if config.recipe.fine_tuning == "mixup":
                 losses = mixup_losses(model, x, y, config.mixup_alpha, generator)
             elif isinstance(bare, MeanTeacher):
-                others = unlabelled[torch.randint(len(unlabelled), (len(x),), generator=generator)]
-                if config.augment:
-                    others, _ = spatial_views(others, None, spatial, generator)
+                chosen = torch.randint(len(unlabelled), (step.batch,), generator=generator)
+                others, _ = moved(unlabelled[chosen[step.rank :: step.processes].to(x.device)], None)
                 weight = tcsm_weight(step.progress, config.tcsm_weight)
                 losses = tcsm_losses(
                     model, bare, x, y, others, weight=weight, noise=config.tcsm_noise, generator=generator
@@ -173,6 +178,11 @@ def fine_tune(
                 bare.after_step(config.tcsm_momentum)
             session.record(step, **losses)
         after_epoch(epoch)
+
+
+def share(step: Step) -> dict[str, int]:
+    """Which of the batch's images this process has, so that a view does not depend on the number of processes."""
+    return {"rank": step.rank, "processes": step.processes, "batch": step.batch}
 
 
 def stage_volumes(dataset: SegmentationDataset, config: LocalContrastConfig) -> dict[str, tuple[LabelledVolume, ...]]:
@@ -324,7 +334,8 @@ def validation_dice(
     counter = DiceCounter(num_classes)
     for prediction, volume in zip(predict_volumes(model, volumes, device), volumes, strict=True):
         counter.add(prediction, volume.label)
-    return float(counter.dice()[1:].mean())
+    dice = counter.mean()
+    return dice if math.isfinite(dice) else 0.0
 
 
 def new_segmenter(config: LocalContrastConfig, num_classes: int) -> Segmenter:
@@ -368,7 +379,7 @@ def score(model: nn.Module, dataset: SegmentationDataset, config: LocalContrastC
     """Dice and distances on the test set, or on the validation set where hyper-parameters are chosen."""
     name, volumes = ("val", dataset.val) if config.selection else ("test", dataset.test)
     device = next(model.parameters()).device
-    scores = segmentation_scores(predict_volumes(model, volumes, device), volumes)
+    scores = segmentation_scores(predict_volumes(model, volumes, device), volumes, class_names=dataset.class_names)
     counts = {split: len(part) for split, part in dataset.splits.items()}
     return {
         "splits": {name: scores},
