@@ -88,7 +88,8 @@ class UNetDecoder(nn.Module):
         self.rises = nn.ModuleList(nn.ConvTranspose2d(each, each // 2, 2, stride=2) for each in widths[:-1])
 
     def forward(self, skips: list[Tensor], centre: Tensor) -> list[Tensor]:
-        maps, x = [], centre
+        maps: list[Tensor] = []
+        x = centre
         for index, level in enumerate(self.levels):
             if index:
                 x = self.rises[index - 1](maps[-1])

@@ -80,6 +80,8 @@ class MeanTeacher(nn.Module):
     Shape: as the student.
     """
 
+    steps: Tensor  # [] int64
+
     def __init__(self, student: nn.Module, build: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.student = student

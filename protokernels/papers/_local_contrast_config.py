@@ -217,6 +217,23 @@ class LocalContrastConfig:
         return sentences
 
 
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "full": {},  # the configuration itself
+    **{f"block-{size}": {"method": "global+local-block", "block_size": size} for size in (4, 8, 16, 32, 64)},
+    **{f"stride-{step}": {"method": "global+local-stride", "stride": step} for step in (2, 4, 8)},
+    **{f"temperature-{value}": {"temperature": value} for value in (0.05, 0.07, 0.1, 0.2, 0.5)},
+    **{f"form-{form}": {"form": form} for form in ("in", "paper", "negout")},
+    "reduction-image": {"reduction": "image"},  # Eq. 3
+    "scope-image": {"scope": "image"},  # a pixel meets its own image only
+    "head-cls": {"local_head": "cls"},
+    "spatial-views": {"spatial_views": True},  # which the text permits and the code does not use
+    "identical-views": {"identical_views": True},  # the released code
+    "global-head-random": {"train_global_head": False},  # the released code
+    "without-global": {"method": "local-block"},
+    "without-local": {"method": "global"},
+    "random": {"method": "random"},
+}
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": get_args(MethodName),
     "split": ("paper", "official"),
@@ -272,6 +289,13 @@ _FOR_DATA: dict[str, dict[str, dict[str, Any]]] = {
     "official": _LARGE,
     "fair": {
         "mmwhs": {"labelled": 0.1},
-        "phantoms": {"image_size": 32, "labelled": 0.2, "global_steps": 20, "local_steps": 20, "fine_tune_steps": 60, "validations": 3},
+        "phantoms": {
+            "image_size": 32,
+            "labelled": 0.2,
+            "global_steps": 20,
+            "local_steps": 20,
+            "fine_tune_steps": 60,
+            "validations": 3,
+        },
     },
 }

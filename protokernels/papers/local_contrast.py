@@ -7,7 +7,6 @@ X. Hu, D. Zeng, X. Xu, Y. Shi. Semi-supervised Contrastive Learning for Label-Ef
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +19,41 @@ from torch import Tensor, nn
 import protokernels
 
 from ..data.segmentation_views import IntensityConfig, SpatialConfig, View, spatial_views, view_pair
-from ..data.volumes import LabelledVolume, SegmentationDataset, labelled_subset, load_segmentation, slices_of
-from ..evaluation.segmentation import DiceCounter, segmentation_scores
+from ..data.volumes import SegmentationDataset, slices_of
 from ..models import UNet, UNetEncoder, global_head, local_head
-from ..training import CheckpointStore, RunFolder, Session, Step, process_count, seed_everything
+from ..training import RunFolder, Session, process_count, seed_everything
 from ..training.randomness import derived_seed
 from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
-from ..training.segmentation import Stages, predict_volumes, segmentation_losses
+from ..training.segmentation import Stages, segmentation_losses
 from ._local_contrast_baselines import MeanTeacher, mixup_losses, tcsm_losses, tcsm_weight
-from ._local_contrast_config import METHODS, PAPER_RESULTS, LocalContrastConfig
+from ._local_contrast_config import ABLATIONS, METHODS, PAPER_RESULTS, LocalContrastConfig
+from ._local_contrast_report import ablation_tables, draw_ablations, percent, results_table
+from ._local_contrast_segmenter import (
+    Keeper,
+    Segmenter,
+    load_segmenter,
+    load_volumes,
+    new_segmenter,
+    provenance,
+    score,
+    stage_volumes,
+)
+
+__all__ = [
+    "ABLATIONS",
+    "CONFIG",
+    "METHODS",
+    "PAPER_RESULTS",
+    "LocalContrastConfig",
+    "ablation_tables",
+    "draw_ablations",
+    "draw_figures",
+    "evaluate",
+    "load_segmenter",
+    "load_volumes",
+    "results_table",
+    "train",
+]
 
 CONFIG = LocalContrastConfig  # the name under which the command line finds it
 DEFAULT_DATA = "phantoms"
@@ -89,28 +114,21 @@ def local_loss(f: Tensor, labels: Tensor | None, config: LocalContrastConfig) ->
     )
 
 
-class Segmenter(nn.Module):
-    """E, D and the last 1x1 convolution.
-
-    Shape: [B, 1, H, W] -> logits [B, K, H, W].
-    """
-
-    def __init__(self, backbone: UNet, num_classes: int) -> None:
-        super().__init__()
-        self.backbone, self.head = backbone, nn.Conv2d(backbone.width, num_classes, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.backbone(images)[-1])
-        return logits
-
-
 def contrast_globally(images: Tensor, session: Session) -> None:  # [N, 1, H, W] in [0, 1]
     """Stage 1: two views of every slice, with other intensities, moved and deformed."""
     spatial, intensity = SpatialConfig.preset("global"), IntensityConfig()
     for _ in session.epochs():
         for step in session.steps():
-            generator = session.shared_generator(step, "views")
-            first, second = view_pair(images[step.indices], None, intensity, spatial, generator, **share(step))
+            first, second = view_pair(
+                images[step.indices],
+                None,
+                intensity,
+                spatial,
+                session.shared_generator(step, "views"),
+                rank=step.rank,
+                processes=step.processes,
+                batch=step.batch,
+            )
             loss = session.model(first.images, second.images)
             session.optimise(loss, step)
             session.record(step, loss=loss)
@@ -135,7 +153,9 @@ def contrast_locally(
                 spatial,
                 session.shared_generator(step, "views"),
                 identical_views=config.identical_views,
-                **share(step),
+                rank=step.rank,
+                processes=step.processes,
+                batch=step.batch,
             )
             loss = session.model(first.images, second.images, first.labels, second.labels)
             session.optimise(loss, step)
@@ -151,11 +171,12 @@ def fine_tune(
     after_epoch: Callable[[int], None],
 ) -> None:
     """Stage 3: segmentation of the labelled slices, plainly or by one of the two methods that change it."""
-    model, bare = session.model, session.bare_model
+    model, bare, spatial = session.model, session.bare_model, SpatialConfig.preset("segmentation")
 
     def moved(x: Tensor, y: Tensor | None) -> View:
-        spatial = SpatialConfig.preset("segmentation")
-        return spatial_views(x, y, spatial, generator, **share(step)) if config.augment else View(x, y)
+        if not config.augment:
+            return View(x, y)
+        return spatial_views(x, y, spatial, generator, rank=step.rank, processes=step.processes, batch=step.batch)
 
     for epoch in session.epochs():
         for step in session.steps():
@@ -178,23 +199,6 @@ def fine_tune(
                 bare.after_step(config.tcsm_momentum)
             session.record(step, **losses)
         after_epoch(epoch)
-
-
-def share(step: Step) -> dict[str, int]:
-    """Which of the batch's images this process has, so that a view does not depend on the number of processes."""
-    return {"rank": step.rank, "processes": step.processes, "batch": step.batch}
-
-
-def stage_volumes(dataset: SegmentationDataset, config: LocalContrastConfig) -> dict[str, tuple[LabelledVolume, ...]]:
-    """The volumes that each stage sees. Those of the test set are in none, unless ``transductive`` asks for it."""
-    everything = (*dataset.train, *dataset.val, *dataset.test)
-    labelled = tuple(labelled_subset(dataset.train, config.labelled))
-    return {
-        "global": everything if config.transductive else tuple(dataset.train),
-        "local": tuple(dataset.train) if config.recipe.local_contrast == "self" else labelled,
-        "fine_tune": labelled,
-        "unlabelled": tuple(dataset.train[len(labelled) :]) or labelled,
-    }
 
 
 def train(
@@ -267,8 +271,7 @@ def train(
             model = MeanTeacher(segmenter, lambda: new_segmenter(config, dataset.num_classes))
 
         def loop(session: Session) -> None:
-            keeper = Keeper(session, config, dataset)
-            fine_tune(images, labels, unlabelled, session, config, keeper.after_epoch)
+            fine_tune(images, labels, unlabelled, session, config, Keeper(session, config, dataset).after_epoch)
 
         summary["fine_tune"] = stages.last("fine_tune", model, len(images), config.stage("fine_tune"), loop)
         if not accelerator.is_main_process:
@@ -291,103 +294,6 @@ def train(
     return results
 
 
-class Keeper:
-    """Scores the validation volumes now and then and keeps the weights that are to be used, in ``weights`` of the run.
-
-    A file there holds the configuration and the names of the classes as well: it is all that prediction needs.
-    """
-
-    def __init__(self, session: Session, config: LocalContrastConfig, dataset: SegmentationDataset) -> None:
-        self.session, self.config, self.dataset = session, config, dataset
-        self.store = CheckpointStore(session.run.path / "weights")
-        self.volumes = dataset.val[: config.validation_volumes or None]
-        before = [line["val_dice"] for line in session.run.metrics() if "val_dice" in line]
-        self.best = max(before, default=-1.0)
-
-    def after_epoch(self, epoch: int) -> None:
-        """Called when the steps of an epoch are done, before its checkpoint is written: a run that is killed in between does
-        the epoch again and arrives at the same weights."""
-        epochs, times = self.session.total_epochs, self.config.validations
-        last = epoch + 1 == epochs
-        if (epoch + 1) * times // epochs == epoch * times // epochs:
-            return  # not one of `times` epochs evenly over the training; the last always is one
-        bare = self.session.bare_model
-        model = bare.teacher if isinstance(bare, MeanTeacher) else bare
-        dice = validation_dice(model, self.volumes, self.dataset.num_classes, self.session.device)
-        self.session.note(val_dice=dice)
-        better = dice > self.best
-        self.best = max(self.best, dice)
-        if (better if self.config.keep == "best" else last) and self.session.accelerator.is_main_process:
-            state = {
-                "model": model.state_dict(),
-                "config": self.config.record(),
-                "class_names": list(self.dataset.class_names),
-                "val_dice": dice,
-            }
-            self.store.save(state, epoch=epoch + 1)
-
-
-def validation_dice(
-    model: nn.Module, volumes: tuple[LabelledVolume, ...], num_classes: int, device: torch.device
-) -> float:
-    """Dice pooled over volumes, mean over the foreground classes."""
-    counter = DiceCounter(num_classes)
-    for prediction, volume in zip(predict_volumes(model, volumes, device), volumes, strict=True):
-        counter.add(prediction, volume.label)
-    dice = counter.mean()
-    return dice if math.isfinite(dice) else 0.0
-
-
-def new_segmenter(config: LocalContrastConfig, num_classes: int) -> Segmenter:
-    """The network of a configuration, with random weights."""
-    return Segmenter(UNet(1, width=config.width, depth=config.depth), num_classes)
-
-
-def load_segmenter(path: str | Path) -> tuple[Segmenter, LocalContrastConfig]:
-    """The network that a run arrived at, in evaluation mode, and its configuration.
-
-    Args:
-        path: a run's folder, or one of the files in its folder ``weights``, which needs nothing else.
-
-    Raises:
-        FileNotFoundError: there is nothing to load yet.
-        ValueError: a tensor is missing or does not fit, or the file is none of ours.
-    """
-    path = Path(path)
-    state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else CheckpointStore(path / "weights").load()
-    if state is None:
-        raise FileNotFoundError(f"{path} has no weights yet; continue the run with --resume")
-    config = LocalContrastConfig.from_dict(state["config"])
-    model = new_segmenter(config, len(state["class_names"]))
-    model.load_state_dict(state["model"])
-    return model.eval(), config
-
-
-def load_volumes(config: LocalContrastConfig, data_root: str | Path | None = None) -> SegmentationDataset:
-    """The data of a configuration."""
-    return load_segmentation(
-        config.data, data_root, image_size=config.image_size, fold=config.fold, split=config.split
-    )
-
-
-def provenance(dataset: SegmentationDataset, config: LocalContrastConfig) -> dict[str, Any]:
-    """Where the data came from; its warnings and those of the configuration."""
-    return {**dataset.provenance, "warnings": [*dataset.provenance.get("warnings", []), *config.warnings()]}
-
-
-def score(model: nn.Module, dataset: SegmentationDataset, config: LocalContrastConfig) -> dict[str, Any]:
-    """Dice and distances on the test set, or on the validation set where hyper-parameters are chosen."""
-    name, volumes = ("val", dataset.val) if config.selection else ("test", dataset.test)
-    device = next(model.parameters()).device
-    scores = segmentation_scores(predict_volumes(model, volumes, device), volumes, class_names=dataset.class_names)
-    counts = {split: len(part) for split, part in dataset.splits.items()}
-    return {
-        "splits": {name: scores},
-        "volumes": {**counts, "labelled": len(stage_volumes(dataset, config)["fine_tune"])},
-        "protocol": {"labelled": config.labelled, "fold": config.fold, "split": config.split, "keep": config.keep},
-    }
-
-
 def evaluate(folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
     """Scores the weights that a run, or each of its seeds, kept, and rewrites its ``results.json``."""
     for run in load_runs(folder):
@@ -398,5 +304,25 @@ def evaluate(folder: str | Path, *, data_root: str | Path | None = None) -> dict
     return write_summary(folder)
 
 
-def draw_figures(folder: str | Path, *, data_root: str | Path | None = None, dataset: SegmentationDataset | None = None) -> list[Path]:
-    return []
+def draw_figures(
+    folder: str | Path, *, data_root: str | Path | None = None, dataset: SegmentationDataset | None = None
+) -> list[Path]:
+    """Draws the pictures of the first seed of a run into ``figures`` and returns their paths."""
+    from ..figures.local_contrast import draw_curves, draw_features, draw_predictions  # matplotlib is not for training
+
+    run, pictures = load_runs(folder)[0], Path(folder) / "figures"
+    model, config = load_segmenter(run.path)
+    dataset = dataset or load_volumes(config, data_root)
+    volumes, names = dataset.val if config.selection else dataset.test, dataset.class_names
+    title = (
+        f"{config.recipe.title}, {config.preset_name}, {Path(config.data).stem}, {percent(config.labelled)} labelled"
+    )
+    paths = draw_curves(pictures, run, (run.results() or {}).get("stages", {}), title=title)
+    paths.append(
+        draw_predictions(
+            pictures / "overlays.png", {config.recipe.title: model}, volumes, class_names=names, title=title
+        )
+    )
+    seed = run.config()["seed"]
+    paths.append(draw_features(pictures / "features.png", model, volumes, class_names=names, title=title, seed=seed))
+    return paths
