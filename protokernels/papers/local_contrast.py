@@ -51,6 +51,7 @@ __all__ = [
     "evaluate",
     "load_segmenter",
     "load_volumes",
+    "percent",
     "results_table",
     "train",
 ]

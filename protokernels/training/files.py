@@ -72,19 +72,28 @@ def write_json_lines(path: Path, values: list[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def exclusive(path: Path, *, wanted: bool = True) -> Iterator[None]:
-    """Waits until no other process is inside ``exclusive`` of the same path; a process that is killed leaves it.
+def exclusive(path: Path, *, wanted: bool = True, wait: bool = True) -> Iterator[bool]:
+    """Keeps other processes out of ``exclusive`` of the same path; a process that is killed leaves it.
 
-    Where the system has no such locks (Windows), or with ``wanted`` false, nobody waits.
+    Where the system has no such locks (Windows), or with ``wanted`` false, nobody is kept out.
+
+    Args:
+        path: of a small file that is made and stays.
+        wanted: false: do nothing.
+        wait: until the others have left; false: yield False at once where somebody is inside.
     """
     if not wanted or os.name != "posix":
-        yield
+        yield True
         return
     import fcntl
 
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, by whatever end
-        yield
+    with path.open("a") as file:  # whose closing, by whatever end, gives the lock back
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def remove_leftovers(folder: Path) -> None:
