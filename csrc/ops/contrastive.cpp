@@ -243,7 +243,7 @@ void coefficients_of_group(const ContrastiveCoefficients& c, const ContrastiveGr
     const bool in_class = range.self >= range.class_begin && range.self < range.class_end;
     const int64_t positives = range.class_end - range.class_begin - in_class;
     const int64_t negatives = group.column_end - group.column_begin - (range.class_end - range.class_begin) - (met && !in_class);
-    if (positives <= 0 || (needs_negatives && negatives <= 0)) continue;
+    if (positives <= 0 || (needs_negatives && negatives <= 0) || positives + negatives == 1) continue;
     const auto [dp, dn, dl] = derivatives(c.form, static_cast<const T*>(c.grad_losses)[r], statistics[r], statistics[c.R + r],
                                           static_cast<double>(positives));
     out[r] = static_cast<T>(dp), out[c.R + r] = static_cast<T>(dn), out[2 * c.R + r] = static_cast<T>(dl);

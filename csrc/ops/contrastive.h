@@ -9,7 +9,8 @@
 //
 //   supcon: logaddexp(p, n) - l / |P|    in: logaddexp(p, n) - p + log|P|    paper: (n - p) / |P|    negout: n - l / |P|
 //
-// A row without positives is no anchor, nor is one without negatives for paper and negout: loss 0. total = sum_i weight_i loss_i.
+// A row without positives is no anchor, nor is one without negatives for paper and negout: loss 0. Where a row meets a single positive and nothing
+// else, supcon and in are 0 by definition and by computation, without rounding. total = sum_i weight_i loss_i.
 //
 // Backward, with dp, dn, dl the derivatives by a row's statistics ("coefficients", 0 for a row that is no anchor):
 //

@@ -15,6 +15,7 @@ PK_INLINE double log_add(double a, double b) {
 PK_INLINE double loss_of(ContrastiveForm form, double p, double n, double linear, double positives, double negatives) {
   const bool needs_negatives = form == ContrastiveForm::paper || form == ContrastiveForm::negout;
   if (positives == 0 || (needs_negatives && negatives == 0)) return 0;
+  if (!needs_negatives && positives + negatives == 1) return p - p;  // nothing to tell apart: 0, not its rounding; still NaN for NaN
   switch (form) {
     case ContrastiveForm::supcon: return log_add(p, n) - linear / positives;
     case ContrastiveForm::in: return log_add(p, n) - p + std::log(positives);

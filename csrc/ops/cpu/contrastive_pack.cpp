@@ -57,27 +57,19 @@ struct Places {
   }
 };
 
-// 1 / length of a vector, or 0 if it counts as zero, and its length, infinite in that case.
+// A vector becomes one of length 1, or of zeros if it counts as zero; returns what it was divided by. Division is exact where it can be: a
+// vector of one channel becomes 1 or -1, and its gradient 0.
 template <class T>
-PK_INLINE double inverse_length(const T* x, int64_t count, T& length) {
-  const double squared = squared_norm(x, count);
-  if (squared <= CONTRASTIVE_NORM_FLOOR * CONTRASTIVE_NORM_FLOOR) {
-    length = std::numeric_limits<T>::infinity();
-    return 0;
+PK_INLINE T normalise(T* x, int64_t Cp) {
+  const double squared = squared_norm(x, Cp), length = std::sqrt(squared);
+  const bool zero = squared <= CONTRASTIVE_NORM_FLOOR * CONTRASTIVE_NORM_FLOOR;
+  const T divisor = zero ? std::numeric_limits<T>::infinity() : static_cast<T>(length);
+  if (length < std::numeric_limits<T>::max()) {
+    for (int64_t c = 0; c < Cp; c += LANES<T>) store(x + c, load(x + c) / divisor);
+  } else {  // longer than T can say, or not a number
+    for (int64_t c = 0; c < Cp; ++c) x[c] = static_cast<T>(x[c] / length);
   }
-  const double root = std::sqrt(squared);
-  length = static_cast<T>(root);
-  return 1 / root;
-}
-
-template <class T>
-PK_INLINE void normalise(T* x, int64_t Cp, T* norm) {
-  const double scale = inverse_length(x, Cp, *norm);
-  if (scale > 1e-30 && scale < 1e30) {
-    for (int64_t c = 0; c < Cp; c += LANES<T>) store(x + c, load(x + c) * static_cast<T>(scale));
-  } else {  // beyond what T holds, zero, or not a number
-    for (int64_t c = 0; c < Cp; ++c) x[c] = static_cast<T>(x[c] * scale);
-  }
+  return divisor;
 }
 
 template <class T, class E>
@@ -114,8 +106,7 @@ void pack_rows(const ContrastivePack& p, int64_t first, int64_t last) {
       }
     }
     for (int64_t r = 0; r < places.count; ++r) {
-      norms[row + r] = T(1);
-      if (p.normalize) normalise(out + r * p.Cp, p.Cp, norms + row + r);
+      norms[row + r] = p.normalize ? normalise(out + r * p.Cp, p.Cp) : T(1);
     }
   }
 }
