@@ -18,7 +18,6 @@ pytest.importorskip("accelerate", reason="local contrast needs the extra protoke
 from benchmarks import local_contrast_results
 from protokernels.cli import main
 from protokernels.papers import local_contrast
-from protokernels.papers._local_contrast_segmenter import Keeper
 from protokernels.papers.local_contrast import LocalContrastConfig, load_segmenter
 from protokernels.training import RunFolder
 
