@@ -216,20 +216,14 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(Tensor rows, OptionalTensor colum
 
 // ------------------------------------------------------------------------------------------------------------ backward
 
-double log_add(double a, double b) {
-  const double high = a > b ? a : b, low = a > b ? b : a;
-  return high == -std::numeric_limits<double>::infinity() ? high : high + std::log1p(std::exp(low - high));
-}
-
 // Derivatives by p, n and l of a row whose loss has the derivative g.
 std::tuple<double, double, double> derivatives(ContrastiveForm form, double g, double p, double n, double positives) {
-  const double all = log_add(p, n);
-  switch (form) {
-    case ContrastiveForm::supcon: return {g * std::exp(p - all), g * std::exp(n - all), -g / positives};
-    case ContrastiveForm::in: return {-g * std::exp(n - all), g * std::exp(n - all), 0.0};
-    case ContrastiveForm::paper: return {-g / positives, g / positives, 0.0};
-    default: return {0.0, g, -g / positives};
-  }
+  if (form == ContrastiveForm::paper) return {-g / positives, g / positives, 0.0};
+  if (form == ContrastiveForm::negout) return {0.0, g, -g / positives};
+  const double small = std::exp(-std::abs(p - n)), larger = 1 / (1 + small), smaller = small * larger;  // parts of exp(p) + exp(n)
+  const double of_n = p > n ? smaller : larger, of_p = p > n ? larger : smaller;
+  if (form == ContrastiveForm::supcon) return {g * of_p, g * of_n, -g / positives};
+  return {-g * of_n, g * of_n, 0.0};
 }
 
 template <class T>

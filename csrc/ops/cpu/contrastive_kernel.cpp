@@ -12,36 +12,35 @@ PK_INLINE double log_add(double a, double b) {
   return high == -INFINITE<double> ? high : high + std::log1p(std::exp(low - high));
 }
 
-PK_INLINE double loss_of(ContrastiveForm form, double p, double n, double linear, double positives, double negatives) {
+// all: the logarithm of exp(p) + exp(n).
+PK_INLINE double loss_of(ContrastiveForm form, double p, double n, double all, double linear, double positives, double negatives) {
   const bool needs_negatives = form == ContrastiveForm::paper || form == ContrastiveForm::negout;
   if (positives == 0 || (needs_negatives && negatives == 0)) return 0;
   if (!needs_negatives && positives + negatives == 1) return p - p;  // nothing to tell apart: 0, not its rounding; still NaN for NaN
   switch (form) {
-    case ContrastiveForm::supcon: return log_add(p, n) - linear / positives;
-    case ContrastiveForm::in: return log_add(p, n) - p + std::log(positives);
+    case ContrastiveForm::supcon: return all - linear / positives;
+    case ContrastiveForm::in: return all - p + std::log(positives);
     case ContrastiveForm::paper: return (n - p) / positives;
     default: return n - linear / positives;
   }
 }
 
-template <class T>
-PK_INLINE double log_sum(const double* sum, const T* top, int64_t i, double bound) {
-  return sum[i] == 0 ? -INFINITE<double> : LN_2 * (std::log2(sum[i]) + (top ? static_cast<double>(top[i]) : bound));
-}
+PK_INLINE double natural_log(double sum, double top) { return sum == 0 ? -INFINITE<double> : LN_2 * (std::log2(sum) + top); }
 
 template <class T>
 void finish_rows(const ContrastiveForward& f, const ContrastiveGroup& group, const Sums<T>& sums, int64_t begin, int64_t end) {
-  const double bound = f.bounded ? LOG2_E / f.temperature : 0;
+  const double bound = LOG2_E / f.temperature;
   T* const statistics = static_cast<T*>(f.statistics);
   for (int64_t i = begin; i < end; ++i) {
     const ContrastiveRange& r = f.ranges[i];
     const bool met = r.self >= group.column_begin && r.self < group.column_end, in_class = r.self >= r.class_begin && r.self < r.class_end;
     const double positives = r.class_end - r.class_begin - in_class;
     const double negatives = group.column_end - group.column_begin - (r.class_end - r.class_begin) - (met && !in_class);
-    const double p = log_sum(sums.p, sums.p_top, i, bound), n = log_sum(sums.n, sums.n_top, i, bound);
-    const double linear = LN_2 * (sums.linear[i] + positives * bound);
+    const double p = natural_log(sums.p[i], f.bounded ? bound : sums.p_top[i]), n = natural_log(sums.n[i], f.bounded ? bound : sums.n_top[i]);
+    const double all = f.bounded ? natural_log(sums.p[i] + sums.n[i], bound) : log_add(p, n);
+    const double linear = LN_2 * (sums.linear[i] + (f.bounded ? positives * bound : 0));
     statistics[i] = static_cast<T>(p), statistics[f.R + i] = static_cast<T>(n), statistics[2 * f.R + i] = static_cast<T>(linear);
-    static_cast<T*>(f.losses)[i] = static_cast<T>(loss_of(f.form, p, n, linear, positives, negatives));
+    static_cast<T*>(f.losses)[i] = static_cast<T>(loss_of(f.form, p, n, all, linear, positives, negatives));
   }
 }
 
