@@ -190,7 +190,8 @@ __device__ __forceinline__ void forward_block(const Forward& p, float* shared) {
   const int row0 = rows.first + S::warp_row(), lane = threadIdx.x % 32;
   const bool takes_part = row0 + lane >= anchors_begin && row0 + lane < anchors_end;
   const bool works = __any_sync(ALL, takes_part);
-  const WarpClasses classes(p.ranges, row0 + lane, takes_part);
+  WarpClasses classes;
+  classes.find(p.ranges, row0 + lane, takes_part);
   Sums sums[2][2];
   walk_columns<S, precision>(
       p.rows, rows, p.columns, begin, end, -1, p.stages, shared, [](int, int) {},

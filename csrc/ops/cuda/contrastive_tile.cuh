@@ -207,17 +207,19 @@ struct Side {
   int64_t Cp;
 };
 
-// `count` vectors from `first` on, of them the channels from channel0 on; zeros outside [begin, end) and behind the last channel.
+// `count` vectors from `first` on, of them the channels from channel0 on; zeros from vector `end` on and behind the last channel.
 template <class S, int count>
-__device__ __forceinline__ void load_vectors(float* tile, const Side& side, int first, int begin, int end, int channel0) {
-  constexpr int chunks = S::CHANNELS / 4;
-  static_assert(S::THREADS % chunks == 0);
-  const int chunk = threadIdx.x % chunks, channel = channel0 + 4 * chunk;
-#pragma unroll 4
-  for (int v = threadIdx.x / chunks; v < count; v += S::THREADS / chunks) {
-    const bool valid = first + v >= begin && first + v < end && channel < side.Cp;
-    const float* const source = side.vectors + (valid ? (first + v) * side.Cp + channel : 0);
-    pk::copy_async_16(tile + v * S::CHANNELS + ((chunk ^ S::turn(v)) << 2), source, valid);
+__device__ __forceinline__ void load_vectors(float* tile, const Side& side, int first, int end, int channel0) {
+  constexpr int chunks = S::CHANNELS / 4, at_once = S::THREADS / chunks;
+  static_assert(at_once % 8 == 0 && count % at_once == 0, "turn() must be the same for all vectors of a thread");
+  const int v0 = threadIdx.x / chunks, chunk = threadIdx.x % chunks, channel = channel0 + 4 * chunk;
+  const int limit = channel < side.Cp ? end - first : 0;
+  const float* source = side.vectors + (first + v0) * side.Cp + channel;  // not read from `limit` on
+  float* const target = tile + v0 * S::CHANNELS + ((chunk ^ S::turn(v0)) << 2);
+#pragma unroll
+  for (int v = 0; v < count; v += at_once) {
+    pk::copy_async_16(target + v * S::CHANNELS, source, v0 + v < limit);
+    source += at_once * side.Cp;
   }
 }
 
@@ -228,9 +230,9 @@ template <class S, Precision precision, class Beside, class Wanted, class Body>
 __device__ __forceinline__ void walk_columns(const Side& row_side, const Rows& rows, const Side& column_side, int begin, int end, int last,
                                              int stages, float* shared, const Beside& beside, const Wanted& wanted, const Body& body) {
   const int slices = S::SLICED ? static_cast<int>((row_side.Cp + S::CHANNELS - 1) / S::CHANNELS) : 1;
-  const auto load_rows = [&](int channel0) { load_vectors<S, S::ROWS>(shared, row_side, rows.first, rows.first, rows.end, channel0); };
+  const auto load_rows = [&](int channel0) { load_vectors<S, S::ROWS>(shared, row_side, rows.first, rows.end, channel0); };
   const auto load_columns = [&](int stage, int column0, int channel0) {
-    load_vectors<S, S::COLUMNS>(shared + S::ROW_FLOATS + stage * S::STAGE_FLOATS, column_side, column0, begin, end, channel0);
+    load_vectors<S, S::COLUMNS>(shared + S::ROW_FLOATS + stage * S::STAGE_FLOATS, column_side, column0, end, channel0);
   };
   if (begin >= end) return;
   int stage = 0;
@@ -285,7 +287,8 @@ struct WarpClasses {
   int all_begin, all_end;  // columns inside are of the own class for every row
   int first_self, last_self;
 
-  __device__ __forceinline__ WarpClasses(const ContrastiveRange* ranges, int row, bool takes_part) {
+  // By the whole warp, each lane its row.
+  __device__ __forceinline__ void find(const ContrastiveRange* ranges, int row, bool takes_part) {
     const ContrastiveRange range = takes_part ? range_at(ranges, row) : ContrastiveRange{HIGHEST, LOWEST, -1};
     any_begin = __reduce_min_sync(ALL, range.class_begin);
     any_end = __reduce_max_sync(ALL, range.class_end);
