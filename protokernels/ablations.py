@@ -54,6 +54,8 @@ def run_ablations(
     folder = out or next_free_folder(Path("runs") / f"{name}-{Path(config.data).stem}-{config.preset_name}-ablations")
     if (folder / SUMMARY).exists() and not settings.resume:
         raise RunFolderError(f"{folder} already holds ablations; pass --resume to continue them or another --out")
+    if getattr(config, "stages", None) == "":  # what ablations have in common is trained once
+        config = replace(config, stages=str(folder / "stages"))
     results: dict[str, Any] = {}
     changes = {ablation: replace(config, **paper.ABLATIONS[ablation]) for ablation in only or paper.ABLATIONS}
     if not only:  # of several names for one configuration, the first
@@ -73,7 +75,7 @@ def run_ablations(
         before = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
         write_json(folder / SUMMARY, {**before, ablation: {key: done[key] for key in ("splits", "seeds", "complete")}})
     if figures and results:
-        draw_ablations(results, folder)
+        getattr(paper, "draw_ablations", draw_ablations)(results, folder)
     return results, folder
 
 

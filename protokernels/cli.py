@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The command line.
 
-protokernels train vaesim|optiml [--preset NAME] [--data NAME] [--out FOLDER] [...]   train, evaluate, draw
-protokernels ablate optiml [--only ABLATION ...] [...]   train and score every ablation of a paper
+protokernels train vaesim|optiml|local-contrast [--preset NAME] [--data NAME] [--out FOLDER] [...]   train, evaluate, draw
+protokernels ablate optiml|local-contrast [--only ABLATION ...] [...]   train and score every ablation of a paper
 protokernels evaluate RUN    score a run again from its newest checkpoint
 protokernels figures RUN     draw a run's pictures again
+protokernels predict local-contrast --checkpoint RUN VOLUME ...   label volumes for NIfTI volumes
 protokernels doctor          what is installed, built and in use, and why not
 
 Every command has --help. ``doctor`` needs torch only; the others need the extra ``protokernels[train]``.
@@ -19,7 +20,14 @@ from collections.abc import Callable, Sequence
 
 from ._version import __version__
 
-_TRAIN_MODULES = ("accelerate", "matplotlib", "medmnist", "rich", "scipy", "sklearn", "tyro")
+_TRAIN_MODULES = ("accelerate", "matplotlib", "medmnist", "monai", "nibabel", "rich", "scipy", "sklearn", "tyro")
+_COMMANDS = {  # by the module that has a function of the command's name
+    "train": "commands",
+    "ablate": "commands",
+    "evaluate": "commands",
+    "figures": "commands",
+    "predict": "prediction",
+}
 _REPORTED = ("CheckpointError", "NativeUnavailableError")  # RuntimeErrors whose message is meant for the user
 
 
@@ -60,10 +68,10 @@ class _UsageError(Exception):
 def _command(name: str) -> Callable[[list[str]], int]:
     if name == "doctor":
         return _doctor
-    if name not in ("train", "ablate", "evaluate", "figures"):
-        raise _UsageError(f"unknown command {name!r}; expected one of train, ablate, evaluate, figures, doctor")
+    if name not in _COMMANDS:
+        raise _UsageError(f"unknown command {name!r}; expected one of {', '.join(_COMMANDS)}, doctor")
     # Imported here: the extra that it needs may be missing, and `doctor` has to run all the same.
-    command: Callable[[list[str]], int] = getattr(importlib.import_module("protokernels.commands"), name)
+    command: Callable[[list[str]], int] = getattr(importlib.import_module(f"protokernels.{_COMMANDS[name]}"), name)
     return command
 
 

@@ -51,6 +51,7 @@ class _RunOptions:
 
 def train(words: list[str]) -> int:
     """``protokernels train PAPER [options]``; a baseline's name instead of a paper's trains the baseline."""
+    words = _with_underscores(words)
     if not words or words[0] in ("-h", "--help") or words[0] not in (*PAPERS, *BASELINES):
         print(
             f"protokernels train PAPER [options]\n\npapers: {', '.join(PAPERS)}\nbaselines: {', '.join(BASELINES)}\n"
@@ -77,6 +78,7 @@ def train(words: list[str]) -> int:
 
 def ablate(words: list[str]) -> int:
     """``protokernels ablate PAPER [options]``."""
+    words = _with_underscores(words)
     papers = [name for name in PAPERS if hasattr(_paper(name), "ABLATIONS")]
     if not words or words[0] in ("-h", "--help") or words[0] not in papers:
         print(
@@ -102,7 +104,7 @@ def ablate(words: list[str]) -> int:
         _leave_processes()
     if results:
         console = Console()
-        for table in ablation_tables(results):
+        for table in getattr(paper, "ablation_tables", ablation_tables)(results):
             console.print(table)
         _list_files(console, folder, SUMMARY)
     return 0
@@ -113,7 +115,7 @@ def _parse(words: list[str], paper: Any, command: str) -> tuple[Any, RunSettings
     name = words[0]
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--preset", default="fair")
-    chooser.add_argument("--data", default="digits")
+    chooser.add_argument("--data", default=getattr(paper, "DEFAULT_DATA", "digits"))
     chosen, rest = chooser.parse_known_args(words[1:])
     defaults = paper.CONFIG.preset(chosen.preset, data=chosen.data)
 
@@ -140,6 +142,11 @@ def _parse(words: list[str], paper: Any, command: str) -> tuple[Any, RunSettings
     )
     _plain_warnings()
     return parsed.files, parsed.run, getattr(parsed, name)
+
+
+def _with_underscores(words: list[str]) -> list[str]:
+    """``local-contrast`` as well as ``local_contrast``."""
+    return [words[0].replace("-", "_"), *words[1:]] if words and not words[0].startswith("-") else words
 
 
 def _leave_processes() -> None:

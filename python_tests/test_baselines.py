@@ -13,12 +13,12 @@ from torch import Tensor
 
 pytest.importorskip("accelerate", reason="the baselines need the extra protokernels[train]")
 
+from protokernels import nt_xent_loss
 from protokernels.baselines import BASELINES
 from protokernels.baselines.barlow_twins import barlow_twins_loss
 from protokernels.baselines.byol import prediction_loss
 from protokernels.baselines.common import in_float32, spread
 from protokernels.baselines.densecl import correspondence, info_nce
-from protokernels.baselines.simclr import nt_xent
 from protokernels.baselines.swav import swapped_loss
 from protokernels.baselines.vicreg import vicreg_loss
 from protokernels.models import mlp_head
@@ -57,16 +57,16 @@ class TestSimCLR:
         for i in range(12):
             others = [math.exp(cosine(z[i], z[k]) / 0.3) for k in range(12) if k != i]
             total -= math.log(math.exp(cosine(z[i], z[(i + 6) % 12]) / 0.3) / sum(others))
-        assert float(nt_xent(first, second, 0.3)) == pytest.approx(total / 12, rel=1e-12)
+        assert float(nt_xent_loss(first, second, temperature=0.3)) == pytest.approx(total / 12, rel=1e-12)
 
     def test_collapse_and_one_image(self) -> None:
         same = torch.ones(7, 4, dtype=torch.float64)
-        assert float(nt_xent(same, same, 0.1)) == pytest.approx(math.log(13))
-        assert float(nt_xent(same[:1], -same[:1], 0.1)) == 0.0
+        assert float(nt_xent_loss(same, same, temperature=0.1)) == pytest.approx(math.log(13))
+        assert float(nt_xent_loss(same[:1], -same[:1], temperature=0.1)) == 0.0
 
     def test_small_temperature_does_not_overflow(self) -> None:
         first, second = embeddings()
-        assert torch.isfinite(nt_xent(first.float(), second.float(), 1e-3))
+        assert torch.isfinite(nt_xent_loss(first.float(), second.float(), temperature=1e-3))
 
 
 class TestBYOL:

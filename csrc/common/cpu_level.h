@@ -10,6 +10,16 @@
 #define PK_STRINGIFY_(x) #x
 #define PK_STRINGIFY(x) PK_STRINGIFY_(x)
 
+// In a file of namespace protokernels: PK_DECLARE_LEVELS(Type, name) declares the tables of all levels, PK_CHOOSE_LEVEL(name) is the one to use.
+#if defined(PROTOKERNELS_X86)
+#define PK_DECLARE_LEVELS(Type, name) extern const Type name##_avx512, name##_avx2, name##_generic
+#define PK_CHOOSE_LEVEL(name) \
+  (cpu_level() == CpuLevel::avx512 ? name##_avx512 : cpu_level() == CpuLevel::avx2 ? name##_avx2 : name##_generic)
+#else
+#define PK_DECLARE_LEVELS(Type, name) extern const Type name##_generic
+#define PK_CHOOSE_LEVEL(name) name##_generic
+#endif
+
 namespace protokernels {
 
 enum class CpuLevel : int { generic, avx2, avx512 };

@@ -9,7 +9,8 @@
 //
 //   supcon: logaddexp(p, n) - l / |P|    in: logaddexp(p, n) - p + log|P|    paper: (n - p) / |P|    negout: n - l / |P|
 //
-// A row without positives is no anchor, nor is one without negatives for paper and negout: loss 0. total = sum_i weight_i loss_i.
+// A row without positives is no anchor, nor is one without negatives for paper and negout: loss 0. Where a row meets a single positive and nothing
+// else, supcon and in are 0 by definition and by computation, without rounding. total = sum_i weight_i loss_i.
 //
 // Backward, with dp, dn, dl the derivatives by a row's statistics ("coefficients", 0 for a row that is no anchor):
 //
@@ -58,7 +59,8 @@ struct ContrastiveProblem {
   int64_t R, M, G;     // rows, columns, groups
   int64_t C, Cp;       // length of a vector, and as stored
   const void* rows;    // T [R, Cp]
-  const void* columns; // T [M, Cp]; equal to rows if there is one set of vectors: then s is symmetric, and so are the ranges
+  const void* columns; // T [M, Cp]; rows if there is one set
+  bool one_set;        // columns are the rows: s is symmetric, and so are the ranges. Two sets may be the same memory
   const ContrastiveGroup* groups;  // [G], in order of their rows
   const ContrastiveRange* ranges;  // [R]
   double temperature;
@@ -137,22 +139,33 @@ void contrastive_plan_sizes(ContrastivePlan&);  // fills in R and G
 
 // ------------------------------------------------------------------------------------------------- CPU (csrc/ops/cpu)
 
-// One table per instruction set. A task is a unit of work that writes rows of its own, or partial results that are added up in order: the result
-// does not depend on how tasks are spread over threads.
-struct ContrastiveCpu {
-  const char* level;
+// One table of each kind per instruction set. What belongs to which part is in ops/contrastive_schedule.h; a part writes the rows of its blocks
+// alone, and parts of a block are worked off in order, so that results do not depend on the number of threads.
+struct ContrastiveSchedule;
+struct ContrastivePart;
+
+struct ContrastivePackCpu {
   void (*pack)(const ContrastivePack&, int64_t first_row, int64_t last_row);
   void (*unpack)(const ContrastiveUnpack&, int64_t first_row, int64_t last_row);
-  int64_t (*forward_tasks)(const ContrastiveForward&);             // number of tasks; depends on shape and groups only
-  int64_t (*forward_workspace)(const ContrastiveForward&);         // bytes
-  void (*forward)(const ContrastiveForward&, void* workspace, int64_t first_task, int64_t last_task);
-  void (*finish_forward)(const ContrastiveForward&, void* workspace, int64_t first_row, int64_t last_row);  // statistics and losses of rows
-  int64_t (*backward_tasks)(const ContrastiveBackward&);
-  int64_t (*backward_workspace)(const ContrastiveBackward&);
-  void (*prepare_backward)(const ContrastiveBackward&, void* workspace);
-  void (*backward)(const ContrastiveBackward&, void* workspace, int64_t first_task, int64_t last_task);
 };
-const ContrastiveCpu& contrastive_cpu();  // the best table this machine can run
+
+struct ContrastiveBytes {
+  int64_t workspace, scratch;  // shared, and of every thread
+};
+
+struct ContrastiveForwardCpu {
+  ContrastiveBytes (*bytes)(const ContrastiveForward&, const ContrastiveSchedule&);
+  // Statistics and losses of a block's rows are written with its last part; others keep what they hold.
+  void (*part)(const ContrastiveForward&, const ContrastiveSchedule&, const ContrastivePart&, void* workspace, void* scratch);
+};
+
+struct ContrastiveBackwardCpu {
+  ContrastiveBytes (*bytes)(const ContrastiveBackward&, const ContrastiveSchedule&);
+  // Coefficients of columns [first, last), where there are two sets and columns have losses; before all parts.
+  void (*prepare)(const ContrastiveBackward&, const ContrastiveSchedule&, void* workspace, int64_t first, int64_t last);
+  // Clears the gradients of a block with its first part; rows of no block keep what they hold.
+  void (*part)(const ContrastiveBackward&, const ContrastiveSchedule&, const ContrastivePart&, void* workspace, void* scratch);
+};
 
 // ---------------------------------------------------------------------------------------------- CUDA (csrc/ops/cuda)
 

@@ -26,15 +26,6 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr double SERIAL_WORK =
     1e5;  // about 30 microseconds, in elements of an iteration: below it a second thread costs more than it brings
 
-#if defined(PROTOKERNELS_X86)
-#define PK_CHOOSE_LEVEL(table) \
-  (cpu_level() == CpuLevel::avx512 ? table##_avx512 : cpu_level() == CpuLevel::avx2 ? table##_avx2 : table##_generic)
-#define PK_DECLARE_LEVELS(Type, table) extern const Type table##_avx512, table##_avx2, table##_generic
-#else
-#define PK_CHOOSE_LEVEL(table) table##_generic
-#define PK_DECLARE_LEVELS(Type, table) extern const Type table##_generic
-#endif
-
 }  // namespace
 
 PK_DECLARE_LEVELS(SinkhornCpu, sinkhorn_cpu);

@@ -6,7 +6,7 @@ T. Chen, S. Kornblith, M. Norouzi, G. Hinton. A Simple Framework for Contrastive
 
     l_i = -log( exp(z_i . z_p(i) / tau) / sum_{k != i} exp(z_i . z_k / tau) ),   L = mean_i l_i
 
-The projector has two layers, as there (section 4.2). On several processes the negatives are those of the own process.
+The projector has two layers, as there (section 4.2). On several processes the negatives come from all of them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+import protokernels
+
 from ..models import mlp_head, pooled
+from ..training import process_count
 from ..training.self_supervised import Method, PretrainingConfig
-from .common import Baseline, in_float32, spread
+from .common import Baseline, spread
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,6 @@ class SimCLRConfig(PretrainingConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"hidden_dim": 512}}
 
 
-@in_float32
-def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:  # [N, D] each, any length -> []
-    """Eq. 1. One image has no negatives: 0. Equal embeddings: log(2N - 1).
-
-    >>> nt_xent(torch.eye(2), torch.eye(2), temperature=1.0)  # log(e + 2) - 1
-    tensor(0.5514)
-    """
-    count = len(first)
-    z = F.normalize(torch.cat([first, second]), dim=1)
-    scores = z @ z.T / temperature
-    scores = scores.masked_fill(torch.eye(2 * count, dtype=torch.bool, device=z.device), -torch.inf)
-    partner = torch.arange(2 * count, device=z.device).roll(count)
-    return F.cross_entropy(scores, partner)
-
-
 class SimCLR(Method):
     """Encoder and projector."""
 
@@ -60,7 +46,9 @@ class SimCLR(Method):
 
     def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
         z_first, z_second = (self.projector(pooled(self.encoder(view))) for view in (first, second))
-        return {"loss": nt_xent(z_first, z_second, self.temperature), "spread": spread(z_first)}
+        gather = process_count() > 1
+        loss = protokernels.nt_xent_loss(z_first, z_second, temperature=self.temperature, gather=gather)
+        return {"loss": loss, "spread": spread(z_first)}
 
 
 BASELINE = Baseline("simclr", SimCLRConfig, SimCLR, __doc__)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Labelled images from standard files: the digits inside scikit-learn, MNIST idx files, MedMNIST ``.npz`` files, chest
-X-rays; and random views of them.
+X-rays; labelled volumes; and random views of them.
 
 >>> from protokernels.data import load_dataset, to_tensor
 >>> digits = load_dataset("digits")
@@ -12,14 +12,18 @@ from .datasets import available_datasets, load_dataset
 from .tensors import to_tensor
 from .types import DataError, ImageDataset, Split
 from .views import ViewConfig, two_views
+from .volumes import LabelledVolume, SegmentationDataset, load_segmentation
 
 __all__ = [
     "DataError",
     "ImageDataset",
+    "LabelledVolume",
+    "SegmentationDataset",
     "Split",
     "ViewConfig",
     "available_datasets",
     "load_dataset",
+    "load_segmentation",
     "to_tensor",
     "two_views",
 ]

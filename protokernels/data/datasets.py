@@ -42,7 +42,7 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
         >>> load_dataset("digits").num_classes
         10
     """
-    folder = _data_root(root)
+    folder = data_root(root)
     if name.lower().endswith(".npz"):
         return medmnist.load_file(_existing_file(name, folder))
     key = name.lower()
@@ -67,7 +67,7 @@ def available_datasets() -> tuple[str, ...]:
     return ("digits", "mnist", *chest.NAMES, *medmnist.available_flags())
 
 
-def _data_root(root: str | Path | None) -> Path:
+def data_root(root: str | Path | None) -> Path:
     chosen = root if root is not None else os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT
     return Path(chosen).expanduser()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .types import DataError
 
-FOLDERS = ("", "mnist", "medmnist", "MNIST/raw", "chest_nih", "chest_kermany")  # below the data root
+FOLDERS = ("", "mnist", "medmnist", "MNIST/raw", "chest_nih", "chest_kermany", "acdc")  # below the data root
 BLOCK = 1 << 20  # bytes
 TIMEOUT = 30.0  # seconds without an answer
 

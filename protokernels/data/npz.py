@@ -127,7 +127,7 @@ class NpzFile:
                 f"{self.path}: {name} would unpack to {size:,} bytes from a file of {self.path.stat().st_size:,}; no "
                 "images shrink so much, so it is not read"
             )
-        limit = min(LIMIT, _memory())
+        limit = min(LIMIT, system_memory())
         if size > limit:
             raise DataError(
                 f"{self.path}: {name} claims {list(shape)} of {dtype}, {size:,} bytes; at most {limit:,} are loaded "
@@ -165,7 +165,7 @@ def _what_it_is(path: Path) -> str:
     return f"it starts with {start!r}; an .npz is a zip archive and starts with b'PK'"
 
 
-def _memory() -> int:
+def system_memory() -> int:
     """Physical memory in bytes, as far as the system tells."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

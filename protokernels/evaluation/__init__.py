@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """How the papers judge a representation: cluster mapping, nearest neighbours, linear probe, clustering scores, t-SNE, transfer
-to few labels.
+to few labels; and label maps by Dice and Hausdorff distance.
 
 Whatever is fitted is fitted on the training split; the labels of the test split are used for scoring only.
 """
@@ -13,6 +13,7 @@ from .linear import LinearProbe, LinearProtocol, linear_probe
 from .mapping import statistical_mapping
 from .roc import Auroc, auroc
 from .scores import classification_scores, clustering_scores
+from .segmentation import DiceCounter, segmentation_scores
 from .transfer import TRANSFER_PROTOCOLS, TransferConfig, TransferProtocol, evaluate_transfer, fine_tune
 from .tsne import TsneMap, tsne_embedding
 from .types import Representation
@@ -21,6 +22,7 @@ __all__ = [
     "TRANSFER_PROTOCOLS",
     "AdamWProtocol",
     "Auroc",
+    "DiceCounter",
     "EvaluationConfig",
     "Fitted",
     "Labelled",
@@ -39,6 +41,7 @@ __all__ = [
     "knn_predict",
     "label_subsets",
     "linear_probe",
+    "segmentation_scores",
     "statistical_mapping",
     "tsne_embedding",
 ]

@@ -3,16 +3,24 @@
 
 from .heads import mlp_head
 from .resnet import ResNet18, Stem, pooled
+from .unet import LocalHead, UNet, UNetDecoder, UNetEncoder, global_head, load_part, local_head
 from .vae import NETWORKS, ConditionalDecoder, GaussianEncoder, NetworkName, build_networks
 
 __all__ = [
     "NETWORKS",
     "ConditionalDecoder",
     "GaussianEncoder",
+    "LocalHead",
     "NetworkName",
     "ResNet18",
     "Stem",
+    "UNet",
+    "UNetDecoder",
+    "UNetEncoder",
     "build_networks",
+    "global_head",
+    "load_part",
+    "local_head",
     "mlp_head",
     "pooled",
 ]

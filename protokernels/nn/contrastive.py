@@ -7,7 +7,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ..ops import _contrastive_checks as checks
 from ..ops import contrastive as ops
+from ..ops._checks import check_choice
 
 
 class LocalContrastiveLoss(nn.Module):
@@ -33,30 +35,30 @@ class LocalContrastiveLoss(nn.Module):
         self,
         temperature: float = 0.1,
         *,
-        block_size: ops.Size | None = None,
-        stride: ops.Size | None = None,
-        form: ops.Form = "supcon",
-        scope: ops.Scope = "group",
-        reduction: ops.Reduction = "group",
+        block_size: checks.Size | None = None,
+        stride: checks.Size | None = None,
+        form: checks.Form = "supcon",
+        scope: checks.Scope = "group",
+        reduction: checks.Reduction = "group",
         background: int | None = 0,
         ignore_index: int | None = None,
         normalize: bool = True,
         drop_remainder: bool = False,
-        precision: ops.Precision = "highest",
+        precision: checks.Precision = "highest",
     ) -> None:
         super().__init__()
-        ops.check_local("LocalContrastiveLoss", temperature, block_size, stride, form, scope, reduction, precision)
+        checks.check_local("LocalContrastiveLoss", temperature, block_size, stride, form, scope, reduction, precision)
         self.temperature = temperature
         self.block_size = block_size
         self.stride = stride
-        self.form: ops.Form = form
-        self.scope: ops.Scope = scope
-        self.reduction: ops.Reduction = reduction
+        self.form: checks.Form = form
+        self.scope: checks.Scope = scope
+        self.reduction: checks.Reduction = reduction
         self.background = background
         self.ignore_index = ignore_index
         self.normalize = normalize
         self.drop_remainder = drop_remainder
-        self.precision: ops.Precision = precision
+        self.precision: checks.Precision = precision
 
     def forward(
         self,
@@ -107,22 +109,23 @@ class SupConLoss(nn.Module):
         self,
         temperature: float = 0.1,
         *,
-        form: ops.Form = "supcon",
+        form: checks.Form = "supcon",
         reduction: Literal["mean", "none"] = "mean",
         ignore_index: int | None = None,
         normalize: bool = True,
-        gather: ops.Gather = False,
-        precision: ops.Precision = "highest",
+        gather: checks.Gather = False,
+        precision: checks.Precision = "highest",
     ) -> None:
         super().__init__()
-        ops.check_choices("SupConLoss", temperature, form, precision, gather)
+        checks.check_choices("SupConLoss", temperature, form, precision, gather)
+        check_choice("SupConLoss", "reduction", reduction, ("mean", "none"))
         self.temperature = temperature
-        self.form: ops.Form = form
+        self.form: checks.Form = form
         self.reduction: Literal["mean", "none"] = reduction
         self.ignore_index = ignore_index
         self.normalize = normalize
-        self.gather: ops.Gather = gather
-        self.precision: ops.Precision = precision
+        self.gather: checks.Gather = gather
+        self.precision: checks.Precision = precision
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # [N, D], [N] -> []
         return ops.supcon_loss(
@@ -160,18 +163,18 @@ class NTXentLoss(nn.Module):
         self,
         temperature: float = 0.5,
         *,
-        denominator: ops.Denominator = "all",
+        denominator: checks.Denominator = "all",
         normalize: bool = True,
-        gather: ops.Gather = False,
-        precision: ops.Precision = "highest",
+        gather: checks.Gather = False,
+        precision: checks.Precision = "highest",
     ) -> None:
         super().__init__()
-        ops.check_choices("NTXentLoss", temperature, ops.form_of("NTXentLoss", denominator), precision, gather)
+        checks.check_choices("NTXentLoss", temperature, checks.form_of("NTXentLoss", denominator), precision, gather)
         self.temperature = temperature
-        self.denominator: ops.Denominator = denominator
+        self.denominator: checks.Denominator = denominator
         self.normalize = normalize
-        self.gather: ops.Gather = gather
-        self.precision: ops.Precision = precision
+        self.gather: checks.Gather = gather
+        self.precision: checks.Precision = precision
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:  # [N, D], [N, D] -> []
         return ops.nt_xent_loss(
@@ -207,18 +210,18 @@ class CrossViewLoss(nn.Module):
         self,
         temperature: float = 1.0,
         *,
-        denominator: ops.Denominator = "all",
+        denominator: checks.Denominator = "all",
         symmetric: bool = True,
         normalize: bool = True,
-        precision: ops.Precision = "highest",
+        precision: checks.Precision = "highest",
     ) -> None:
         super().__init__()
-        ops.check_choices("CrossViewLoss", temperature, ops.form_of("CrossViewLoss", denominator), precision)
+        checks.check_choices("CrossViewLoss", temperature, checks.form_of("CrossViewLoss", denominator), precision)
         self.temperature = temperature
-        self.denominator: ops.Denominator = denominator
+        self.denominator: checks.Denominator = denominator
         self.symmetric = symmetric
         self.normalize = normalize
-        self.precision: ops.Precision = precision
+        self.precision: checks.Precision = precision
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:  # [N, D], [N, D] -> []
         return ops.cross_view_loss(

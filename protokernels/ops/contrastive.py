@@ -18,27 +18,17 @@ exact 0 with a zero gradient. Unit vectors (``normalize=True``): a vector no lon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import backend
 from ..reference import contrastive as reference
-from . import _checks, _contrastive_autograd, _contrastive_distributed  # noqa: F401  (the first registers shapes and gradients)
+from . import _checks, _contrastive_autograd, _contrastive_distributed  # noqa: F401  (the second registers shapes and gradients)
+from . import _contrastive_checks as checks
+from ._contrastive_checks import PRECISIONS, Denominator, Form, Gather, Precision, Reduction, Scope, Size
 from ._contrastive_plan import REDUCTIONS, Plan, matching_plan, pairs_plan
-
-Form = Literal["supcon", "in", "paper", "negout"]
-Denominator = Literal["all", "negatives"]
-Precision = Literal["highest", "high", "medium"]
-Scope = Literal["group", "image"]
-Reduction = Literal["group", "anchor", "image", "none"]
-Gather = bool | Literal["ring"]
-Size = int | Sequence[int]
-
-PRECISIONS = get_args(Precision)
-_INT64 = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def local_contrastive_loss(
@@ -104,13 +94,13 @@ def local_contrastive_loss(
         0.0
     """
     op = "local_contrastive_loss"
-    _check_features(op, features)
+    checks.check_features(op, features)
     size = features.shape[2:]
-    labels, background = _pixel_labels(op, features, labels, background, scope, ignore_index)
-    check_local(op, temperature, block_size, stride, form, scope, reduction, precision)
+    labels, background = checks.pixel_labels(op, features, labels, background, scope, ignore_index)
+    checks.check_local(op, temperature, block_size, stride, form, scope, reduction, precision)
     leading = (1,) * (3 - len(size))
-    block = [*leading, *_sizes(op, "block_size", block_size, len(size), 0)]
-    steps = [*leading, *_sizes(op, "stride", stride, len(size), 1)]
+    block = [*leading, *checks.sizes(op, "block_size", block_size, len(size), 0)]
+    steps = [*leading, *checks.sizes(op, "stride", stride, len(size), 1)]
     shape = (len(features), *leading, *size)
     grid = labels.reshape(shape)
     if not backend.native_serves(features.device):
@@ -193,8 +183,8 @@ def supcon_loss(
     """
     op = "supcon_loss"
     _checks.check_matrix(op, "embeddings", embeddings, "[N, D]")
-    labels = _labels(op, labels, embeddings.shape[:1], "[N]", embeddings)
-    check_choices(op, temperature, form, precision, gather)
+    labels = checks.class_labels(op, labels, embeddings.shape[:1], "[N]", embeddings)
+    checks.check_choices(op, temperature, form, precision, gather)
     _checks.check_choice(op, "reduction", reduction, ("mean", "none"))
     if gather:
         losses, anchors = _contrastive_distributed.gathered_losses(
@@ -264,9 +254,9 @@ def nt_xent_loss(
         0.5514
     """
     op = "nt_xent_loss"
-    count = _check_views(op, first, second)
-    form = form_of(op, denominator)
-    check_choices(op, temperature, form, precision, gather)
+    count = checks.check_views(op, first, second)
+    form = checks.form_of(op, denominator)
+    checks.check_choices(op, temperature, form, precision, gather)
     stacked = torch.cat([first, second])
     pairs = torch.arange(count, device=first.device).repeat(2)
     if gather:
@@ -320,9 +310,9 @@ def cross_view_loss(
         0.3133
     """
     op = "cross_view_loss"
-    count = _check_views(op, first, second)
-    form = form_of(op, denominator)
-    check_choices(op, temperature, form, precision)
+    count = checks.check_views(op, first, second)
+    form = checks.form_of(op, denominator)
+    checks.check_choices(op, temperature, form, precision)
     dtype = torch.promote_types(reference.compute_dtype(first), reference.compute_dtype(second))
     first, second = first.to(dtype), second.to(dtype)
     ways = [(first, second), (second, first)] if symmetric else [(first, second)]
@@ -340,43 +330,6 @@ def cross_view_loss(
             for own, other in ways
         ]
     return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
-
-
-def form_of(op: str, denominator: Denominator) -> Form:
-    """The form that has this denominator."""
-    _checks.check_choice(op, "denominator", denominator, get_args(Denominator))
-    return "supcon" if denominator == "all" else "negout"
-
-
-def check_choices(op: str, temperature: object, form: object, precision: object, gather: object = False) -> None:
-    """What all losses take by name."""
-    if isinstance(temperature, Tensor):
-        raise TypeError(
-            f"{op}: temperature must be a number; got {_checks.describe(temperature)}; to learn it, multiply the vectors by its "
-            "inverse's root and pass normalize=False, temperature=1"
-        )
-    _checks.check_temperature(op, temperature, torch.device("cpu"))
-    _checks.check_choice(op, "form", form, get_args(Form))
-    _checks.check_choice(op, "precision", precision, PRECISIONS)
-    _checks.check_choice(op, "gather", gather, (False, True, "ring"))
-
-
-def check_local(
-    op: str,
-    temperature: object,
-    block_size: object,
-    stride: object,
-    form: object,
-    scope: object,
-    reduction: object,
-    precision: object,
-) -> None:
-    """What :func:`local_contrastive_loss` takes by name."""
-    check_choices(op, temperature, form, precision)
-    _checks.check_choice(op, "scope", scope, get_args(Scope))
-    _checks.check_choice(op, "reduction", reduction, get_args(Reduction))
-    if block_size is not None and stride is not None:
-        raise ValueError(f"{op}: give block_size or stride, not both; got block_size={block_size} and stride={stride}")
 
 
 # ------------------------------------------------------------------------------------------------------------------- helpers
@@ -412,69 +365,3 @@ def _forward(
         PRECISIONS.index(precision),
     )
     return total, losses
-
-
-def _check_features(op: str, features: object) -> None:
-    expected = "[N, C, H, W] or [N, C, D, H, W]"
-    if not isinstance(features, Tensor) or features.dtype not in _checks.FLOATING:
-        raise TypeError(f"{op}: features must be a floating-point tensor {expected}; got {_checks.describe(features)}")
-    if features.dim() not in (4, 5) or features.shape[1] == 0:
-        raise ValueError(
-            f"{op}: features must have shape {expected} with at least one channel; got {_checks.describe(features)}"
-        )
-
-
-def _check_views(op: str, first: object, second: object) -> int:
-    _checks.check_matrix(op, "first", first, "[N, D]")
-    _checks.check_matrix(op, "second", second, "[N, D]")
-    assert isinstance(first, Tensor) and isinstance(second, Tensor)
-    _checks.check_same_device(op, "first", first, "second", second)
-    if first.shape != second.shape or first.shape[1] == 0:
-        raise ValueError(
-            f"{op}: first and second must have the same shape [N, D] with D at least 1; got {list(first.shape)} and "
-            f"{list(second.shape)}"
-        )
-    return first.shape[0]
-
-
-def _labels(op: str, labels: object, shape: Sequence[int], expected: str, beside: Tensor) -> Tensor:
-    if not isinstance(labels, Tensor) or labels.dtype not in _INT64:
-        raise TypeError(f"{op}: labels must be an integer tensor {expected}; got {_checks.describe(labels)}")
-    if labels.shape != torch.Size(shape):
-        raise ValueError(f"{op}: labels must have shape {list(shape)}; got {_checks.describe(labels)}")
-    _checks.check_same_device(op, "the first argument", beside, "labels", labels)
-    classes: Tensor = labels.to(torch.int64)
-    return classes
-
-
-def _pixel_labels(
-    op: str, features: Tensor, labels: Tensor | None, background: int | None, scope: str, ignore_index: int | None
-) -> tuple[Tensor, int | None]:
-    shape = (features.shape[0], *features.shape[2:])
-    for name, value in (("background", background), ("ignore_index", ignore_index)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{op}: {name} must be an integer or None; got {_checks.describe(value)}")
-    if labels is not None:
-        return _labels(op, labels, shape, "[N, H, W] or [N, D, H, W]", features), background
-    if features.shape[0] % 2 or scope == "image" or ignore_index is not None:
-        raise ValueError(
-            f"{op}: without labels the maps are two views of N / 2 images, stacked: N must be even, scope 'group' and ignore_index None; "
-            f"got N = {features.shape[0]}, scope {scope!r} and ignore_index {ignore_index}"
-        )
-    half = (shape[0] // 2, *shape[1:])
-    places = (
-        torch.arange(half[0] * features[0, 0].numel(), device=features.device)
-        if shape[0]
-        else torch.empty(0, dtype=torch.int64, device=features.device)
-    )
-    return places.view(half).repeat(2, *(1,) * (len(shape) - 1)), None
-
-
-def _sizes(op: str, name: str, value: Size | None, axes: int, default: int) -> list[int]:
-    """One number for each axis."""
-    if value is None:
-        return [default] * axes
-    several: list[int] = list(value) if isinstance(value, Sequence) else [value] * axes
-    if len(several) != axes or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in several):
-        raise ValueError(f"{op}: {name} must be a positive integer or one for each of the {axes} axes; got {value!r}")
-    return several

@@ -48,7 +48,7 @@ def local_contrastive_loss(
     vectors = features.flatten(2).transpose(1, 2).flatten(0, 1)  # [N D H W, C]
     vectors = prepared(vectors, normalize)
     flat = labels.flatten()
-    losses = vectors.new_zeros(len(flat))
+    losses = connected_zero(vectors).expand(len(flat))
     anchors = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
     means = []
     for group in positions(labels.shape, block, stride, per_image, drop_remainder, labels.device):
@@ -83,7 +83,7 @@ def supcon_loss(
         kept = kept[labels != ignore_index]
     losses, anchors = group_loss(vectors[kept], labels[kept], None, temperature, form)
     if reduction == "none":
-        return vectors.new_zeros(len(labels)).index_put((kept,), losses)
+        return connected_zero(vectors).expand(len(labels)).index_put((kept,), losses)
     return mean_of_means([(losses.sum(), anchors.sum())], vectors)
 
 
@@ -140,7 +140,7 @@ def group_loss(
     losses, anchors = pair_losses(vectors, vectors, positive, ~same, temperature, form)
     if background is not None:
         anchors = anchors & (labels != background)
-    return torch.where(anchors, losses, 0.0), anchors
+    return torch.where(anchors, losses, connected_zero(vectors)), anchors
 
 
 def pair_losses(
@@ -193,10 +193,15 @@ def losses_of(
     return torch.where(anchors, losses, 0.0), anchors
 
 
-def mean_of_means(sums: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:  # (sum, count) each -> []
-    """Mean over the sets that have anchors of the mean over a set's anchors; an exact 0 in the graph where none has."""
+def mean_of_means(sums: Sequence[tuple[Tensor, Tensor]], vectors: Tensor) -> Tensor:  # (sum, count) each -> []
+    """Mean over the sets that have anchors of the mean over a set's anchors; an exact 0 where none has."""
     if not sums:
-        return like.flatten()[:0].sum()
+        return connected_zero(vectors)
     total, count = (torch.stack(values) for values in zip(*sums, strict=True))
     means = total / count.clamp(min=1)
-    return means.sum() / (count > 0).sum().clamp(min=1)
+    return means.sum() / (count > 0).sum().clamp(min=1) + connected_zero(vectors)
+
+
+def connected_zero(vectors: Tensor) -> Tensor:  # [R, C] -> []
+    """A zero in the graph: its gradient is one of zeros."""
+    return vectors[:0].sum()

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,31 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def write_json_lines(path: Path, values: list[dict[str, Any]]) -> None:
     """Replaces a JSON-lines file, whole or not at all."""
     write_bytes(path, "".join(json.dumps(value, allow_nan=False) + "\n" for value in values).encode())
+
+
+@contextmanager
+def exclusive(path: Path, *, wanted: bool = True, wait: bool = True) -> Iterator[bool]:
+    """Keeps other processes out of ``exclusive`` of the same path; a process that is killed leaves it.
+
+    Where the system has no such locks (Windows), or with ``wanted`` false, nobody is kept out.
+
+    Args:
+        path: of a small file that is made and stays.
+        wanted: false: do nothing.
+        wait: until the others have left; false: yield False at once where somebody is inside.
+    """
+    if not wanted or os.name != "posix":
+        yield True
+        return
+    import fcntl
+
+    with path.open("a") as file:  # whose closing, by whatever end, gives the lock back
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def remove_leftovers(folder: Path) -> None:

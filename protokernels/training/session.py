@@ -149,6 +149,7 @@ class Session:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.epoch, self.step = 0, 0
         self._sums: dict[str, Tensor] = {}  # over images of this epoch and this process, float64
+        self._notes: dict[str, float] = {}  # about this epoch as a whole
         self._seconds = 0.0
         self._signal: int | None = None
         if resume:
@@ -221,10 +222,15 @@ class Session:
             tensor = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach() * weight
             self._sums[name] = self._sums[name] + tensor if name in self._sums else tensor
 
+    def note(self, **values: float) -> None:
+        """Adds numbers about the whole epoch, such as a validation score, to its metrics; call it after the last step, with
+        the same numbers in every process."""
+        self._notes.update(values)
+
     def _finish_epoch(self) -> None:
         sums = self._reduced_sums()
         images = sums.pop("images")
-        values = {name: value / images for name, value in sums.items()}
+        values = {name: value / images for name, value in sums.items()} | self._notes
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
             raise FloatingPointError(
@@ -233,7 +239,7 @@ class Session:
                 f"The last sound checkpoint is in {self.run.checkpoints.folder}"
             )
         seconds = time.perf_counter() - self._started
-        self.epoch, self.step, self._sums, self._seconds = self.epoch + 1, 0, {}, 0.0
+        self.epoch, self.step, self._sums, self._notes, self._seconds = self.epoch + 1, 0, {}, {}, 0.0
         rate = float(self.optimizer.param_groups[0]["lr"])
         if self.accelerator.is_main_process:
             self.run.append_metrics(

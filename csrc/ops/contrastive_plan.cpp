@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: MIT
+// Which vectors meet which, from labels, on the CPU: a group's rows in the order of the maps, then sorted by class, stably. A group is the unit of
+// work; labels that lie close together are counted, others are compared.
+#include <algorithm>
+#include <numeric>
+#include <tuple>
+
+#include "common/torch_utils.h"
+#include "ops/contrastive.h"
+
+namespace protokernels {
+
+namespace {
+
+struct Axis {
+  int64_t kept, edge, blocks;  // places on the grid that take part, places in a block, blocks
+};
+
+Axis axis_of(const ContrastivePlan& p, int axis) {
+  const int64_t grid = (p.size[axis] + p.stride[axis] - 1) / p.stride[axis];
+  if (p.block[axis] == 0) return {grid, std::max<int64_t>(grid, 1), std::min<int64_t>(grid, 1)};
+  const int64_t edge = std::max<int64_t>(p.block[axis] / p.stride[axis], 1);
+  if (p.drop_remainder) return {grid / edge * edge, edge, grid / edge};
+  return {grid, edge, (grid + edge - 1) / edge};
+}
+
+enum Role : uint8_t { anchor, background, ignored };
+
+struct Key {
+  Role role;
+  int64_t label;
+  bool operator==(const Key& other) const { return role == other.role && label == other.label; }
+  bool operator<(const Key& other) const { return role != other.role ? role < other.role : label < other.label; }
+};
+
+// What sorting a group needs; kept from group to group.
+struct Sorter {
+  std::vector<int64_t> places, sorted;
+  std::vector<int64_t> counts;
+  std::vector<int32_t> numbers;
+
+  static Key key_of(const ContrastivePlan& p, int64_t label) {
+    const Role role = p.has_ignored && label == p.ignored ? ignored : p.has_background && label == p.background ? background : anchor;
+    return {role, label};
+  }
+
+  // places, sorted by class.
+  void sort(const ContrastivePlan& p) {
+    const size_t rows = places.size();
+    sorted.resize(rows);
+    if (rows == 0) return;
+    int64_t least = p.labels[places[0]], most = least;
+    for (const int64_t place : places) least = std::min(least, p.labels[place]), most = std::max(most, p.labels[place]);
+    const uint64_t span = static_cast<uint64_t>(most) - static_cast<uint64_t>(least);
+    if (span < std::max<uint64_t>(256, 4 * rows))
+      by_counting(p, least, static_cast<int64_t>(span) + 1);
+    else
+      by_comparing(p);
+  }
+
+  void by_counting(const ContrastivePlan& p, int64_t least, int64_t labels) {
+    counts.assign(static_cast<size_t>(labels), 0);
+    for (const int64_t place : places) ++counts[static_cast<size_t>(p.labels[place] - least)];
+    int64_t next = 0;
+    for (const Role role : {anchor, background, ignored})
+      for (int64_t l = 0; l < labels; ++l)
+        if (counts[l] > 0 && key_of(p, least + l).role == role && !placed(l)) {
+          const int64_t rows = counts[l];
+          counts[l] = -1 - next;  // where the class begins; negative: done
+          next += rows;
+        }
+    for (const int64_t place : places) sorted[static_cast<size_t>(-1 - counts[static_cast<size_t>(p.labels[place] - least)]--)] = place;
+  }
+  bool placed(int64_t l) const { return counts[l] < 0; }
+
+  void by_comparing(const ContrastivePlan& p) {
+    numbers.resize(places.size());
+    std::iota(numbers.begin(), numbers.end(), 0);
+    std::stable_sort(numbers.begin(), numbers.end(),
+                     [&](int32_t a, int32_t b) { return key_of(p, p.labels[places[a]]) < key_of(p, p.labels[places[b]]); });
+    for (size_t i = 0; i < places.size(); ++i) sorted[i] = places[static_cast<size_t>(numbers[i])];
+  }
+};
+
+class Planner {
+ public:
+  explicit Planner(const ContrastivePlan& plan) : p(plan) {
+    for (int a = 0; a < 3; ++a) axis[a] = axis_of(p, a);
+  }
+
+  // Rows before a group: those of whole layers of blocks, then rows of blocks, and so on.
+  int64_t rows_before(int64_t group) const {
+    const int64_t maps = p.per_image ? 1 : p.N, image = p.per_image ? group % p.N : 0, block = p.per_image ? group / p.N : group;
+    const int64_t w = block % axis[2].blocks, h = block / axis[2].blocks % axis[1].blocks, d = block / axis[2].blocks / axis[1].blocks;
+    const int64_t deep = length(0, d), high = length(1, h), wide = length(2, w);
+    const int64_t before = d * axis[0].edge * axis[1].kept * axis[2].kept + deep * h * axis[1].edge * axis[2].kept + deep * high * w * axis[2].edge;
+    return before * p.N + image * maps * deep * high * wide;
+  }
+
+  void fill(int64_t group, Sorter& sorter) const {
+    const int64_t image = p.per_image ? group % p.N : 0, block = p.per_image ? group / p.N : group;
+    const int64_t at[3] = {block / axis[2].blocks / axis[1].blocks, block / axis[2].blocks % axis[1].blocks, block % axis[2].blocks};
+    int64_t begin[3], end[3];
+    for (int a = 0; a < 3; ++a) begin[a] = at[a] * axis[a].edge, end[a] = begin[a] + length(a, at[a]);
+    sorter.places.clear();
+    for (int64_t n = image; n < (p.per_image ? image + 1 : p.N); ++n)
+      for (int64_t d = begin[0]; d < end[0]; ++d)
+        for (int64_t h = begin[1]; h < end[1]; ++h) {
+          const int64_t line = ((n * p.size[0] + d * p.stride[0]) * p.size[1] + h * p.stride[1]) * p.size[2];
+          for (int64_t w = begin[2]; w < end[2]; ++w) sorter.places.push_back(line + w * p.stride[2]);
+        }
+    sorter.sort(p);
+    write(group, rows_before(group), sorter.sorted);
+  }
+
+ private:
+  int64_t length(int a, int64_t block) const { return std::min(axis[a].edge, axis[a].kept - block * axis[a].edge); }
+
+  // Rows of the group from first on, and 1 as the weight of an anchor.
+  void write(int64_t group, int64_t first, const std::vector<int64_t>& places) const {
+    const int64_t rows = static_cast<int64_t>(places.size());
+    int64_t role_end[3] = {0, 0, 0};
+    for (int64_t i = 0; i < rows;) {
+      const int64_t label = p.labels[places[i]];
+      const Role role = Sorter::key_of(p, label).role;
+      int64_t end = i + 1;
+      while (end < rows && p.labels[places[end]] == label) ++end;
+      for (int64_t r = i; r < end; ++r) {
+        p.order[first + r] = places[r];
+        const auto row = [&](int64_t x) { return static_cast<int32_t>(first + x); };
+        p.ranges[first + r] = role == ignored ? ContrastiveRange{0, 0, -1} : ContrastiveRange{row(i), row(end), row(r)};
+        p.weights[first + r] = role == anchor && end - i > 1 ? 1 : 0;
+      }
+      role_end[role] = end;
+      i = end;
+    }
+    const int64_t anchors = role_end[anchor], members = std::max(anchors, role_end[background]);
+    const bool needs_negatives = p.form == ContrastiveForm::paper || p.form == ContrastiveForm::negout;
+    if (needs_negatives && members > 0 && p.labels[places[0]] == p.labels[places[members - 1]])
+      std::fill(p.weights + first, p.weights + first + rows, 0.0);
+    const auto row = [&](int64_t x) { return static_cast<int32_t>(first + x); };
+    p.groups[group] = {row(0), row(anchors), row(members), row(0), row(anchors), row(members)};
+  }
+
+  const ContrastivePlan& p;
+  Axis axis[3];
+};
+
+// Weights from 1 at every anchor: a mean over the anchors of a set, then over the sets that have any.
+void weigh(const ContrastivePlan& p) {
+  const int64_t places = p.size[0] * p.size[1] * p.size[2], sets = p.reduction == 0 ? p.G : p.reduction == 1 ? 1 : p.N;
+  std::vector<int64_t> counts(static_cast<size_t>(sets), 0);
+  const auto each = [&](const auto& use) {
+    for (int64_t g = 0; g < p.G; ++g)
+      for (int64_t r = p.groups[g].row_begin; r < p.groups[g].row_anchor_end; ++r)
+        if (p.weights[r] != 0) use(static_cast<size_t>(p.reduction == 0 ? g : p.reduction == 1 ? 0 : p.order[r] / places), r);
+  };
+  each([&](size_t set, int64_t) { ++counts[set]; });
+  int64_t filled = 0;
+  for (const int64_t count : counts) filled += count > 0;
+  each([&](size_t set, int64_t r) { p.weights[r] = 1 / (static_cast<double>(counts[set]) * static_cast<double>(filled)); });
+}
+
+using IntList = std::vector<int64_t>;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(Tensor labels_any, IntList block, IntList stride, bool per_image, bool drop_remainder,
+                                                    std::optional<int64_t> background_label, std::optional<int64_t> ignore_index, int64_t form,
+                                                    int64_t reduction) {
+  STD_TORCH_CHECK(labels_any.dim() == 4 && labels_any.scalar_type() == ScalarType::Long && block.size() == 3 && stride.size() == 3 && form >= 0 &&
+                      form <= 3 && reduction >= 0 && reduction <= 2,
+                  "contrastive: labels must be int64 [N, D, H, W], block and stride have one number for each axis");
+  const Tensor labels = torch::stable::contiguous(labels_any);
+  ContrastivePlan p{};
+  p.N = labels.size(0);
+  for (int a = 0; a < 3; ++a) {
+    STD_TORCH_CHECK(block[a] >= 0 && stride[a] >= 1, "contrastive: block must not be negative, stride must be positive");
+    p.size[a] = labels.size(1 + a), p.block[a] = block[a], p.stride[a] = stride[a];
+  }
+  p.per_image = per_image, p.drop_remainder = drop_remainder;
+  p.has_background = background_label.has_value(), p.background = background_label.value_or(0);
+  p.has_ignored = ignore_index.has_value(), p.ignored = ignore_index.value_or(0);
+  p.labels = static_cast<const int64_t*>(labels.data_ptr());
+  p.form = static_cast<ContrastiveForm>(form), p.reduction = static_cast<int>(reduction);
+  contrastive_plan_sizes(p);
+  STD_TORCH_CHECK(p.R < (int64_t{1} << 31), "contrastive: rows must be fewer than 2^31; got ", p.R);
+  const Tensor order = empty_beside(labels, {p.R}, ScalarType::Long), groups = empty_beside(labels, {p.G, 6}, ScalarType::Int);
+  const Tensor ranges = empty_beside(labels, {p.R, 3}, ScalarType::Int), weights = empty_beside(labels, {p.R}, ScalarType::Double);
+  p.order = static_cast<int64_t*>(order.data_ptr()), p.groups = static_cast<ContrastiveGroup*>(groups.data_ptr());
+  p.ranges = static_cast<ContrastiveRange*>(ranges.data_ptr()), p.weights = static_cast<double*>(weights.data_ptr());
+  const Planner planner(p);
+  constexpr int64_t serial_rows = 8192;  // about 50 microseconds
+  const int64_t grain = p.R == 0 ? 1 : std::max<int64_t>(1, p.G * serial_rows / p.R);
+  torch::stable::parallel_for(0, p.G, grain, [&](int64_t begin, int64_t end) {
+    Sorter sorter;
+    for (int64_t g = begin; g < end; ++g) planner.fill(g, sorter);
+  });
+  weigh(p);
+  return {order, groups, ranges, weights};
+}
+
+}  // namespace
+
+void contrastive_plan_sizes(ContrastivePlan& p) {
+  p.R = p.N, p.G = p.per_image ? p.N : 1;
+  for (int a = 0; a < 3; ++a) {
+    const Axis axis = axis_of(p, a);
+    p.R *= axis.kept, p.G *= axis.blocks;
+  }
+}
+
+}  // namespace protokernels
+
+STABLE_TORCH_LIBRARY_IMPL(protokernels, CPU, library) { library.impl("contrastive_plan", TORCH_BOX(&protokernels::plan_cpu)); }

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: MIT
+// Contrastive losses on the CPU, forward: statistics and losses. The equations stand in ops/contrastive.h, the order of work in
+// ops/contrastive_schedule.h, sums in contrastive_forward.h.
+// Limit at A anchors among S vectors of length C: (A S - A^2 / 2) pairs, each 2 C flop and one exponential.
+
+#include "ops/cpu/contrastive_forward.h"
+
+namespace {
+
+PK_INLINE double log_add(double a, double b) {
+  const double high = a > b ? a : b, low = a > b ? b : a;
+  return high == -INFINITE<double> ? high : high + std::log1p(std::exp(low - high));
+}
+
+PK_INLINE double loss_of(ContrastiveForm form, double p, double n, double linear, double positives, double negatives) {
+  const bool needs_negatives = form == ContrastiveForm::paper || form == ContrastiveForm::negout;
+  if (positives == 0 || (needs_negatives && negatives == 0)) return 0;
+  if (!needs_negatives && positives + negatives == 1) return p - p;  // nothing to tell apart: 0, not its rounding; still NaN for NaN
+  switch (form) {
+    case ContrastiveForm::supcon: return log_add(p, n) - linear / positives;
+    case ContrastiveForm::in: return log_add(p, n) - p + std::log(positives);
+    case ContrastiveForm::paper: return (n - p) / positives;
+    default: return n - linear / positives;
+  }
+}
+
+template <class T>
+PK_INLINE double log_sum(const double* sum, const T* top, int64_t i, double bound) {
+  return sum[i] == 0 ? -INFINITE<double> : LN_2 * (std::log2(sum[i]) + (top ? static_cast<double>(top[i]) : bound));
+}
+
+template <class T>
+void finish_rows(const ContrastiveForward& f, const ContrastiveGroup& group, const Sums<T>& sums, int64_t begin, int64_t end) {
+  const double bound = f.bounded ? LOG2_E / f.temperature : 0;
+  T* const statistics = static_cast<T*>(f.statistics);
+  for (int64_t i = begin; i < end; ++i) {
+    const ContrastiveRange& r = f.ranges[i];
+    const bool met = r.self >= group.column_begin && r.self < group.column_end, in_class = r.self >= r.class_begin && r.self < r.class_end;
+    const double positives = r.class_end - r.class_begin - in_class;
+    const double negatives = group.column_end - group.column_begin - (r.class_end - r.class_begin) - (met && !in_class);
+    const double p = log_sum(sums.p, sums.p_top, i, bound), n = log_sum(sums.n, sums.n_top, i, bound);
+    const double linear = LN_2 * (sums.linear[i] + positives * bound);
+    statistics[i] = static_cast<T>(p), statistics[f.R + i] = static_cast<T>(n), statistics[2 * f.R + i] = static_cast<T>(linear);
+    static_cast<T*>(f.losses)[i] = static_cast<T>(loss_of(f.form, p, n, linear, positives, negatives));
+  }
+}
+
+template <class T>
+void forward_part(const ContrastiveForward& f, const ContrastiveSchedule& schedule, const ContrastivePart& part, void* workspace,
+                  void* scratch_memory) {
+  Arena shared{static_cast<char*>(workspace)}, own{static_cast<char*>(scratch_memory)};
+  const ForwardRoom<T> room(f, schedule, shared);
+  ForwardScratch<T> scratch(f, schedule, own);
+  T* const panels = room.panels + schedule.panels[part.x_block] * f.C;
+  const int64_t rows = part.x_end - part.x_begin;
+  if (part.x_turn == 0) {
+    pack_strips(static_cast<const T*>(f.rows) + part.x_begin * f.Cp, rows, f.C, f.Cp, static_cast<T>(LOG2_E / f.temperature), panels);
+    room.sums.clear(part.x_begin, part.x_end);
+  }
+  scratch.rows.read(part, f.ranges, f.bounded ? static_cast<T>(LOG2_E / f.temperature) : T(0));
+  scratch.down.clear(0, round_up(rows, STRIP<T>));
+  const bool across = part.triangle || part.y_block >= 0;
+  if (f.bounded)
+    across ? sum_part<T, true, true>(f, part, panels, room, scratch) : sum_part<T, true, false>(f, part, panels, room, scratch);
+  else
+    across ? sum_part<T, false, true>(f, part, panels, room, scratch) : sum_part<T, false, false>(f, part, panels, room, scratch);
+  const Sums<T>&down = scratch.down, &sums = room.sums;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = part.x_begin + i;
+    sums.linear[row] += down.linear[i];
+    if (f.bounded)
+      sums.p[row] += down.p[i], sums.n[row] += down.n[i];
+    else
+      merge_one(sums.p[row], sums.p_top[row], down.p[i], down.p_top[i]), merge_one(sums.n[row], sums.n_top[row], down.n[i], down.n_top[i]);
+  }
+  if (part.x_last) finish_rows(f, f.groups[part.group], sums, part.x_begin, part.x_end);
+  if (part.y_block >= 0 && part.y_last) finish_rows(f, f.groups[part.group], sums, part.y_begin, part.y_end);
+}
+
+void forward_any(const ContrastiveForward& f, const ContrastiveSchedule& schedule, const ContrastivePart& part, void* workspace,
+                 void* scratch) {
+  f.double_compute ? forward_part<double>(f, schedule, part, workspace, scratch) : forward_part<float>(f, schedule, part, workspace, scratch);
+}
+
+ContrastiveBytes bytes(const ContrastiveForward& f, const ContrastiveSchedule& schedule) {
+  Arena shared{nullptr}, own{nullptr};
+  if (f.double_compute)
+    ForwardRoom<double>(f, schedule, shared), ForwardScratch<double>(f, schedule, own);
+  else
+    ForwardRoom<float>(f, schedule, shared), ForwardScratch<float>(f, schedule, own);
+  return {shared.bytes, own.bytes};
+}
+
+}  // namespace
+
+namespace protokernels {
+
+extern const ContrastiveForwardCpu PK_LEVEL_TABLE(contrastive_forward_cpu);
+const ContrastiveForwardCpu PK_LEVEL_TABLE(contrastive_forward_cpu) = {bytes, forward_any};
+
+}  // namespace protokernels

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT
+"""The segmentation network of ``protokernels.papers.local_contrast``: which volumes it sees, which weights are kept, how they
+are loaded and scored."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.volumes import LabelledVolume, SegmentationDataset, labelled_subset, load_segmentation
+from ..evaluation.segmentation import DiceCounter, segmentation_scores
+from ..models import UNet, load_part
+from ..training import CheckpointStore, Session
+from ..training.runs import load_runs
+from ..training.segmentation import predict_volumes
+from ._local_contrast_baselines import MeanTeacher
+from ._local_contrast_config import LocalContrastConfig
+
+
+class Segmenter(nn.Module):
+    """E, D and the last 1x1 convolution.
+
+    Shape: [B, 1, H, W] -> logits [B, K, H, W].
+    """
+
+    def __init__(self, backbone: UNet, num_classes: int) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Conv2d(backbone.width, num_classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.backbone(images)[-1])
+        return logits
+
+
+def stage_volumes(dataset: SegmentationDataset, config: LocalContrastConfig) -> dict[str, tuple[LabelledVolume, ...]]:
+    """The volumes that each stage sees. Those of the test set are in none, unless ``transductive`` asks for it."""
+    everything = (*dataset.train, *dataset.val, *dataset.test)
+    labelled = tuple(labelled_subset(dataset.train, config.labelled))
+    return {
+        "global": everything if config.transductive else tuple(dataset.train),
+        "local": tuple(dataset.train) if config.recipe.local_contrast == "self" else labelled,
+        "fine_tune": labelled,
+        "unlabelled": tuple(dataset.train[len(labelled) :]) or labelled,
+    }
+
+
+class Keeper:
+    """Scores the validation volumes now and then and keeps the weights that are to be used, in ``weights`` of the run.
+
+    A file there holds the configuration and the names of the classes as well: it is all that prediction needs.
+    """
+
+    def __init__(self, session: Session, config: LocalContrastConfig, dataset: SegmentationDataset) -> None:
+        self.session, self.config, self.dataset = session, config, dataset
+        self.store = CheckpointStore(session.run.path / "weights")
+        self.volumes = dataset.val[: config.validation_volumes or None]
+        before = [line["val_dice"] for line in session.run.metrics() if "val_dice" in line]
+        self.best = max(before, default=-1.0)
+
+    def after_epoch(self, epoch: int) -> None:
+        """Called when the steps of an epoch are done, before its checkpoint is written: a run that is killed in between does
+        the epoch again and arrives at the same weights."""
+        epochs, times = self.session.total_epochs, self.config.validations
+        last = epoch + 1 == epochs
+        if (epoch + 1) * times // epochs == epoch * times // epochs:
+            return  # not one of `times` epochs evenly over the training; the last always is one
+        bare = self.session.bare_model
+        model = bare.teacher if isinstance(bare, MeanTeacher) else bare
+        dice = validation_dice(model, self.volumes, self.dataset.num_classes, self.session.device)
+        self.session.note(val_dice=dice)
+        better = dice > self.best
+        self.best = max(self.best, dice)
+        if (better if self.config.keep == "best" else last) and self.session.accelerator.is_main_process:
+            state = {
+                "model": model.state_dict(),
+                "config": self.config.record(),
+                "class_names": list(self.dataset.class_names),
+                "val_dice": dice,
+            }
+            self.store.save(state, epoch=epoch + 1)
+
+
+def validation_dice(
+    model: nn.Module, volumes: tuple[LabelledVolume, ...], num_classes: int, device: torch.device
+) -> float:
+    """Dice pooled over volumes, mean over the foreground classes."""
+    counter = DiceCounter(num_classes)
+    for prediction, volume in zip(predict_volumes(model, volumes, device), volumes, strict=True):
+        counter.add(prediction, volume.label)
+    dice = counter.mean()
+    return dice if math.isfinite(dice) else 0.0
+
+
+def new_segmenter(config: LocalContrastConfig, num_classes: int) -> Segmenter:
+    """The network of a configuration, with random weights."""
+    return Segmenter(UNet(1, width=config.width, depth=config.depth), num_classes)
+
+
+def load_segmenter(path: str | Path) -> tuple[Segmenter, LocalContrastConfig]:
+    """The network that a run arrived at, in evaluation mode, and its configuration.
+
+    Args:
+        path: a run's folder (of several seeds, the first is taken), or one of the files in its folder ``weights``, which
+            needs nothing else.
+
+    Raises:
+        FileNotFoundError: there is nothing to load yet.
+        ValueError: a tensor is missing or does not fit, or the file is none of ours.
+    """
+    path = Path(path)
+    if path.is_file():
+        state: dict[str, Any] | None = read_weights(path)
+    else:
+        run = load_runs(path)[0]
+        state = CheckpointStore(run.path / "weights").load()
+    if state is None:
+        raise FileNotFoundError(f"{path} has no weights yet; continue the run with --resume")
+    config = LocalContrastConfig.from_dict(state["config"])
+    model = new_segmenter(config, len(state["class_names"]))
+    load_part(model, state["model"])
+    return model.eval(), config
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """What :class:`Keeper` wrote; the file is opened with ``weights_only=True``: it cannot run code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a file of weights ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict) or not {"model", "config", "class_names"} <= state.keys():
+        raise ValueError(
+            f"{path} holds no segmentation network with its configuration; give the run's folder, or a file in its folder "
+            "weights (those in checkpoints belong to the optimisation)"
+        )
+    return state
+
+
+def load_volumes(config: LocalContrastConfig, data_root: str | Path | None = None) -> SegmentationDataset:
+    """The data of a configuration."""
+    return load_segmentation(config.data, data_root, image_size=config.image_size, fold=config.fold, split=config.split)
+
+
+def provenance(dataset: SegmentationDataset, config: LocalContrastConfig) -> dict[str, Any]:
+    """Where the data came from; its warnings and those of the configuration."""
+    return {**dataset.provenance, "warnings": [*dataset.provenance.get("warnings", []), *config.warnings()]}
+
+
+def score(model: nn.Module, dataset: SegmentationDataset, config: LocalContrastConfig) -> dict[str, Any]:
+    """Dice and distances on the test set, or on the validation set where hyper-parameters are chosen."""
+    name, volumes = ("val", dataset.val) if config.selection else ("test", dataset.test)
+    device = next(model.parameters()).device
+    scores = segmentation_scores(predict_volumes(model, volumes, device), volumes, class_names=dataset.class_names)
+    counts = {split: len(part) for split, part in dataset.splits.items()}
+    return {
+        "splits": {name: scores},
+        "volumes": {**counts, "labelled": len(stage_volumes(dataset, config)["fine_tune"])},
+        "protocol": {"labelled": config.labelled, "fold": config.fold, "split": config.split, "keep": config.keep},
+    }

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: MIT
+"""Semi-supervised contrastive learning for segmentation: global contrast on all slices, local contrast on labelled pixels.
+
+X. Hu, D. Zeng, X. Xu, Y. Shi. Semi-supervised Contrastive Learning for Label-Efficient Medical Image Segmentation. MICCAI
+2021, LNCS 12902, pp. 481-490. https://doi.org/10.1007/978-3-030-87196-3_45
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import protokernels
+
+from ..data.segmentation_views import IntensityConfig, SpatialConfig, View, spatial_views, view_pair
+from ..data.volumes import SegmentationDataset, slices_of
+from ..models import UNet, UNetEncoder, global_head, local_head
+from ..training import RunFolder, Session, process_count, seed_everything
+from ..training.randomness import derived_seed
+from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
+from ..training.segmentation import Stages, segmentation_losses
+from ._local_contrast_baselines import MeanTeacher, mixup_losses, tcsm_losses, tcsm_weight
+from ._local_contrast_config import ABLATIONS, METHODS, PAPER_RESULTS, LocalContrastConfig
+from ._local_contrast_report import ablation_tables, draw_ablations, percent, results_table
+from ._local_contrast_segmenter import (
+    Keeper,
+    Segmenter,
+    load_segmenter,
+    load_volumes,
+    new_segmenter,
+    provenance,
+    score,
+    stage_volumes,
+)
+
+__all__ = [
+    "ABLATIONS",
+    "CONFIG",
+    "METHODS",
+    "PAPER_RESULTS",
+    "LocalContrastConfig",
+    "ablation_tables",
+    "draw_ablations",
+    "draw_figures",
+    "evaluate",
+    "load_segmenter",
+    "load_volumes",
+    "percent",
+    "results_table",
+    "train",
+]
+
+CONFIG = LocalContrastConfig  # the name under which the command line finds it
+DEFAULT_DATA = "phantoms"
+
+
+class GlobalContrast(nn.Module):
+    """Encoder E and head h_1 of stage 1.
+
+    Shape: two views [B, 1, H, W] of the same slices -> L_g (Eq. 1).
+    """
+
+    def __init__(self, encoder: UNetEncoder, config: LocalContrastConfig) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, global_head(encoder.dim)
+        self.head.requires_grad_(config.train_global_head)
+        self.temperature = config.global_temperature
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        z = self.head(self.encoder(torch.cat([first, second]))[1]).float()  # h_1(E(a_i)), normalised in the loss
+        z_first, z_second = z.chunk(2)
+        return protokernels.nt_xent_loss(
+            z_first, z_second, temperature=self.temperature, gather=process_count() > 1
+        )  # Eq. 1
+
+
+class LocalContrast(nn.Module):
+    """E, decoder D and head h_2 of stage 2.
+
+    Shape: two views [B, 1, H, W] with their labels [B, H, W], or None -> L_l (Eq. 2 and 3).
+    """
+
+    def __init__(self, backbone: UNet, config: LocalContrastConfig) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, local_head(backbone.width, config.local_head)
+        self.config = config
+
+    def forward(
+        self, first: Tensor, second: Tensor, first_labels: Tensor | None = None, second_labels: Tensor | None = None
+    ) -> Tensor:
+        f = self.head(self.backbone(torch.cat([first, second]))[-1])  # f^1 = h_2(D_1(E(a_i)))
+        labels = None if first_labels is None or second_labels is None else torch.cat([first_labels, second_labels])
+        return local_loss(f.float(), labels, self.config)
+
+
+def local_loss(f: Tensor, labels: Tensor | None, config: LocalContrastConfig) -> Tensor:  # [2B, C, H, W], [2B, H, W]
+    """Eq. 2 and 3, in blocks or on a grid (section 2.3)."""
+    in_blocks = config.recipe.local_contrast == "block"
+    return protokernels.local_contrastive_loss(
+        f,
+        labels,
+        temperature=config.temperature,
+        block_size=config.block_size if in_blocks else None,
+        stride=None if in_blocks else config.stride,
+        form=config.form,
+        scope=config.scope,
+        reduction=config.reduction,
+        drop_remainder=config.drop_remainder,
+    )
+
+
+def contrast_globally(images: Tensor, session: Session) -> None:  # [N, 1, H, W] in [0, 1]
+    """Stage 1: two views of every slice, with other intensities, moved and deformed."""
+    spatial, intensity = SpatialConfig.preset("global"), IntensityConfig()
+    for _ in session.epochs():
+        for step in session.steps():
+            first, second = view_pair(
+                images[step.indices],
+                None,
+                intensity,
+                spatial,
+                session.shared_generator(step, "views"),
+                rank=step.rank,
+                processes=step.processes,
+                batch=step.batch,
+            )
+            loss = session.model(first.images, second.images)
+            session.optimise(loss, step)
+            session.record(step, loss=loss)
+
+
+def contrast_locally(
+    images: Tensor,  # [N, 1, H, W] in [0, 1]
+    labels: Tensor | None,  # [N, H, W] int64; None: the same pixel of the other view is the positive
+    session: Session,
+    config: LocalContrastConfig,
+) -> None:
+    """Stage 2: two views of every slice with other intensities, and where they are."""
+    intensity = IntensityConfig()
+    spatial = SpatialConfig.preset("global") if config.spatial_views and labels is not None else None
+    for _ in session.epochs():
+        for step in session.steps():
+            x, y = images[step.indices], None if labels is None else labels[step.indices]
+            first, second = view_pair(
+                x,
+                y,
+                intensity,
+                spatial,
+                session.shared_generator(step, "views"),
+                identical_views=config.identical_views,
+                rank=step.rank,
+                processes=step.processes,
+                batch=step.batch,
+            )
+            loss = session.model(first.images, second.images, first.labels, second.labels)
+            session.optimise(loss, step)
+            session.record(step, loss=loss)
+
+
+def fine_tune(
+    images: Tensor,  # [N, 1, H, W] in [0, 1]
+    labels: Tensor,  # [N, H, W] int64
+    unlabelled: Tensor,  # [U, 1, H, W] in [0, 1]
+    session: Session,
+    config: LocalContrastConfig,
+    after_epoch: Callable[[int], None],
+) -> None:
+    """Stage 3: segmentation of the labelled slices, plainly or by one of the two methods that change it."""
+    model, bare, spatial = session.model, session.bare_model, SpatialConfig.preset("segmentation")
+
+    def moved(x: Tensor, y: Tensor | None) -> View:
+        if not config.augment:
+            return View(x, y)
+        return spatial_views(x, y, spatial, generator, rank=step.rank, processes=step.processes, batch=step.batch)
+
+    for epoch in session.epochs():
+        for step in session.steps():
+            generator = session.shared_generator(step, "views")
+            x, y = moved(images[step.indices], labels[step.indices])
+            assert y is not None
+            if config.recipe.fine_tuning == "mixup":
+                losses = mixup_losses(model, x, y, config.mixup_alpha, generator)
+            elif isinstance(bare, MeanTeacher):
+                chosen = torch.randint(len(unlabelled), (step.batch,), generator=generator)
+                others, _ = moved(unlabelled[chosen[step.rank :: step.processes].to(x.device)], None)
+                weight = tcsm_weight(step.progress, config.tcsm_weight)
+                losses = tcsm_losses(
+                    model, bare, x, y, others, weight=weight, noise=config.tcsm_noise, generator=generator
+                )
+            else:
+                losses = segmentation_losses(model(x), y)
+            session.optimise(losses["loss"], step)
+            if isinstance(bare, MeanTeacher):
+                bare.after_step(config.tcsm_momentum)
+            session.record(step, **losses)
+        after_epoch(epoch)
+
+
+def train(
+    config: LocalContrastConfig,
+    out: str | Path | None = None,
+    *,
+    data_root: str | Path | None = None,
+    download: bool = False,
+    figures: bool = True,
+    settings: RunSettings | None = None,
+    dataset: SegmentationDataset | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Trains, evaluates and draws; one run or several with different seeds.
+
+    Args:
+        config: usually from :meth:`LocalContrastConfig.preset`.
+        out: folder of the run; default: the first free one of ``runs/local_contrast-<data>-<method>-<preset>``, ``...-2``
+            and so on.
+        data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
+        download: has no effect: nothing is fetched.
+        figures: draw pictures of the first run.
+        settings: seed, runs, resume, precision, device, quiet; or give these as keywords.
+        dataset: what :func:`load_volumes` returned for this data, fold, split and size, to save loading it again.
+
+    Returns:
+        The content of ``results.json``, and the run's folder as ``"folder"``.
+    """
+    dataset = dataset or load_volumes(config, data_root)
+    settings = replace(settings or RunSettings(), **more)
+    volumes = stage_volumes(dataset, config)
+    recipe = config.recipe
+
+    def run_one(run: RunFolder, seed: int, accelerator: Accelerator) -> dict[str, Any]:
+        folder = Path(config.stages) if config.stages else run.path / "stages"
+        stages, device = Stages(run, folder, seed, accelerator, settings), accelerator.device
+        seed_everything(seed)
+        backbone = UNet(1, width=config.width, depth=config.depth)  # the same for every method
+        summary = {}
+
+        if recipe.global_contrast:
+            images = slices_of(volumes["global"])[0].to(device)
+            seed_everything(derived_seed(seed, "global"))
+            summary["global"] = stages.before(
+                "global",
+                config.stage_record("global"),
+                GlobalContrast(backbone.encoder, config),
+                len(images),
+                config.stage("global"),
+                lambda session: contrast_globally(images, session),
+            )
+        if recipe.local_contrast:
+            images, labels, *_ = (each.to(device) for each in slices_of(volumes["local"]))
+            targets = None if recipe.local_contrast == "self" else labels
+            seed_everything(derived_seed(seed, "local"))
+            summary["local"] = stages.before(
+                "local",
+                config.stage_record("local"),
+                LocalContrast(backbone, config),
+                len(images),
+                config.stage("local"),
+                lambda session: contrast_locally(images, targets, session, config),
+            )
+        images, labels, *_ = (each.to(device) for each in slices_of(volumes["fine_tune"]))
+        unlabelled = slices_of(volumes["unlabelled"])[0].to(device) if recipe.fine_tuning == "tcsm" else images
+        seed_everything(derived_seed(seed, "fine_tune"))
+        segmenter = Segmenter(backbone, dataset.num_classes)
+        model: nn.Module = segmenter
+        if recipe.fine_tuning == "tcsm":
+            model = MeanTeacher(segmenter, lambda: new_segmenter(config, dataset.num_classes))
+
+        def loop(session: Session) -> None:
+            fine_tune(images, labels, unlabelled, session, config, Keeper(session, config, dataset).after_epoch)
+
+        summary["fine_tune"] = stages.last("fine_tune", model, len(images), config.stage("fine_tune"), loop)
+        if not accelerator.is_main_process:
+            return {}
+        return {**score(load_segmenter(run.path)[0].to(device), dataset, config), "stages": summary}
+
+    count = len(slices_of(volumes["fine_tune"])[0])
+    data = Path(config.data).stem
+    results = train_runs(
+        f"local_contrast-{data}-{config.method}-{config.preset_name}",
+        {"paper": "local_contrast", "config": config.record()},
+        run_one,
+        out=out,
+        settings=settings,
+        provenance=provenance(dataset, config),
+        epochs=config.stage("fine_tune").plan(count, 0, "").epochs,
+    )
+    if figures and results:
+        draw_figures(results["folder"], data_root=data_root, dataset=dataset)
+    return results
+
+
+def evaluate(folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
+    """Scores the weights that a run, or each of its seeds, kept, and rewrites its ``results.json``."""
+    for run in load_runs(folder):
+        model, config = load_segmenter(run.path)
+        dataset = load_volumes(config, data_root)
+        epochs = (run.results() or {}).get("stages", {}).get("fine_tune", {}).get("epochs", config.fine_tune_epochs)
+        update_results(run, score(model, dataset, config), provenance(dataset, config), epochs=epochs)
+    return write_summary(folder)
+
+
+def draw_figures(
+    folder: str | Path, *, data_root: str | Path | None = None, dataset: SegmentationDataset | None = None
+) -> list[Path]:
+    """Draws the pictures of the first seed of a run into ``figures`` and returns their paths."""
+    from ..figures.local_contrast import draw_curves, draw_features, draw_predictions  # matplotlib is not for training
+
+    run, pictures = load_runs(folder)[0], Path(folder) / "figures"
+    model, config = load_segmenter(run.path)
+    dataset = dataset or load_volumes(config, data_root)
+    volumes, names = dataset.val if config.selection else dataset.test, dataset.class_names
+    title = (
+        f"{config.recipe.title}, {config.preset_name}, {Path(config.data).stem}, {percent(config.labelled)} labelled"
+    )
+    paths = draw_curves(pictures, run, (run.results() or {}).get("stages", {}), title=title)
+    paths.append(
+        draw_predictions(
+            pictures / "overlays.png", {config.recipe.title: model}, volumes, class_names=names, title=title
+        )
+    )
+    seed = run.config()["seed"]
+    paths.append(draw_features(pictures / "features.png", model, volumes, class_names=names, title=title, seed=seed))
+    return paths

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""Contrast over ranks: several gloo processes against one that holds all embeddings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from protokernels import _native
+from protokernels.reference import contrastive as reference
+from python_tests.contrastive_oracle import check_close, rounding
+from python_tests.distributed import contrastive_worker as worker
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(_native.LIBRARY is None, reason="the native library is not built")),
+]
+
+
+def run_ranks(folder: Path, world_size: int, backend: str) -> list[list[Any]]:
+    script = ROOT / "python_tests/distributed/contrastive_worker.py"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(world_size), folder / "store", folder / f"{rank}.pt", backend],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def whole(
+    x: Tensor, labels: Tensor, cuts: list[int], form: str, temperature: float, normalize: bool
+) -> tuple[Tensor, ...]:
+    """Mean of every rank's anchors, the losses, and the gradient of the sum of the means, from one process in float64."""
+    leaf = x.double().requires_grad_()
+    kept = labels != -1
+    losses, anchors = reference.group_loss(
+        reference.prepared(leaf[kept], normalize), labels[kept], None, temperature, form
+    )
+    everyone = torch.zeros(len(x), dtype=torch.float64).index_put((kept,), losses)
+    is_anchor = torch.zeros(len(x), dtype=torch.bool).index_put((kept,), anchors)
+    means = torch.stack([everyone[a:b].sum() / is_anchor[a:b].sum().clamp(min=1) for a, b in pairwise(cuts)])
+    return means.detach(), everyone.detach(), torch.autograd.grad(means.sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_equal_one_process_with_everything(tmp_path: Path, world_size: int, backend: str) -> None:
+    """Losses, and the gradient of the sum of all ranks' losses; gathered and passed round."""
+    ranks = run_ranks(tmp_path, world_size, backend)
+    x, labels, cuts = worker.embeddings(world_size)
+    index = 0
+    for form, _ in worker.CASES:
+        for temperature, normalize in ((0.1, True), (0.01, True), (2.0, False)):
+            means, losses, grad = whole(x, labels, cuts, form, temperature, normalize)
+            bound = rounding(torch.float32, worker.D, temperature)
+            if not normalize:
+                bound *= x.square().sum(1).max().item()
+            check_close(torch.stack([rank[index][0] for rank in ranks]), means, bound)
+            check_close(torch.cat([rank[index][1] for rank in ranks]), losses, bound)
+            scale = grad.abs().max().item()
+            check_close(torch.cat([rank[index][2] for rank in ranks]) / scale, grad / scale, 4 * bound)
+            index += 1
+    for form in ("supcon", "negout"):  # nt_xent_loss: partners are on the same rank
+        halves = [(b - a) // 2 for a, b in pairwise(cuts)]
+        parts = [x[a : a + 2 * half] for a, half in zip(cuts, halves, strict=False)]
+        pairs = [torch.arange(half).repeat(2) + 1000 * rank for rank, half in enumerate(halves)]
+        edges = [0, *torch.tensor([2 * half for half in halves]).cumsum(0).tolist()]
+        means, _, grad = whole(torch.cat(parts), torch.cat(pairs), edges, form, 0.5, True)
+        check_close(torch.stack([rank[index][0] for rank in ranks]), means, rounding(torch.float32, worker.D, 0.5))
+        scale = grad.abs().max().item()
+        check_close(torch.cat([rank[index][1] for rank in ranks]) / scale, grad / scale, 1e-5)
+        index += 1

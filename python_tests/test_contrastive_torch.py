@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: MIT
+"""The op `contrastive` under torch's machinery: opcheck, compile, export, autocast; and under every CPU instruction set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from protokernels import _native, cross_view_loss, local_contrastive_loss, nt_xent_loss, supcon_loss
+from python_tests.contrastive_oracle import PLACES, Place, brute_force, check_close, draw_maps, needs_native, rounding
+from python_tests.test_prototypes_torch import LEVEL_FLAGS, cpu_flags
+
+ROOT = Path(__file__).resolve().parents[1]
+NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
+OPS = torch.ops.protokernels
+NO_BACKWARD = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+"""All of opcheck but the check that a gradient is registered, for what has none."""
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    with request.param.selected() as selected:
+        yield selected
+
+
+def planned(place: Place, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    features, labels = (x.to(place.device) for x in draw_maps((2, 5, 6, 7), seed=1))
+    arguments = ([1, 4, 3], [1, 1, 1], False, False, 0, 2, 0, 0)
+    return features.to(dtype).flatten(2), labels[:, None], OPS.contrastive_plan(labels[:, None], *arguments)
+
+
+@pytest.mark.parametrize("place", NATIVE_PLACES)
+class TestContract:
+    @pytest.mark.parametrize("drop", [False, True])
+    @pytest.mark.parametrize("per_image", [False, True])
+    def test_opcheck_plan(self, place: Place, drop: bool, per_image: bool) -> None:
+        labels = planned(place)[1]
+        arguments = (labels, [0, 4, 4], [1, 1, 1], per_image, drop, 0, None, 2, 1)
+        torch.library.opcheck(OPS.contrastive_plan, arguments, test_utils=NO_BACKWARD)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_opcheck_pack(self, place: Place, dtype: torch.dtype, normalize: bool) -> None:
+        x, _, (order, *_) = planned(place, dtype)
+        for layout in (x, x.mT.contiguous().mT):
+            torch.library.opcheck(OPS.contrastive_pack, (layout.detach().requires_grad_(), order, normalize))
+            packed, norms = OPS.contrastive_pack(layout, order, normalize)
+            grad = torch.randn_like(packed)
+            for channels_last in (False, True):
+                arguments = (grad, packed, norms, order, layout, normalize, channels_last)
+                torch.library.opcheck(OPS.contrastive_unpack, arguments, test_utils=NO_BACKWARD)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("form", range(4))
+    def test_opcheck_losses(self, place: Place, dtype: torch.dtype, form: int) -> None:
+        x, _, (order, groups, ranges, weights) = planned(place, dtype)
+        packed, _ = OPS.contrastive_pack(x, order, True)
+        settings = (5, 0.1, True)
+        arguments = (packed.requires_grad_(), None, groups, ranges, weights, *settings, form, 0)
+        torch.library.opcheck(OPS.contrastive_forward, arguments)
+        _, losses, statistics = (y.detach() for y in OPS.contrastive_forward(*arguments))
+        grad = torch.randn_like(losses)
+        arguments = (grad, statistics, groups, ranges, form)
+        torch.library.opcheck(OPS.contrastive_coefficients, arguments, test_utils=NO_BACKWARD)
+        own = (statistics, OPS.contrastive_coefficients(*arguments))
+        arguments = (packed.detach(), None, groups, ranges, *own, *own, *settings, 0)
+        torch.library.opcheck(OPS.contrastive_backward, arguments, test_utils=NO_BACKWARD)
+
+    def test_opcheck_two_sets(self, place: Place) -> None:
+        first, second = (torch.randn(2, 33, 32, device=place.device) / 6).requires_grad_()
+        groups = torch.tensor([[0, 33, 33] * 2], dtype=torch.int32, device=place.device)
+        rows = torch.arange(33, dtype=torch.int32, device=place.device)
+        ranges = torch.stack([rows, rows + 1, torch.full_like(rows, -1)], dim=1)
+        torch.library.opcheck(OPS.contrastive_forward, (first, second, groups, ranges, None, 19, 0.5, False, 0, 0))
+
+
+def compiled(function: Callable[..., Tensor], place: Place, compiler: str, *shapes: tuple[int, ...]) -> None:
+    """Values and gradients of the compiled function equal those of the function, for several sizes."""
+    torch.compiler.reset()
+    faster = torch.compile(function, fullgraph=True, backend=compiler, dynamic=True)
+    for shape in shapes:
+        features, labels = (x.to(place.device) for x in draw_maps(shape, seed=3))
+        results = []
+        for run in (function, faster):
+            leaf = features.clone().requires_grad_()
+            loss = run(leaf, labels)
+            results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", NATIVE_PLACES)
+class TestCompile:
+    @pytest.mark.parametrize("options", [{"block_size": 4}, {"stride": 2}, {}, {"form": "paper", "reduction": "image"}])
+    def test_maps_without_graph_breaks(self, place: Place, options: dict[str, Any]) -> None:
+        with place.selected():
+            compiled(
+                lambda x, y: local_contrastive_loss(2 * x, y, **options),
+                place,
+                "aot_eager",
+                (2, 5, 8, 8),
+                (3, 5, 9, 12),
+            )
+            compiled(lambda x, y: local_contrastive_loss(x, None, block_size=3), place, "aot_eager", (2, 5, 8, 8))
+
+    def test_embeddings_without_graph_breaks(self, place: Place) -> None:
+        def loss(x: Tensor, labels: Tensor) -> Tensor:
+            rows, classes = x.flatten(1), labels.flatten(1)[:, 0]
+            first, second = rows.tensor_split(2)
+            return supcon_loss(rows, classes) + nt_xent_loss(first, second) + cross_view_loss(first, second.tanh())
+
+        with place.selected():
+            compiled(loss, place, "aot_eager", (8, 5, 1, 2), (12, 5, 1, 2))
+
+    @pytest.mark.skipif(
+        shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler"
+    )
+    def test_with_inductor(self, place: Place) -> None:
+        with place.selected():
+            compiled(lambda x, y: local_contrastive_loss(x.tanh(), y, block_size=4), place, "inductor", (2, 5, 8, 8))
+
+    def test_export_with_a_free_batch_size(self, place: Place) -> None:
+        class Head(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(3, 5, 1)
+
+            def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+                return local_contrastive_loss(self.conv(x), labels, block_size=4)
+
+        with place.selected():
+            head = Head().to(place.device)
+            batch = torch.export.Dim("batch", min=2)
+            x, labels = (t.to(place.device) for t in draw_maps((4, 3, 8, 8), seed=4))
+            exported = torch.export.export(head, (x, labels), dynamic_shapes=({0: batch}, {0: batch}))
+            x, labels = (t.to(place.device) for t in draw_maps((6, 3, 8, 8), seed=5))
+            assert torch.equal(exported.module()(x, labels), head(x, labels))
+            assert "protokernels.contrastive_forward" in exported.graph_module.code
+
+
+class TestAutocast:
+    def test_half_precision_comes_in_and_the_loss_is_computed_in_float32(self, place: Place) -> None:
+        features, labels = (x.to(place.device) for x in draw_maps((2, 8, 6, 6), seed=6))
+        conv = nn.Conv2d(8, 19, 1).to(place.device)
+        with torch.autocast(place.device, torch.bfloat16):
+            half = conv(features)
+            assert half.dtype == torch.bfloat16
+            loss = local_contrastive_loss(half, labels, block_size=3)
+        assert loss.dtype == torch.float32
+        expected = brute_force(half.detach().cpu(), labels.cpu(), temperature=0.1, block_size=3)
+        check_close(loss.detach(), expected, rounding(torch.float32, 19, 0.1))
+        loss.backward()
+        assert conv.weight.grad is not None and conv.weight.grad.isfinite().all() and conv.weight.grad.any()
+
+    def test_no_gradient_is_recorded_where_none_is_wanted(self, place: Place) -> None:
+        features, labels = (x.to(place.device) for x in draw_maps((2, 8, 6, 6), seed=7))
+        features.requires_grad_()
+        with torch.no_grad():
+            assert not local_contrastive_loss(features, labels).requires_grad
+        with torch.inference_mode():
+            assert local_contrastive_loss(features, labels).isfinite()
+
+
+class TestInstructionSets:
+    @needs_native
+    @pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+    def test_every_level(self, level: str) -> None:
+        """Values, gradients and edges again in a process that may use this level only."""
+        if "PROTOKERNELS_CPU_LEVEL" in os.environ:
+            pytest.skip("the outer test run limits the level already")
+        if _native.build_info()["cpu_level"] == level:
+            pytest.skip(f"{level} is what the other tests of this run use")
+        if missing := LEVEL_FLAGS[level] - cpu_flags():
+            pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
+        files = [f"python_tests/test_contrastive{part}.py" for part in ("", "_edges")]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        command += ["-k", "cpu-native and (TestValue or TestGradient)"]
+        run = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PROTOKERNELS_CPU_LEVEL": level},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+        assert "skipped" not in run.stdout.splitlines()[-1] and " passed" in run.stdout.splitlines()[-1]
