@@ -42,7 +42,7 @@ struct ProblemInputs {
       : rows(rows_array, "rows"), columns(columns_array, "columns"), groups(groups_array, "groups"), ranges(ranges_array, "ranges") {}
   void fill(ContrastiveProblem& p, int64_t C, double temperature, bool bounded, int precision) const {
     p.R = rows.shape(0), p.M = columns.data() ? columns.shape(0) : p.R, p.G = groups.shape(0), p.C = C, p.Cp = rows.shape(1);
-    p.rows = rows.data(), p.columns = columns.data() ? columns.data() : rows.data();
+    p.rows = rows.data(), p.columns = columns.data() ? columns.data() : rows.data(), p.one_set = columns.data() == nullptr;
     p.groups = reinterpret_cast<const ContrastiveGroup*>(groups.data());
     p.ranges = reinterpret_cast<const ContrastiveRange*>(ranges.data());
     p.temperature = temperature, p.bounded = bounded, p.double_compute = std::is_same_v<T, double>;

@@ -20,21 +20,21 @@ namespace {
 
 constexpr float LOG2_E = 1.44269504f;
 constexpr int STAGES = 2;
+constexpr int FACTOR_THREADS = 256;
+constexpr int PADDING = 128;  // factors behind the last vector, so that a block may read those of all its rows
 
 // Of one side, or null where its vectors have no losses of their own. Bounded scores: weight = dp exp(-p), dn exp(-n), dl; else weight =
 // dp, dn, dl and level = p, n in units of log 2. A derivative of 0 stays one, whatever the statistic.
 struct Factors {
-  const float4* weight;  // [count]
-  const float2* level;   // [count], unless bounded
+  const float4* weight;  // [count + PADDING]
+  const float2* level;   // [count + PADDING], unless bounded
 };
-
-constexpr int FACTOR_THREADS = 256;
 
 __global__ void __launch_bounds__(FACTOR_THREADS)
     factors_kernel(int64_t count, bool bounded, const float* statistics, const float* coefficients, float4* weight, float2* level) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * FACTOR_THREADS + threadIdx.x;
-  if (i >= count) return;
-  if (!statistics) {
+  if (i >= count + PADDING) return;
+  if (!statistics || i >= count) {
     weight[i] = make_float4(0, 0, 0, 0);
     if (!bounded) level[i] = make_float2(INFINITY, INFINITY);
     return;
@@ -76,7 +76,7 @@ struct Weigh<S, true> {
 #pragma unroll
     for (int t = 0; t < 2; ++t)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) own[t][r] = p.of_rows.weight[min(row0 + 16 * t + 8 * r + group, p.R - 1)];
+      for (int r = 0; r < 2; ++r) own[t][r] = p.of_rows.weight[row0 + 16 * t + 8 * r + group];
 #pragma unroll
     for (int f = 0; f < S::FRAGMENTS; ++f) {
       const float4 column[2] = {weight[8 * f + 2 * member], weight[8 * f + 2 * member + 1]};
@@ -124,11 +124,11 @@ struct Weigh<S, false> {
       for (int t = 0; t < 2; ++t)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const int row = min(row0 + 16 * t + 8 * r + group, p.R - 1);
+          const int row = row0 + 16 * t + 8 * r + group;
           const float4 own = p.of_rows.weight[row];
           const float2 own_level = p.of_rows.level[row];
           ContrastiveRange range = {0, 0, -1};
-          if (!pure) range = range_at(p.ranges, row);
+          if (!pure) range = range_at(p.ranges, min(row, p.R - 1));
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int at = 8 * f + 2 * member + e, j = column0 + at;
@@ -146,11 +146,17 @@ struct Weigh<S, false> {
   }
 };
 
-// The two warps that share rows have their gradients from other columns; the second hands them over. target: of the warp's first row. A bit for
-// each of its rows: it is there; it has a gradient.
+// What a warp keeps of its rows in shared memory, as registers are short. A bit for each: it is there; it has a gradient.
+struct WarpRows {
+  WarpClasses classes;
+  unsigned present, takes_part;
+  int end;  // of the columns it needs
+};
+
+// The two warps that share rows have their gradients from other columns; the second hands them over. target: of the warp's first row.
 template <class S>
-__device__ __forceinline__ void write_gradient(const Gradient<S>& d, float* target, int64_t Cp, int channels, unsigned present,
-                                               unsigned takes_part, float factor, float* shared) {
+__device__ __forceinline__ void write_gradient(const Gradient<S>& d, float* target, int64_t Cp, int channels, const WarpRows& rows,
+                                               float factor, float* shared) {
   constexpr int V = S::VECTOR;
   const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
   const bool gives = S::warp_column() != 0;
@@ -171,6 +177,7 @@ __device__ __forceinline__ void write_gradient(const Gradient<S>& d, float* targ
   if (gives) each([&](int row, int channel, const float4& v) { pk::store_vector(exchange + row * S::CHANNELS + channel, v); });
   __syncthreads();
   if (gives) return;
+  const unsigned present = rows.present, takes_part = rows.takes_part;
   each([&](int row, int channel, const float4& v) {
     if (!(present >> row & 1) || channel >= channels) return;
     const float4 w = pk::load_vector<float4>(exchange + row * S::CHANNELS + channel);
@@ -195,13 +202,14 @@ __device__ __forceinline__ void backward_block(const Backward& p, float* shared)
   const int count = columns_end(rows.first, rows.end) - group.column_begin;
   const int of_share = ((count + p.shares - 1) / p.shares + S::COLUMNS - 1) / S::COLUMNS * S::COLUMNS;
   const int begin = group.column_begin + share * of_share, end = min(begin + of_share, group.column_begin + count);
-  const int end_of_warp = min(end, columns_end(row0, row0 + 32));
 
-  PK_SHARED(WarpClasses, all_classes, S::THREADS / 32);  // not in registers, which are short
+  PK_SHARED(WarpRows, of_warps, S::THREADS / 32);
+  WarpRows& of_warp = of_warps[threadIdx.x / 32];
   WarpClasses classes;
   classes.find(p.ranges, row0 + lane, rows.in_group(row0 + lane));
   const unsigned present = __ballot_sync(ALL, row0 + lane < rows.end), takes_part = __ballot_sync(ALL, rows.in_group(row0 + lane));
-  if (lane == 0) all_classes[threadIdx.x / 32] = classes;
+  if (lane == 0) of_warp = {classes, present, takes_part, min(end, columns_end(row0, row0 + 32))};
+  __syncwarp();
   float4* const weight = reinterpret_cast<float4*>(shared + S::ROW_FLOATS + STAGES * S::STAGE_FLOATS);  // [STAGES, COLUMNS]
   float2* const level = reinterpret_cast<float2*>(weight + STAGES * S::COLUMNS);                        // [STAGES, COLUMNS]
   const auto load_factors = [&](int stage, int column0) {
@@ -213,32 +221,35 @@ __device__ __forceinline__ void backward_block(const Backward& p, float* shared)
   Gradient<S> gradient = {};
   walk_columns<S, precision>(
       p.rows, rows, p.columns, begin, end, slice, STAGES, shared, load_factors,
-      [&](int column0) { return column0 + S::warp_column() < end_of_warp; },
+      [&](int column0) { return column0 + S::warp_column() < of_warp.end; },
       [&](Scores<S>& scores, int stage, int column0) {
         const int at = stage * S::COLUMNS + S::warp_column();
-        Weigh<S, bounded>::run(scores, p, all_classes[threadIdx.x / 32], weight + at, level + at, row0, column0 + S::warp_column(), end);
+        Weigh<S, bounded>::run(scores, p, of_warp.classes, weight + at, level + at, row0, column0 + S::warp_column(), end);
         const float* const y = shared + S::ROW_FLOATS + stage * S::STAGE_FLOATS + S::warp_column() * S::CHANNELS;
         add_gradient<S, precision>(gradient, scores, y, static_cast<int>(p.rows.Cp) - slice * S::CHANNELS);
       });
   float* const target = p.gradient + (static_cast<int64_t>(share) * p.R + row0) * p.rows.Cp + slice * S::CHANNELS;
-  write_gradient<S>(gradient, target, p.rows.Cp, static_cast<int>(p.rows.Cp) - slice * S::CHANNELS, present, takes_part,
-                    p.inverse_temperature, shared);
+  write_gradient<S>(gradient, target, p.rows.Cp, static_cast<int>(p.rows.Cp) - slice * S::CHANNELS, of_warp, p.inverse_temperature, shared);
 }
 
 using Narrow = Shape<16, 2, 2>;
+template <Precision precision, bool bounded>
+constexpr int NARROW_BLOCKS = bounded && precision != Precision::highest ? 4 : 3;  // of a multiprocessor, as registers allow
 using Middle = Shape<64, 2, 2>;
 template <Precision precision>
 using Wide = Shape<128, 4, precision == Precision::highest ? 1 : 2>;
+template <Precision precision>
+using Sliced = Shape<128, 4, precision == Precision::medium ? 2 : 1, true>;
 
 // resources: dynamic shared 15360 bytes
 template <Precision precision, bool bounded>
-__global__ void __launch_bounds__(128, bounded ? 4 : 3) narrow_backward_kernel(const Backward p) {
+__global__ void __launch_bounds__(128, NARROW_BLOCKS<precision, bounded>) narrow_backward_kernel(const Backward p) {
   PK_DYNAMIC_SHARED(float, shared);
   backward_block<Narrow, precision, bounded>(p, shared);
 }
 // resources: dynamic shared 52224 bytes
 template <Precision precision, bool bounded>
-__global__ void __launch_bounds__(128, bounded ? 3 : 2) middle_backward_kernel(const Backward p) {
+__global__ void __launch_bounds__(128, 2) middle_backward_kernel(const Backward p) {
   PK_DYNAMIC_SHARED(float, shared);
   backward_block<Middle, precision, bounded>(p, shared);
 }
@@ -247,6 +258,13 @@ template <Precision precision, bool bounded>
 __global__ void __launch_bounds__(256, 1) wide_backward_kernel(const Backward p) {
   PK_DYNAMIC_SHARED(float, shared);
   backward_block<Wide<precision>, precision, bounded>(p, shared);
+}
+
+// resources: dynamic shared 134144 bytes
+template <Precision precision, bool bounded>
+__global__ void __launch_bounds__(256, 1) sliced_backward_kernel(const Backward p) {
+  PK_DYNAMIC_SHARED(float, shared);
+  backward_block<Sliced<precision>, precision, bounded>(p, shared);
 }
 
 __global__ void __launch_bounds__(FACTOR_THREADS) combine_kernel(int64_t vectors, int shares, const float4* partial, float4* gradient) {
@@ -276,9 +294,12 @@ int launch_width(ContrastiveWidth width, Backward& p, int64_t blocks, void* stre
       return PK_LAUNCH((narrow_backward_kernel<precision, bounded>), grid, dim3(Narrow::THREADS), shared_bytes<Narrow>(), stream, p);
     case ContrastiveWidth::middle:
       return PK_LAUNCH((middle_backward_kernel<precision, bounded>), grid, dim3(Middle::THREADS), shared_bytes<Middle>(), stream, p);
-    default:
+    case ContrastiveWidth::wide:
       return PK_LAUNCH((wide_backward_kernel<precision, bounded>), grid, dim3(Wide<precision>::THREADS), shared_bytes<Wide<precision>>(),
                        stream, p);
+    default:
+      return PK_LAUNCH((sliced_backward_kernel<precision, bounded>), grid, dim3(Sliced<precision>::THREADS),
+                       shared_bytes<Sliced<precision>>(), stream, p);
   }
 }
 
@@ -298,8 +319,8 @@ struct Arrangement {
 
   Arrangement(const ContrastiveBackward& p, const ContrastiveGrid& grid, void* workspace) {
     Pieces pieces(workspace);
-    row_weight = pieces.take<float4>(p.R), row_level = pieces.take<float2>(p.bounded ? 0 : p.R);
-    column_weight = pieces.take<float4>(p.M), column_level = pieces.take<float2>(p.bounded ? 0 : p.M);
+    row_weight = pieces.take<float4>(p.R + PADDING), row_level = pieces.take<float2>(p.bounded ? 0 : p.R + PADDING);
+    column_weight = pieces.take<float4>(p.M + PADDING), column_level = pieces.take<float2>(p.bounded ? 0 : p.M + PADDING);
     partial = pieces.take<float>(grid.shares > 1 ? grid.shares * p.R * p.Cp : 0);
     bytes = pieces.used();
   }
@@ -319,12 +340,12 @@ int launch_contrastive_backward(const ContrastiveBackward& p, void* workspace, v
   const ContrastiveGrid grid = contrastive_backward_grid(p.R, p.M, p.G, p.Cp);
   const ContrastiveWidth width = contrastive_width(p.Cp);
   const Arrangement memory(p, grid, workspace);
-  const bool one_set = p.columns == p.rows && p.column_statistics == p.row_statistics && p.column_coefficients == p.row_coefficients;
-  int status = PK_LAUNCH(factors_kernel, blocks_for(p.R), dim3(FACTOR_THREADS), 0, stream, p.R, p.bounded,
+  const bool one_set = p.one_set;
+  int status = PK_LAUNCH(factors_kernel, blocks_for(p.R + PADDING), dim3(FACTOR_THREADS), 0, stream, p.R, p.bounded,
                          static_cast<const float*>(p.row_statistics), static_cast<const float*>(p.row_coefficients), memory.row_weight,
                          memory.row_level);
-  if (status == 0 && !one_set && p.M > 0)
-    status = PK_LAUNCH(factors_kernel, blocks_for(p.M), dim3(FACTOR_THREADS), 0, stream, p.M, p.bounded,
+  if (status == 0 && !one_set)
+    status = PK_LAUNCH(factors_kernel, blocks_for(p.M + PADDING), dim3(FACTOR_THREADS), 0, stream, p.M, p.bounded,
                        static_cast<const float*>(p.column_statistics), static_cast<const float*>(p.column_coefficients),
                        memory.column_weight, memory.column_level);
   if (status != 0) return status;

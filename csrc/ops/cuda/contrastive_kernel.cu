@@ -238,10 +238,12 @@ __device__ __forceinline__ void forward_block(const Forward& p, float* shared) {
 using Narrow = Shape<16, 2, 4>;
 using Middle = Shape<64, 2, 4>;
 using Wide = Shape<128, 4, 4>;
+template <Precision precision>
+using Sliced = Shape<128, 4, precision == Precision::highest ? 2 : 4, true>;
 
 // resources: dynamic shared 20480 bytes
 template <Precision precision, bool bounded>
-__global__ void __launch_bounds__(128, 3) narrow_forward_kernel(const Forward p) {
+__global__ void __launch_bounds__(128, bounded ? 3 : 2) narrow_forward_kernel(const Forward p) {
   PK_DYNAMIC_SHARED(float, shared);
   forward_block<Narrow, precision, bounded>(p, shared);
 }
@@ -257,6 +259,12 @@ template <Precision precision, bool bounded>
 __global__ void __launch_bounds__(256, 1) wide_forward_kernel(const Forward p) {
   PK_DYNAMIC_SHARED(float, shared);
   forward_block<Wide, precision, bounded>(p, shared);
+}
+// resources: dynamic shared 131072 bytes
+template <Precision precision, bool bounded>
+__global__ void __launch_bounds__(256, 1) sliced_forward_kernel(const Forward p) {
+  PK_DYNAMIC_SHARED(float, shared);
+  forward_block<Sliced<precision>, precision, bounded>(p, shared);
 }
 
 // ------------------------------------------------------------------------------------------------------------------------ launch
@@ -274,8 +282,11 @@ int launch_width(ContrastiveWidth width, const Forward& p, int64_t blocks, void*
       return PK_LAUNCH((narrow_forward_kernel<precision, bounded>), grid, dim3(Narrow::THREADS), shared_bytes<Narrow>(p.stages), stream, p);
     case ContrastiveWidth::middle:
       return PK_LAUNCH((middle_forward_kernel<precision, bounded>), grid, dim3(Middle::THREADS), shared_bytes<Middle>(p.stages), stream, p);
-    default:
+    case ContrastiveWidth::wide:
       return PK_LAUNCH((wide_forward_kernel<precision, bounded>), grid, dim3(Wide::THREADS), shared_bytes<Wide>(p.stages), stream, p);
+    default:
+      return PK_LAUNCH((sliced_forward_kernel<precision, bounded>), grid, dim3(Sliced<precision>::THREADS),
+                       shared_bytes<Sliced<precision>>(p.stages), stream, p);
   }
 }
 
@@ -314,7 +325,8 @@ int launch_contrastive_forward(const ContrastiveForward& p, void* workspace, voi
   Forward launch;
   arrange(p, workspace, launch);
   launch.R = static_cast<int>(p.R), launch.G = static_cast<int>(p.G), launch.shares = static_cast<int>(grid.shares);
-  launch.stages = width != ContrastiveWidth::wide || shared_bytes<Wide>(2) <= pk::shared_memory_limit() ? 2 : 1;
+  const bool two_stages = width != ContrastiveWidth::wide || shared_bytes<Wide>(2) <= pk::shared_memory_limit();
+  launch.stages = two_stages && width != ContrastiveWidth::sliced ? 2 : 1;
   launch.rows = {static_cast<const float*>(p.rows), p.Cp}, launch.columns = {static_cast<const float*>(p.columns), p.Cp};
   launch.groups = p.groups, launch.ranges = p.ranges;
   launch.inverse_temperature = static_cast<float>(1.0 / p.temperature),

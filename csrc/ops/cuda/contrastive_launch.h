@@ -8,13 +8,16 @@
 
 namespace protokernels {
 
-// By the length of a vector: up to 16, up to 64, and slices of 128. A block has so many rows.
-enum class ContrastiveWidth { narrow, middle, wide };
+// By the length of a vector: up to 16, 64, 128, or slices of 128. A block has so many rows.
+enum class ContrastiveWidth { narrow, middle, wide, sliced };
 
 constexpr ContrastiveWidth contrastive_width(int64_t Cp) {
-  return Cp <= 16 ? ContrastiveWidth::narrow : Cp <= 64 ? ContrastiveWidth::middle : ContrastiveWidth::wide;
+  return Cp <= 16    ? ContrastiveWidth::narrow
+         : Cp <= 64  ? ContrastiveWidth::middle
+         : Cp <= 128 ? ContrastiveWidth::wide
+                     : ContrastiveWidth::sliced;
 }
-constexpr int64_t contrastive_rows(ContrastiveWidth width) { return width == ContrastiveWidth::wide ? 128 : 64; }
+constexpr int64_t contrastive_rows(ContrastiveWidth width) { return width < ContrastiveWidth::wide ? 64 : 128; }
 constexpr int64_t contrastive_slice(ContrastiveWidth width) {
   return width == ContrastiveWidth::narrow ? 16 : width == ContrastiveWidth::middle ? 64 : 128;
 }
@@ -42,7 +45,7 @@ constexpr int64_t contrastive_shares(int64_t R, int64_t M, int64_t G, int64_t ro
 constexpr ContrastiveGrid contrastive_forward_grid(int64_t R, int64_t M, int64_t G, int64_t Cp) {
   const ContrastiveWidth width = contrastive_width(Cp);
   const int64_t rows = contrastive_rows(width);
-  const bool wide = width == ContrastiveWidth::wide;
+  const bool wide = width >= ContrastiveWidth::wide;
   const int64_t fill = contrastive_shares(R, M, G, rows, wide ? 512 : 1024, wide ? 256 : 128);
   const int64_t balance = contrastive_shares(R, M, G, rows, 4096, 4096);  // a few long blocks would end at different times
   return {contrastive_tiles(R, G, rows), fill > balance ? fill : balance, 1};
@@ -54,7 +57,7 @@ constexpr ContrastiveGrid contrastive_backward_grid(int64_t R, int64_t M, int64_
   const int64_t rows = contrastive_rows(width), slice = contrastive_slice(width), slices = (Cp + slice - 1) / slice;
   const int64_t blocks = width == ContrastiveWidth::narrow ? 1024 : width == ContrastiveWidth::middle ? 512 : 256;
   const int64_t shares =
-      contrastive_shares(R, M, G, rows, blocks / slices > 0 ? blocks / slices : 1, width == ContrastiveWidth::wide ? 256 : 128);
+      contrastive_shares(R, M, G, rows, blocks / slices > 0 ? blocks / slices : 1, width >= ContrastiveWidth::wide ? 256 : 128);
   return {contrastive_tiles(R, G, rows), shares, slices};
 }
 

@@ -47,12 +47,19 @@ struct Pack {
   }
 };
 
-struct Length {  // of a vector; squares add up in float64: no overflow for float vectors
-  double scale, norm;
-  __device__ __forceinline__ Length(bool normalize, double squares) {
-    constexpr double floor = CONTRASTIVE_NORM_FLOOR * CONTRASTIVE_NORM_FLOOR;
-    norm = !normalize ? 1.0 : squares <= floor ? INFINITY : sqrt(squares);
-    scale = 1 / norm;
+// What a vector is divided by, from its squares, which add up in float64: no overflow for float vectors. Division is exact where it can be: a
+// vector of one channel becomes 1 or -1, and its gradient 0.
+template <class T>
+struct Length {
+  double length;
+  T divisor;
+
+  __device__ __forceinline__ Length(bool normalize, double squares) : length(sqrt(squares)) {
+    const bool zero = squares <= CONTRASTIVE_NORM_FLOOR * CONTRASTIVE_NORM_FLOOR;
+    divisor = !normalize ? T(1) : zero ? T(INFINITY) : static_cast<T>(length);
+  }
+  __device__ __forceinline__ T scaled(T x) const {  // the length may be more than T can say
+    return divisor == T(INFINITY) && length > 1 ? static_cast<T>(static_cast<double>(x) / length) : x / divisor;
   }
 };
 
@@ -76,13 +83,13 @@ __global__ void __launch_bounds__(THREADS) planar_pack_kernel(const Pack<T, X> p
   __syncthreads();
   sum = 0;
   for (int w = 0; w < WARPS; ++w) sum += squares[w][lane];
-  const Length length(p.normalize, sum);
-  if (warp == 0 && row < p.R) norms[row] = static_cast<T>(length.norm);
+  const Length<T> length(p.normalize, sum);
+  if (warp == 0 && row < p.R) norms[row] = length.divisor;
   for (int64_t c0 = 0; c0 < p.Cp; c0 += CHUNK) {
 #pragma unroll
     for (int k = warp; k < CHUNK; k += WARPS) {
       const bool present = row < p.R && c0 + k < p.C;
-      tile[lane][k] = present ? static_cast<T>(widen(source[(c0 + k) * p.stride_c]) * length.scale) : T(0);
+      tile[lane][k] = present ? length.scaled(static_cast<T>(widen(source[(c0 + k) * p.stride_c]))) : T(0);
     }
     __syncthreads();
 #pragma unroll
@@ -106,14 +113,13 @@ __global__ void __launch_bounds__(THREADS) interleaved_pack_kernel(const Pack<T,
     }
     sum = warp_sum(sum);
   }
-  const Length length(p.normalize, sum);
-  if (lane == 0) norms[row] = static_cast<T>(length.norm);
-  for (int64_t c = lane; c < p.Cp; c += 32) packed[row * p.Cp + c] = c < p.C ? static_cast<T>(widen(source[c]) * length.scale) : T(0);
+  const Length<T> length(p.normalize, sum);
+  if (lane == 0) norms[row] = length.divisor;
+  for (int64_t c = lane; c < p.Cp; c += 32) packed[row * p.Cp + c] = c < p.C ? length.scaled(static_cast<T>(widen(source[c]))) : T(0);
 }
 
 // ----------------------------------------------------------------------------------------------------------------------- unpack
 
-// Gradient of a vector and the vector; <f, df> / |x| and 1 / |x|.
 template <class T>
 struct Gradients {
   const T* grad_packed;  // [R, Cp]
@@ -127,7 +133,7 @@ __global__ void __launch_bounds__(THREADS) planar_unpack_kernel(const Pack<T, X>
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * POSITIONS, row = row0 + lane;
   constexpr int ROWS_OF_THREAD = POSITIONS * CHUNK / THREADS;
-  T along[ROWS_OF_THREAD], inverse[ROWS_OF_THREAD];  // of the rows this thread reads, 16 threads to a row
+  T along[ROWS_OF_THREAD], norm[ROWS_OF_THREAD];  // of the rows this thread reads, 16 threads to a row
 #pragma unroll
   for (int i = 0; i < ROWS_OF_THREAD; ++i) {
     const int64_t from = row0 + (threadIdx.x + i * THREADS) / CHUNK;
@@ -137,7 +143,7 @@ __global__ void __launch_bounds__(THREADS) planar_unpack_kernel(const Pack<T, X>
 #pragma unroll
     for (int step = CHUNK / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL, sum, step);
     along[i] = sum;
-    inverse[i] = from < p.R ? T(1) / in.norms[from] : T(0);
+    norm[i] = from < p.R ? in.norms[from] : T(1);
   }
   X* const target = grad_x + (row < p.R ? p.place(row) : 0);
   for (int64_t c0 = 0; c0 < p.Cp; c0 += CHUNK) {
@@ -147,7 +153,7 @@ __global__ void __launch_bounds__(THREADS) planar_unpack_kernel(const Pack<T, X>
       const int64_t from = (row0 + at / CHUNK) * p.Cp + c0 + k;
       if (row0 + at / CHUNK >= p.R) continue;
       const T df = in.grad_packed[from];
-      tile[at / CHUNK][k] = p.normalize ? (df - in.packed[from] * along[i]) * inverse[i] : df;
+      tile[at / CHUNK][k] = p.normalize ? (df - in.packed[from] * along[i]) / norm[i] : df;
     }
     __syncthreads();
 #pragma unroll
@@ -169,9 +175,9 @@ __global__ void __launch_bounds__(THREADS) interleaved_unpack_kernel(const Pack<
     for (int64_t c = lane; c < p.C; c += 32) along += f[c] * df[c];
     along = warp_sum(along);
   }
-  const T inverse = T(1) / in.norms[row];
+  const T norm = in.norms[row];
   X* const target = grad_x + p.place(row);
-  for (int64_t c = lane; c < p.C; c += 32) narrow(target[c], p.normalize ? (df[c] - f[c] * along) * inverse : df[c]);
+  for (int64_t c = lane; c < p.C; c += 32) narrow(target[c], p.normalize ? (df[c] - f[c] * along) / norm : df[c]);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ coefficients
@@ -182,9 +188,10 @@ __global__ void __launch_bounds__(THREADS) coefficients_kernel(int64_t R, Contra
   const int64_t row = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (row >= R) return;
   const T p = statistics[row], n = statistics[R + row], g = grad_losses[row];
+  const int positives = positives_of(range_at(ranges, static_cast<int>(row)));
   T dp = 0, dn = 0, dl = 0;
-  if (has_loss(form, p, n)) {
-    const T count = static_cast<T>(positives_of(range_at(ranges, static_cast<int>(row))));
+  if (has_loss(form, p, n) && !is_certain(n, positives)) {
+    const T count = static_cast<T>(positives);
     // exp(p) and exp(n) as shares of their sum
     const T of_n = n == -T(INFINITY) ? T(0) : T(1) / (T(1) + exponential(p - n)), of_p = T(1) / (T(1) + exponential(n - p));
     switch (form) {

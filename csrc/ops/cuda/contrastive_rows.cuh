@@ -102,9 +102,16 @@ __device__ __forceinline__ bool has_loss(ContrastiveForm form, T p, T n) {
   return p != -T(INFINITY) && !(needs_negatives && n == -T(INFINITY));
 }
 
+// One positive and nothing to tell it from: the loss is 0, not its rounding, and so is the gradient.
+template <class T>
+__device__ __forceinline__ bool is_certain(T n, int positives) {
+  return n == -T(INFINITY) && positives == 1;
+}
+
 template <class T>
 __device__ __forceinline__ T row_loss(ContrastiveForm form, T p, T n, T l, int positives) {
   if (!has_loss(form, p, n)) return 0;
+  if (is_certain(n, positives)) return p - p;  // a NaN stays
   const T count = static_cast<T>(positives), of_all = larger(p, n) + log_of_one_and(exponential(-fabs(p - n)));
   const T everyone = p != p || n != n ? p + n : of_all;  // larger() would lose a NaN
   switch (form) {

@@ -24,11 +24,11 @@ constexpr int HIGHEST = 0x7fffffff, LOWEST = -HIGHEST;
 
 // CHANNELS of a vector in shared memory; 32 * ROW_WARPS rows of a block; COLUMNS in shared memory at a time, of which each of the two warps that
 // share rows has half, PAIRS pairs of fragments of 8.
-template <int CHANNELS_, int ROW_WARPS_, int PAIRS_>
+template <int CHANNELS_, int ROW_WARPS_, int PAIRS_, bool SLICED_ = false>
 struct Shape {
   static constexpr int CHANNELS = CHANNELS_, ROWS = 32 * ROW_WARPS_, THREADS = 64 * ROW_WARPS_, COLUMNS = 32 * PAIRS_;
   static constexpr int FRAGMENTS = 2 * PAIRS_;
-  static constexpr bool SLICED = CHANNELS_ == 128;  // longer vectors come in slices
+  static constexpr bool SLICED = SLICED_;  // vectors are longer
   static constexpr int VECTOR = CHANNELS_ == 16 ? 2 : 4;
   static constexpr int ROW_FLOATS = ROWS * CHANNELS, STAGE_FLOATS = COLUMNS * CHANNELS;
 
