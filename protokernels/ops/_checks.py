@@ -70,5 +70,5 @@ def check_temperature(op: str, value: object, device: torch.device) -> None:
         raise TypeError(
             f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}"
         )
-    if isinstance(value, (int, float)) and not (value > 0 and math.isfinite(value)):
+    if isinstance(value, (int, float)) and not 0 < value < math.inf:
         raise ValueError(f"{op}: temperature must be positive and finite; got {value}")

@@ -101,7 +101,7 @@ def local_contrastive_loss(
     leading = (1,) * (3 - len(size))
     block = [*leading, *checks.sizes(op, "block_size", block_size, len(size), 0)]
     steps = [*leading, *checks.sizes(op, "stride", stride, len(size), 1)]
-    shape = (len(features), *leading, *size)
+    shape = (features.shape[0], *leading, *size)
     grid = labels.reshape(shape)
     if not backend.native_serves(features.device):
         loss = reference.local_contrastive_loss(
@@ -215,7 +215,7 @@ def supcon_loss(
         )
     )
     total, losses = _native_losses(embeddings.unsqueeze(-1), plan, temperature, form, normalize, precision)
-    return total if reduction == "mean" else losses.new_zeros(len(labels)).index_put((plan.order,), losses)
+    return total if reduction == "mean" else losses.new_zeros(labels.shape[0]).index_put((plan.order,), losses)
 
 
 def nt_xent_loss(

@@ -112,7 +112,8 @@ class LocalContrastConfig:
     fine_tune_learning_rate: float = 5e-4
     fine_tune_weight_decay: float = 0.0
     cosine: bool = False  # stages 2 and 3: half a cosine of the learning rate
-    augment: bool = True  # deform the labelled slices
+    augment: bool = True  # deform the labelled slices ...
+    augment_scale: tuple[float, float] = (0.5, 1.9)  # ... and magnify them by factors in this range
     keep: Literal["best", "last"] = "last"  # epoch: of the best validation score, or the last
     validations: int = 10  # how often the validation volumes are scored, evenly over stage 3
     validation_volumes: int = 0  # how many of them; 0: all
@@ -163,7 +164,8 @@ class LocalContrastConfig:
                 f"LocalContrastConfig: unknown fields {', '.join(unknown)}; "
                 "the run was written by another version of protokernels"
             )
-        return cls(**values)
+        restored: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**restored)
 
     @property
     def recipe(self) -> Recipe:
