@@ -101,49 +101,66 @@ struct Scores {
   const T* at(int32_t column) const { return data + (column - y) * STRIP<T>; }
 };
 
+template <class T, int VECTORS>
+PK_INLINE Vec<T> both(const Vec<T>* v) {
+  return VECTORS == 2 ? v[0] + v[VECTORS - 1] : v[0];
+}
+
+template <class T, int VECTORS>
+struct StripSums {
+  Vec<T> p[VECTORS]{}, n[VECTORS]{}, linear[VECTORS]{};
+};
+
+// Columns [begin, end) are of another class than all rows of the strip.
+template <class T, int VECTORS, bool ACROSS>
+PK_INLINE void sum_others(const Scores<T>& scores, int32_t begin, int32_t end, StripSums<T, VECTORS>& sums, T* across) {
+  for (int32_t y = begin; y < end; ++y) {
+    Vec<T> e[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) e[v] = exp2_nonpositive(load(scores.at(y) + v * LANES<T>)), sums.n[v] += e[v];
+    if (ACROSS) add(across + (y - scores.y) * LANES<T>, both<T, VECTORS>(e));
+  }
+}
+
+// Columns [begin, end) are of the class of all rows of the strip, or (MIXED) of that of some.
+template <class T, int VECTORS, bool ACROSS, bool MIXED>
+PK_INLINE void sum_same(const Scores<T>& scores, int32_t begin, int32_t end, const Rows<T>& rows, const Strip& strip, bool triangle,
+                        StripSums<T, VECTORS>& sums, const Across<T>& across) {
+  for (int32_t y = begin; y < end; ++y) {
+    const int64_t lane = (y - scores.y) * LANES<T>;
+    Vec<T> e[VECTORS], s[VECTORS], others[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) {
+      s[v] = load(scores.at(y) + v * LANES<T>), e[v] = exp2_nonpositive(s[v]);
+      if (MIXED) {
+        const Masks<T> mask = masks(rows, strip.begin + v * LANES<T>, y, triangle);
+        others[v] = keep<T>(mask.other, e[v], 0), e[v] = keep<T>(mask.same, e[v], 0), s[v] = keep<T>(mask.same, s[v], 0);
+        sums.n[v] += others[v];
+      }
+      sums.p[v] += e[v], sums.linear[v] += s[v];
+    }
+    if (!ACROSS) continue;
+    if (MIXED) add(across.n + lane, both<T, VECTORS>(others));
+    add(across.p + lane, both<T, VECTORS>(e)), add(across.linear + lane, both<T, VECTORS>(s));
+  }
+}
+
 template <class T, int VECTORS, bool ACROSS>
 PK_INLINE void sum_bounded(const Scores<T>& scores, const Rows<T>& rows, const Strip& strip, int32_t y_end, bool triangle,
                            const Sums<T>& down, const Across<T>& across) {
-  Vec<T> p[VECTORS]{}, n[VECTORS]{}, linear[VECTORS]{};
+  StripSums<T, VECTORS> sums;
   bool some_same = false;
   for_meetings(strip, scores.y, y_end, triangle, [&](Meeting meeting, int32_t begin, int32_t end) {
-    if (meeting == Meeting::none) return;
-    some_same |= meeting != Meeting::other;
-    for (int32_t y = begin; y < end; ++y) {
-      const T* const s = scores.at(y);
-      const int64_t lane = (y - scores.y) * LANES<T>;
-      Vec<T> e[VECTORS], x[VECTORS];
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) x[v] = load(s + v * LANES<T>), e[v] = exp2_nonpositive(x[v]);
-      if (meeting == Meeting::other) {
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) n[v] += e[v];
-        if (ACROSS) add(across.n + lane, VECTORS == 2 ? e[0] + e[VECTORS - 1] : e[0]);
-        continue;
-      }
-      Vec<T> others[VECTORS];
-      if (meeting == Meeting::mixed) {
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) {
-          const Masks<T> mask = masks(rows, strip.begin + v * LANES<T>, y, triangle);
-          others[v] = keep<T>(mask.other, e[v], 0), e[v] = keep<T>(mask.same, e[v], 0), x[v] = keep<T>(mask.same, x[v], 0);
-          n[v] += others[v];
-        }
-        if (ACROSS) add(across.n + lane, VECTORS == 2 ? others[0] + others[VECTORS - 1] : others[0]);
-      }
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) p[v] += e[v], linear[v] += x[v];
-      if (ACROSS) {
-        add(across.p + lane, VECTORS == 2 ? e[0] + e[VECTORS - 1] : e[0]);
-        add(across.linear + lane, VECTORS == 2 ? x[0] + x[VECTORS - 1] : x[0]);
-      }
-    }
+    if (meeting == Meeting::other) sum_others<T, VECTORS, ACROSS>(scores, begin, end, sums, across.n);
+    if (meeting == Meeting::same) sum_same<T, VECTORS, ACROSS, false>(scores, begin, end, rows, strip, triangle, sums, across);
+    if (meeting == Meeting::mixed) sum_same<T, VECTORS, ACROSS, true>(scores, begin, end, rows, strip, triangle, sums, across);
+    some_same |= meeting == Meeting::same || meeting == Meeting::mixed;
   });
 #pragma GCC unroll 2
   for (int v = 0; v < VECTORS; ++v) {
     const int64_t x = strip.begin + v * LANES<T>;
-    add_doubles<T>(down.n + x, n[v]);
-    if (some_same) add_doubles<T>(down.p + x, p[v]), add_doubles<T>(down.linear + x, linear[v]);
+    add_doubles<T>(down.n + x, sums.n[v]);
+    if (some_same) add_doubles<T>(down.p + x, sums.p[v]), add_doubles<T>(down.linear + x, sums.linear[v]);
   }
 }
 

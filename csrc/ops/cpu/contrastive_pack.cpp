@@ -12,6 +12,8 @@
 #include "common/transpose.h"
 #include "ops/contrastive.h"
 
+#define PK_MEMBER inline __attribute__((always_inline))
+
 namespace {
 
 using namespace protokernels;
@@ -41,44 +43,95 @@ PK_INLINE void with_kind(Kind kind, const Function& function) {
   }
 }
 
+constexpr int64_t AHEAD = 32;  // rows from the one at work to the one that memory is asked for: planes are read across, which it does not see coming
+
+// Where a row lies in x. Rows in turn mostly come from the same map, which spares a division.
+struct Finder {
+  const ContrastivePack& p;
+  int64_t begin = 0, end = 0, base = 0;  // places of the map, and what to add to their offset in it
+
+  explicit Finder(const ContrastivePack& pack) : p(pack) {}
+  PK_MEMBER int64_t offset(int64_t row) {
+    const int64_t place = p.order[row];
+    if (place < begin || place >= end) {
+      const int64_t n = place / p.P;
+      begin = n * p.P, end = begin + p.P, base = n * p.stride_n;
+    }
+    return base + (place - begin) * p.stride_p;
+  }
+};
+
 // Where LANES rows lie in x; those past the end repeat the last one.
 template <class T>
 struct Places {
   int64_t offset[LANES<T>];
   int64_t count;
-  bool neighbours;  // one behind the other in memory
+  int64_t first_run;  // so many, and then the rest, lie one behind the other in memory; 0: in more than two pieces
+  bool surrounded;    // whole vectors from the first and up to the last row lie within x
 
-  Places(const ContrastivePack& p, int64_t row, int64_t last) : count(std::min<int64_t>(LANES<T>, last - row)), neighbours(count == LANES<T>) {
+  Places(const ContrastivePack& p, Finder& finder, int64_t row, int64_t last) : count(std::min<int64_t>(LANES<T>, last - row)) {
+    int64_t pieces = 1;
+    first_run = LANES<T>;
     for (int64_t r = 0; r < LANES<T>; ++r) {
-      const int64_t place = p.order[row + std::min(r, count - 1)], n = place / p.P;
-      offset[r] = n * p.stride_n + (place - n * p.P) * p.stride_p;
-      neighbours &= offset[r] == offset[0] + r;
+      offset[r] = finder.offset(row + std::min(r, count - 1));
+      if (r > 0 && offset[r] != offset[r - 1] + 1) first_run = pieces++ == 1 ? r : 0;
     }
+    if (pieces > 2) first_run = 0;
+    const int64_t most = (p.N - 1) * p.stride_n + (p.P - 1) * p.stride_p;
+    surrounded = p.stride_n >= 0 && p.stride_p == 1 && offset[0] + LANES<T> - 1 <= most && offset[LANES<T> - 1] >= LANES<T> - 1;
   }
+  bool neighbours() const { return first_run == LANES<T> && count == LANES<T>; }
 };
 
-// A vector becomes one of length 1, or of zeros if it counts as zero; returns what it was divided by. Division is exact where it can be: a
-// vector of one channel becomes 1 or -1, and its gradient 0.
-template <class T>
-PK_INLINE T normalise(T* x, int64_t Cp) {
-  const double squared = squared_norm(x, Cp), length = std::sqrt(squared);
-  const bool zero = squared <= CONTRASTIVE_NORM_FLOOR * CONTRASTIVE_NORM_FLOOR;
-  const T divisor = zero ? std::numeric_limits<T>::infinity() : static_cast<T>(length);
-  if (length < std::numeric_limits<T>::max()) {
-    for (int64_t c = 0; c < Cp; c += LANES<T>) store(x + c, load(x + c) / divisor);
-  } else {  // longer than T can say, or not a number
-    for (int64_t c = 0; c < Cp; ++c) x[c] = static_cast<T>(x[c] / length);
+template <class T, class E, int... LANE>
+PK_INLINE Vec<T> gather(const E* x, const int64_t* offset, std::integer_sequence<int, LANE...>) {
+  return Vec<T>{static_cast<T>(x[offset[LANE]])...};
+}
+
+// A channel of LANES rows.
+template <class T, class E>
+PK_INLINE Vec<T> read_lanes(const E* plane, const Places<T>& places) {
+  if constexpr (std::is_same_v<T, E>) {
+    if (places.first_run == LANES<T>) return load(plane + places.offset[0]);
+    if (places.first_run > 0 && places.surrounded) {
+      const Index<T> lane = lane_numbers<T>();
+      return lane < static_cast<std::remove_reference_t<decltype(lane[0])>>(places.first_run) ? load(plane + places.offset[0])
+                                                                                            : load(plane + places.offset[LANES<T> - 1] - LANES<T> + 1);
+    }
   }
-  return divisor;
+  return gather<T>(plane, places.offset, std::make_integer_sequence<int, LANES<T>>{});
+}
+
+// Vectors become ones of length 1, or of zeros if they count as zero; norms [count] are what they are divided by. Division is exact where it
+// can be: a vector of one channel becomes 1 or -1, and its gradient 0.
+template <class T>
+PK_INLINE void normalise(T* x, int64_t Cp, int64_t count, T* norms) {
+  constexpr double floor = CONTRASTIVE_NORM_FLOOR * CONTRASTIVE_NORM_FLOOR;
+  double length[LANES<T>] = {}, squared[LANES<T>] = {};
+  for (int64_t r = 0; r < count; ++r) squared[r] = squared_norm(x + r * Cp, Cp);
+  for (int64_t r = 0; r < LANES<T>; ++r) length[r] = std::sqrt(squared[r]);
+  for (int64_t r = 0; r < count; ++r) {
+    norms[r] = squared[r] <= floor ? std::numeric_limits<T>::infinity() : static_cast<T>(length[r]);
+    if (length[r] < std::numeric_limits<T>::max()) {
+      for (int64_t c = 0; c < Cp; c += LANES<T>) store(x + r * Cp + c, load(x + r * Cp + c) / norms[r]);
+    } else {  // longer than T can say, or not a number
+      for (int64_t c = 0; c < Cp; ++c) x[r * Cp + c] = static_cast<T>(x[r * Cp + c] / length[r]);
+    }
+  }
 }
 
 template <class T, class E>
 void pack_rows(const ContrastivePack& p, int64_t first, int64_t last) {
   const E* const x = static_cast<const E*>(p.x);
   T *const packed = static_cast<T*>(p.packed), *const norms = static_cast<T*>(p.norms);
+  Finder finder(p), ahead_finder(p);
   for (int64_t row = first; row < last; row += LANES<T>) {
-    const Places<T> places(p, row, last);
+    const Places<T> places(p, finder, row, last);
     T* const out = packed + row * p.Cp;
+    if (p.stride_c != 1 && row + AHEAD < last) {
+      const E* const ahead = x + ahead_finder.offset(row + AHEAD);
+      for (int64_t c = 0; c < p.C; ++c) __builtin_prefetch(ahead + c * p.stride_c);
+    }
     if (p.stride_c == 1 || p.C == 1) {
       for (int64_t r = 0; r < places.count; ++r) {
         for (int64_t c = 0; c < p.C; ++c) out[r * p.Cp + c] = static_cast<T>(x[places.offset[r] + c]);
@@ -87,15 +140,8 @@ void pack_rows(const ContrastivePack& p, int64_t first, int64_t last) {
     } else {
       for (int64_t c = 0; c < p.Cp; c += LANES<T>) {
         Vec<T> square[LANES<T>];
-        for (int64_t j = 0; j < LANES<T>; ++j) {
-          T lanes[LANES<T>] = {};
-          const E* const plane = x + (c + j) * p.stride_c;
-          if (c + j < p.C && places.neighbours && std::is_same_v<T, E>)
-            std::memcpy(lanes, plane + places.offset[0], sizeof lanes);
-          else if (c + j < p.C)
-            for (int64_t r = 0; r < LANES<T>; ++r) lanes[r] = static_cast<T>(plane[places.offset[r]]);
-          square[j] = load(lanes);
-        }
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < LANES<T>; ++j) square[j] = c + j < p.C ? read_lanes<T>(x + (c + j) * p.stride_c, places) : Vec<T>{};
         transpose<T>(square);
         if (places.count == LANES<T>) {
 #pragma GCC unroll 16
@@ -105,9 +151,10 @@ void pack_rows(const ContrastivePack& p, int64_t first, int64_t last) {
         }
       }
     }
-    for (int64_t r = 0; r < places.count; ++r) {
-      norms[row + r] = p.normalize ? normalise(out + r * p.Cp, p.Cp) : T(1);
-    }
+    if (p.normalize)
+      normalise(out, p.Cp, places.count, norms + row);
+    else
+      std::fill(norms + row, norms + row + places.count, T(1));
   }
 }
 
@@ -115,8 +162,9 @@ template <class T, class E>
 void unpack_rows(const ContrastiveUnpack& p, int64_t first, int64_t last) {
   E* const x = static_cast<E*>(p.grad_x);
   const T* const grad = static_cast<const T*>(p.grad_packed);
+  Finder finder(p);
   for (int64_t row = first; row < last; row += LANES<T>) {
-    const Places<T> places(p, row, last);
+    const Places<T> places(p, finder, row, last);
     T along[LANES<T>] = {}, scale[LANES<T>];
     std::fill(scale, scale + LANES<T>, T(1));
     for (int64_t r = 0; p.normalize && r < places.count; ++r) {
@@ -145,7 +193,7 @@ void unpack_rows(const ContrastiveUnpack& p, int64_t first, int64_t last) {
         T lanes[LANES<T>];
         store(lanes, square[j]);
         E* const plane = x + (c + j) * p.stride_c;
-        if (places.neighbours && std::is_same_v<T, E>)
+        if (places.neighbours() && std::is_same_v<T, E>)
           std::memcpy(static_cast<void*>(plane + places.offset[0]), lanes, sizeof lanes);
         else
           for (int64_t r = 0; r < places.count; ++r) plane[places.offset[r]] = converted<E>(lanes[r]);

@@ -64,7 +64,8 @@ PK_INLINE void tile(const T* a, int64_t stride, const T* b, int64_t b_stride, in
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) sum[i][v] = start ? load(start + v * LANES<T>) : load(c + i * c_stride + v * LANES<T>);
-  for (int64_t k = 0; k < depth; ++k) {
+  int64_t k = 0;
+  do {  // depth is never 0; a loop that might not be entered would move every sum about
     Vec<T> row[VECTORS];
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) row[v] = load(b + k * b_stride + v * LANES<T>);
@@ -74,7 +75,7 @@ PK_INLINE void tile(const T* a, int64_t stride, const T* b, int64_t b_stride, in
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) sum[i][v] += x * row[v];
     }
-  }
+  } while (++k < depth);
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
