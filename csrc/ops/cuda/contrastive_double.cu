@@ -99,7 +99,7 @@ struct Losses {
 };
 
 // Lanes have the weights of 32 columns, then channels, 128 at a time.
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)
     double_backward_kernel(const Problem p, const Losses of_rows, const Losses of_columns, double* grad_rows) {
   const int lane = threadIdx.x % 32;
   const Rows rows = find_rows<THREADS>(p.groups, p.G, p.R, WARPS, static_cast<int>(blockIdx.x));
