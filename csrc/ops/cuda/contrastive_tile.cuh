@@ -44,9 +44,10 @@ using Scores = float[2][S::FRAGMENTS][4];
 
 // ---------------------------------------------------------------------------------------------------------------------- products
 
-// A float as the sum of two tf32 numbers; the tensor core cuts the second one off.
+// A float as the sum of two tf32 numbers: the nearest one, and the rest, which the tensor core cuts off. pk::to_tf32 also looks for a NaN; here it
+// may pass as 0, as the rest is one.
 __device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
-  high = pk::to_tf32(x);
+  high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
   low = __float_as_uint(x - __uint_as_float(high));
 }
 
