@@ -321,6 +321,18 @@ class TestRounding:
         np.testing.assert_array_equal(tf32.view(np.float32)[-3:], values[-3:])
 
 
+class TestPowers:
+    def test_fast_powers_flush_what_is_denormal(self, emulator: Any) -> None:
+        x = np.array(
+            [0, -0.0, 1, -3.5, 20.25, 2.0**-130, -125.5, -126, -126.5, -149, -200, 200, -np.inf, np.inf, np.nan]
+        )
+        out = poisoned(x.size)
+        emulator.powers(x.astype(np.float32), out)
+        with np.errstate(over="ignore"):
+            expected = np.where(x < -126, 0, np.exp2(x)).astype(np.float32)
+        np.testing.assert_allclose(out, expected, rtol=2.0**-22)
+
+
 class TestBuffers:
     def test_vector_loads_need_an_aligned_start(self, emulator: Any) -> None:
         source, out = np.arange(64, dtype=np.float32), poisoned(64)

@@ -75,6 +75,11 @@ PK_EMULATOR_MODULE(module) {
     check(launch_rounding(source.data(), tf32_bits.data(), bf16_bits.data(), reinterpret_cast<std::uint16_t*>(half_bits.data()),
                           floats.data(), static_cast<int>(source.size()), nullptr));
   });
+  module.def("powers", [](const Array& in, const Array& out) {
+    const Input<float> source(in, "in");
+    const Output<float> target(out, "out");
+    check(launch_powers(source.data(), target.data(), static_cast<int>(source.size()), nullptr));
+  });
   module.def("vector_copy", [](const Array& in, const Array& out) {
     const Input<float> source(in, "in");
     const Output<float> target(out, "out");

@@ -217,6 +217,13 @@ inline void copy_async_wait() {
   emulator::copy_async_wait(pending_groups);
 }
 
+// Denormal arguments and results count as zero, as in the hardware's instruction.
+inline float exp2_fast(float x) {
+  if (::fabsf(x) < 0x1p-126f) return 1.0f;
+  const float power = ::exp2f(x);
+  return power < 0x1p-126f ? 0.0f : power;
+}
+
 inline unsigned pack_bf16(float low, float high) {
   return emulator::float_to_bfloat16_bits(low) | static_cast<unsigned>(emulator::float_to_bfloat16_bits(high)) << 16;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Contrastive losses, the torch side: checks that protect memory, allocation, parts over threads, registration. The plan stands in
-// contrastive_plan.cpp.
+// Contrastive losses, the torch side on the CPU: allocation, parts over threads, registration. Arguments are checked in contrastive_arguments.h;
+// the plan stands in contrastive_plan.cpp, CUDA in contrastive_cuda.cpp.
 #include "ops/contrastive.h"
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 
 #include "common/cpu_level.h"
 #include "common/torch_utils.h"
+#include "ops/contrastive_arguments.h"
 #include "ops/contrastive_schedule.h"
 
 namespace protokernels {
@@ -22,8 +23,6 @@ PK_DECLARE_LEVELS(ContrastiveForwardCpu, contrastive_forward_cpu);
 PK_DECLARE_LEVELS(ContrastiveBackwardCpu, contrastive_backward_cpu);
 
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr double SERIAL_WORK = 2.5e6;       // about 50 microseconds, in multiply-adds: below it a second thread costs more than it brings
 constexpr double SERIAL_NUMBERS = 1 << 16;  // numbers to move, likewise
@@ -72,26 +71,6 @@ void for_rows(int64_t rows, int64_t numbers_each, const Function& function) {
 
 // ------------------------------------------------------------------------------------------------------------ arguments
 
-ScalarType compute_type(bool wide) { return wide ? ScalarType::Double : ScalarType::Float; }
-
-const void* checked(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
-  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size()) && tensor.is_contiguous() && tensor.scalar_type() == type;
-  int64_t dimension = 0;
-  for (const int64_t size : sizes) fits = fits && tensor.size(dimension++) == size;
-  STD_TORCH_CHECK(fits, "contrastive: ", name, " must be contiguous, of the shape and the type that fit the vectors");
-  return tensor.data_ptr();
-}
-
-const void* checked(const OptionalTensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
-  return tensor ? checked(*tensor, name, type, sizes) : nullptr;
-}
-
-ScalarType vector_type(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "contrastive: vectors must be float32 or float64");
-  return type;
-}
-
 // On the CPU groups and ranges are looked at, for kernels trust them.
 void check_plan(const ContrastiveProblem& p) {
   int32_t before = 0;
@@ -113,71 +92,22 @@ void check_plan(const ContrastiveProblem& p) {
   }
 }
 
-void fill_problem(ContrastiveProblem& p, const Tensor& rows, const OptionalTensor& columns, const Tensor& groups, const Tensor& ranges,
-                  int64_t channels, double temperature, bool unit, int64_t precision) {
-  const ScalarType type = vector_type(rows);
-  p.double_compute = type == ScalarType::Double;
-  STD_TORCH_CHECK(rows.dim() == 2 && (!columns || columns->dim() == 2) && groups.dim() == 2, "contrastive: vectors and groups must be matrices");
-  p.R = rows.size(0), p.M = columns ? columns->size(0) : p.R, p.G = groups.size(0), p.C = channels, p.Cp = rows.size(1);
-  STD_TORCH_CHECK(channels > 0 && p.Cp == (channels + CONTRASTIVE_ALIGN - 1) / CONTRASTIVE_ALIGN * CONTRASTIVE_ALIGN && p.R < (int64_t{1} << 31) &&
-                      p.M < (int64_t{1} << 31) && temperature > 0 && precision >= 0 && precision <= 2,
-                  "contrastive: vectors must have their channels rounded up to 16, fewer than 2^31 rows and a positive temperature");
-  p.rows = checked(rows, "rows", type, {p.R, p.Cp});
-  p.one_set = !columns;
-  p.columns = columns ? checked(*columns, "columns", type, {p.M, p.Cp}) : p.rows;
-  p.groups = static_cast<const ContrastiveGroup*>(checked(groups, "groups", ScalarType::Int, {p.G, 6}));
-  p.ranges = static_cast<const ContrastiveRange*>(checked(ranges, "ranges", ScalarType::Int, {p.R, 3}));
-  p.temperature = temperature;
-  p.bounded = unit && 2 / temperature < CONTRASTIVE_BOUND;
-  p.precision = static_cast<ContrastivePrecision>(precision);
-}
-
-ContrastiveForm form_of(int64_t form) {
-  STD_TORCH_CHECK(form >= 0 && form <= 3, "contrastive: form must be 0 to 3");
-  return static_cast<ContrastiveForm>(form);
-}
-
 // ------------------------------------------------------------------------------------------------------ pack and unpack
 
-void fill_pack(ContrastivePack& p, const Tensor& x, const Tensor& order, bool normalize, bool on_cpu) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && order.dim() == 1, "contrastive: x must be [N, C, P] with at least one channel, order [R]");
-  p.R = order.size(0), p.N = x.size(0), p.C = x.size(1), p.P = x.size(2);
-  p.Cp = (p.C + CONTRASTIVE_ALIGN - 1) / CONTRASTIVE_ALIGN * CONTRASTIVE_ALIGN;
-  p.x_kind = kind_of(x, "x");
-  p.double_compute = p.x_kind == Kind::f64;
-  p.order = static_cast<const int64_t*>(checked(order, "order", ScalarType::Long, {p.R}));
-  p.normalize = normalize;
-  if (!on_cpu) return;
-  bool fit = true;
-  for (int64_t r = 0; r < p.R; ++r) fit &= p.order[r] >= 0 && p.order[r] < p.N * p.P;
-  STD_TORCH_CHECK(fit, "contrastive: order points outside of x");
-}
-
 std::tuple<Tensor, Tensor> pack_cpu(Tensor x, Tensor order, bool normalize) {
-  ContrastivePack p{};
-  fill_pack(p, x, order, normalize, true);
-  p.x = x.data_ptr(), p.stride_n = x.stride(0), p.stride_c = x.stride(1), p.stride_p = x.stride(2);
-  const Tensor packed = empty_beside(x, {p.R, p.Cp}, compute_type(p.double_compute)), norms = empty_beside(x, {p.R}, compute_type(p.double_compute));
-  p.packed = packed.data_ptr(), p.norms = norms.data_ptr();
-  const ContrastivePackCpu& cpu = PK_CHOOSE_LEVEL(contrastive_pack_cpu);
-  for_rows(p.R, 2 * p.C, [&](int64_t begin, int64_t end) { cpu.pack(p, begin, end); });
-  return {packed, norms};
+  const auto run = [](const ContrastivePack& p) {
+    const ContrastivePackCpu& cpu = PK_CHOOSE_LEVEL(contrastive_pack_cpu);
+    for_rows(p.R, 2 * p.C, [&](int64_t begin, int64_t end) { cpu.pack(p, begin, end); });
+  };
+  return pack_by(run, x, order, normalize, true);
 }
 
-Tensor unpack_cpu(Tensor grad_packed_any, Tensor packed, Tensor norms, Tensor order, Tensor like, bool normalize, bool channels_last) {
-  const Tensor grad_packed = torch::stable::contiguous(grad_packed_any);
-  ContrastiveUnpack p{};
-  fill_pack(p, like, order, normalize, true);
-  p.grad_packed = checked(grad_packed, "the gradient of packed", compute_type(p.double_compute), {p.R, p.Cp});
-  p.packed = const_cast<void*>(checked(packed, "packed", compute_type(p.double_compute), {p.R, p.Cp}));
-  p.norms = const_cast<void*>(checked(norms, "norms", compute_type(p.double_compute), {p.R}));
-  Tensor memory = channels_last ? empty_beside(like, {p.N, p.P, p.C}, like.scalar_type()) : empty_beside(like, {p.N, p.C, p.P}, like.scalar_type());
-  if (p.R != p.N * p.P) torch::stable::zero_(memory);
-  const Tensor grad_x = channels_last ? torch::stable::transpose(memory, 1, 2) : memory;
-  p.grad_x = grad_x.data_ptr(), p.stride_n = grad_x.stride(0), p.stride_c = grad_x.stride(1), p.stride_p = grad_x.stride(2);
-  const ContrastivePackCpu& cpu = PK_CHOOSE_LEVEL(contrastive_pack_cpu);
-  for_rows(p.R, 3 * p.C, [&](int64_t begin, int64_t end) { cpu.unpack(p, begin, end); });
-  return grad_x;
+Tensor unpack_cpu(Tensor grad_packed, Tensor packed, Tensor norms, Tensor order, Tensor like, bool normalize, bool channels_last) {
+  const auto run = [](const ContrastiveUnpack& p) {
+    const ContrastivePackCpu& cpu = PK_CHOOSE_LEVEL(contrastive_pack_cpu);
+    for_rows(p.R, 3 * p.C, [&](int64_t begin, int64_t end) { cpu.unpack(p, begin, end); });
+  };
+  return unpack_by(run, grad_packed, packed, norms, order, like, normalize, channels_last, true);
 }
 
 // ------------------------------------------------------------------------------------------------------------ forward
@@ -245,17 +175,11 @@ void coefficients_of_group(const ContrastiveCoefficients& c, const ContrastiveGr
 }
 
 Tensor coefficients_cpu(Tensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form) {
-  const ScalarType type = vector_type(statistics);
   ContrastiveCoefficients c{};
-  STD_TORCH_CHECK(statistics.dim() == 2 && groups.dim() == 2, "contrastive: statistics must be [3, R], groups [G, 6]");
-  c.R = statistics.size(1), c.G = groups.size(0), c.form = form_of(form), c.double_compute = type == ScalarType::Double;
-  c.statistics = checked(statistics, "statistics", type, {3, c.R});
-  c.grad_losses = checked(grad_losses, "the gradient of losses", type, {c.R});
-  c.groups = static_cast<const ContrastiveGroup*>(checked(groups, "groups", ScalarType::Int, {c.G, 6}));
-  c.ranges = static_cast<const ContrastiveRange*>(checked(ranges, "ranges", ScalarType::Int, {c.R, 3}));
+  fill_coefficients(c, grad_losses, statistics, groups, ranges, form);
   for (int64_t g = 0; g < c.G; ++g)
     STD_TORCH_CHECK(0 <= c.groups[g].row_begin && c.groups[g].row_anchor_end <= c.R, "contrastive: group ", g, " does not lie within the rows");
-  Tensor out = empty_beside(statistics, {3, c.R}, type);
+  Tensor out = empty_beside(statistics, {3, c.R}, statistics.scalar_type());
   torch::stable::zero_(out);
   c.coefficients = out.data_ptr();
   torch::stable::parallel_for(0, c.G, std::max<int64_t>(1, c.G * 1024 / std::max<int64_t>(c.R, 1)), [&](int64_t begin, int64_t end) {
@@ -289,14 +213,7 @@ Tensor backward_cpu(Tensor rows, OptionalTensor columns, Tensor groups, Tensor r
   fill_problem(b, rows, columns, groups, ranges, channels, temperature, unit, precision);
   check_plan(b);
   const ScalarType type = rows.scalar_type();
-  b.row_statistics = checked(row_statistics, "the rows' statistics", type, {3, b.R});
-  b.row_coefficients = checked(row_coefficients, "the rows' coefficients", type, {3, b.R});
-  b.column_statistics = checked(column_statistics, "the columns' statistics", type, {3, b.M});
-  b.column_coefficients = checked(column_coefficients, "the columns' coefficients", type, {3, b.M});
-  STD_TORCH_CHECK(row_statistics.has_value() == row_coefficients.has_value() && column_statistics.has_value() == column_coefficients.has_value() &&
-                      (columns || row_statistics),
-                  "contrastive: statistics and coefficients come together; with one set of vectors they are those of the rows");
-  if (!columns) b.column_statistics = b.row_statistics, b.column_coefficients = b.row_coefficients;
+  fill_losses(b, row_statistics, row_coefficients, column_statistics, column_coefficients, type);
   const Tensor grad_rows = empty_beside(rows, {b.R, b.Cp}, type);
   b.grad_rows = grad_rows.data_ptr();
   const ContrastiveBackwardCpu& cpu = PK_CHOOSE_LEVEL(contrastive_backward_cpu);

@@ -174,6 +174,11 @@ __global__ void rounding_kernel(const float* in, unsigned* tf32, __nv_bfloat16* 
   back[size + i] = __half2float(half[i]);
 }
 
+__global__ void powers_kernel(const float* in, float* out, int size) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < size) out[i] = pk::exp2_fast(in[i]);
+}
+
 __global__ void vector_copy_kernel(const float* in, float* out, int vectors) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= vectors) return;
@@ -297,6 +302,10 @@ int launch_mma(const float* a, const float* b, float* out, int depth, bool bf16,
 int launch_rounding(const float* in, unsigned* tf32, std::uint16_t* bf16, std::uint16_t* half, float* back, int size, void* stream) {
   return PK_LAUNCH(rounding_kernel, (size + 127) / 128, 128, 0, stream, in, tf32, reinterpret_cast<__nv_bfloat16*>(bf16),
                    reinterpret_cast<__half*>(half), back, size);
+}
+
+int launch_powers(const float* in, float* out, int size, void* stream) {
+  return PK_LAUNCH(powers_kernel, (size + 127) / 128, 128, 0, stream, in, out, size);
 }
 
 int launch_vector_copy(const float* in, float* out, int size, void* stream) {

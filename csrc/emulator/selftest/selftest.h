@@ -30,6 +30,8 @@ int launch_pipeline(const float* in, float* out, int rows, int columns, int widt
 int launch_mma(const float* a, const float* b, float* out, int depth, bool bf16, void* stream);
 // Bits of the rounded values: tf32 [size], bf16 [size], half [size], and the floats they stand for [2, size].
 int launch_rounding(const float* in, unsigned* tf32, std::uint16_t* bf16, std::uint16_t* half, float* back, int size, void* stream);
+// out[i] = 2^in[i] by the fast instruction.
+int launch_powers(const float* in, float* out, int size, void* stream);
 // out = in, four floats at a time; 16-byte aligned pointers.
 int launch_vector_copy(const float* in, float* out, int size, void* stream);
 // out[0] = sum of in [blocks, 64]: the last block to finish adds the others' partial sums.

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: MIT
+// Contrastive losses, the torch side on CUDA. What lies on the device is not looked at: order, groups and ranges are those of contrastive_plan,
+// whose CUDA implementation stands in protokernels/ops/_contrastive_autograd.py.
+#if defined(PROTOKERNELS_WITH_CUDA)
+
+#include "ops/contrastive_arguments.h"
+
+namespace protokernels {
+namespace {
+
+std::tuple<Tensor, Tensor> pack_cuda(Tensor x, Tensor order, bool normalize) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const auto run = [&](const ContrastivePack& p) { check_cuda(launch_contrastive_pack(p, current_cuda_stream(x)), "contrastive_pack"); };
+  return pack_by(run, x, order, normalize, false);
+}
+
+Tensor unpack_cuda(Tensor grad_packed, Tensor packed, Tensor norms, Tensor order, Tensor like, bool normalize, bool channels_last) {
+  const torch::stable::accelerator::DeviceGuard guard(packed.get_device_index());
+  const auto run = [&](const ContrastiveUnpack& p) {
+    check_cuda(launch_contrastive_unpack(p, current_cuda_stream(packed)), "contrastive_unpack");
+  };
+  return unpack_by(run, grad_packed, packed, norms, order, like, normalize, channels_last, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_cuda(Tensor rows, OptionalTensor columns, Tensor groups, Tensor ranges, OptionalTensor weights,
+                                                int64_t channels, double temperature, bool unit, int64_t form, int64_t precision) {
+  const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
+  ContrastiveForward f{};
+  fill_problem(f, rows, columns, groups, ranges, channels, temperature, unit, precision);
+  f.form = form_of(form);
+  f.weights = static_cast<const double*>(checked(weights, "weights", ScalarType::Double, {f.R}));
+  Tensor total = empty_beside(rows, {}, rows.scalar_type());
+  const Tensor losses = empty_beside(rows, {f.R}, rows.scalar_type()), statistics = empty_beside(rows, {3, f.R}, rows.scalar_type());
+  if (!weights) torch::stable::zero_(total);
+  f.losses = losses.data_ptr(), f.statistics = statistics.data_ptr(), f.total = total.data_ptr();
+  const Tensor workspace = empty_beside(rows, {contrastive_forward_workspace(f)}, ScalarType::Byte);
+  check_cuda(launch_contrastive_forward(f, workspace.data_ptr(), current_cuda_stream(rows)), "contrastive_forward");
+  return {total, losses, statistics};
+}
+
+Tensor coefficients_cuda(Tensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form) {
+  const torch::stable::accelerator::DeviceGuard guard(statistics.get_device_index());
+  ContrastiveCoefficients c{};
+  fill_coefficients(c, grad_losses, statistics, groups, ranges, form);
+  const Tensor out = empty_beside(statistics, {3, c.R}, statistics.scalar_type());
+  c.coefficients = out.data_ptr();
+  check_cuda(launch_contrastive_coefficients(c, current_cuda_stream(statistics)), "contrastive_coefficients");
+  return out;
+}
+
+Tensor backward_cuda(Tensor rows, OptionalTensor columns, Tensor groups, Tensor ranges, OptionalTensor row_statistics,
+                     OptionalTensor row_coefficients, OptionalTensor column_statistics, OptionalTensor column_coefficients,
+                     int64_t channels, double temperature, bool unit, int64_t precision) {
+  const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
+  ContrastiveBackward b{};
+  fill_problem(b, rows, columns, groups, ranges, channels, temperature, unit, precision);
+  fill_losses(b, row_statistics, row_coefficients, column_statistics, column_coefficients, rows.scalar_type());
+  const Tensor grad_rows = empty_beside(rows, {b.R, b.Cp}, rows.scalar_type());
+  b.grad_rows = grad_rows.data_ptr();
+  const Tensor workspace = empty_beside(rows, {contrastive_backward_workspace(b)}, ScalarType::Byte);
+  check_cuda(launch_contrastive_backward(b, workspace.data_ptr(), current_cuda_stream(rows)), "contrastive_backward");
+  return grad_rows;
+}
+
+}  // namespace
+}  // namespace protokernels
+
+STABLE_TORCH_LIBRARY_IMPL(protokernels, CUDA, library) {
+  using namespace protokernels;
+  library.impl("contrastive_pack", TORCH_BOX(&pack_cuda));
+  library.impl("contrastive_unpack", TORCH_BOX(&unpack_cuda));
+  library.impl("contrastive_forward", TORCH_BOX(&forward_cuda));
+  library.impl("contrastive_coefficients", TORCH_BOX(&coefficients_cuda));
+  library.impl("contrastive_backward", TORCH_BOX(&backward_cuda));
+}
+#endif

@@ -1,0 +1,374 @@
+// SPDX-License-Identifier: MIT
+// Contrastive losses on the GPU, backward: the gradient of rows from the derivatives by statistics. The equations stand in ops/contrastive.h.
+//
+// factors_kernel: what a vector brings to its pairs, from its statistics and their derivatives: dp exp(-p), dn exp(-n), dl.
+// backward_block: like attention without a softmax. A block has 64 or 128 rows and walks over columns; scores become H in their registers, one
+// exponential for both roles of a pair, and H is at once the left factor of H F: the gradient of the rows stays in registers to the end. Rows with
+// losses meet all columns of their group, the others its anchors only. No block adds to another's rows; where columns are cut into shares,
+// combine_kernel adds up the shares in their order. Vectors beyond 128 channels are done in slices, each with scores of its own.
+//
+// Limits on an H200, by counting as in contrastive_kernel.cu, not measured:
+//   100 groups of 1024 rows, 17 % anchors, C = 16: 32 M entries; products 20 us (three tf32, twice), exponentials 8 us; about 27 us
+//   N = 8192, D = 128: tf32 116 us, bf16 72 us (shared memory); exponentials 18 us
+//   one group of 102,400, 17 % anchors, C = 16: 3.3 G entries; products 2.1 ms, exponentials 0.9 ms; about 2.4 ms
+// Not yet run on a GPU; runs in the emulator.
+
+#include "common/simt.cuh"
+#include "ops/cuda/contrastive_tile.cuh"
+
+namespace {
+
+constexpr float LOG2_E = 1.44269504f;
+constexpr int STAGES = 2;
+constexpr int FACTOR_THREADS = 256;
+constexpr int PADDING = 128;  // factors behind the last vector, so that a block may read those of all its rows
+
+// Of one side, or null where its vectors have no losses of their own. Bounded scores: weight = dp exp(-p), dn exp(-n), dl; else weight =
+// dp, dn, dl and level = p, n in units of log 2. A derivative of 0 stays one, whatever the statistic.
+struct Factors {
+  const float4* weight;  // [count + PADDING]
+  const float2* level;   // [count + PADDING], unless bounded
+};
+
+__global__ void __launch_bounds__(FACTOR_THREADS)
+    factors_kernel(int64_t count, bool bounded, const float* statistics, const float* coefficients, float4* weight, float2* level) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * FACTOR_THREADS + threadIdx.x;
+  if (i >= count + PADDING) return;
+  if (!statistics || i >= count) {
+    weight[i] = make_float4(0, 0, 0, 0);
+    if (!bounded) level[i] = make_float2(INFINITY, INFINITY);
+    return;
+  }
+  const float dp = coefficients[i], dn = coefficients[count + i], dl = coefficients[2 * count + i];
+  const float p = statistics[i], n = statistics[count + i];
+  if (bounded) {
+    weight[i] = make_float4(dp == 0 ? 0.0f : dp * expf(-p), dn == 0 ? 0.0f : dn * expf(-n), dl, 0);
+  } else {
+    weight[i] = make_float4(dp, dn, dl, 0);
+    level[i] = make_float2(dp == 0 ? INFINITY : p * LOG2_E, dn == 0 ? INFINITY : n * LOG2_E);
+  }
+}
+
+struct Backward {
+  int R, G, shares, slices;
+  Side rows, columns;
+  const ContrastiveGroup* groups;  // [G]
+  const ContrastiveRange* ranges;  // [R]
+  float scale;                     // log2(e) / temperature
+  float inverse_temperature;
+  bool rows_have_losses, columns_have_losses;
+  Factors of_rows, of_columns;
+  float* gradient;  // [shares, R, Cp]
+};
+
+// Scores become H. weight, level: of the warp's columns, in shared memory; row0, column0: the warp's first. Entries in the layout of Scores.
+template <class S, bool bounded>
+struct Weigh;
+
+template <class S>
+struct Weigh<S, true> {
+  static __device__ __forceinline__ void run(Scores<S>& scores, const Backward& p, const WarpClasses& classes, const float4* weight,
+                                             const float2*, int row0, int column0, int end) {
+    const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+    unsigned others, same;
+    classes.kinds<S::FRAGMENTS>(column0, end, others, same);
+    float4 own[2][2];
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) own[t][r] = p.of_rows.weight[row0 + 16 * t + 8 * r + group];
+#pragma unroll
+    for (int f = 0; f < S::FRAGMENTS; ++f) {
+      const float4 column[2] = {weight[8 * f + 2 * member], weight[8 * f + 2 * member + 1]};
+      const auto as_other = [&](float power, int t, int i) { return power * (own[t][i / 2].y + column[i % 2].y); };
+      const auto as_same = [&](float power, int t, int i) {
+        return power * (own[t][i / 2].x + column[i % 2].x) + (own[t][i / 2].z + column[i % 2].z);
+      };
+      if (others >> f & 1) {
+#pragma unroll
+        for (int t = 0; t < 2; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) scores[t][f][i] = as_other(pk::exp2_fast(scores[t][f][i] * p.scale), t, i);
+      } else if (same >> f & 1) {
+#pragma unroll
+        for (int t = 0; t < 2; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) scores[t][f][i] = as_same(pk::exp2_fast(scores[t][f][i] * p.scale), t, i);
+      } else {
+#pragma unroll
+        for (int t = 0; t < 2; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const ContrastiveRange range = range_at(p.ranges, min(row0 + 16 * t + 8 * (i / 2) + group, p.R - 1));
+            const int j = column0 + 8 * f + 2 * member + i % 2;
+            const float power = pk::exp2_fast(scores[t][f][i] * p.scale),
+                        h = in_class(range, j) ? as_same(power, t, i) : as_other(power, t, i);
+            scores[t][f][i] = j < end && j != range.self ? h : 0.0f;
+          }
+      }
+    }
+  }
+};
+
+template <class S>
+struct Weigh<S, false> {
+  static __device__ __forceinline__ void run(Scores<S>& scores, const Backward& p, const WarpClasses& classes, const float4* weight,
+                                             const float2* level, int row0, int column0, int end) {
+    const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+    unsigned others, same;
+    classes.kinds<S::FRAGMENTS>(column0, end, others, same);
+#pragma unroll
+    for (int f = 0; f < S::FRAGMENTS; ++f) {
+      const bool pure = (others | same) >> f & 1, of_others = others >> f & 1;
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int row = row0 + 16 * t + 8 * r + group;
+          const float4 own = p.of_rows.weight[row];
+          const float2 own_level = p.of_rows.level[row];
+          ContrastiveRange range = {0, 0, -1};
+          if (!pure) range = range_at(p.ranges, min(row, p.R - 1));
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int at = 8 * f + 2 * member + e, j = column0 + at;
+            const float4 other = weight[at];
+            const float2 other_level = level[at];
+            const bool positive = pure ? !of_others : in_class(range, j);
+            const float exponent = scores[t][f][2 * r + e] * p.scale;
+            const float by_row = (positive ? own.x : own.y) * pk::exp2_fast(exponent - (positive ? own_level.x : own_level.y));
+            const float by_column = (positive ? other.x : other.y) * pk::exp2_fast(exponent - (positive ? other_level.x : other_level.y));
+            const float h = by_row + by_column + (positive ? own.z + other.z : 0.0f);
+            scores[t][f][2 * r + e] = pure || (j < end && j != range.self) ? h : 0.0f;
+          }
+        }
+    }
+  }
+};
+
+// What a warp keeps of its rows in shared memory, as registers are short. A bit for each: it is there; it has a gradient.
+struct WarpRows {
+  WarpClasses classes;
+  unsigned present, takes_part;
+  int end;  // of the columns it needs
+};
+
+// The two warps that share rows have their gradients from other columns; the second hands them over. target: of the warp's first row.
+template <class S>
+__device__ __forceinline__ void write_gradient(const Gradient<S>& d, float* target, int64_t Cp, int channels, const WarpRows& rows,
+                                               float factor, float* shared) {
+  constexpr int V = S::VECTOR;
+  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+  const bool gives = S::warp_column() != 0;
+  float* const exchange = shared + S::warp_row() * S::CHANNELS;
+  const auto each = [&](const auto& action) {
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int q = 0; q < S::CHANNELS / (8 * V); ++q)
+#pragma unroll
+          for (int k = 0; k < 2 * V; k += 4) {  // four channels in a row
+            const auto at = [&](int c) { return d[t][q * V + c % V][2 * r + c / V]; };
+            action(16 * t + 8 * r + group, q * 8 * V + 2 * V * member + k, make_float4(at(k), at(k + 1), at(k + 2), at(k + 3)));
+          }
+  };
+  if (gives) each([&](int row, int channel, const float4& v) { pk::store_vector(exchange + row * S::CHANNELS + channel, v); });
+  __syncthreads();
+  if (gives) return;
+  const unsigned present = rows.present, takes_part = rows.takes_part;
+  each([&](int row, int channel, const float4& v) {
+    if (!(present >> row & 1) || channel >= channels) return;
+    const float4 w = pk::load_vector<float4>(exchange + row * S::CHANNELS + channel);
+    const float4 sum = make_float4((v.x + w.x) * factor, (v.y + w.y) * factor, (v.z + w.z) * factor, (v.w + w.w) * factor);
+    pk::store_vector(target + row * Cp + channel, takes_part >> row & 1 ? sum : make_float4(0, 0, 0, 0));
+  });
+}
+
+template <class S, Precision precision, bool bounded>
+__device__ __forceinline__ void backward_block(const Backward& p, float* shared) {
+  const int block = static_cast<int>(blockIdx.x), slice = block % p.slices, share = block / p.slices % p.shares;
+  const Rows rows = find_rows<S::THREADS>(p.groups, p.G, p.R, S::ROWS, block / p.slices / p.shares);
+  if (rows.first >= rows.end) return;
+  const ContrastiveGroup& group = rows.group;
+  const int of_anchors = p.columns_have_losses ? group.column_anchor_end : group.column_begin;
+  const auto columns_end = [&](int first, int behind) {  // of rows [first, behind)
+    first = max(first, group.row_begin), behind = min(behind, rows.end);
+    if (first >= min(behind, group.row_end)) return group.column_begin;
+    return p.rows_have_losses && first < group.row_anchor_end ? group.column_end : of_anchors;
+  };
+  const int row0 = rows.first + S::warp_row(), lane = threadIdx.x % 32;
+  const int count = columns_end(rows.first, rows.end) - group.column_begin;
+  const int of_share = ((count + p.shares - 1) / p.shares + S::COLUMNS - 1) / S::COLUMNS * S::COLUMNS;
+  const int begin = group.column_begin + share * of_share, end = min(begin + of_share, group.column_begin + count);
+
+  PK_SHARED(WarpRows, of_warps, S::THREADS / 32);
+  WarpRows& of_warp = of_warps[threadIdx.x / 32];
+  WarpClasses classes;
+  classes.find(p.ranges, row0 + lane, rows.in_group(row0 + lane));
+  const unsigned present = __ballot_sync(ALL, row0 + lane < rows.end), takes_part = __ballot_sync(ALL, rows.in_group(row0 + lane));
+  if (lane == 0) of_warp = {classes, present, takes_part, min(end, columns_end(row0, row0 + 32))};
+  __syncwarp();
+  float4* const weight = reinterpret_cast<float4*>(shared + S::ROW_FLOATS + STAGES * S::STAGE_FLOATS);  // [STAGES, COLUMNS]
+  float2* const level = reinterpret_cast<float2*>(weight + STAGES * S::COLUMNS);                        // [STAGES, COLUMNS]
+  const auto load_factors = [&](int stage, int column0) {
+    const int at = threadIdx.x, j = column0 + at;
+    if (at >= S::COLUMNS) return;
+    pk::copy_async_16(weight + stage * S::COLUMNS + at, p.of_columns.weight + (j < end ? j : 0), j < end);
+    if (!bounded) pk::copy_async_8(level + stage * S::COLUMNS + at, p.of_columns.level + (j < end ? j : 0), j < end);
+  };
+  Gradient<S> gradient = {};
+  walk_columns<S, precision>(
+      p.rows, rows, p.columns, begin, end, slice, STAGES, shared, load_factors,
+      [&](int column0) { return column0 + S::warp_column() < of_warp.end; },
+      [&](Scores<S>& scores, int stage, int column0) {
+        const int at = stage * S::COLUMNS + S::warp_column();
+        Weigh<S, bounded>::run(scores, p, of_warp.classes, weight + at, level + at, row0, column0 + S::warp_column(), end);
+        const float* const y = shared + S::ROW_FLOATS + stage * S::STAGE_FLOATS + S::warp_column() * S::CHANNELS;
+        add_gradient<S, precision>(gradient, scores, y, static_cast<int>(p.rows.Cp) - slice * S::CHANNELS);
+      });
+  float* const target = p.gradient + (static_cast<int64_t>(share) * p.R + row0) * p.rows.Cp + slice * S::CHANNELS;
+  write_gradient<S>(gradient, target, p.rows.Cp, static_cast<int>(p.rows.Cp) - slice * S::CHANNELS, of_warp, p.inverse_temperature, shared);
+}
+
+using Narrow = Shape<16, 2, 2>;
+template <Precision precision, bool bounded>
+constexpr int NARROW_BLOCKS = bounded && precision != Precision::highest ? 4 : 3;  // of a multiprocessor, as registers allow
+using Middle = Shape<64, 2, 2>;
+template <Precision precision>
+using Wide = Shape<128, 4, precision == Precision::highest ? 1 : 2>;
+template <Precision precision>
+using Sliced = Shape<128, 4, precision == Precision::medium ? 2 : 1, true>;
+
+// resources: dynamic shared 15360 bytes
+template <Precision precision, bool bounded>
+__global__ void __launch_bounds__(128, NARROW_BLOCKS<precision, bounded>) narrow_backward_kernel(const Backward p) {
+  PK_DYNAMIC_SHARED(float, shared);
+  backward_block<Narrow, precision, bounded>(p, shared);
+}
+// resources: dynamic shared 52224 bytes
+template <Precision precision, bool bounded>
+__global__ void __launch_bounds__(128, 2) middle_backward_kernel(const Backward p) {
+  PK_DYNAMIC_SHARED(float, shared);
+  backward_block<Middle, precision, bounded>(p, shared);
+}
+// resources: dynamic shared 134144 bytes
+template <Precision precision, bool bounded>
+__global__ void __launch_bounds__(256, 1) wide_backward_kernel(const Backward p) {
+  PK_DYNAMIC_SHARED(float, shared);
+  backward_block<Wide<precision>, precision, bounded>(p, shared);
+}
+
+// resources: dynamic shared 134144 bytes
+template <Precision precision, bool bounded>
+__global__ void __launch_bounds__(256, 1) sliced_backward_kernel(const Backward p) {
+  PK_DYNAMIC_SHARED(float, shared);
+  backward_block<Sliced<precision>, precision, bounded>(p, shared);
+}
+
+__global__ void __launch_bounds__(FACTOR_THREADS) combine_kernel(int64_t vectors, int shares, const float4* partial, float4* gradient) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * FACTOR_THREADS + threadIdx.x;
+  if (i >= vectors) return;
+  float4 sum = partial[i];
+  for (int s = 1; s < shares; ++s) {
+    const float4 part = partial[s * vectors + i];
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+  }
+  gradient[i] = sum;
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ launch
+
+template <class S>
+std::size_t shared_bytes() {
+  const int floats = S::ROW_FLOATS + STAGES * S::STAGE_FLOATS, of_factors = STAGES * S::COLUMNS * 6;
+  return sizeof(float) * static_cast<std::size_t>(floats + of_factors);
+}
+
+template <Precision precision, bool bounded>
+int launch_width(ContrastiveWidth width, Backward& p, int64_t blocks, void* stream) {
+  const dim3 grid(static_cast<unsigned>(blocks));
+  switch (width) {
+    case ContrastiveWidth::narrow:
+      return PK_LAUNCH((narrow_backward_kernel<precision, bounded>), grid, dim3(Narrow::THREADS), shared_bytes<Narrow>(), stream, p);
+    case ContrastiveWidth::middle:
+      return PK_LAUNCH((middle_backward_kernel<precision, bounded>), grid, dim3(Middle::THREADS), shared_bytes<Middle>(), stream, p);
+    case ContrastiveWidth::wide:
+      return PK_LAUNCH((wide_backward_kernel<precision, bounded>), grid, dim3(Wide<precision>::THREADS), shared_bytes<Wide<precision>>(),
+                       stream, p);
+    default:
+      return PK_LAUNCH((sliced_backward_kernel<precision, bounded>), grid, dim3(Sliced<precision>::THREADS),
+                       shared_bytes<Sliced<precision>>(), stream, p);
+  }
+}
+
+template <Precision precision>
+int launch_bounded(ContrastiveWidth width, bool bounded, Backward& p, int64_t blocks, void* stream) {
+  return bounded ? launch_width<precision, true>(width, p, blocks, stream) : launch_width<precision, false>(width, p, blocks, stream);
+}
+
+dim3 blocks_for(int64_t count) { return dim3(static_cast<unsigned>((count + FACTOR_THREADS - 1) / FACTOR_THREADS)); }
+
+// What lies in the workspace; without one its size.
+struct Arrangement {
+  float4 *row_weight, *column_weight;
+  float2 *row_level, *column_level;
+  float* partial;
+  int64_t bytes;
+
+  Arrangement(const ContrastiveBackward& p, const ContrastiveGrid& grid, void* workspace) {
+    Pieces pieces(workspace);
+    row_weight = pieces.take<float4>(p.R + PADDING), row_level = pieces.take<float2>(p.bounded ? 0 : p.R + PADDING);
+    column_weight = pieces.take<float4>(p.M + PADDING), column_level = pieces.take<float2>(p.bounded ? 0 : p.M + PADDING);
+    partial = pieces.take<float>(grid.shares > 1 ? grid.shares * p.R * p.Cp : 0);
+    bytes = pieces.used();
+  }
+};
+
+}  // namespace
+
+namespace protokernels {
+
+int64_t contrastive_backward_workspace(const ContrastiveBackward& p) {
+  return p.double_compute ? 0 : Arrangement(p, contrastive_backward_grid(p.R, p.M, p.G, p.Cp), nullptr).bytes;
+}
+
+int launch_contrastive_backward(const ContrastiveBackward& p, void* workspace, void* stream) {
+  if (p.R == 0) return 0;
+  if (p.double_compute) return launch_contrastive_double_backward(p, stream);
+  const ContrastiveGrid grid = contrastive_backward_grid(p.R, p.M, p.G, p.Cp);
+  const ContrastiveWidth width = contrastive_width(p.Cp);
+  const Arrangement memory(p, grid, workspace);
+  const bool one_set = p.one_set;
+  int status = PK_LAUNCH(factors_kernel, blocks_for(p.R + PADDING), dim3(FACTOR_THREADS), 0, stream, p.R, p.bounded,
+                         static_cast<const float*>(p.row_statistics), static_cast<const float*>(p.row_coefficients), memory.row_weight,
+                         memory.row_level);
+  if (status == 0 && !one_set)
+    status = PK_LAUNCH(factors_kernel, blocks_for(p.M + PADDING), dim3(FACTOR_THREADS), 0, stream, p.M, p.bounded,
+                       static_cast<const float*>(p.column_statistics), static_cast<const float*>(p.column_coefficients),
+                       memory.column_weight, memory.column_level);
+  if (status != 0) return status;
+  Backward launch;
+  launch.R = static_cast<int>(p.R), launch.G = static_cast<int>(p.G);
+  launch.shares = static_cast<int>(grid.shares), launch.slices = static_cast<int>(grid.slices);
+  launch.rows = {static_cast<const float*>(p.rows), p.Cp}, launch.columns = {static_cast<const float*>(p.columns), p.Cp};
+  launch.groups = p.groups, launch.ranges = p.ranges;
+  launch.inverse_temperature = static_cast<float>(1.0 / p.temperature),
+  launch.scale = static_cast<float>(1.4426950408889634 / p.temperature);
+  launch.rows_have_losses = p.row_statistics != nullptr, launch.columns_have_losses = p.column_statistics != nullptr;
+  launch.of_rows = {memory.row_weight, memory.row_level};
+  launch.of_columns = one_set ? launch.of_rows : Factors{memory.column_weight, memory.column_level};
+  launch.gradient = grid.shares > 1 ? memory.partial : static_cast<float*>(p.grad_rows);
+  switch (p.precision) {
+    case Precision::highest: status = launch_bounded<Precision::highest>(width, p.bounded, launch, grid.blocks(), stream); break;
+    case Precision::high: status = launch_bounded<Precision::high>(width, p.bounded, launch, grid.blocks(), stream); break;
+    default: status = launch_bounded<Precision::medium>(width, p.bounded, launch, grid.blocks(), stream);
+  }
+  if (status != 0 || grid.shares == 1) return status;
+  const int64_t vectors = p.R * p.Cp / 4;
+  return PK_LAUNCH(combine_kernel, blocks_for(vectors), dim3(FACTOR_THREADS), 0, stream, vectors, launch.shares,
+                   reinterpret_cast<const float4*>(memory.partial), static_cast<float4*>(p.grad_rows));
+}
+
+}  // namespace protokernels

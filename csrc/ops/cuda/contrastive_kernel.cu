@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: MIT
+// Contrastive losses on the GPU, forward. The equations stand in ops/contrastive.h, the products in contrastive_tile.cuh.
+//
+// forward_block: a block has 64 or 128 rows of a group and walks over the group's columns, or a share of them. Scores stay in registers as they
+// come from the tensor cores; a thread adds up powers of two for its part of four rows, and the threads of a row meet once, at the end. Rows and
+// columns are in order of their classes, so that a fragment of 8 columns nearly always is of one kind for all rows of a warp: 4 instructions an
+// entry. Unit vectors need no maximum and no shift. Blocks without anchors write zeros and leave. The last share of a tile to arrive adds up all
+// of them in their order, the last tile the total: no atomics on floats, the same bits every time.
+//
+// Limits on an H200, by counting (16 ex2 a clock and multiprocessor at 1.8 GHz; mma.sync at 60 % of 495 TFLOP/s tf32; 3 products in precision
+// highest), not measured:
+//   100 groups of 1024 rows, 17 % anchors, C = 16: 18 M entries; exponentials 5 us, products 6 us; with padding and the tail about 10 us
+//   N = 8192, D = 128: tf32 58 us (bf16: 36 us, shared memory), exponentials 18 us
+//   one group of 102,400, 17 % anchors, C = 16: 1.8 G entries; exponentials 0.47 ms, products 0.58 ms; about 0.7 ms
+// Not yet run on a GPU; runs in the emulator.
+
+#include "common/simt.cuh"
+#include "ops/cuda/contrastive_tile.cuh"
+
+namespace {
+
+constexpr float LN_2 = 0.693147181f;
+
+// Log of a sum of powers of two. Bounded: a plain sum; else relative to the largest exponent.
+template <bool bounded>
+struct LogSum;
+
+template <>
+struct LogSum<true> {
+  static constexpr int PARTS = 1;
+  float part[1] = {0};
+
+  __device__ __forceinline__ void merge(const float* other) { part[0] += other[0]; }
+  __device__ __forceinline__ float value() const { return logf(part[0]); }
+};
+
+template <>
+struct LogSum<false> {
+  static constexpr int PARTS = 2;
+  float part[2] = {-INFINITY, 0};
+
+  __device__ __forceinline__ float shift() const { return part[0] == -INFINITY ? 0.0f : part[0]; }
+  __device__ __forceinline__ void raise(float top) {  // a NaN among the exponents comes with the sum
+    const float before = part[0];
+    part[0] = fmaxf(before, top);
+    part[1] *= pk::exp2_fast(before - shift());
+  }
+  __device__ __forceinline__ void merge(const float* other) {
+    raise(other[0]);
+    part[1] += other[1] * pk::exp2_fast(other[0] - shift());
+  }
+  __device__ __forceinline__ float value() const { return shift() * LN_2 + logf(part[1]); }
+};
+
+template <bool bounded>
+struct RowSums {
+  static constexpr int OF_LOG = LogSum<bounded>::PARTS, PARTS = 2 * OF_LOG + 1;
+  LogSum<bounded> p, n;
+  float l = 0;
+
+  __device__ __forceinline__ void merge(const float (&other)[PARTS]) {
+    p.merge(other);
+    n.merge(other + OF_LOG);
+    l += other[PARTS - 1];
+  }
+  __device__ __forceinline__ void parts(float (&out)[PARTS]) const {
+#pragma unroll
+    for (int k = 0; k < OF_LOG; ++k) out[k] = p.part[k], out[OF_LOG + k] = n.part[k];
+    out[PARTS - 1] = l;
+  }
+  // With the other threads of the warp that share the row.
+  __device__ __forceinline__ void gather() {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      float mine[PARTS], other[PARTS];
+      parts(mine);
+#pragma unroll
+      for (int k = 0; k < PARTS; ++k) other[k] = __shfl_xor_sync(ALL, mine[k], step);
+      merge(other);
+    }
+  }
+};
+
+struct Forward {
+  int R, G, shares, stages;
+  Side rows, columns;
+  const ContrastiveGroup* groups;  // [G]
+  const ContrastiveRange* ranges;  // [R]
+  float scale;                     // log2(e) / temperature
+  float inverse_temperature;
+  Results<float> results;
+  float* partial;           // [tiles, shares, ROWS, parts]
+  unsigned* tile_arrivals;  // [tiles], 0 before the launch
+};
+
+// Adds the scores of a warp to the sums of its rows; entries in the layout of Scores.
+template <class S>
+__device__ __forceinline__ void add_entries(RowSums<true> (&sums)[2][2], const Scores<S>& scores, float scale, const WarpClasses& classes,
+                                            const ContrastiveRange* ranges, int row0, int last_row, int column0, int end) {
+  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+  unsigned others, same;
+  classes.kinds<S::FRAGMENTS>(column0, end, others, same);
+#pragma unroll
+  for (int f = 0; f < S::FRAGMENTS; ++f) {
+    if (others >> f & 1) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[t][i / 2].n.part[0] += pk::exp2_fast(scores[t][f][i] * scale);
+    } else if (same >> f & 1) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums[t][i / 2].p.part[0] += pk::exp2_fast(scores[t][f][i] * scale);
+          sums[t][i / 2].l += scores[t][f][i];
+        }
+    } else {
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const ContrastiveRange range = range_at(ranges, min(row0 + 16 * t + 8 * r + group, last_row));
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int column = column0 + 8 * f + 2 * member + e;
+            const float s = scores[t][f][2 * r + e], power = pk::exp2_fast(s * scale);
+            if (column >= end || column == range.self) continue;
+            if (in_class(range, column)) {
+              sums[t][r].p.part[0] += power;
+              sums[t][r].l += s;
+            } else {
+              sums[t][r].n.part[0] += power;
+            }
+          }
+        }
+    }
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void add_entries(RowSums<false> (&sums)[2][2], const Scores<S>& scores, float scale, const WarpClasses&,
+                                            const ContrastiveRange* ranges, int row0, int last_row, int column0, int end) {
+  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const ContrastiveRange range = range_at(ranges, min(row0 + 16 * t + 8 * r + group, last_row));
+      float top_p = -INFINITY, top_n = -INFINITY;
+      const auto each = [&](const auto& entry) {
+#pragma unroll
+        for (int f = 0; f < S::FRAGMENTS; ++f)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int column = column0 + 8 * f + 2 * member + e;
+            if (column < end && column != range.self) entry(scores[t][f][2 * r + e], in_class(range, column));
+          }
+      };
+      each([&](float s, bool positive) {
+        top_p = positive ? fmaxf(top_p, s * scale) : top_p;
+        top_n = positive ? top_n : fmaxf(top_n, s * scale);
+      });
+      RowSums<false>& row = sums[t][r];
+      row.p.raise(top_p);
+      row.n.raise(top_n);
+      const float shift_p = row.p.shift(), shift_n = row.n.shift();
+      each([&](float s, bool positive) {
+        const float power = pk::exp2_fast(s * scale - (positive ? shift_p : shift_n));
+        row.p.part[1] += positive ? power : 0.0f;
+        row.n.part[1] += positive ? 0.0f : power;
+        row.l += positive ? s : 0.0f;
+      });
+    }
+}
+
+template <class S, Precision precision, bool bounded>
+__device__ __forceinline__ void forward_block(const Forward& p, float* shared) {
+  using Sums = RowSums<bounded>;
+  constexpr int PARTS = Sums::PARTS;
+  const int tile = static_cast<int>(blockIdx.x) / p.shares, share = static_cast<int>(blockIdx.x) % p.shares;
+  const Rows rows = find_rows<S::THREADS>(p.groups, p.G, p.R, S::ROWS, tile);
+  const int anchors_begin = max(rows.first, rows.group.row_begin), anchors_end = min(rows.end, rows.group.row_anchor_end);
+  const int count = anchors_begin < anchors_end ? rows.group.column_end - rows.group.column_begin : 0;
+  const int of_share = ((count + p.shares - 1) / p.shares + S::COLUMNS - 1) / S::COLUMNS * S::COLUMNS;
+  const int used = count > 0 ? (count + of_share - 1) / of_share : 1;
+  if (share >= used) return;
+  const int begin = rows.group.column_begin + share * of_share, end = min(begin + of_share, rows.group.column_begin + count);
+
+  const int row0 = rows.first + S::warp_row(), lane = threadIdx.x % 32;
+  const bool takes_part = row0 + lane >= anchors_begin && row0 + lane < anchors_end;
+  const bool works = __any_sync(ALL, takes_part);
+  WarpClasses classes;
+  classes.find(p.ranges, row0 + lane, takes_part);
+  Sums sums[2][2];
+  walk_columns<S, precision>(
+      p.rows, rows, p.columns, begin, end, -1, p.stages, shared, [](int, int) {},
+      [&](int column0) { return works && column0 + S::warp_column() < end; },
+      [&](const Scores<S>& scores, int, int column0) {
+        add_entries<S>(sums, scores, p.scale, classes, p.ranges, row0, p.R - 1, column0 + S::warp_column(), end);
+      });
+
+  float(*const gathered)[2][PARTS] = reinterpret_cast<float(*)[2][PARTS]>(shared);  // the columns are not needed any more
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sums[t][r].gather();
+      if (lane % 4 == 0) sums[t][r].parts(gathered[S::warp_row() + 16 * t + 8 * r + lane / 4][threadIdx.x / 32 % 2]);
+    }
+  __syncthreads();
+  const int at = threadIdx.x, row = rows.first + at;
+  const bool speaks = at < S::ROWS && row < rows.end;
+  Sums total;
+  if (speaks) {
+    total.merge(gathered[at][0]);
+    total.merge(gathered[at][1]);
+  }
+  if (used > 1) {
+    float(*const partial)[S::ROWS][PARTS] = reinterpret_cast<float(*)[S::ROWS][PARTS]>(p.partial) + static_cast<int64_t>(tile) * p.shares;
+    if (speaks) total.parts(partial[share][at]);
+    if (!arrives_last(p.tile_arrivals + tile, used)) return;
+    if (speaks) {
+      total = Sums();
+      for (int s = 0; s < used; ++s) {
+        float part[PARTS];
+#pragma unroll
+        for (int k = 0; k < PARTS; ++k) part[k] = __ldcg(&partial[s][at][k]);
+        total.merge(part);
+      }
+    }
+  }
+  double weighted = 0;
+  if (speaks) weighted = p.results.write(row, rows.is_anchor(row), total.p.value(), total.n.value(), total.l * p.inverse_temperature);
+  p.results.template add<S::THREADS>(tile, weighted);
+}
+
+using Narrow = Shape<16, 2, 4>;
+using Middle = Shape<64, 2, 4>;
+using Wide = Shape<128, 4, 4>;
+template <Precision precision>
+using Sliced = Shape<128, 4, precision == Precision::highest ? 2 : 4, true>;
+
+// resources: dynamic shared 20480 bytes
+template <Precision precision, bool bounded>
+__global__ void __launch_bounds__(128, bounded ? 3 : 2) narrow_forward_kernel(const Forward p) {
+  PK_DYNAMIC_SHARED(float, shared);
+  forward_block<Narrow, precision, bounded>(p, shared);
+}
+// resources: dynamic shared 81920 bytes
+template <Precision precision, bool bounded>
+__global__ void __launch_bounds__(128, 2) middle_forward_kernel(const Forward p) {
+  PK_DYNAMIC_SHARED(float, shared);
+  forward_block<Middle, precision, bounded>(p, shared);
+}
+// With the second stage, where it fits, 196608 bytes.
+// resources: dynamic shared 131072 bytes
+template <Precision precision, bool bounded>
+__global__ void __launch_bounds__(256, 1) wide_forward_kernel(const Forward p) {
+  PK_DYNAMIC_SHARED(float, shared);
+  forward_block<Wide, precision, bounded>(p, shared);
+}
+// resources: dynamic shared 131072 bytes
+template <Precision precision, bool bounded>
+__global__ void __launch_bounds__(256, 1) sliced_forward_kernel(const Forward p) {
+  PK_DYNAMIC_SHARED(float, shared);
+  forward_block<Sliced<precision>, precision, bounded>(p, shared);
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ launch
+
+template <class S>
+std::size_t shared_bytes(int stages) {
+  return sizeof(float) * static_cast<std::size_t>(S::ROW_FLOATS + stages * S::STAGE_FLOATS);
+}
+
+template <Precision precision, bool bounded>
+int launch_width(ContrastiveWidth width, const Forward& p, int64_t blocks, void* stream) {
+  const dim3 grid(static_cast<unsigned>(blocks));
+  switch (width) {
+    case ContrastiveWidth::narrow:
+      return PK_LAUNCH((narrow_forward_kernel<precision, bounded>), grid, dim3(Narrow::THREADS), shared_bytes<Narrow>(p.stages), stream, p);
+    case ContrastiveWidth::middle:
+      return PK_LAUNCH((middle_forward_kernel<precision, bounded>), grid, dim3(Middle::THREADS), shared_bytes<Middle>(p.stages), stream, p);
+    case ContrastiveWidth::wide:
+      return PK_LAUNCH((wide_forward_kernel<precision, bounded>), grid, dim3(Wide::THREADS), shared_bytes<Wide>(p.stages), stream, p);
+    default:
+      return PK_LAUNCH((sliced_forward_kernel<precision, bounded>), grid, dim3(Sliced<precision>::THREADS),
+                       shared_bytes<Sliced<precision>>(p.stages), stream, p);
+  }
+}
+
+template <Precision precision>
+int launch_bounded(ContrastiveWidth width, bool bounded, const Forward& p, int64_t blocks, void* stream) {
+  return bounded ? launch_width<precision, true>(width, p, blocks, stream) : launch_width<precision, false>(width, p, blocks, stream);
+}
+
+// The workspace; without one its size.
+int64_t arrange(const ContrastiveForward& p, void* workspace, Forward& out) {
+  const ContrastiveGrid grid = contrastive_forward_grid(p.R, p.M, p.G, p.Cp);
+  const int64_t rows = contrastive_rows(contrastive_width(p.Cp)), parts = p.bounded ? RowSums<true>::PARTS : RowSums<false>::PARTS;
+  Pieces pieces(workspace);
+  unsigned* const arrivals = pieces.take<unsigned>(1 + grid.tiles);
+  out.results.arrivals = arrivals;
+  out.tile_arrivals = arrivals ? arrivals + 1 : nullptr;
+  out.results.tile_totals = pieces.take<double>(grid.tiles);
+  out.partial = pieces.take<float>(grid.shares > 1 ? grid.tiles * grid.shares * rows * parts : 0);
+  return pieces.used();
+}
+
+}  // namespace
+
+namespace protokernels {
+
+int64_t contrastive_forward_workspace(const ContrastiveForward& p) {
+  Forward ignored;
+  return p.double_compute ? contrastive_double_forward_workspace(p) : arrange(p, nullptr, ignored);
+}
+
+int launch_contrastive_forward(const ContrastiveForward& p, void* workspace, void* stream) {
+  if (p.R == 0) return p.weights ? pk::memset_async(p.total, 0, p.double_compute ? sizeof(double) : sizeof(float), stream) : 0;
+  if (p.double_compute) return launch_contrastive_double_forward(p, workspace, stream);
+  const ContrastiveGrid grid = contrastive_forward_grid(p.R, p.M, p.G, p.Cp);
+  const ContrastiveWidth width = contrastive_width(p.Cp);
+  Forward launch;
+  arrange(p, workspace, launch);
+  launch.R = static_cast<int>(p.R), launch.G = static_cast<int>(p.G), launch.shares = static_cast<int>(grid.shares);
+  const bool two_stages = width != ContrastiveWidth::wide || shared_bytes<Wide>(2) <= pk::shared_memory_limit();
+  launch.stages = two_stages && width != ContrastiveWidth::sliced ? 2 : 1;
+  launch.rows = {static_cast<const float*>(p.rows), p.Cp}, launch.columns = {static_cast<const float*>(p.columns), p.Cp};
+  launch.groups = p.groups, launch.ranges = p.ranges;
+  launch.inverse_temperature = static_cast<float>(1.0 / p.temperature),
+  launch.scale = static_cast<float>(1.4426950408889634 / p.temperature);
+  Results<float>& results = launch.results;
+  results.R = launch.R, results.tiles = static_cast<int>(grid.tiles), results.form = p.form, results.ranges = p.ranges;
+  results.weights = p.weights, results.losses = static_cast<float*>(p.losses), results.statistics = static_cast<float*>(p.statistics);
+  results.total = static_cast<float*>(p.total);
+  const int status = pk::memset_async(results.arrivals, 0, sizeof(unsigned) * static_cast<std::size_t>(1 + grid.tiles), stream);
+  if (status != 0) return status;
+  switch (p.precision) {
+    case Precision::highest: return launch_bounded<Precision::highest>(width, p.bounded, launch, grid.blocks(), stream);
+    case Precision::high: return launch_bounded<Precision::high>(width, p.bounded, launch, grid.blocks(), stream);
+    default: return launch_bounded<Precision::medium>(width, p.bounded, launch, grid.blocks(), stream);
+  }
+}
+
+}  // namespace protokernels

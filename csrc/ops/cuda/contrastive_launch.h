@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: MIT
+// Which kernels serve a problem and how its work is cut up, by shapes alone. Known to the host side and its tests.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/contrastive.h"
+
+namespace protokernels {
+
+// By the length of a vector: up to 16, 64, 128, or slices of 128. A block has so many rows.
+enum class ContrastiveWidth { narrow, middle, wide, sliced };
+
+constexpr ContrastiveWidth contrastive_width(int64_t Cp) {
+  return Cp <= 16    ? ContrastiveWidth::narrow
+         : Cp <= 64  ? ContrastiveWidth::middle
+         : Cp <= 128 ? ContrastiveWidth::wide
+                     : ContrastiveWidth::sliced;
+}
+constexpr int64_t contrastive_rows(ContrastiveWidth width) { return width < ContrastiveWidth::wide ? 64 : 128; }
+constexpr int64_t contrastive_slice(ContrastiveWidth width) {
+  return width == ContrastiveWidth::narrow ? 16 : width == ContrastiveWidth::middle ? 64 : 128;
+}
+
+// A tile is a block's rows. The tiles of group g begin with number row_begin / rows + g, so that a tile is found without a list of tiles and
+// without the host knowing the groups; of two numbers for a group's last rows one has none, and its block leaves at once.
+// The columns of a tile are cut into shares where rows alone do not fill a GPU, its channels into slices.
+struct ContrastiveGrid {
+  int64_t tiles, shares, slices;
+  constexpr int64_t blocks() const { return tiles * shares * slices; }
+};
+
+constexpr int64_t contrastive_tiles(int64_t R, int64_t G, int64_t rows) { return R / rows + (G > 0 ? G : 1); }
+
+// So many that there are `blocks` blocks, but none of fewer than `columns` columns.
+constexpr int64_t contrastive_shares(int64_t R, int64_t M, int64_t G, int64_t rows, int64_t blocks, int64_t columns) {
+  constexpr int64_t most = 16;
+  const int64_t tiles = (R + rows - 1) / rows, of_group = M / (G > 0 ? G : 1) / columns;
+  const int64_t wanted = tiles > 0 ? (blocks + tiles - 1) / tiles : 1, possible = of_group < most ? of_group : most;
+  const int64_t shares = wanted < possible ? wanted : possible;
+  return shares > 1 ? shares : 1;
+}
+
+// Anchors alone have work here, perhaps a small part of the rows: more blocks than a GPU holds at once.
+constexpr ContrastiveGrid contrastive_forward_grid(int64_t R, int64_t M, int64_t G, int64_t Cp) {
+  const ContrastiveWidth width = contrastive_width(Cp);
+  const int64_t rows = contrastive_rows(width);
+  const bool wide = width >= ContrastiveWidth::wide;
+  const int64_t fill = contrastive_shares(R, M, G, rows, wide ? 512 : 1024, wide ? 256 : 128);
+  const int64_t balance = contrastive_shares(R, M, G, rows, 4096, 4096);  // a few long blocks would end at different times
+  return {contrastive_tiles(R, G, rows), fill > balance ? fill : balance, 1};
+}
+
+// Every share leaves a gradient of its rows to be added up.
+constexpr ContrastiveGrid contrastive_backward_grid(int64_t R, int64_t M, int64_t G, int64_t Cp) {
+  const ContrastiveWidth width = contrastive_width(Cp);
+  const int64_t rows = contrastive_rows(width), slice = contrastive_slice(width), slices = (Cp + slice - 1) / slice;
+  const int64_t blocks = width == ContrastiveWidth::narrow ? 1024 : width == ContrastiveWidth::middle ? 512 : 256;
+  const int64_t shares =
+      contrastive_shares(R, M, G, rows, blocks / slices > 0 ? blocks / slices : 1, width >= ContrastiveWidth::wide ? 256 : 128);
+  return {contrastive_tiles(R, G, rows), shares, slices};
+}
+
+// In double: a warp per row, no tensor cores (contrastive_double.cu).
+int64_t contrastive_double_forward_workspace(const ContrastiveForward&);
+int launch_contrastive_double_forward(const ContrastiveForward&, void* workspace, void* stream);
+int launch_contrastive_double_backward(const ContrastiveBackward&, void* stream);
+
+}  // namespace protokernels
