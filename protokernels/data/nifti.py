@@ -193,7 +193,9 @@ def _read_header(path: Path, file: IO[bytes]) -> tuple[bytes, Any, _Orientation]
     try:
         import nibabel
     except ImportError as error:
-        raise ImportError('NIfTI files need nibabel: pip install "protokernels[train]"') from error
+        raise ModuleNotFoundError(
+            'NIfTI files need nibabel: pip install "protokernels[train]"', name="nibabel"
+        ) from error
     start = file.read(4)
     sizes = {struct.pack(f"{order}i", size): size for order in "<>" for size in (348, 540)}
     if start not in sizes:
