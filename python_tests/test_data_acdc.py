@@ -40,6 +40,16 @@ class TestAcdc:
         raw = arrays["val_images"][[4, 5, 3]].astype(np.float32)
         np.testing.assert_allclose(one.image, (raw - raw.min()) / (raw.max() - raw.min()), atol=1e-6)
 
+    def test_training_patients_are_in_a_random_order(self, tmp_path: Path) -> None:
+        """ACDC numbers patients by disease; the first of the list are those that count as labelled."""
+        arrays = acdc_arrays() | {key: np.zeros((40, 8, 8), np.uint8) for key in ("train_images", "train_masks")}
+        patients = np.arange(100, 120, dtype=np.int16).repeat(2)
+        arrays |= {"train_patient_ids": patients, "train_frame": np.tile(np.int16([1, 9]), 20)}
+        save(tmp_path / "acdc_slices_128.npz", arrays | {"train_slice": np.zeros(40, np.int16)})
+        groups = [volume.group for volume in load_segmentation("acdc", tmp_path, split="paper").train]
+        assert groups[::2] == groups[1::2], "volumes of a patient stay together"
+        assert groups != sorted(groups) and len(set(groups)) == 20
+
     def test_its_split_is_its_own(self, tmp_path: Path) -> None:
         save(tmp_path / "acdc_slices_128.npz", acdc_arrays())
         with pytest.raises(DataError, match="one split of its own, so there is fold 0 only; got fold 1"):

@@ -84,7 +84,11 @@ class TestValues:
         image.header.set_slope_inter(0.5, -20)
         nibabel.save(image, tmp_path / "v.nii.gz")
         expected = nibabel.load(tmp_path / "v.nii.gz").get_fdata()
-        np.testing.assert_allclose(read_nifti(tmp_path / "v.nii.gz").values, expected, rtol=1e-6)
+        volume = read_nifti(tmp_path / "v.nii.gz")
+        np.testing.assert_allclose(volume.values, expected, rtol=1e-6)
+        label = (volume.values > 0).astype(np.uint8)  # is not scaled, whatever its image is
+        written = nibabel.Nifti1Image.from_bytes(volume.label_file(label))
+        np.testing.assert_array_equal(written.get_fdata(), label)
 
     @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 1), (6, 5, 4, 1), (6, 5, 4, 1, 1)])
     def test_axes_of_length_one(self, tmp_path: Path, shape: tuple[int, ...]) -> None:

@@ -83,7 +83,6 @@ class NiftiVolume:
         stored = np.flip(label.transpose(self._axes), self._flipped)
         header = self._header.copy()
         header.set_data_dtype(np.uint8)
-        header.set_slope_inter(1, 0)
         header.set_intent(LABEL_INTENT)
         header["descrip"], header["aux_file"] = b"", b""
         header["cal_min"], header["cal_max"] = 0, 0
