@@ -43,7 +43,7 @@ from . import _native, backend
 from ._version import __version__
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("accelerate", "matplotlib", "medmnist", "rich", "sklearn", "tyro"),
+    "train": ("accelerate", "matplotlib", "medmnist", "monai", "nibabel", "rich", "sklearn", "tyro"),
     "test": ("abi3audit", "hypothesis", "pybind11", "pytest", "pytest_benchmark"),
     "bench": ("faiss", "pytest_benchmark", "vector_quantize_pytorch"),
     "dev": ("build", "mypy", "ruff"),

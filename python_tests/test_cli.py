@@ -65,7 +65,7 @@ class TestWords:
         """In a Python where nothing of the extra can be imported."""
         code = (
             "import sys\n"
-            "for name in ('tyro', 'rich', 'accelerate', 'sklearn', 'matplotlib', 'medmnist', 'scipy'):\n"
+            "for name in ('tyro', 'rich', 'accelerate', 'sklearn', 'matplotlib', 'medmnist', 'monai', 'nibabel', 'scipy'):\n"
             "    sys.modules[name] = None\n"
             "from protokernels.cli import main\n"
             "sys.exit(main(sys.argv[1:]))\n"

@@ -73,6 +73,7 @@ class TestRun:
         assert 0 <= scores["pooled_dice"]["mean"] <= 1
         assert results["volumes"] == {"train": 12, "val": 4, "test": 4, "labelled": 3}
         assert set(results["stages"]) == {"global", "local", "fine_tune"}
+        assert results["stages"]["global"]["images"] == 12 * 8 and results["stages"]["local"]["images"] == 3 * 8
         for stage in results["stages"].values():
             assert stage["steps"] >= 6 and stage["last_epoch"]["loss"] > 0
         metrics = RunFolder.open(trained).metrics()

@@ -211,7 +211,18 @@ class TestImport:
         done = subprocess.run(
             [sys.executable, "-c", everything], cwd=tmp_path, capture_output=True, text=True, check=True
         )
-        upstairs = {"sklearn", "scipy", "matplotlib", "accelerate", "tyro", "rich", "medmnist", "torchvision", "monai"}
+        upstairs = {
+            "sklearn",
+            "scipy",
+            "matplotlib",
+            "accelerate",
+            "tyro",
+            "rich",
+            "medmnist",
+            "torchvision",
+            "monai",
+            "nibabel",
+        }
         assert upstairs & {name.split(".")[0] for name in done.stdout.split()} == set()
 
     def test_takes_less_than_0_3_s_beyond_torch(self, tmp_path: Path) -> None:

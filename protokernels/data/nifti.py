@@ -23,7 +23,7 @@ SUFFIXES = (".nii.gz", ".nii")
 LIMIT = 1 << 33  # bytes of one volume; the largest CT of the Decathlon has 0.4e9
 BLOCK = 1 << 22  # bytes read at a time
 TRAILER = 1 << 24  # bytes tolerated before the data, as extensions of the header, and behind them
-COPIES = 4  # of a volume in memory at once: the file's bytes, its numbers, the slices, the label
+BYTES_PER_VOXEL = 24  # in memory at once, beside the file's own: as numbers, scaled, resized, as labels
 LABEL_INTENT = 1002  # NIFTI_INTENT_LABEL
 MILLIMETRES = {"meter": 1000.0, "micron": 0.001}  # per unit; anything else counts as mm
 
@@ -83,7 +83,6 @@ class NiftiVolume:
         stored = np.flip(label.transpose(self._axes), self._flipped)
         header = self._header.copy()
         header.set_data_dtype(np.uint8)
-        header.set_slope_inter(1, 0)
         header.set_intent(LABEL_INTENT)
         header["descrip"], header["aux_file"] = b"", b""
         header["cal_min"], header["cal_max"] = 0, 0
@@ -193,7 +192,9 @@ def _read_header(path: Path, file: IO[bytes]) -> tuple[bytes, Any, _Orientation]
     try:
         import nibabel
     except ImportError as error:
-        raise ImportError('NIfTI files need nibabel: pip install "protokernels[train]"') from error
+        raise ModuleNotFoundError(
+            'NIfTI files need nibabel: pip install "protokernels[train]"', name="nibabel"
+        ) from error
     start = file.read(4)
     sizes = {struct.pack(f"{order}i", size): size for order in "<>" for size in (348, 540)}
     if start not in sizes:
@@ -224,12 +225,13 @@ def _read_header(path: Path, file: IO[bytes]) -> tuple[bytes, Any, _Orientation]
             f"{path} holds an array of shape {list(shape)}; expected one volume [X, Y, Z]. Split a series into its "
             "volumes first (nibabel.four_to_three)"
         )
-    offset, claimed = float(header["vox_offset"]), math.prod(shape) * dtype.itemsize
-    limit = min(LIMIT, system_memory() // COPIES)
+    offset, claimed = float(header["vox_offset"]), math.prod(shape)
+    limit = min(LIMIT // dtype.itemsize, system_memory() // (dtype.itemsize + BYTES_PER_VOXEL))
     if not size <= offset <= size + TRAILER or claimed > limit:
         raise DataError(
-            f"{path}: its header claims {list(shape)} of {dtype} ({claimed:,} bytes) from byte {offset:g} on; at most "
-            f"{limit:,} bytes are read on this machine, from {size} on; the file is damaged or too large"
+            f"{path}: its header claims {list(shape)} of {dtype} ({claimed:,} voxels) from byte {offset:g} on; at most "
+            f"{limit:,} voxels are read on this machine, from {size} to {size + TRAILER:,} on; the file is damaged or "
+            "too large"
         )
     return start, header, _orientation(path, affine, MILLIMETRES.get(unit, 1.0))
 

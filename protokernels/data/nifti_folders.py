@@ -15,6 +15,7 @@ Hippocampus, all of whose 260 files are in that order.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from .download import file_md5
 from .nifti import SUFFIXES, NiftiVolume, read_nifti, whole_labels, without_suffix
 from .slicing import image_slices, label_slices
 from .types import DataError
@@ -58,6 +60,7 @@ class VolumeFolder:
     """What a folder holds, before any voxel is read.
 
     Attributes:
+        folder: where they are.
         pairs: in the order of their names.
         class_names: with the background; empty: as many as the labels show.
         values: label values in the files, by class; empty: the class itself.
@@ -65,11 +68,26 @@ class VolumeFolder:
         warnings: for the provenance.
     """
 
+    folder: Path
     pairs: tuple[Pair, ...]
     class_names: tuple[str, ...]
     values: tuple[int, ...]
     source: str
     warnings: tuple[str, ...] = ()
+
+    def provenance(self) -> dict[str, Any]:
+        """Source, names of the files within the folder, and one md5 over the names and contents of all of them."""
+        files = {str(path.relative_to(self.folder)): path for pair in self.pairs for path in (pair.image, pair.label)}
+        digest = hashlib.md5(usedforsecurity=False)
+        for name, path in sorted(files.items()):
+            digest.update(f"{file_md5(path)}  {name}\n".encode())
+        return {
+            "source": self.source,
+            "files": sorted(files),
+            "md5": digest.hexdigest(),
+            "slice_axis": SLICE_AXIS,
+            "warnings": list(self.warnings),
+        }
 
 
 def decathlon_folder(folder: Path) -> VolumeFolder:
@@ -105,6 +123,7 @@ def decathlon_folder(folder: Path) -> VolumeFolder:
         raise DataError(f"{folder}: imagesTr and labelsTr hold no .nii.gz files")
     hippocampus = any(name.startswith("hippocampus") for name in names)
     return VolumeFolder(
+        folder,
         pairs=tuple(Pair(name, name, images[name], labels[name]) for name in names),
         class_names=_decathlon_classes(folder / "dataset.json", described.get("labels")),
         values=(),
@@ -125,6 +144,7 @@ def mmwhs_folder(folder: Path) -> VolumeFolder:
                 f"{folder}: no file {name}_label.nii.gz beside {name}_image.nii.gz; fetch or remove the pair"
             )
     return VolumeFolder(
+        folder,
         pairs=tuple(
             Pair(name, name.rpartition("_")[2], files[f"{name}_image"], files[f"{name}_label"]) for name in names
         ),

@@ -6,6 +6,8 @@ They are not images of anybody. A score on them says that the code works, nothin
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .slicing import image_slices, label_slices
@@ -20,6 +22,16 @@ WARNING = "phantoms: made volumes, no images of anybody; scores say nothing abou
 def make(size: int | None) -> list[LabelledVolume]:
     """:data:`COUNT` phantoms of :data:`SLICES` slices of 32 x 32 pixels, resized to ``size``; always the same ones."""
     return [_make_one(index, size) for index in range(COUNT)]
+
+
+def provenance() -> dict[str, Any]:
+    """Where they come from."""
+    return {
+        "source": "phantoms made by protokernels.data.phantoms",
+        "files": [],
+        "slice_axis": "third axis",
+        "warnings": [WARNING],
+    }
 
 
 def _make_one(index: int, size: int | None) -> LabelledVolume:

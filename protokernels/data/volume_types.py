@@ -70,7 +70,7 @@ class SegmentationDataset:
         test: test volumes.
         class_names: one per class; class 0 is background.
         provenance: where the volumes came from and how they were split, in values that JSON can hold: ``source``,
-            ``files``, ``slice_axis``, ``split``, and ``warnings``, a list of sentences to be kept with any result.
+            ``files``, ``md5`` or ``md5s``, ``slice_axis``, ``split``, and ``warnings``, a list of sentences to be kept with any result.
 
     Raises:
         DataError: an empty split, a patient in two splits, a name that occurs twice, a label without a class name,

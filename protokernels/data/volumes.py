@@ -98,22 +98,18 @@ def load_segmentation(
     folder, key = data_root(root), name.lower()
     if key == "acdc":
         return _acdc(folder, image_size, fold)
-    warnings: list[str] = []
     class_names: tuple[str, ...]
     if key == "phantoms":
-        volumes, class_names = phantoms.make(image_size), phantoms.CLASSES
-        source, files = "phantoms made by protokernels.data.phantoms", []
-        warnings.append(phantoms.WARNING)
+        volumes, class_names, provenance = phantoms.make(image_size), phantoms.CLASSES, phantoms.provenance()
     else:
         described = _describe(name, folder)
         size = image_size if image_size is not None else OWN_SIZES.get(_kind(key, described))
         if size is None:
             raise DataError(f"{name}: its slices have no usual size; pass image_size, 128 say")
-        warnings.extend(described.warnings)
-        volumes = [nifti_folders.read_pair(pair, described, size, warnings) for pair in described.pairs]
+        provenance = described.provenance()
+        volumes = [nifti_folders.read_pair(pair, described, size, provenance["warnings"]) for pair in described.pairs]
         highest = max(int(volume.label.max()) for volume in volumes)
         class_names = described.class_names or ("background", *(f"class {k}" for k in range(1, max(highest, 1) + 1)))
-        source, files = described.source, [path.name for pair in described.pairs for path in (pair.image, pair.label)]
         key = _kind(key, described)
     groups = [volume.group for volume in volumes]
     ratio = RATIOS.get(key, USUAL_RATIO)
@@ -122,13 +118,8 @@ def load_segmentation(
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     train, val, test = (tuple(volumes[index] for index in indices) for indices in chosen)
-    provenance = {
-        "source": source,
-        "files": files,
-        "slice_axis": "third axis" if key == "phantoms" else nifti_folders.SLICE_AXIS,
-        "split": {"protocol": split, "fold": fold, "patients": [len({v.group for v in s}) for s in (train, val, test)]},
-        "warnings": warnings,
-    }
+    patients = [len({volume.group for volume in part}) for part in (train, val, test)]
+    provenance["split"] = {"protocol": split, "fold": fold, "patients": patients}
     return SegmentationDataset(name, train, val, test, class_names, provenance)
 
 
@@ -229,6 +220,8 @@ def _describe(name: str, root: Path) -> nifti_folders.VolumeFolder:
         )
     if (folder / "imagesTr").is_dir():
         return nifti_folders.decathlon_folder(folder)
+    if not any(folder.glob("*_label.nii*")) and (folder / "ct_train").is_dir():
+        folder = folder / "ct_train"  # as the archive unpacks
     if name.lower() == "mmwhs" or any(folder.glob("*_label.nii*")):
         return nifti_folders.mmwhs_folder(folder)
     raise DataError(f"{folder} holds neither imagesTr and labelsTr (Decathlon) nor pairs *_image, *_label (MMWHS)")

@@ -294,10 +294,10 @@ _FOR_DATA: dict[str, dict[str, dict[str, Any]]] = {
         "phantoms": {
             "image_size": 32,
             "labelled": 0.2,
-            "global_steps": 20,
-            "local_steps": 20,
-            "fine_tune_steps": 60,
-            "validations": 3,
+            "global_steps": 40,
+            "local_steps": 60,
+            "fine_tune_steps": 200,
+            "validations": 5,
         },
     },
 }

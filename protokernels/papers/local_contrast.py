@@ -36,10 +36,12 @@ What the paper leaves open, and our choice
     Eq. 2 takes the logarithm of a sum over positives, divides by negatives alone and by the number of positives outside; the
     code takes the mean over positives of the logarithm, with positives in the denominator, over all foreground of a block,
     then over blocks. ``form`` and ``reduction``: the text's in ``paper``, the code's elsewhere. The temperature is not
-    given: 0.1, that of the script. A pixel without positives makes the code's loss NaN; here it is no anchor.
+    given: 0.1, that of the script. A pixel without positives makes the code's loss NaN; here it is no anchor. A batch
+    without any foreground has loss and gradient 0; the code leaves its step out, here Adam's momentum goes on.
     What is beyond the last whole block is a smaller block; the code leaves it out (``drop_remainder``).
     Views of stage 2 change intensities only, as in the code; the text permits deformations, since labels move along:
     ``spatial_views``. Dice is pooled over all pixels of the test set, as in the code, and also given per volume.
+    With several processes, global contrast is over the slices of all; local contrast and soft Dice are over those of one.
     TCSM's teacher predicts; see :mod:`protokernels.papers._local_contrast_baselines` for both baselines.
 
 Reproducibility
@@ -263,7 +265,7 @@ def train(
         out: folder of the run; default: the first free one of ``runs/local_contrast-<data>-<method>-<preset>``, ``...-2``
             and so on.
         data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
-        download: has no effect: nothing is fetched.
+        download: refused: none of these data sets can be fetched without an account or a choice of mirror.
         figures: draw pictures of the first run.
         settings: seed, runs, resume, precision, device, quiet; or give these as keywords.
         dataset: what :func:`load_volumes` returned for this data, fold, split and size, to save loading it again.
@@ -271,6 +273,8 @@ def train(
     Returns:
         The content of ``results.json``, and the run's folder as ``"folder"``.
     """
+    if download:
+        raise ValueError("local_contrast: nothing can be downloaded; put the data below --data-root, or use phantoms")
     dataset = dataset or load_volumes(config, data_root)
     settings = replace(settings or RunSettings(), **more)
     volumes = stage_volumes(dataset, config)

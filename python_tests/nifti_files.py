@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+"""Small NIfTI files and folders of them, for the tests of volumes and of prediction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+nibabel = pytest.importorskip("nibabel", reason="NIfTI files need the extra protokernels[train]")
+
+SHAPE = (6, 5, 4)
+
+
+def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None, **header: Any) -> Path:
+    """A NIfTI file; ``header`` sets fields of its header after the rest."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine)
+    image.header.set_xyzt_units("mm")
+    for key, value in header.items():
+        image.header[key] = value
+    nibabel.save(image, path)
+    return path
+
+
+def write_decathlon(folder: Path, count: int = 8, *, labels: Any = None) -> dict[str, np.ndarray]:
+    """A small Decathlon folder with the classes 0, 1, 2; returns the label maps by name."""
+    generator = np.random.default_rng(0)
+    maps = {}
+    for index in range(count):
+        name = f"organ_{index:03d}"
+        maps[name] = generator.integers(0, 3, SHAPE, dtype=np.uint8)
+        write_nifti(folder / "imagesTr" / f"{name}.nii.gz", generator.normal(size=SHAPE).astype(np.float32))
+        # The published labels are of both kinds.
+        write_nifti(folder / "labelsTr" / f"{name}.nii.gz", maps[name].astype(np.float32 if index % 2 else np.uint8))
+    description = {"labels": labels or {"0": "background", "1": "front", "2": "back"}}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    return maps
