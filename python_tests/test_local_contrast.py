@@ -70,7 +70,11 @@ class TestLosses:
         for i in range(6):
             others = [(z[i] @ z[k] / 0.3).exp() for k in range(6) if k != i]
             terms.append(-((z[i] @ z[(i + 3) % 6] / 0.3).exp() / torch.stack(others).sum()).log())
-        torch.testing.assert_close(model(first, second), torch.stack(terms).mean(), rtol=1e-4, atol=1e-5)
+        loss, spread = model(first, second)
+        torch.testing.assert_close(loss, torch.stack(terms).mean(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(spread, 1 - z.detach().mean(dim=0).square().sum(), rtol=1e-3, atol=1e-5)
+        one = first[:1].expand(3, -1, -1, -1)
+        assert model(one, one)[1] < 1e-5  # all embeddings have one direction
 
     def test_local_is_equations_2_and_3(self) -> None:
         """The text's form: positives and negatives from all maps, the mean over a map's foreground, then over maps."""

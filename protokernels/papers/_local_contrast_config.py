@@ -272,7 +272,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "fair": {
         "global_steps": 600,
         "global_batch_size": 32,
-        "global_learning_rate": 1e-3,
+        "global_learning_rate": 1e-4,
         "global_flat_epochs": 0,
         "local_steps": 400,
         "local_learning_rate": 1e-3,
