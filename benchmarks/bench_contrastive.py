@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: MIT
+"""The op `contrastive` against its peers, forward and backward from the features, on the CPU and on CUDA.
+
+pytest benchmarks/bench_contrastive.py --results benchmarks/results/contrastive_cpu.json [-k block] [--seconds 2]
+pytest benchmarks/bench_contrastive.py --device cuda --results FILE.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import protokernels
+from benchmarks import contrastive_peers as peers
+from benchmarks.contrastive_peers import Call, EmbeddingProblem, LocalProblem
+from benchmarks.measure_cuda import EAGER, GRAPH, Bind
+
+OURS = "protokernels"
+SIZES = "maps or embeddings"
+LARGEST_MATRIX = 1 << 27  # numbers in one temporary of a peer: with six of them, 3 GB
+
+
+@dataclass(frozen=True)
+class Local:
+    """Four maps of 160 x 160 pixels, C channels, so many of them foreground, in patches of three classes."""
+
+    C: int = 16
+    block: int = 16  # 0: one block
+    stride: int = 1
+    foreground: float = 0.17
+    temperature: float = 0.1
+    side: int = 160
+    maps: int = 4
+
+    @property
+    def name(self) -> str:
+        way = f"blocks of {self.block}" if self.block else f"stride {self.stride}" if self.stride > 1 else "all pixels"
+        more = (f", {self.foreground:.0%} foreground" if self.foreground != 0.17 else "") + (
+            f", temperature {self.temperature:g}" if self.temperature != 0.1 else ""
+        )
+        return f"{self.maps}x{self.C}x{self.side}x{self.side}, {way}{more}"
+
+    def tensors(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randn(self.maps, self.C, self.side, self.side, generator=generator)
+        coarse = torch.randn(self.maps, 1, self.side // 8, self.side // 8, generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, scale_factor=8, mode="bilinear")[:, 0]
+        threshold = smooth.flatten()[:: max(1, smooth.numel() // 100_000)].quantile(1 - self.foreground)
+        labels = torch.where(smooth > threshold, 1 + ((smooth - threshold) * 3).clamp(0, 2).long(), 0)
+        return features.to(device), labels.to(device)
+
+    def problem(self, *tensors: Tensor) -> LocalProblem:
+        return LocalProblem(*(tensors or self.tensors()), self.block, self.stride, self.temperature)
+
+    def groups(self) -> list[tuple[int, int]]:
+        """Vectors and anchors of every group."""
+        labels = self.tensors()[1].unsqueeze(1).float()
+        flat = peers.blocks(self.problem(labels, labels), labels).squeeze(-1)
+        return [(len(group), int((group > 0).sum())) for group in flat]
+
+    def limit(self) -> tuple[float, float]:
+        """Every pair once, forward 2 C and backward 6 C flop; features, packed vectors and both gradients move once each way."""
+        pairs = sum(A * S - A * A / 2 for S, A in self.groups())
+        moved = self.maps * self.C * self.side**2 // self.stride**2
+        return 8.0 * self.C * pairs, 4.0 * 8 * moved
+
+    def matrix(self) -> int:
+        """Numbers in one matrix of all scores, all blocks together."""
+        return sum(S * S for S, _ in self.groups())
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """N embeddings of ten classes."""
+
+    N: int
+    D: int = 128
+    temperature: float = 0.1
+
+    @property
+    def name(self) -> str:
+        return f"{self.N}x{self.D}" + (f", temperature {self.temperature:g}" if self.temperature != 0.1 else "")
+
+    def tensors(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        embeddings = torch.randn(self.N, self.D, generator=generator)
+        return embeddings.to(device), torch.randint(0, 10, (self.N,), generator=generator).to(device)
+
+    def problem(self, *tensors: Tensor) -> EmbeddingProblem:
+        return EmbeddingProblem(*(tensors or self.tensors()), self.temperature)
+
+    def limit(self) -> tuple[float, float]:
+        return 8.0 * self.D * self.N**2 / 2, 4.0 * 8 * self.N * self.D
+
+    def matrix(self) -> int:
+        return self.N**2
+
+
+LOCAL = [
+    Local(),
+    Local(foreground=0.05),
+    Local(foreground=0.5),
+    Local(temperature=0.01),
+    Local(block=0, stride=4),
+    Local(C=64, block=0, stride=4),
+    Local(C=64),
+    Local(side=512),
+    Local(block=0),
+]
+EMBEDDINGS = [Embeddings(512), Embeddings(2048), Embeddings(2048, temperature=0.01), Embeddings(4096), Embeddings(8192)]
+SWEEP = [Embeddings(N) for N in (128, 256, 512, 1024, 2048, 4096)]
+Case = Local | Embeddings
+
+
+def our_local(p: LocalProblem) -> Call:
+    leaf = p.features.detach().clone().requires_grad_()
+    places = {"block_size": p.block} if p.block else {"stride": p.stride}
+
+    def run() -> Tensor:
+        loss = protokernels.local_contrastive_loss(leaf, p.labels, temperature=p.temperature, **places)  # type: ignore[arg-type]
+        return torch.autograd.grad(loss, leaf)[0]
+
+    return run
+
+
+def our_embeddings(p: EmbeddingProblem) -> Call:
+    leaf = p.embeddings.detach().clone().requires_grad_()
+    return lambda: torch.autograd.grad(protokernels.supcon_loss(leaf, p.labels, temperature=p.temperature), leaf)[0]
+
+
+def admit(name: str, ours: Call, peer: Call) -> None:
+    """Skips a peer whose gradient is another, or none: the released loop divides by zero where a class has one pixel."""
+    try:
+        expected, actual = peer(), ours()
+    except Exception as error:
+        pytest.skip(f"{name} fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
+    apart = ((actual - expected).norm() / expected.norm()).item()
+    if not apart <= 1e-3:
+        pytest.skip(f"{name} gives something else: {apart:.2g} of its length apart")
+
+
+def facts(what: str, case: Case, name: str, **more: Any) -> dict[str, Any]:
+    order = LOCAL.index(case) if isinstance(case, Local) else case.N
+    return {"what": what, "case": case.name, "sizes": SIZES, "order": order, "contender": name, **more}
+
+
+def peer_call(table: dict[str, tuple[str, Callable[[Any], Call]]], case: Case, name: str, p: Any) -> Call:
+    module, prepare = table[name]
+    pytest.importorskip(module, reason=f"{name}: {module} is not installed")
+    if case.matrix() > LARGEST_MATRIX and name != "torch, block by block":
+        pytest.skip(f"{name}: a matrix of {4e-9 * case.matrix():.0f} GB, several times over")
+    if (
+        name == "torch, block by block"
+        and isinstance(case, Local)
+        and not case.block
+        and case.matrix() > LARGEST_MATRIX
+    ):
+        pytest.skip(f"{name}: a matrix of {4e-9 * case.matrix():.0f} GB, several times over")
+    torch.compiler.reset()
+    return prepare(p)
+
+
+WHAT_LOCAL, WHAT_EMBEDDINGS = "pixels, forward and backward", "embeddings, forward and backward"
+
+
+@pytest.mark.parametrize("case", LOCAL, ids=lambda case: case.name)
+class TestLocal:
+    def test_ours(self, benchmark: Any, contest: Any, case: Local) -> None:
+        ours = our_local(case.problem())
+        contest(benchmark, ours, ours, limit=case.limit(), **facts(WHAT_LOCAL, case, OURS))
+
+    @pytest.mark.parametrize("name", peers.LOCAL)
+    def test_peer(self, benchmark: Any, contest: Any, case: Local, name: str) -> None:
+        p = case.problem()
+        ours, peer = our_local(p), peer_call(peers.LOCAL, case, name, p)
+        admit(name, ours, peer)
+        contest(benchmark, peer, ours, **facts(WHAT_LOCAL, case, name))
+
+
+@pytest.mark.parametrize("case", EMBEDDINGS, ids=lambda case: case.name)
+class TestEmbeddings:
+    def test_ours(self, benchmark: Any, contest: Any, case: Embeddings) -> None:
+        ours = our_embeddings(case.problem())
+        contest(benchmark, ours, ours, limit=case.limit(), **facts(WHAT_EMBEDDINGS, case, OURS))
+
+    @pytest.mark.parametrize("name", peers.EMBEDDINGS)
+    def test_peer(self, benchmark: Any, contest: Any, case: Embeddings, name: str) -> None:
+        p = case.problem()
+        ours, peer = our_embeddings(p), peer_call(peers.EMBEDDINGS, case, name, p)
+        admit(name, ours, peer)
+        contest(benchmark, peer, ours, **facts(WHAT_EMBEDDINGS, case, name))
+
+
+@pytest.mark.parametrize("case", SWEEP, ids=lambda case: f"N = {case.N}")
+@pytest.mark.parametrize("name", [OURS, "torch"])
+def test_sweep(benchmark: Any, contest: Any, case: Embeddings, name: str) -> None:
+    """How time grows with N."""
+    p = case.problem()
+    ours = our_embeddings(p)
+    contender = ours if name == OURS else peers.EMBEDDINGS[name][1](p)
+    limit = case.limit() if name == OURS else None
+    contest(benchmark, contender, ours, limit=limit, **facts("sweep over N", case, name, size=case.N))
+
+
+def on_cuda(function: Callable[[Any], Call], case: Case) -> Bind:
+    def run(*tensors: Tensor) -> Any:
+        return function(case.problem(*tensors))
+
+    return run
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", [*LOCAL, *EMBEDDINGS], ids=lambda case: case.name)
+@pytest.mark.parametrize("mode", [EAGER, GRAPH])
+@pytest.mark.parametrize("name", [OURS, "torch", "torch.compile"])
+def test_on_cuda(cuda_contest: Any, case: Case, mode: str, name: str) -> None:
+    """What the classes above measure, on CUDA."""
+    if name != OURS and case.matrix() > 8 * LARGEST_MATRIX:
+        pytest.skip(f"{name}: a matrix of {4e-9 * case.matrix():.0f} GB, several times over")
+    torch.compiler.reset()
+    local = isinstance(case, Local)
+    table: Any = peers.LOCAL if local else peers.EMBEDDINGS
+    ours: Any = our_local if local else our_embeddings
+
+    def agree(one: Tensor, other: Tensor) -> None:
+        assert ((one - other).norm() / other.norm()).item() <= 1e-3
+
+    cuda_contest(
+        on_cuda(ours if name == OURS else table[name][1], case),
+        on_cuda(ours, case),
+        case.tensors,
+        mode=mode,
+        limit=(*case.limit(), "3xtf32") if name == OURS else None,
+        agree=None if name == OURS else agree,
+        **facts(WHAT_LOCAL if local else WHAT_EMBEDDINGS, case, name),
+    )
