@@ -24,6 +24,7 @@ from typing import Any
 
 from protokernels.papers import local_contrast as paper
 from protokernels.papers.local_contrast import METHODS, PAPER_RESULTS, LocalContrastConfig
+from protokernels.training import RunFolder
 from protokernels.training.files import exclusive
 from protokernels.training.runs import RunSettings
 
@@ -217,8 +218,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def figures(arguments: argparse.Namespace) -> int:
-    """The methods side by side, and the pixel features of each, for one fold and share."""
-    from protokernels.figures.local_contrast import draw_features, draw_predictions
+    """For one share: validation curves over all folds; for one fold, the methods side by side and the pixel features of each."""
+    from protokernels.figures.local_contrast import draw_features, draw_predictions, draw_validation
 
     runs = {method: run_folder(arguments.folder, arguments.fold, arguments.labelled, method) for method in METHODS}
     loaded = {method: paper.load_segmenter(path) for method, path in runs.items() if is_finished(path)}
@@ -230,6 +231,15 @@ def figures(arguments: argparse.Namespace) -> int:
     volumes = dataset.val if config.selection else dataset.test
     title = f"{config.data}, {paper.percent(config.labelled)} labelled, fold {config.fold}"
     out, names = arguments.out or arguments.folder / "figures", dataset.class_names
+    share = paper.percent(arguments.labelled)
+    everyone = {
+        recipe.title: [
+            RunFolder(path) for path in sorted(arguments.folder.glob(f"fold-*/{share}/{method}")) if is_finished(path)
+        ]
+        for method, recipe in METHODS.items()
+    }
+    scored = {name: folders for name, folders in everyone.items() if folders}
+    print(draw_validation(out / "validation.png", scored, title=f"{config.data}, {share} labelled"))
     models = {METHODS[method].title: model for method, (model, _) in loaded.items()}
     print(draw_predictions(out / "overlays.png", models, volumes, class_names=names, title=title))
     for method, (model, _) in loaded.items():

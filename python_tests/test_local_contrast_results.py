@@ -50,7 +50,8 @@ class TestTable:
         assert len(rows) == 8 and "30% (3 volumes)" in text and "epochs = " in text
         assert all(row["stages"]["fine_tune"]["steps"] >= 4 for row in rows)
         assert local_contrast_results.main(["figures", str(out), "--labelled", "0.3"]) == 0
-        assert (out / "figures" / "features_tcsm.png").stat().st_size > 5000
+        for name in ("features_tcsm", "overlays", "validation"):
+            assert (out / "figures" / f"{name}.png").stat().st_size > 5000, name
 
     def test_the_papers_numbers_stand_beside_ours(self) -> None:
         def row(method: str, fold: int, dice: float) -> dict[str, Any]:

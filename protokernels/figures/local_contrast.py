@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.volumes import LabelledVolume
 from ..evaluation import tsne_embedding
 from ..training import RunFolder
-from .canvas import save_figure
+from .canvas import class_colours, new_figure, save_figure
 from .curves import loss_curves
 from .segmentation import draw_overlays, draw_pixel_tsne
 
@@ -46,6 +46,44 @@ def draw_curves(folder: Path, run: RunFolder, stages: Mapping[str, Mapping[str, 
             figure = loss_curves(metrics, curves, title=f"{title}: {_TITLES[name]}")
             paths.append(save_figure(figure, folder / f"losses_{name}.png"))
     return paths
+
+
+def draw_validation(path: Path, runs: Mapping[str, Sequence[RunFolder]], *, title: str) -> Path:
+    """Validation Dice over the steps of stage 3, a line per method: who learns faster, and who arrives higher.
+
+    Args:
+        path: of the png.
+        runs: finished runs by method, one per fold; the line is their mean, at the steps that all of them were scored at.
+        title: of the figure.
+
+    Raises:
+        ValueError: no run was scored on its validation volumes.
+    """
+    figure = new_figure(4.8, 3.4)
+    axes = figure.subplots()
+    for colour, (name, folders) in zip(class_colours(len(runs)), runs.items(), strict=True):
+        curves = [_validation(run) for run in folders]
+        common = sorted(set(curves[0]).intersection(*curves[1:])) if curves else []
+        means = [sum(curve[step] for curve in curves) / len(curves) for step in common]
+        if common:
+            axes.plot(
+                common, means, color=colour, label=f"{name} ({len(curves)})", marker="o", markersize=2.5, linewidth=1.2
+            )
+    if not axes.lines:
+        raise ValueError("draw_validation: no run has a validation score in its metrics.jsonl")
+    axes.set_xlabel("steps of stage 3", fontsize=8)
+    axes.set_ylabel("validation Dice", fontsize=8)
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=6, title="method (folds)", title_fontsize=6)
+    return save_figure(figure, path)
+
+
+def _validation(run: RunFolder) -> dict[int, float]:
+    stage = (run.results() or {})["stages"]["fine_tune"]
+    steps = stage["steps"] // stage["epochs"]
+    return {line["epoch"] * steps: line["val_dice"] for line in run.metrics() if "val_dice" in line}
 
 
 @torch.no_grad()
