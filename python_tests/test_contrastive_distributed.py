@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -28,16 +27,11 @@ BACKENDS = [
 
 def run_ranks(folder: Path, world_size: int, backend: str) -> list[list[Any]]:
     script = ROOT / "python_tests/distributed/contrastive_worker.py"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]),
-    }
     processes = [
         subprocess.Popen(
             [sys.executable, script, str(rank), str(world_size), folder / "store", folder / f"{rank}.pt", backend],
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
         )
         for rank in range(world_size)
     ]
