@@ -53,7 +53,8 @@ def local_contrastive_loss(
     the negatives. Block division lets a pixel meet the pixels of its own block only, in all maps; a stride thins the maps out instead.
     In plain PyTorch, for one block with features f [S, C] and labels y [S]: the losses of the forms above from ``f @ f.T / temperature``
     and the masks
-    ``y[:, None] == y`` and its opposite. Here no S x S matrix exists: memory is that of the features, three times at the most.
+    ``y[:, None] == y`` and its opposite. Here no S x S matrix
+    exists: memory grows with the number of pixels.
 
     Without labels (``labels=None``) the maps are two views of N / 2 images, stacked: the positive of a pixel is the same pixel of the
     other view, and every pixel is an anchor.
