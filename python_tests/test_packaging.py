@@ -42,8 +42,8 @@ TORCH_FUNCTIONS = """
     aoti_torch_layout_sparse_coo aoti_torch_layout_sparse_csc aoti_torch_layout_sparse_csr aoti_torch_layout_strided
     aoti_torch_memory_format_channels_last aoti_torch_memory_format_channels_last_3d
     aoti_torch_memory_format_contiguous_format aoti_torch_memory_format_preserve_format
-    torch_call_dispatcher torch_delete_list torch_get_num_threads torch_library_impl torch_list_push_back
-    torch_new_list_reserve_size
+    torch_call_dispatcher torch_delete_list torch_get_num_threads torch_library_impl
+    torch_list_get_item torch_list_push_back torch_list_size torch_new_list_reserve_size
     torch_new_string_handle torch_parallel_for
 """
 ONLY_ON_CUDA_TORCH = frozenset({"aoti_torch_get_current_cuda_stream"})
