@@ -210,4 +210,7 @@ void contrastive_plan_sizes(ContrastivePlan& p) {
 
 }  // namespace protokernels
 
-STABLE_TORCH_LIBRARY_IMPL(protokernels, CPU, library) { library.impl("contrastive_plan", TORCH_BOX(&protokernels::plan_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(protokernels, CPU, library) {
+  using namespace protokernels;
+  library.impl("contrastive_plan", TORCH_BOX(&plan_cpu));
+}
