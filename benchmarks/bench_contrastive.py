@@ -18,6 +18,7 @@ from torch import Tensor
 import protokernels
 from benchmarks import contrastive_peers as peers
 from benchmarks.contrastive_peers import Call, EmbeddingProblem, LocalProblem
+from benchmarks.measure import peak_mb
 from benchmarks.measure_cuda import EAGER, GRAPH, Bind
 
 OURS = "protokernels"
@@ -112,7 +113,14 @@ LOCAL = [
     Local(side=512),
     Local(block=0),
 ]
-EMBEDDINGS = [Embeddings(512), Embeddings(2048), Embeddings(2048, temperature=0.01), Embeddings(4096), Embeddings(8192)]
+EMBEDDINGS = [
+    Embeddings(512),
+    Embeddings(2048),
+    Embeddings(2048, temperature=0.01),
+    Embeddings(4096),
+    Embeddings(8192),
+    Embeddings(65536, 64),
+]
 SWEEP = [Embeddings(N) for N in (128, 256, 512, 1024, 2048, 4096)]
 Case = Local | Embeddings
 
@@ -172,28 +180,28 @@ WHAT_LOCAL, WHAT_EMBEDDINGS = "pixels, forward and backward", "embeddings, forwa
 class TestLocal:
     def test_ours(self, benchmark: Any, contest: Any, case: Local) -> None:
         ours = our_local(case.problem())
-        contest(benchmark, ours, ours, limit=case.limit(), **facts(WHAT_LOCAL, case, OURS))
+        contest(benchmark, ours, ours, limit=case.limit(), **facts(WHAT_LOCAL, case, OURS, peak_mb=peak_mb(ours)))
 
     @pytest.mark.parametrize("name", peers.LOCAL)
     def test_peer(self, benchmark: Any, contest: Any, case: Local, name: str) -> None:
         p = case.problem()
         ours, peer = our_local(p), peer_call(peers.LOCAL, case, name, p)
         admit(name, ours, peer)
-        contest(benchmark, peer, ours, **facts(WHAT_LOCAL, case, name))
+        contest(benchmark, peer, ours, **facts(WHAT_LOCAL, case, name, peak_mb=peak_mb(peer)))
 
 
 @pytest.mark.parametrize("case", EMBEDDINGS, ids=lambda case: case.name)
 class TestEmbeddings:
     def test_ours(self, benchmark: Any, contest: Any, case: Embeddings) -> None:
         ours = our_embeddings(case.problem())
-        contest(benchmark, ours, ours, limit=case.limit(), **facts(WHAT_EMBEDDINGS, case, OURS))
+        contest(benchmark, ours, ours, limit=case.limit(), **facts(WHAT_EMBEDDINGS, case, OURS, peak_mb=peak_mb(ours)))
 
     @pytest.mark.parametrize("name", peers.EMBEDDINGS)
     def test_peer(self, benchmark: Any, contest: Any, case: Embeddings, name: str) -> None:
         p = case.problem()
         ours, peer = our_embeddings(p), peer_call(peers.EMBEDDINGS, case, name, p)
         admit(name, ours, peer)
-        contest(benchmark, peer, ours, **facts(WHAT_EMBEDDINGS, case, name))
+        contest(benchmark, peer, ours, **facts(WHAT_EMBEDDINGS, case, name, peak_mb=peak_mb(peer)))
 
 
 @pytest.mark.parametrize("case", SWEEP, ids=lambda case: f"N = {case.N}")

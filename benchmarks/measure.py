@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import gc
 import importlib.metadata
 import json
 import os
@@ -70,6 +71,26 @@ def others_cpu_seconds() -> float:
 def touch_memory(gigabytes: int = 3) -> None:
     """Uses memory once: the first touch in a virtual machine waits for the host, and would hit somebody at random."""
     torch.empty(gigabytes * 2**28).fill_(1.0)
+
+
+def resident_mb(field: str) -> float:
+    """VmRSS: memory of this process; VmHWM: the most it has been since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
+
+
+def peak_mb(function: Callable[[], object]) -> float | None:
+    """What a call takes at its peak beyond what the process holds, results included; `None` where Linux does not tell."""
+    function()
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system: a call must ask for all it needs
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = resident_mb("VmRSS")
+    except (OSError, AttributeError):
+        return None
+    function()
+    return round(max(0.0, resident_mb("VmHWM") - before), 1)
 
 
 def peak_gflops() -> float | None:

@@ -25,7 +25,7 @@ def milliseconds(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.3g}"
 
 
-def line(row: Row) -> str:
+def line(row: Row, with_memory: bool = False) -> str:
     name = row["contender"] + (f" ({row['leaves_out']})" if row.get("leaves_out") else "")
     is_ours = "limit_ms" in row
     against = f" ({row['against']})" if row.get("against", "protokernels") != "protokernels" else ""
@@ -41,6 +41,8 @@ def line(row: Row) -> str:
         "" if is_ours else ratio + (" (we lose)" if loses else ""),
         f"{row['share_of_limit']:.0%} of {milliseconds(row['limit_ms'])} ms" if is_ours else "",
     ]
+    if with_memory:
+        cells.append("" if row.get("peak_mb") is None else f"{row['peak_mb']:.0f}")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -95,13 +97,16 @@ def table(results: dict[str, Any]) -> str:
     parts = []
     for what in dict.fromkeys(row["what"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["what"] == what]
+        with_memory = "device" not in results["runs"].get(rows[0].get("run"), {}) and any(
+            "peak_mb" in row for row in rows
+        )
         parts += [
             f"### {what[:1].upper()}{what[1:]}",
             "",
-            HEADER.format(case=rows[0].get("sizes", "rows x D x K")),
-            "|---" * 8 + "|",
+            HEADER.format(case=rows[0].get("sizes", "rows x D x K")) + (" peak MB |" if with_memory else ""),
+            "|---" * (9 if with_memory else 8) + "|",
         ]
-        parts += [line(row) for row in rows]
+        parts += [line(row, with_memory) for row in rows]
         if all("size" in row for row in rows):
             parts += ["", *sweep_notes(rows)]
         parts.append("")

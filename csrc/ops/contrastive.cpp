@@ -25,7 +25,7 @@ PK_DECLARE_LEVELS(ContrastiveBackwardCpu, contrastive_backward_cpu);
 namespace {
 
 constexpr double SERIAL_WORK = 2.5e6;       // about 50 microseconds, in multiply-adds: below it a second thread costs more than it brings
-constexpr double SERIAL_NUMBERS = 1 << 16;  // numbers to move, likewise
+constexpr double SERIAL_NUMBERS = 1 << 18;  // numbers to move, likewise
 
 // ------------------------------------------------------------------------------------------------------------ threads
 
@@ -76,11 +76,14 @@ void check_plan(const ContrastiveProblem& p) {
   int32_t before = 0;
   for (int64_t g = 0; g < p.G; ++g) {
     const ContrastiveGroup& group = p.groups[g];
-    const bool rows = before <= group.row_begin && group.row_begin <= group.row_anchor_end && group.row_anchor_end <= group.row_end && group.row_end <= p.R;
-    const bool columns = 0 <= group.column_begin && group.column_begin <= group.column_anchor_end && group.column_anchor_end <= group.column_end &&
-                         group.column_end <= p.M;
-    const bool equal = group.row_begin == group.column_begin && group.row_anchor_end == group.column_anchor_end && group.row_end == group.column_end;
-    STD_TORCH_CHECK(rows && columns && (!p.one_set || equal), "contrastive: group ", g, " does not lie within the rows and columns, in order");
+    const bool rows = before <= group.row_begin && group.row_begin <= group.row_anchor_end && group.row_anchor_end <= group.row_end &&
+                      group.row_end <= p.R;
+    const bool columns = 0 <= group.column_begin && group.column_begin <= group.column_anchor_end &&
+                         group.column_anchor_end <= group.column_end && group.column_end <= p.M;
+    const bool equal =
+        group.row_begin == group.column_begin && group.row_anchor_end == group.column_anchor_end && group.row_end == group.column_end;
+    STD_TORCH_CHECK(rows && columns && (!p.one_set || equal), "contrastive: group ", g,
+                    " does not lie within the rows and columns, in order");
     bool fit = true;
     for (int64_t r = group.row_begin; r < group.row_end; ++r) {
       const ContrastiveRange& range = p.ranges[r];
@@ -126,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(Tensor rows, OptionalTensor colum
   const ContrastiveSchedule schedule = contrastive_forward_schedule(f);
   const ContrastiveBytes bytes = cpu.bytes(f, schedule);
   const int64_t workers = workers_for(schedule);
-  const Tensor workspace = empty_beside(rows, {bytes.workspace}, ScalarType::Byte), scratch = empty_beside(rows, {workers * bytes.scratch}, ScalarType::Byte);
+  const Tensor workspace = empty_beside(rows, {bytes.workspace}, ScalarType::Byte),
+               scratch = empty_beside(rows, {workers * bytes.scratch}, ScalarType::Byte);
   const auto with_type = [&](auto zero) {
     using T = decltype(zero);
     T *const loss = static_cast<T*>(f.losses), *const statistic = static_cast<T*>(f.statistics);
@@ -168,8 +172,8 @@ void coefficients_of_group(const ContrastiveCoefficients& c, const ContrastiveGr
     const int64_t positives = range.class_end - range.class_begin - in_class;
     const int64_t negatives = group.column_end - group.column_begin - (range.class_end - range.class_begin) - (met && !in_class);
     if (positives <= 0 || (needs_negatives && negatives <= 0) || positives + negatives == 1) continue;
-    const auto [dp, dn, dl] = derivatives(c.form, static_cast<const T*>(c.grad_losses)[r], statistics[r], statistics[c.R + r],
-                                          static_cast<double>(positives));
+    const auto [dp, dn, dl] =
+        derivatives(c.form, static_cast<const T*>(c.grad_losses)[r], statistics[r], statistics[c.R + r], static_cast<double>(positives));
     out[r] = static_cast<T>(dp), out[c.R + r] = static_cast<T>(dn), out[2 * c.R + r] = static_cast<T>(dl);
   }
 }
@@ -178,7 +182,8 @@ Tensor coefficients_cpu(Tensor grad_losses, Tensor statistics, Tensor groups, Te
   ContrastiveCoefficients c{};
   fill_coefficients(c, grad_losses, statistics, groups, ranges, form);
   for (int64_t g = 0; g < c.G; ++g)
-    STD_TORCH_CHECK(0 <= c.groups[g].row_begin && c.groups[g].row_anchor_end <= c.R, "contrastive: group ", g, " does not lie within the rows");
+    STD_TORCH_CHECK(0 <= c.groups[g].row_begin && c.groups[g].row_anchor_end <= c.R, "contrastive: group ", g,
+                    " does not lie within the rows");
   Tensor out = empty_beside(statistics, {3, c.R}, statistics.scalar_type());
   torch::stable::zero_(out);
   c.coefficients = out.data_ptr();
@@ -220,7 +225,8 @@ Tensor backward_cpu(Tensor rows, OptionalTensor columns, Tensor groups, Tensor r
   const ContrastiveSchedule schedule = contrastive_backward_schedule(b, b.row_statistics, b.column_statistics);
   const ContrastiveBytes bytes = cpu.bytes(b, schedule);
   const int64_t workers = workers_for(schedule);
-  const Tensor workspace = empty_beside(rows, {bytes.workspace}, ScalarType::Byte), scratch = empty_beside(rows, {workers * bytes.scratch}, ScalarType::Byte);
+  const Tensor workspace = empty_beside(rows, {bytes.workspace}, ScalarType::Byte),
+               scratch = empty_beside(rows, {workers * bytes.scratch}, ScalarType::Byte);
   clear_the_rest(b, schedule);
   if (columns && b.column_statistics)
     for_rows(b.M, 20, [&](int64_t begin, int64_t end) { cpu.prepare(b, schedule, workspace.data_ptr(), begin, end); });

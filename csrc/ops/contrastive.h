@@ -36,8 +36,8 @@
 namespace protokernels {
 
 constexpr double CONTRASTIVE_NORM_FLOOR = 1e-12;
-constexpr double CONTRASTIVE_BOUND = 80;    // largest 2 / temperature for which unit vectors need no maximum
-constexpr int64_t CONTRASTIVE_ALIGN = 16;   // elements to which a vector's length is rounded up
+constexpr double CONTRASTIVE_BOUND = 80;   // largest 2 / temperature for which unit vectors need no maximum
+constexpr int64_t CONTRASTIVE_ALIGN = 16;  // elements to which a vector's length is rounded up
 
 enum class ContrastiveForm : int { supcon = 0, in = 1, paper = 2, negout = 3 };
 enum class ContrastivePrecision : int { highest = 0, high = 1, medium = 2 };  // products on CUDA: as float32, tf32, bf16; the CPU has one
@@ -56,15 +56,15 @@ struct ContrastiveRange {
 
 // T is double if double_compute, else float.
 struct ContrastiveProblem {
-  int64_t R, M, G;     // rows, columns, groups
-  int64_t C, Cp;       // length of a vector, and as stored
-  const void* rows;    // T [R, Cp]
-  const void* columns; // T [M, Cp]; rows if there is one set
-  bool one_set;        // columns are the rows: s is symmetric, and so are the ranges. Two sets may be the same memory
+  int64_t R, M, G;                 // rows, columns, groups
+  int64_t C, Cp;                   // length of a vector, and as stored
+  const void* rows;                // T [R, Cp]
+  const void* columns;             // T [M, Cp]; rows if there is one set
+  bool one_set;                    // columns are the rows: s is symmetric, and so are the ranges. Two sets may be the same memory
   const ContrastiveGroup* groups;  // [G], in order of their rows
   const ContrastiveRange* ranges;  // [R]
   double temperature;
-  bool bounded;        // vectors of length 1 or 0, and 2 / temperature < CONTRASTIVE_BOUND
+  bool bounded;  // vectors of length 1 or 0, and 2 / temperature < CONTRASTIVE_BOUND
   bool double_compute;
   ContrastivePrecision precision;
 };
@@ -86,7 +86,7 @@ struct ContrastiveCoefficients {
   const void* statistics;   // T [3, R]
   ContrastiveForm form;
   bool double_compute;
-  void* coefficients;       // T [3, R]: dp, dn, dl
+  void* coefficients;  // T [3, R]: dp, dn, dl
 };
 
 struct ContrastiveBackward : ContrastiveProblem {
@@ -128,12 +128,12 @@ struct ContrastivePlan {
   int64_t background, ignored;
   const int64_t* labels;  // [N, D, H, W]
   ContrastiveForm form;
-  int reduction;              // weights: 0: mean over the anchors of a group, then over groups with anchors; 1: over all anchors; 2: of an image, then over images
-  int64_t R, G;               // from contrastive_plan_sizes
-  int64_t* order;             // [R]
-  ContrastiveGroup* groups;   // [G]
-  ContrastiveRange* ranges;   // [R]
-  double* weights;            // [R], 0 for a row that is no anchor
+  int reduction;  // weights: 0: mean over the anchors of a group, then over groups with anchors; 1: over all anchors; 2: of an image, then over images
+  int64_t R, G;              // from contrastive_plan_sizes
+  int64_t* order;            // [R]
+  ContrastiveGroup* groups;  // [G]
+  ContrastiveRange* ranges;  // [R]
+  double* weights;           // [R], 0 for a row that is no anchor
 };
 void contrastive_plan_sizes(ContrastivePlan&);  // fills in R and G
 

@@ -93,7 +93,8 @@ class Planner {
     const int64_t maps = p.per_image ? 1 : p.N, image = p.per_image ? group % p.N : 0, block = p.per_image ? group / p.N : group;
     const int64_t w = block % axis[2].blocks, h = block / axis[2].blocks % axis[1].blocks, d = block / axis[2].blocks / axis[1].blocks;
     const int64_t deep = length(0, d), high = length(1, h), wide = length(2, w);
-    const int64_t before = d * axis[0].edge * axis[1].kept * axis[2].kept + deep * h * axis[1].edge * axis[2].kept + deep * high * w * axis[2].edge;
+    const int64_t before =
+        d * axis[0].edge * axis[1].kept * axis[2].kept + deep * h * axis[1].edge * axis[2].kept + deep * high * w * axis[2].edge;
     return before * p.N + image * maps * deep * high * wide;
   }
 
@@ -164,10 +165,10 @@ void weigh(const ContrastivePlan& p) {
 using IntList = std::vector<int64_t>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(Tensor labels_any, IntList block, IntList stride, bool per_image, bool drop_remainder,
-                                                    std::optional<int64_t> background_label, std::optional<int64_t> ignore_index, int64_t form,
-                                                    int64_t reduction) {
-  STD_TORCH_CHECK(labels_any.dim() == 4 && labels_any.scalar_type() == ScalarType::Long && block.size() == 3 && stride.size() == 3 && form >= 0 &&
-                      form <= 3 && reduction >= 0 && reduction <= 2,
+                                                    std::optional<int64_t> background_label, std::optional<int64_t> ignore_index,
+                                                    int64_t form, int64_t reduction) {
+  STD_TORCH_CHECK(labels_any.dim() == 4 && labels_any.scalar_type() == ScalarType::Long && block.size() == 3 && stride.size() == 3 &&
+                      form >= 0 && form <= 3 && reduction >= 0 && reduction <= 2,
                   "contrastive: labels must be int64 [N, D, H, W], block and stride have one number for each axis");
   const Tensor labels = torch::stable::contiguous(labels_any);
   ContrastivePlan p{};

@@ -7,10 +7,10 @@ namespace protokernels {
 
 namespace {
 
-constexpr double EXPONENTIAL = 12;       // what a pair costs beside its products, in multiply-adds
-constexpr double SMALLEST_SHARE = 2e6;   // multiply-adds a group must have to be spread over threads
-constexpr int64_t SHARES = 48;           // a group with less than this part of all work stays with one thread
-constexpr int64_t STEP = 96, MOST = 960;  // rows in a block: a multiple of every register tile
+constexpr double EXPONENTIAL = 12;           // what a pair costs beside its products, in multiply-adds
+constexpr double SMALLEST_SHARE = 2e6;       // multiply-adds a group must have to be spread over threads
+constexpr int64_t SHARES = 48;               // a group with less than this part of all work stays with one thread
+constexpr int64_t STEP = 96, MOST = 960;     // rows in a block: a multiple of every register tile
 constexpr int64_t BLOCK_ELEMENTS = 1 << 16;  // of vectors in a block: 256 KB, which L2 holds
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -64,7 +64,8 @@ class Builder {
     const double rows = count(g.row_begin, g.row_end), anchors = count(g.row_begin, g.row_anchor_end);
     if (symmetric) return anchors == 0 ? 0 : anchors * (anchors + 1) / 2 + anchors * (rows - anchors);
     const double columns = count(g.column_begin, g.column_end), column_anchors = count(g.column_begin, g.column_anchor_end);
-    const double with_all = row_losses ? anchors * columns : 0, with_anchors = column_losses ? (rows - (row_losses ? anchors : 0)) * column_anchors : 0;
+    const double with_all = row_losses ? anchors * columns : 0,
+                 with_anchors = column_losses ? (rows - (row_losses ? anchors : 0)) * column_anchors : 0;
     return with_all + with_anchors;
   }
 

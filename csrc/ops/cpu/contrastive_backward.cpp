@@ -98,7 +98,8 @@ template <class T>
 void prepare_columns(const ContrastiveBackward& b, const ContrastiveSchedule& schedule, void* workspace, int64_t first, int64_t last) {
   Arena shared{static_cast<char*>(workspace)};
   const BackwardRoom<T> room(b, schedule, shared);
-  prepare_range(b, static_cast<const T*>(b.column_statistics), static_cast<const T*>(b.column_coefficients), b.M, room.columns, first, last);
+  prepare_range(b, static_cast<const T*>(b.column_statistics), static_cast<const T*>(b.column_coefficients), b.M, room.columns, first,
+                last);
 }
 
 // --------------------------------------------------------------------------------------------------------- H of a strip
@@ -127,7 +128,8 @@ struct StripCoefficients {
 // sum of d exp(s - log sum) over the losses of both.
 template <class T, class L>
 PK_INLINE Vec<T> weight_of(Vec<T> s, Vec<T> x_weight, Vec<T> x_log, T y_weight, T y_log) {
-  if constexpr (L::BOUNDED) return exp2_nonpositive(s) * (L::ROWS && L::COLUMNS ? x_weight + y_weight : L::ROWS ? x_weight : broadcast(y_weight));
+  if constexpr (L::BOUNDED)
+    return exp2_nonpositive(s) * (L::ROWS && L::COLUMNS ? x_weight + y_weight : L::ROWS ? x_weight : broadcast(y_weight));
   Vec<T> h{};
   if (L::ROWS) h += x_weight * exp2_nonpositive(s - x_log);
   if (L::COLUMNS) h += y_weight * exp2_nonpositive(s - y_log);
@@ -147,7 +149,8 @@ PK_INLINE void scores_to_h(T* scores, int32_t y_begin, int32_t y_end, const Rows
         T* const s = scores + (y - y_begin) * H_STRIDE<T>;
         const T weight = at(cy.n, y), log = at(cy.n_log, y);
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) store(s + v * LANES<T>, weight_of<T, L>(load(s + v * LANES<T>), n.weight[v], n.log[v], weight, log));
+        for (int v = 0; v < VECTORS; ++v)
+          store(s + v * LANES<T>, weight_of<T, L>(load(s + v * LANES<T>), n.weight[v], n.log[v], weight, log));
       }
     } else if (meeting == Meeting::none) {
       for (int32_t y = begin; y < end; ++y)
@@ -158,7 +161,8 @@ PK_INLINE void scores_to_h(T* scores, int32_t y_begin, int32_t y_end, const Rows
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) {
           T* const s = scores + (y - y_begin) * H_STRIDE<T> + v * LANES<T>;
-          const Vec<T> x = load(s), same = weight_of<T, L>(x, p.weight[v], p.log[v], at(cy.p, y), at(cy.p_log, y)) + (linear.weight[v] + at(cy.linear, y));
+          const Vec<T> x = load(s), same = weight_of<T, L>(x, p.weight[v], p.log[v], at(cy.p, y), at(cy.p_log, y)) +
+                                           (linear.weight[v] + at(cy.linear, y));
           if (meeting == Meeting::same) {
             store(s, same);
             continue;
@@ -184,7 +188,8 @@ void apply_part(const ContrastiveBackward& b, const ContrastivePart& part, const
   if (both) x_vectors = Columns<T>::of(f_rows + part.x_begin * b.Cp, rows.count, b.Cp, scratch.x_columns);
   const int64_t length = part.y_end - part.y_begin, blocks = (length + Y_ROWS - 1) / Y_ROWS;
   for (int64_t k = 0; k < blocks; ++k) {
-    const int32_t y = static_cast<int32_t>(part.y_begin + length * k / blocks), y_end = static_cast<int32_t>(part.y_begin + length * (k + 1) / blocks);
+    const int32_t y = static_cast<int32_t>(part.y_begin + length * k / blocks),
+                  y_end = static_cast<int32_t>(part.y_begin + length * (k + 1) / blocks);
     const int64_t columns = y_end - y, limit = part.triangle ? std::min<int64_t>(rows.count, y_end - 1 - part.x_begin) : rows.count;
     const bool y_counts = L::COLUMNS && room.columns.any(y, y_end);
     const Columns<T> y_vectors = Columns<T>::of(f_columns + y * b.Cp, columns, b.Cp, scratch.y_columns);
@@ -196,8 +201,8 @@ void apply_part(const ContrastiveBackward& b, const ContrastivePart& part, const
         T* const scores = scratch.scores + strip.begin - x;
         const auto of_vectors = [&](auto vectors) {
           constexpr int VECTORS = decltype(vectors)::value;
-          product<T, Order::rows, VECTORS>(columns, f_columns + y * b.Cp, b.Cp, panels + strip.begin * b.C, VECTORS * LANES<T>, b.C, scores,
-                                           H_STRIDE<T>, rows.start + strip.begin);
+          multiply_strip<T, VECTORS>(columns, f_columns + y * b.Cp, b.Cp, panels + strip.begin * b.C, b.C, scores, H_STRIDE<T>,
+                                     rows.start + strip.begin);
           scores_to_h<T, L, VECTORS>(scores, y, y_end, rows, strip, part.triangle, part.x_begin + strip.begin, room.rows, room.columns);
         };
         if (rows.vectors(n) == 2)
@@ -258,12 +263,14 @@ ContrastiveBytes bytes(const ContrastiveBackward& b, const ContrastiveSchedule& 
 }
 
 void prepare(const ContrastiveBackward& b, const ContrastiveSchedule& schedule, void* workspace, int64_t first, int64_t last) {
-  b.double_compute ? prepare_columns<double>(b, schedule, workspace, first, last) : prepare_columns<float>(b, schedule, workspace, first, last);
+  b.double_compute ? prepare_columns<double>(b, schedule, workspace, first, last)
+                   : prepare_columns<float>(b, schedule, workspace, first, last);
 }
 
 void backward_any(const ContrastiveBackward& b, const ContrastiveSchedule& schedule, const ContrastivePart& part, void* workspace,
                   void* scratch) {
-  b.double_compute ? backward_part<double>(b, schedule, part, workspace, scratch) : backward_part<float>(b, schedule, part, workspace, scratch);
+  b.double_compute ? backward_part<double>(b, schedule, part, workspace, scratch)
+                   : backward_part<float>(b, schedule, part, workspace, scratch);
 }
 
 }  // namespace

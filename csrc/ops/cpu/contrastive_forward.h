@@ -264,13 +264,15 @@ struct ForwardScratch {
 };
 
 template <class T, bool BOUNDED, bool ACROSS>
-void sum_part(const ContrastiveForward& p, const ContrastivePart& part, const T* panels, const ForwardRoom<T>& room, ForwardScratch<T>& scratch) {
+void sum_part(const ContrastiveForward& p, const ContrastivePart& part, const T* panels, const ForwardRoom<T>& room,
+              ForwardScratch<T>& scratch) {
   const T* const columns = static_cast<const T*>(p.columns);
   const Rows<T>& rows = scratch.rows;
   const int32_t blocks = static_cast<int32_t>((part.y_end - part.y_begin + Y_ROWS - 1) / Y_ROWS);
   const int64_t length = part.y_end - part.y_begin;
   for (int32_t k = 0; k < blocks; ++k) {
-    const int32_t y = static_cast<int32_t>(part.y_begin + length * k / blocks), y_end = static_cast<int32_t>(part.y_begin + length * (k + 1) / blocks);
+    const int32_t y = static_cast<int32_t>(part.y_begin + length * k / blocks),
+                  y_end = static_cast<int32_t>(part.y_begin + length * (k + 1) / blocks);
     if (ACROSS) scratch.across.clear(y_end - y);
     for (int64_t n = 0; n < rows.strip_count; ++n) {
       const Strip& strip = rows.strips[n];
@@ -279,8 +281,7 @@ void sum_part(const ContrastiveForward& p, const ContrastivePart& part, const T*
       const T* const panel = panels + strip.begin * p.C;
       const auto of_vectors = [&](auto vectors) {
         constexpr int VECTORS = decltype(vectors)::value;
-        product<T, Order::rows, VECTORS>(y_end - y, columns + y * p.Cp, p.Cp, panel, VECTORS * LANES<T>, p.C, scratch.scores, STRIP<T>,
-                                         rows.start + strip.begin);
+        multiply_strip<T, VECTORS>(y_end - y, columns + y * p.Cp, p.Cp, panel, p.C, scratch.scores, STRIP<T>, rows.start + strip.begin);
         if constexpr (BOUNDED)
           sum_bounded<T, VECTORS, ACROSS>(scores, rows, strip, y_end, part.triangle, scratch.down, scratch.across);
         else

@@ -36,7 +36,8 @@ void finish_rows(const ContrastiveForward& f, const ContrastiveGroup& group, con
     const bool met = r.self >= group.column_begin && r.self < group.column_end, in_class = r.self >= r.class_begin && r.self < r.class_end;
     const double positives = r.class_end - r.class_begin - in_class;
     const double negatives = group.column_end - group.column_begin - (r.class_end - r.class_begin) - (met && !in_class);
-    const double p = natural_log(sums.p[i], f.bounded ? bound : sums.p_top[i]), n = natural_log(sums.n[i], f.bounded ? bound : sums.n_top[i]);
+    const double p = natural_log(sums.p[i], f.bounded ? bound : sums.p_top[i]),
+                 n = natural_log(sums.n[i], f.bounded ? bound : sums.n_top[i]);
     const double all = f.bounded ? natural_log(sums.p[i] + sums.n[i], bound) : log_add(p, n);
     const double linear = LN_2 * (sums.linear[i] + (f.bounded ? positives * bound : 0));
     statistics[i] = static_cast<T>(p), statistics[f.R + i] = static_cast<T>(n), statistics[2 * f.R + i] = static_cast<T>(linear);
@@ -78,7 +79,8 @@ void forward_part(const ContrastiveForward& f, const ContrastiveSchedule& schedu
 
 void forward_any(const ContrastiveForward& f, const ContrastiveSchedule& schedule, const ContrastivePart& part, void* workspace,
                  void* scratch) {
-  f.double_compute ? forward_part<double>(f, schedule, part, workspace, scratch) : forward_part<float>(f, schedule, part, workspace, scratch);
+  f.double_compute ? forward_part<double>(f, schedule, part, workspace, scratch)
+                   : forward_part<float>(f, schedule, part, workspace, scratch);
 }
 
 ContrastiveBytes bytes(const ContrastiveForward& f, const ContrastiveSchedule& schedule) {

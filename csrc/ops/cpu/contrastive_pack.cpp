@@ -6,6 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
 
 #include "common/cpu_level.h"
 #include "common/tile_product.h"
@@ -43,7 +46,8 @@ PK_INLINE void with_kind(Kind kind, const Function& function) {
   }
 }
 
-constexpr int64_t AHEAD = 32;  // rows from the one at work to the one that memory is asked for: planes are read across, which it does not see coming
+// Rows from those at work to those that memory is asked for: planes are read across, which it does not see coming.
+constexpr int64_t AHEAD = 32;
 
 // Where a row lies in x. Rows in turn mostly come from the same map, which spares a division.
 struct Finder {
@@ -83,132 +87,246 @@ struct Places {
   bool neighbours() const { return first_run == LANES<T> && count == LANES<T>; }
 };
 
-template <class T, class E, int... LANE>
-PK_INLINE Vec<T> gather(const E* x, const int64_t* offset, std::integer_sequence<int, LANE...>) {
-  return Vec<T>{static_cast<T>(x[offset[LANE]])...};
-}
+// ------------------------------------------------------------------------------------------- channels beside each other
+//
+// Sums over channels run in four parts, one for every remainder of the channel's number by four: along a row they are one vector, in lanes four, and
+// every layout of x gives the same bits.
 
-// A channel of LANES rows.
-template <class T, class E>
-PK_INLINE Vec<T> read_lanes(const E* plane, const Places<T>& places) {
-  if constexpr (std::is_same_v<T, E>) {
-    if (places.first_run == LANES<T>) return load(plane + places.offset[0]);
-    if (places.first_run > 0 && places.surrounded) {
-      const Index<T> lane = lane_numbers<T>();
-      return lane < static_cast<std::remove_reference_t<decltype(lane[0])>>(places.first_run) ? load(plane + places.offset[0])
-                                                                                            : load(plane + places.offset[LANES<T> - 1] - LANES<T> + 1);
-    }
-  }
-  return gather<T>(plane, places.offset, std::make_integer_sequence<int, LANES<T>>{});
-}
-
-// Vectors become ones of length 1, or of zeros if they count as zero; norms [count] are what they are divided by. Division is exact where it
-// can be: a vector of one channel becomes 1 or -1, and its gradient 0.
 template <class T>
-PK_INLINE void normalise(T* x, int64_t Cp, int64_t count, T* norms) {
-  constexpr double floor = CONTRASTIVE_NORM_FLOOR * CONTRASTIVE_NORM_FLOOR;
-  double length[LANES<T>] = {}, squared[LANES<T>] = {};
-  for (int64_t r = 0; r < count; ++r) squared[r] = squared_norm(x + r * Cp, Cp);
-  for (int64_t r = 0; r < LANES<T>; ++r) length[r] = std::sqrt(squared[r]);
-  for (int64_t r = 0; r < count; ++r) {
-    norms[r] = squared[r] <= floor ? std::numeric_limits<T>::infinity() : static_cast<T>(length[r]);
-    if (length[r] < std::numeric_limits<T>::max()) {
-      for (int64_t c = 0; c < Cp; c += LANES<T>) store(x + r * Cp + c, load(x + r * Cp + c) / norms[r]);
-    } else {  // longer than T can say, or not a number
-      for (int64_t c = 0; c < Cp; ++c) x[r * Cp + c] = static_cast<T>(x[r * Cp + c] / length[r]);
-    }
+struct FourOf {
+  typedef T type __attribute__((vector_size(4 * sizeof(T))));
+};
+template <class T>
+using Four = typename FourOf<T>::type;
+
+template <class T>
+PK_INLINE Four<T> load_four(const T* p) {
+  Four<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+PK_INLINE double squared_length(const T* x, int64_t Cp) {
+  Four<double> sum{};
+  for (int64_t c = 0; c < Cp; c += 4) {
+    const Four<double> d = __builtin_convertvector(load_four(x + c), Four<double>);
+    sum += d * d;
   }
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+template <class T>
+PK_INLINE T inner_product(const T* x, const T* y, int64_t Cp) {
+  Four<T> sum{};
+  for (int64_t c = 0; c < Cp; c += 4) sum += load_four(x + c) * load_four(y + c);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 template <class T, class E>
 void pack_rows(const ContrastivePack& p, int64_t first, int64_t last) {
-  const E* const x = static_cast<const E*>(p.x);
+  constexpr double floor = CONTRASTIVE_NORM_FLOOR * CONTRASTIVE_NORM_FLOOR;
   T *const packed = static_cast<T*>(p.packed), *const norms = static_cast<T*>(p.norms);
-  Finder finder(p), ahead_finder(p);
-  for (int64_t row = first; row < last; row += LANES<T>) {
-    const Places<T> places(p, finder, row, last);
+  Finder finder(p);
+  for (int64_t row = first; row < last; ++row) {
+    const E* const x = static_cast<const E*>(p.x) + finder.offset(row);
     T* const out = packed + row * p.Cp;
-    if (p.stride_c != 1 && row + AHEAD < last) {
-      const E* const ahead = x + ahead_finder.offset(row + AHEAD);
-      for (int64_t c = 0; c < p.C; ++c) __builtin_prefetch(ahead + c * p.stride_c);
+    for (int64_t c = 0; c < p.C; ++c) out[c] = static_cast<T>(x[c]);
+    std::fill(out + p.C, out + p.Cp, T(0));
+    norms[row] = T(1);
+    if (!p.normalize) continue;
+    const double squared = squared_length(out, p.Cp), length = std::sqrt(squared);
+    norms[row] = squared <= floor ? std::numeric_limits<T>::infinity() : static_cast<T>(length);
+    if (length < std::numeric_limits<T>::max()) {
+      for (int64_t c = 0; c < p.Cp; c += LANES<T>) store(out + c, load(out + c) / norms[row]);
+    } else {  // longer than T can say, or not a number
+      for (int64_t c = 0; c < p.Cp; ++c) out[c] = static_cast<T>(out[c] / length);
     }
-    if (p.stride_c == 1 || p.C == 1) {
-      for (int64_t r = 0; r < places.count; ++r) {
-        for (int64_t c = 0; c < p.C; ++c) out[r * p.Cp + c] = static_cast<T>(x[places.offset[r] + c]);
-        std::fill(out + r * p.Cp + p.C, out + (r + 1) * p.Cp, T(0));
-      }
-    } else {
-      for (int64_t c = 0; c < p.Cp; c += LANES<T>) {
-        Vec<T> square[LANES<T>];
-#pragma GCC unroll 16
-        for (int64_t j = 0; j < LANES<T>; ++j) square[j] = c + j < p.C ? read_lanes<T>(x + (c + j) * p.stride_c, places) : Vec<T>{};
-        transpose<T>(square);
-        if (places.count == LANES<T>) {
-#pragma GCC unroll 16
-          for (int64_t r = 0; r < LANES<T>; ++r) store(out + r * p.Cp + c, square[r]);
-        } else {
-          for (int64_t r = 0; r < places.count; ++r) store(out + r * p.Cp + c, square[r]);
-        }
-      }
-    }
-    if (p.normalize)
-      normalise(out, p.Cp, places.count, norms + row);
-    else
-      std::fill(norms + row, norms + row + places.count, T(1));
   }
 }
 
 template <class T, class E>
 void unpack_rows(const ContrastiveUnpack& p, int64_t first, int64_t last) {
-  E* const x = static_cast<E*>(p.grad_x);
-  const T* const grad = static_cast<const T*>(p.grad_packed);
   Finder finder(p);
+  for (int64_t row = first; row < last; ++row) {
+    E* const x = static_cast<E*>(p.grad_x) + finder.offset(row);
+    const T *const grad = static_cast<const T*>(p.grad_packed) + row * p.Cp, *const f = static_cast<const T*>(p.packed) + row * p.Cp;
+    const T along = p.normalize ? inner_product(f, grad, p.Cp) : T(0), scale = p.normalize ? 1 / static_cast<const T*>(p.norms)[row] : T(1);
+    for (int64_t c = 0; c < p.C; ++c) x[c] = converted<E>(p.normalize ? (grad[c] - f[c] * along) * scale : grad[c]);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------- channels in planes
+
+// LANES rows, one in each lane: [Cp, LANES].
+template <class T>
+struct Lanes {
+  std::vector<T> memory;
+  T* data;
+
+  explicit Lanes(int64_t Cp) : memory(static_cast<size_t>((Cp + 1) * LANES<T>)) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
+    data = memory.data() + (VECTOR_BYTES - address % VECTOR_BYTES) % VECTOR_BYTES / sizeof(T);
+  }
+  PK_MEMBER T* at(int64_t c) { return data + c * LANES<T>; }
+};
+
+template <class T, class E, int... LANE>
+PK_INLINE Vec<T> gather(const E* x, const int64_t* offset, std::integer_sequence<int, LANE...>) {
+  return Vec<T>{static_cast<T>(x[offset[LANE]])...};
+}
+
+template <class T, class E>
+PK_INLINE void read_lanes(const E* x, const ContrastivePack& p, const Places<T>& places, Lanes<T>& lanes) {
+  if constexpr (std::is_same_v<T, E>) {
+    const T *const front = x + places.offset[0], *const back = x + places.offset[LANES<T> - 1] - (LANES<T> - 1);
+    if (places.first_run == LANES<T>) {
+      for (int64_t c = 0; c < p.C; ++c) store(lanes.at(c), load(front + c * p.stride_c));
+      return;
+    }
+    if (places.first_run > 0 && places.surrounded) {
+      const Index<T> in_front = lane_numbers<T>() < (Index<T>{} + static_cast<int>(places.first_run));
+      for (int64_t c = 0; c < p.C; ++c) store(lanes.at(c), in_front ? load(front + c * p.stride_c) : load(back + c * p.stride_c));
+      return;
+    }
+  }
+  for (int64_t c = 0; c < p.C; ++c)
+    store(lanes.at(c), gather<T>(x + c * p.stride_c, places.offset, std::make_integer_sequence<int, LANES<T>>{}));
+}
+
+// Not inlined: GCC would unroll it into scalar square roots.
+__attribute__((noinline)) void take_roots(const double* squared, int64_t count, double* root) {
+  for (int64_t l = 0; l < count; ++l) root[l] = std::sqrt(squared[l]);
+}
+
+// Divides by the lengths: exactly where it can be, so that a vector of one channel becomes 1 or -1 and its gradient 0. norm [LANES] are the divisors,
+// infinite where a vector counts as zero.
+template <class T>
+PK_INLINE void normalise(Lanes<T>& lanes, int64_t C, int64_t Cp, T* norm) {
+  constexpr double floor = CONTRASTIVE_NORM_FLOOR * CONTRASTIVE_NORM_FLOOR;
+  constexpr int64_t halves = LANES<T> / LANES<double>;
+  Vec<double> sum[4][halves]{};
+  for (int64_t c = 0; c < Cp; c += 4)
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < 4; ++k)
+#pragma GCC unroll 2
+      for (int64_t h = 0; h < halves; ++h) {
+        const Vec<double> x = load_double(lanes.at(c + k) + h * LANES<double>);
+        sum[k][h] += x * x;
+      }
+  double squared[LANES<T>], length[LANES<T>];
+  for (int64_t h = 0; h < halves; ++h) store(squared + h * LANES<double>, (sum[0][h] + sum[1][h]) + (sum[2][h] + sum[3][h]));
+  take_roots(squared, LANES<T>, length);
+  bool ordinary = true;
+  for (int64_t l = 0; l < LANES<T>; ++l) {
+    norm[l] = squared[l] <= floor ? std::numeric_limits<T>::infinity() : static_cast<T>(length[l]);
+    ordinary &= length[l] < std::numeric_limits<T>::max();
+  }
+  if (ordinary) {
+    const Vec<T> divisor = load(norm);
+    for (int64_t c = 0; c < C; ++c) store(lanes.at(c), load(lanes.at(c)) / divisor);
+  } else {  // longer than T can say, or not a number
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t l = 0; l < LANES<T>; ++l) lanes.at(c)[l] = static_cast<T>(lanes.at(c)[l] / (norm[l] < length[l] ? norm[l] : length[l]));
+  }
+}
+
+template <class T, class E>
+void pack_planes(const ContrastivePack& p, int64_t first, int64_t last) {
+  const E* const x = static_cast<const E*>(p.x);
+  T *const packed = static_cast<T*>(p.packed), *const norms = static_cast<T*>(p.norms);
+  Finder finder(p), ahead_finder(p);
+  Lanes<T> lanes(p.Cp);
+  T norm[LANES<T>];
+  std::fill(norm, norm + LANES<T>, T(1));
   for (int64_t row = first; row < last; row += LANES<T>) {
     const Places<T> places(p, finder, row, last);
-    T along[LANES<T>] = {}, scale[LANES<T>];
-    std::fill(scale, scale + LANES<T>, T(1));
-    for (int64_t r = 0; p.normalize && r < places.count; ++r) {
-      along[r] = dot(static_cast<const T*>(p.packed) + (row + r) * p.Cp, grad + (row + r) * p.Cp, p.Cp);
-      scale[r] = 1 / static_cast<const T*>(p.norms)[row + r];
+    if (row + AHEAD < last) {
+      const E* const ahead = x + ahead_finder.offset(row + AHEAD);
+      for (int64_t c = 0; c < p.C; ++c) __builtin_prefetch(ahead + c * p.stride_c);
     }
-    const auto at = [&](int64_t r, int64_t c) {
-      const int64_t element = (row + r) * p.Cp + c;
-      const Vec<T> g = load(grad + element);
-      return p.normalize ? (g - load(static_cast<const T*>(p.packed) + element) * along[r]) * scale[r] : g;
-    };
-    for (int64_t c = 0; c < p.C; c += LANES<T>) {
-      const int64_t channels = std::min<int64_t>(LANES<T>, p.C - c);
-      if (p.stride_c == 1 || p.C == 1) {
-        for (int64_t r = 0; r < places.count; ++r) {
-          T lanes[LANES<T>];
-          store(lanes, at(r, c));
-          for (int64_t j = 0; j < channels; ++j) x[places.offset[r] + c + j] = converted<E>(lanes[j]);
-        }
-        continue;
-      }
+    read_lanes(x, p, places, lanes);
+    if (p.normalize) normalise(lanes, p.C, p.Cp, norm);
+    std::copy(norm, norm + places.count, norms + row);
+    for (int64_t c = 0; c < p.Cp; c += LANES<T>) {
       Vec<T> square[LANES<T>];
-      for (int64_t r = 0; r < LANES<T>; ++r) square[r] = at(std::min(r, places.count - 1), c);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < LANES<T>; ++j) square[j] = load(lanes.at(c + j));
       transpose<T>(square);
-      for (int64_t j = 0; j < channels; ++j) {
-        T lanes[LANES<T>];
-        store(lanes, square[j]);
-        E* const plane = x + (c + j) * p.stride_c;
-        if (places.neighbours() && std::is_same_v<T, E>)
-          std::memcpy(static_cast<void*>(plane + places.offset[0]), lanes, sizeof lanes);
-        else
-          for (int64_t r = 0; r < places.count; ++r) plane[places.offset[r]] = converted<E>(lanes[r]);
+      T* const out = packed + row * p.Cp + c;
+      if (places.count == LANES<T>) {
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < LANES<T>; ++r) store(out + r * p.Cp, square[r]);
+      } else {
+        for (int64_t r = 0; r < places.count; ++r) store(out + r * p.Cp, square[r]);
       }
     }
   }
+}
+
+// Rows [row, row + count) into lanes; the last one is repeated.
+template <class T>
+PK_INLINE void transpose_rows(const T* rows, int64_t count, int64_t Cp, Lanes<T>& lanes) {
+  for (int64_t c = 0; c < Cp; c += LANES<T>) {
+    Vec<T> square[LANES<T>];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < LANES<T>; ++r) square[r] = load(rows + std::min(r, count - 1) * Cp + c);
+    transpose<T>(square);
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < LANES<T>; ++j) store(lanes.at(c + j), square[j]);
+  }
+}
+
+template <class T, class E>
+void unpack_planes(const ContrastiveUnpack& p, int64_t first, int64_t last) {
+  const T *const all = static_cast<const T*>(p.grad_packed), *const vectors = static_cast<const T*>(p.packed);
+  E* const x = static_cast<E*>(p.grad_x);
+  Finder finder(p), ahead_finder(p);
+  Lanes<T> grad(p.Cp), f(p.Cp);
+  for (int64_t row = first; row < last; row += LANES<T>) {
+    const Places<T> places(p, finder, row, last);
+    if (row + AHEAD < last) {
+      const E* const ahead = x + ahead_finder.offset(row + AHEAD);
+      for (int64_t c = 0; c < p.C; ++c) __builtin_prefetch(ahead + c * p.stride_c, 1);
+    }
+    transpose_rows(all + row * p.Cp, places.count, p.Cp, grad);
+    if (p.normalize) {
+      transpose_rows(vectors + row * p.Cp, places.count, p.Cp, f);
+      T norm[LANES<T>];
+      for (int64_t l = 0; l < LANES<T>; ++l) norm[l] = static_cast<const T*>(p.norms)[row + std::min(l, places.count - 1)];
+      Vec<T> along[4]{};
+      for (int64_t c = 0; c < p.Cp; c += 4)
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < 4; ++k) along[k] += load(f.at(c + k)) * load(grad.at(c + k));
+      const Vec<T> total = (along[0] + along[1]) + (along[2] + along[3]), scale = T(1) / load(norm);
+      for (int64_t c = 0; c < p.C; ++c) store(grad.at(c), (load(grad.at(c)) - load(f.at(c)) * total) * scale);
+    }
+    if (std::is_same_v<T, E> && places.neighbours()) {
+      for (int64_t c = 0; c < p.C; ++c) std::memcpy(static_cast<void*>(x + places.offset[0] + c * p.stride_c), grad.at(c), sizeof(Vec<T>));
+    } else {
+      for (int64_t c = 0; c < p.C; ++c)
+        for (int64_t r = 0; r < places.count; ++r) x[places.offset[r] + c * p.stride_c] = converted<E>(grad.at(c)[r]);
+    }
+  }
+}
+
+template <class T, class E>
+void pack_any(const ContrastivePack& p, int64_t first, int64_t last) {
+  p.stride_c == 1 || p.C == 1 ? pack_rows<T, E>(p, first, last) : pack_planes<T, E>(p, first, last);
+}
+
+template <class T, class E>
+void unpack_any(const ContrastiveUnpack& p, int64_t first, int64_t last) {
+  p.stride_c == 1 || p.C == 1 ? unpack_rows<T, E>(p, first, last) : unpack_planes<T, E>(p, first, last);
 }
 
 void pack(const ContrastivePack& p, int64_t first, int64_t last) {
   with_kind(p.x_kind, [&](auto zero) {
     using E = decltype(zero);
     if constexpr (std::is_same_v<E, double>)
-      pack_rows<double, E>(p, first, last);
+      pack_any<double, E>(p, first, last);
     else
-      pack_rows<float, E>(p, first, last);
+      pack_any<float, E>(p, first, last);
   });
 }
 
@@ -216,9 +334,9 @@ void unpack(const ContrastiveUnpack& p, int64_t first, int64_t last) {
   with_kind(p.x_kind, [&](auto zero) {
     using E = decltype(zero);
     if constexpr (std::is_same_v<E, double>)
-      unpack_rows<double, E>(p, first, last);
+      unpack_any<double, E>(p, first, last);
     else
-      unpack_rows<float, E>(p, first, last);
+      unpack_any<float, E>(p, first, last);
   });
 }
 

@@ -20,8 +20,8 @@ namespace {
 using namespace protokernels;
 
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
-constexpr int64_t Y_ROWS = 48;      // columns of the problem taken at a time
-constexpr int64_t X_ROWS = 128;     // rows of the problem whose gradients are taken at a time
+constexpr int64_t Y_ROWS = 48;   // columns of the problem taken at a time
+constexpr int64_t X_ROWS = 128;  // rows of the problem whose gradients are taken at a time
 template <class T>
 constexpr int64_t STRIP = 2 * LANES<T>;
 template <class T>
@@ -56,14 +56,15 @@ struct Arena {
 // How the elements of A in C (+)= A B lie: one row after the other, or one column after the other.
 enum class Order { rows, columns };
 
-// ROWS x VECTORS of C = start + A B, or C += A B without a start; element (i, k) of A at a[i * stride + k] or a[k * stride + i].
-template <class T, Order ORDER, int ROWS, int VECTORS>
+// ROWS x VECTORS of C = start + A B or, without a start, C += A B: the product is added up on its own, so that sums of many parts lose little.
+// Element (i, k) of A stands at a[i * stride + k] or a[k * stride + i].
+template <class T, Order ORDER, bool ADD, int ROWS, int VECTORS>
 PK_INLINE void tile(const T* a, int64_t stride, const T* b, int64_t b_stride, int64_t depth, T* c, int64_t c_stride, const T* start) {
   Vec<T> sum[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) sum[i][v] = start ? load(start + v * LANES<T>) : load(c + i * c_stride + v * LANES<T>);
+    for (int v = 0; v < VECTORS; ++v) sum[i][v] = ADD ? Vec<T>{} : load(start + v * LANES<T>);
   int64_t k = 0;
   do {  // depth is never 0; a loop that might not be entered would move every sum about
     Vec<T> row[VECTORS];
@@ -79,32 +80,42 @@ PK_INLINE void tile(const T* a, int64_t stride, const T* b, int64_t b_stride, in
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) store(c + i * c_stride + v * LANES<T>, sum[i][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      T* const out = c + i * c_stride + v * LANES<T>;
+      store(out, ADD ? load(out) + sum[i][v] : sum[i][v]);
+    }
 }
 
-template <class T, Order ORDER, int VECTORS, int ROWS = MOST_ROWS>
+template <class T, Order ORDER, bool ADD, int VECTORS, int ROWS = MOST_ROWS>
 PK_INLINE void tiles(int64_t rows, int64_t count, const T* a, int64_t stride, const T* b, int64_t b_stride, int64_t depth, T* c,
                      int64_t c_stride, const T* start) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS)
       for (int64_t t = 0; t < count; ++t)
-        tile<T, ORDER, ROWS, VECTORS>(a + t * ROWS * (ORDER == Order::rows ? stride : 1), stride, b, b_stride, depth, c + t * ROWS * c_stride,
-                                      c_stride, start);
+        tile<T, ORDER, ADD, ROWS, VECTORS>(a + t * ROWS * (ORDER == Order::rows ? stride : 1), stride, b, b_stride, depth,
+                                           c + t * ROWS * c_stride, c_stride, start);
     else
-      tiles<T, ORDER, VECTORS, ROWS - 1>(rows, count, a, stride, b, b_stride, depth, c, c_stride, start);
+      tiles<T, ORDER, ADD, VECTORS, ROWS - 1>(rows, count, a, stride, b, b_stride, depth, c, c_stride, start);
   }
 }
 
 // Any number of rows, in tiles as equal as possible.
-template <class T, Order ORDER, int VECTORS>
+template <class T, Order ORDER, bool ADD, int VECTORS>
 __attribute__((noinline)) void product(int64_t rows, const T* a, int64_t stride, const T* b, int64_t b_stride, int64_t depth, T* c,
                                        int64_t c_stride, const T* start) {
   if (rows == 0) return;
   const int64_t count = (rows + MOST_ROWS - 1) / MOST_ROWS, small = rows / count, large = rows % count;
-  tiles<T, ORDER, VECTORS>(small + 1, large, a, stride, b, b_stride, depth, c, c_stride, start);
+  tiles<T, ORDER, ADD, VECTORS>(small + 1, large, a, stride, b, b_stride, depth, c, c_stride, start);
   const int64_t done = large * (small + 1);
-  tiles<T, ORDER, VECTORS>(small, count - large, a + done * (ORDER == Order::rows ? stride : 1), stride, b, b_stride, depth,
-                           c + done * c_stride, c_stride, start);
+  tiles<T, ORDER, ADD, VECTORS>(small, count - large, a + done * (ORDER == Order::rows ? stride : 1), stride, b, b_stride, depth,
+                                c + done * c_stride, c_stride, start);
+}
+
+// Scores of a strip: rows of A with a panel.
+template <class T, int VECTORS>
+PK_INLINE void multiply_strip(int64_t rows, const T* a, int64_t stride, const T* panel, int64_t depth, T* c, int64_t c_stride,
+                              const T* start) {
+  product<T, Order::rows, false, VECTORS>(rows, a, stride, panel, VECTORS * LANES<T>, depth, c, c_stride, start);
 }
 
 // --------------------------------------------------------------------------------------------------------------- panels
@@ -169,9 +180,9 @@ PK_INLINE void accumulate(int64_t a_rows, const T* a, int64_t stride, const Colu
     const int64_t width = std::min<int64_t>(STRIP<T>, Cp - begin);
     const T* const b = vectors.data + begin * vectors.rows + first * width;
     if (width == STRIP<T>)
-      product<T, ORDER, 2>(a_rows, a, stride, b, width, depth, c + begin, Cp, nullptr);
+      product<T, ORDER, true, 2>(a_rows, a, stride, b, width, depth, c + begin, Cp, nullptr);
     else
-      product<T, ORDER, 1>(a_rows, a, stride, b, width, depth, c + begin, Cp, nullptr);
+      product<T, ORDER, true, 1>(a_rows, a, stride, b, width, depth, c + begin, Cp, nullptr);
   }
 }
 
