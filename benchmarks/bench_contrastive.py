@@ -17,7 +17,7 @@ from torch import Tensor
 
 import protokernels
 from benchmarks import contrastive_peers as peers
-from benchmarks.contrastive_peers import Call, EmbeddingProblem, LocalProblem
+from benchmarks.contrastive_peers import Call, EmbeddingProblem, LocalProblem, ViewsProblem
 from benchmarks.measure import peak_mb
 from benchmarks.measure_cuda import EAGER, GRAPH, Bind
 
@@ -28,7 +28,8 @@ LARGEST_MATRIX = 1 << 27  # numbers in one temporary of a peer: with six of them
 
 @dataclass(frozen=True)
 class Local:
-    """Four maps of 160 x 160 pixels, C channels, so many of them foreground, in patches of three classes."""
+    """Four maps of 160 x 160 pixels, C channels, so many of them foreground, in patches of three classes: smooth ones, or squares of 8 x 8
+    pixels, where no class has a single pixel in a block."""
 
     C: int = 16
     block: int = 16  # 0: one block
@@ -37,6 +38,7 @@ class Local:
     temperature: float = 0.1
     side: int = 160
     maps: int = 4
+    squares: bool = False
 
     @property
     def name(self) -> str:
@@ -44,13 +46,15 @@ class Local:
         more = (f", {self.foreground:.0%} foreground" if self.foreground != 0.17 else "") + (
             f", temperature {self.temperature:g}" if self.temperature != 0.1 else ""
         )
+        more += ", labels in squares" if self.squares else ""
         return f"{self.maps}x{self.C}x{self.side}x{self.side}, {way}{more}"
 
     def tensors(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         features = torch.randn(self.maps, self.C, self.side, self.side, generator=generator)
         coarse = torch.randn(self.maps, 1, self.side // 8, self.side // 8, generator=generator)
-        smooth = torch.nn.functional.interpolate(coarse, scale_factor=8, mode="bilinear")[:, 0]
+        mode = "nearest" if self.squares else "bilinear"
+        smooth = torch.nn.functional.interpolate(coarse, scale_factor=8, mode=mode)[:, 0]
         threshold = smooth.flatten()[:: max(1, smooth.numel() // 100_000)].quantile(1 - self.foreground)
         labels = torch.where(smooth > threshold, 1 + ((smooth - threshold) * 3).clamp(0, 2).long(), 0)
         return features.to(device), labels.to(device)
@@ -102,8 +106,36 @@ class Embeddings:
         return self.N**2
 
 
+@dataclass(frozen=True)
+class Views:
+    """Two views of N images."""
+
+    N: int
+    D: int = 128
+    temperature: float = 0.1
+
+    @property
+    def name(self) -> str:
+        return f"2x{self.N}x{self.D}"
+
+    def tensors(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        first, noise = torch.randn(2, self.N, self.D, generator=generator)
+        return first.to(device), (first + noise).to(device)
+
+    def problem(self, *tensors: Tensor) -> ViewsProblem:
+        return ViewsProblem(*(tensors or self.tensors()), self.temperature)
+
+    def limit(self) -> tuple[float, float]:
+        return 8.0 * self.D * self.N**2, 4.0 * 8 * 2 * self.N * self.D
+
+    def matrix(self) -> int:
+        return self.N**2
+
+
 LOCAL = [
     Local(),
+    Local(squares=True),
     Local(foreground=0.05),
     Local(foreground=0.5),
     Local(temperature=0.01),
@@ -122,7 +154,8 @@ EMBEDDINGS = [
     Embeddings(65536, 64),
 ]
 SWEEP = [Embeddings(N) for N in (128, 256, 512, 1024, 2048, 4096)]
-Case = Local | Embeddings
+VIEWS = [Views(256), Views(1024), Views(4096)]
+Case = Local | Embeddings | Views
 
 
 def our_local(p: LocalProblem) -> Call:
@@ -139,6 +172,13 @@ def our_local(p: LocalProblem) -> Call:
 def our_embeddings(p: EmbeddingProblem) -> Call:
     leaf = p.embeddings.detach().clone().requires_grad_()
     return lambda: torch.autograd.grad(protokernels.supcon_loss(leaf, p.labels, temperature=p.temperature), leaf)[0]
+
+
+def our_views(p: ViewsProblem) -> Call:
+    leaves = [x.detach().clone().requires_grad_() for x in (p.first, p.second)]
+    return lambda: torch.cat(
+        torch.autograd.grad(protokernels.cross_view_loss(*leaves, temperature=p.temperature), leaves)
+    )
 
 
 def admit(name: str, ours: Call, peer: Call) -> None:
@@ -174,6 +214,7 @@ def peer_call(table: dict[str, tuple[str, Callable[[Any], Call]]], case: Case, n
 
 
 WHAT_LOCAL, WHAT_EMBEDDINGS = "pixels, forward and backward", "embeddings, forward and backward"
+WHAT_VIEWS = "two views, forward and backward"
 
 
 @pytest.mark.parametrize("case", LOCAL, ids=lambda case: case.name)
@@ -204,6 +245,20 @@ class TestEmbeddings:
         contest(benchmark, peer, ours, **facts(WHAT_EMBEDDINGS, case, name, peak_mb=peak_mb(peer)))
 
 
+@pytest.mark.parametrize("case", VIEWS, ids=lambda case: case.name)
+class TestViews:
+    def test_ours(self, benchmark: Any, contest: Any, case: Views) -> None:
+        ours = our_views(case.problem())
+        contest(benchmark, ours, ours, limit=case.limit(), **facts(WHAT_VIEWS, case, OURS, peak_mb=peak_mb(ours)))
+
+    @pytest.mark.parametrize("name", peers.VIEWS)
+    def test_peer(self, benchmark: Any, contest: Any, case: Views, name: str) -> None:
+        p = case.problem()
+        ours, peer = our_views(p), peer_call(peers.VIEWS, case, name, p)
+        admit(name, ours, peer)
+        contest(benchmark, peer, ours, **facts(WHAT_VIEWS, case, name, peak_mb=peak_mb(peer)))
+
+
 @pytest.mark.parametrize("case", SWEEP, ids=lambda case: f"N = {case.N}")
 @pytest.mark.parametrize("name", [OURS, "torch"])
 def test_sweep(benchmark: Any, contest: Any, case: Embeddings, name: str) -> None:
@@ -215,6 +270,13 @@ def test_sweep(benchmark: Any, contest: Any, case: Embeddings, name: str) -> Non
     contest(benchmark, contender, ours, limit=limit, **facts("sweep over N", case, name, size=case.N))
 
 
+FOR_CASE: dict[type, tuple[Any, Any, str]] = {
+    Local: (peers.LOCAL, our_local, WHAT_LOCAL),
+    Embeddings: (peers.EMBEDDINGS, our_embeddings, WHAT_EMBEDDINGS),
+    Views: (peers.VIEWS, our_views, WHAT_VIEWS),
+}
+
+
 def on_cuda(function: Callable[[Any], Call], case: Case) -> Bind:
     def run(*tensors: Tensor) -> Any:
         return function(case.problem(*tensors))
@@ -223,7 +285,7 @@ def on_cuda(function: Callable[[Any], Call], case: Case) -> Bind:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("case", [*LOCAL, *EMBEDDINGS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*LOCAL, *EMBEDDINGS, *VIEWS], ids=lambda case: case.name)
 @pytest.mark.parametrize("mode", [EAGER, GRAPH])
 @pytest.mark.parametrize("name", [OURS, "torch", "torch.compile"])
 def test_on_cuda(cuda_contest: Any, case: Case, mode: str, name: str) -> None:
@@ -231,9 +293,7 @@ def test_on_cuda(cuda_contest: Any, case: Case, mode: str, name: str) -> None:
     if name != OURS and case.matrix() > 8 * LARGEST_MATRIX:
         pytest.skip(f"{name}: a matrix of {4e-9 * case.matrix():.0f} GB, several times over")
     torch.compiler.reset()
-    local = isinstance(case, Local)
-    table: Any = peers.LOCAL if local else peers.EMBEDDINGS
-    ours: Any = our_local if local else our_embeddings
+    table, ours, what = FOR_CASE[type(case)]
 
     def agree(one: Tensor, other: Tensor) -> None:
         assert ((one - other).norm() / other.norm()).item() <= 1e-3
@@ -245,5 +305,5 @@ def test_on_cuda(cuda_contest: Any, case: Case, mode: str, name: str) -> None:
         mode=mode,
         limit=(*case.limit(), "3xtf32") if name == OURS else None,
         agree=None if name == OURS else agree,
-        **facts(WHAT_LOCAL if local else WHAT_EMBEDDINGS, case, name),
+        **facts(what, case, name),
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Other people's ways to a supervised contrastive loss, each as its users write it: value and gradient by the features.
 
-A function of `LOCAL` takes a `LocalProblem`, one of `EMBEDDINGS` an `EmbeddingProblem`, and gives a call that runs forward and backward
-from the features as they come. All compute Khosla's L_out with the positives in the denominator, mean over the anchors of a block, then
-over blocks.
+A function of `LOCAL` takes a `LocalProblem`, one of `EMBEDDINGS` an `EmbeddingProblem`, one of `VIEWS` a `ViewsProblem`, and gives a call
+that runs forward and backward from the features as they come. The first two compute Khosla's L_out with the positives in the denominator,
+mean over the anchors of a block, then over blocks; the third InfoNCE between two views in both directions.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ class LocalProblem:
 class EmbeddingProblem:
     embeddings: Tensor  # [N, D]
     labels: Tensor  # [N]
+    temperature: float
+
+
+@dataclass(frozen=True)
+class ViewsProblem:
+    first: Tensor  # [N, D]
+    second: Tensor  # [N, D]
     temperature: float
 
 
@@ -119,6 +126,22 @@ def metric_learning_supcon(p: EmbeddingProblem) -> Call:
     return of_embeddings(lambda x, labels, _temperature: loss(x, labels))(p)
 
 
+def plain_info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """As open_clip has it: one matrix of scores, cross-entropy of its rows and of its columns."""
+    scores = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / temperature
+    own = torch.arange(len(first), device=first.device)
+    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+
+
+def of_views(loss: Callable[[Tensor, Tensor, float], Tensor], compiled: bool = False) -> Callable[[ViewsProblem], Call]:
+    def prepare(p: ViewsProblem) -> Call:
+        leaves = [x.detach().clone().requires_grad_() for x in (p.first, p.second)]
+        run = torch.compile(loss, dynamic=False) if compiled else loss
+        return lambda: torch.cat(torch.autograd.grad(run(*leaves, p.temperature), leaves))
+
+    return prepare
+
+
 LOCAL: dict[str, tuple[str, Callable[[LocalProblem], Call]]] = {
     "torch": ("torch", of_local(all_blocks_at_once)),
     "torch.compile": ("torch", of_local(all_blocks_at_once, compiled=True)),
@@ -128,4 +151,8 @@ EMBEDDINGS: dict[str, tuple[str, Callable[[EmbeddingProblem], Call]]] = {
     "torch": ("torch", of_embeddings(plain_supcon)),
     "torch.compile": ("torch", compiled_supcon),
     "pytorch-metric-learning": ("pytorch_metric_learning", metric_learning_supcon),
+}
+VIEWS: dict[str, tuple[str, Callable[[ViewsProblem], Call]]] = {
+    "torch": ("torch", of_views(plain_info_nce)),
+    "torch.compile": ("torch", of_views(plain_info_nce, compiled=True)),
 }

@@ -284,6 +284,22 @@ class TestGradient:
             assert torch.autograd.gradcheck(lambda a, f=loss: f(a, second.detach()), (first,))
             assert torch.autograd.gradcheck(lambda b, f=loss: f(first.detach(), b), (second,))
 
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("temperature", [0.5, 0.005])
+    @pytest.mark.parametrize("count", [1, 2, 31, 33, 129, 700])
+    def test_between_views(self, place: Place, count: int, temperature: float, symmetric: bool) -> None:
+        """Both gradients against autograd through the matrix of scores in float64."""
+        views = torch.randn(2, count, 21, generator=torch.Generator().manual_seed(count))
+        a, b = (x.to(place.device).requires_grad_() for x in views)
+        actual = torch.autograd.grad(cross_view_loss(a, b, temperature=temperature, symmetric=symmetric), (a, b))
+        c, d = (x.double().requires_grad_() for x in views)
+        scores, own = F.normalize(c, dim=1) @ F.normalize(d, dim=1).T / temperature, torch.arange(count)
+        ways = [F.cross_entropy(scores, own), F.cross_entropy(scores.T, own)][: 1 + symmetric]
+        expected = torch.autograd.grad(sum(ways) / len(ways), (c, d))
+        error = 1e-6 / temperature  # of a probability
+        for one, two in zip(actual, expected, strict=True):
+            assert (one.cpu() - two).abs().max() <= error * (two.abs().max() + 1e-3)
+
     @pytest.mark.parametrize("layout", ["blocks", "strides", "dense"])
     def test_of_directions_is_at_right_angles_to_the_features(self, place: Place, layout: str) -> None:
         features, labels = draw_maps((2, 6, 7, 8), seed=14)
@@ -375,6 +391,21 @@ class TestDeterminism:
             torch.set_num_threads(threads)
         for loss, grad in results[1:]:
             assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_threads_do_not_matter_between_views(self, symmetric: bool) -> None:
+        first, second = torch.randn(2, 700, 33, generator=torch.Generator().manual_seed(22))
+        threads = torch.get_num_threads()
+        results = []
+        try:
+            for count in (1, 2, 3, *[2] * 10):
+                torch.set_num_threads(count)
+                a, b = first.clone().requires_grad_(), second.clone().requires_grad_()
+                loss = cross_view_loss(a, b, symmetric=symmetric, temperature=0.1)
+                results.append((loss.detach(), *torch.autograd.grad(loss, (a, b))))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for run in results for a, b in zip(run, results[0], strict=True))
 
     def test_repeats_agree_bit_for_bit(self, place: Place) -> None:
         first, second = (torch.randn(70, 33, device=place.device) for _ in range(2))

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+
+from protokernels.ops._contrastive_plan import crossing_plan
 
 from .contrastive_pairs import FORMS, PRECISIONS, SOME, TYPES, Group, Problem, check_gradient
 from .emulator.build import SEEDS, load, missing_tools
@@ -149,6 +152,27 @@ class TestForward:
                 losses = problem.forward(emulator)["losses"]
                 assert np.isnan(losses[:12]).all()
                 np.testing.assert_array_equal(losses[12:], clean[12:])
+
+
+class TestCrossing:
+    """One set of two views that do not meet themselves, as `cross_view_loss` has it."""
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("kind", TYPES)
+    @pytest.mark.parametrize("count", [1, 33, 130])
+    def test_rows_meet_the_other_view_only(self, count: int, kind: str, symmetric: bool) -> None:
+        emulator = load("contrastive")
+        plan = crossing_plan(count, symmetric, torch.device("cpu"))
+        problem = Problem([Group([1] * count)] * 2, C=20, kind=kind)
+        problem.group_table, problem.ranges = plan.groups.numpy(), plan.ranges.numpy()
+        results = []
+        for seed in SEEDS[:3]:
+            emulator.configure(seed=seed)
+            problem.check_forward(problem.forward(emulator))
+            results.append(problem.backward(emulator, problem.losses(emulator)))
+        check_gradient(problem, results[0], problem, problem)
+        for other in results[1:]:
+            np.testing.assert_array_equal(other, results[0])
 
 
 class TestBackward:

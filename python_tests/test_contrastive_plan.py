@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protokernels.ops._contrastive_plan import Plan, matching_plan, pairs_plan, plan_in_torch, plan_sizes
+from protokernels.ops._contrastive_plan import Plan, crossing_plan, pairs_plan, plan_in_torch, plan_sizes
 from protokernels.reference import contrastive as reference
 from python_tests.contrastive_oracle import needs_native
 
@@ -79,8 +79,13 @@ class TestValue:
         plan = pairs_plan(3, torch.device("cpu"))
         assert plan.order.tolist() == [0, 3, 1, 4, 2, 5]
         assert plan.ranges.tolist() == [[0, 2, 0], [0, 2, 1], [2, 4, 2], [2, 4, 3], [4, 6, 4], [4, 6, 5]]
-        plan = matching_plan(2, torch.device("cpu"))
-        assert plan.groups.tolist() == [[0, 2, 2, 0, 2, 2]] and plan.ranges.tolist() == [[0, 1, -1], [1, 2, -1]]
+        plan = crossing_plan(2, True, torch.device("cpu"))
+        assert plan.groups.tolist() == [[0, 2, 2, 2, 4, 4], [2, 4, 4, 0, 2, 2]]
+        assert plan.ranges.tolist() == [[2, 3, 0], [3, 4, 1], [0, 1, 2], [1, 2, 3]]
+        assert plan.weights.tolist() == [0.25] * 4
+        plan = crossing_plan(2, False, torch.device("cpu"))
+        assert plan.groups.tolist() == [[0, 2, 2, 2, 2, 4], [2, 2, 4, 0, 2, 2]]
+        assert plan.weights.tolist() == [0.5, 0.5, 0, 0]
 
     @needs_native
     @pytest.mark.parametrize("shape", SHAPES)

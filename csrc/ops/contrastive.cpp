@@ -71,6 +71,16 @@ void for_rows(int64_t rows, int64_t numbers_each, const Function& function) {
 
 // ------------------------------------------------------------------------------------------------------------ arguments
 
+bool mirrors(const ContrastiveGroup& a, const ContrastiveGroup& b) {
+  return a.row_begin == b.column_begin && a.row_anchor_end == b.column_anchor_end && a.row_end == b.column_end;
+}
+
+// One after the other, each with the rows of the other as its columns.
+bool crosses(const ContrastiveGroup& first, const ContrastiveGroup& second) {
+  return mirrors(first, second) && mirrors(second, first) && first.row_end <= second.row_begin && first.row_anchor_end == first.row_end &&
+         (second.row_anchor_end == second.row_begin || second.row_anchor_end == second.row_end);
+}
+
 // On the CPU groups and ranges are looked at, for kernels trust them.
 void check_plan(const ContrastiveProblem& p) {
   int32_t before = 0;
@@ -80,9 +90,8 @@ void check_plan(const ContrastiveProblem& p) {
                       group.row_end <= p.R;
     const bool columns = 0 <= group.column_begin && group.column_begin <= group.column_anchor_end &&
                          group.column_anchor_end <= group.column_end && group.column_end <= p.M;
-    const bool equal =
-        group.row_begin == group.column_begin && group.row_anchor_end == group.column_anchor_end && group.row_end == group.column_end;
-    STD_TORCH_CHECK(rows && columns && (!p.one_set || equal), "contrastive: group ", g,
+    const bool one_set = mirrors(group, group) || (g + 1 < p.G && crosses(group, p.groups[g + 1])) || (g > 0 && crosses(p.groups[g - 1], group));
+    STD_TORCH_CHECK(rows && columns && (!p.one_set || one_set), "contrastive: group ", g,
                     " does not lie within the rows and columns, in order");
     bool fit = true;
     for (int64_t r = group.row_begin; r < group.row_end; ++r) {

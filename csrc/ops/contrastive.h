@@ -43,7 +43,9 @@ enum class ContrastiveForm : int { supcon = 0, in = 1, paper = 2, negout = 3 };
 enum class ContrastivePrecision : int { highest = 0, high = 1, medium = 2 };  // products on CUDA: as float32, tf32, bf16; the CPU has one
 
 // Rows [row_begin, row_end) meet columns [column_begin, column_end); the anchors among them come first. Rows and columns outside all groups (ignored
-// labels) take no part.
+// labels) take no part. With one set of vectors a group's columns are its rows or, crossing, those of the next group, which has the rows of
+// this one as its columns (two views that do not meet themselves); rows of such a pair are all anchors in the first group, and all or none
+// in the second.
 struct ContrastiveGroup {
   int32_t row_begin, row_anchor_end, row_end;
   int32_t column_begin, column_anchor_end, column_end;

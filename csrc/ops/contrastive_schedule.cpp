@@ -48,7 +48,9 @@ class Builder {
       if (costs[g] == 0) continue;
       spread = costs[g] >= least;
       group = static_cast<int32_t>(g);
-      if (symmetric)
+      if (symmetric && crossing(p.groups[g]))
+        crossing_sets(p.groups[g]);
+      else if (symmetric)
         one_set(p.groups[g]);
       else
         two_sets(p.groups[g], row_losses, column_losses);
@@ -62,6 +64,7 @@ class Builder {
 
   double pairs(const ContrastiveGroup& g, bool row_losses, bool column_losses) const {
     const double rows = count(g.row_begin, g.row_end), anchors = count(g.row_begin, g.row_anchor_end);
+    if (symmetric && crossing(g)) return g.column_begin < g.row_begin ? 0 : rows * count(g.column_begin, g.column_end);  // the mirror image is done
     if (symmetric) return anchors == 0 ? 0 : anchors * (anchors + 1) / 2 + anchors * (rows - anchors);
     const double columns = count(g.column_begin, g.column_end), column_anchors = count(g.column_begin, g.column_anchor_end);
     const double with_all = row_losses ? anchors * columns : 0,
@@ -86,6 +89,23 @@ class Builder {
       for (int64_t a = 0; a < n; ++a) {
         const int64_t b = (a + round) % places;
         if (b < m) add(anchors, a, others, b, first + a, backward_ ? first_other + b : -1);
+      }
+  }
+
+  static bool crossing(const ContrastiveGroup& g) { return g.row_begin != g.column_begin; }
+
+  // Rows meet the rows of the next group, and serve them if those are anchors.
+  void crossing_sets(const ContrastiveGroup& g) {
+    const Cut rows = cut(g.row_begin, g.row_end, p.C, spread), columns = cut(g.column_begin, g.column_end, p.C, spread);
+    const int64_t n = rows.count(), m = columns.count(), places = std::max(n, m), first = new_blocks(rows, true);
+    const bool both = backward_ || g.column_anchor_end > g.column_begin;
+    const int64_t first_column = both ? new_blocks(columns, false) : -1;
+    for (int64_t round = 0; round < places; ++round)
+      for (int64_t a = 0; a < n; ++a) {
+        const int64_t b = (a + round) % places;
+        if (b >= m) continue;
+        add(rows, a, columns, b, first + a, both ? first_column + b : -1);
+        out.parts.back().y_group = group + 1;
       }
   }
 
@@ -117,7 +137,7 @@ class Builder {
 
   void add(const Cut& x, int64_t i, const Cut& y, int64_t j, int64_t x_block, int64_t y_block) {
     ContrastivePart part{};
-    part.group = group;
+    part.group = part.y_group = group;
     part.x_begin = static_cast<int32_t>(x.first(i)), part.x_end = static_cast<int32_t>(x.last(i));
     part.y_begin = static_cast<int32_t>(y.first(j)), part.y_end = static_cast<int32_t>(y.last(j));
     part.triangle = x_block == y_block;

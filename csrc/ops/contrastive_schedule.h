@@ -20,7 +20,7 @@ constexpr int64_t CONTRASTIVE_PAD = 32;  // rows to which the packed panels of a
 
 // x: rows of the problem, each in a lane of its own; y: its columns.
 struct ContrastivePart {
-  int32_t group;
+  int32_t group, y_group;  // of x, and of y as rows
   int32_t x_begin, x_end;
   int32_t y_begin, y_end;
   int32_t x_block, y_block;  // y_block -1: nothing is added to the columns

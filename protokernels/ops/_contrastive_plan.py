@@ -138,12 +138,18 @@ def pairs_plan(count: int, device: torch.device) -> Plan:
     return Plan(order, _one_group(2 * count, device), ranges, weights)
 
 
-def matching_plan(count: int, device: torch.device) -> Plan:
-    """Two sets of ``count`` vectors: row i's positive is column i, and no column is a row."""
-    rows = torch.arange(count, device=device)
-    ranges = torch.stack([rows, rows + 1, torch.full_like(rows, -1)], dim=1).to(torch.int32)
-    weights = torch.full((count,), 1 / max(count, 1), dtype=torch.float64, device=device)
-    return Plan(rows, _one_group(count, device), ranges, weights)
+def crossing_plan(count: int, symmetric: bool, device: torch.device) -> Plan:
+    """Two views of ``count`` images, stacked: a row meets the other view only, and its class is its partner. Rows of the second view are
+    anchors if ``symmetric``."""
+    rows = torch.arange(2 * count, device=device)
+    partner = (rows + count) % max(2 * count, 1)
+    ranges = torch.stack([partner, partner + 1, rows], dim=1).to(torch.int32)
+    anchors = 2 * count if symmetric else count
+    first, second = (0, count, count), (count, anchors, 2 * count)
+    groups = torch.tensor([[*first, *second], [*second, *first]], dtype=torch.int32).to(device)
+    weights = torch.zeros(2 * count, dtype=torch.float64, device=device)
+    weights[:anchors] = 1 / max(anchors, 1)
+    return Plan(rows, groups, ranges, weights)
 
 
 def _one_group(rows: int, device: torch.device) -> Tensor:  # [1, 6]

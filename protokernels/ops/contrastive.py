@@ -28,7 +28,7 @@ from ..reference import contrastive as reference
 from . import _checks, _contrastive_autograd, _contrastive_distributed  # noqa: F401  (the second registers shapes and gradients)
 from . import _contrastive_checks as checks
 from ._contrastive_checks import PRECISIONS, Denominator, Form, Gather, Precision, Reduction, Scope, Size
-from ._contrastive_plan import REDUCTIONS, Plan, matching_plan, pairs_plan
+from ._contrastive_plan import REDUCTIONS, Plan, crossing_plan, pairs_plan
 
 
 def local_contrastive_loss(
@@ -316,20 +316,15 @@ def cross_view_loss(
     checks.check_choices(op, temperature, form, precision)
     dtype = torch.promote_types(reference.compute_dtype(first), reference.compute_dtype(second))
     first, second = first.to(dtype), second.to(dtype)
-    ways = [(first, second), (second, first)] if symmetric else [(first, second)]
     if backend.native_serves(first.device):
-        plan = matching_plan(count, first.device)
-        packed = {
-            id(x): torch.ops.protokernels.contrastive_pack(x.unsqueeze(-1), plan.order, normalize)[0]
-            for x in (first, second)
-        }
-        settings = (first.shape[1], temperature, normalize, form, precision)
-        losses = [_forward(packed[id(own)], packed[id(other)], plan, *settings)[0] for own, other in ways]
-    else:
-        losses = [
-            reference.cross_view_loss(own, other, temperature=temperature, form=form, normalize=normalize)
-            for own, other in ways
-        ]
+        plan = crossing_plan(count, symmetric, first.device)
+        both = torch.cat([first, second]).unsqueeze(-1)
+        return _native_losses(both, plan, temperature, form, normalize, precision)[0]
+    ways = [(first, second), (second, first)] if symmetric else [(first, second)]
+    losses = [
+        reference.cross_view_loss(own, other, temperature=temperature, form=form, normalize=normalize)
+        for own, other in ways
+    ]
     return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
 
 

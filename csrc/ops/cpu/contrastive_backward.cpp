@@ -238,15 +238,19 @@ void backward_part(const ContrastiveBackward& b, const ContrastiveSchedule& sche
   BackwardScratch<T> scratch(b, schedule, own);
   T* const panels = room.panels + schedule.panels[part.x_block] * b.C;
   T* const gradient = static_cast<T*>(b.grad_rows);
+  const auto prepare_rows = [&](int64_t begin, int64_t end) {
+    prepare_range(b, static_cast<const T*>(b.row_statistics), static_cast<const T*>(b.row_coefficients), b.R, room.rows, begin, end);
+  };
   if (part.x_turn == 0) {
     pack_strips(static_cast<const T*>(b.rows) + part.x_begin * b.Cp, part.x_end - part.x_begin, b.C, b.Cp,
                 static_cast<T>(LOG2_E / b.temperature), panels);
     std::fill(gradient + part.x_begin * b.Cp, gradient + part.x_end * b.Cp, T(0));
-    if (b.row_statistics)
-      prepare_range(b, static_cast<const T*>(b.row_statistics), static_cast<const T*>(b.row_coefficients), b.R, room.rows, part.x_begin,
-                    part.x_end);
+    if (b.row_statistics) prepare_rows(part.x_begin, part.x_end);
   }
-  if (part.y_block >= 0 && part.y_turn == 0) std::fill(gradient + part.y_begin * b.Cp, gradient + part.y_end * b.Cp, T(0));
+  if (part.y_block >= 0 && part.y_turn == 0) {
+    std::fill(gradient + part.y_begin * b.Cp, gradient + part.y_end * b.Cp, T(0));
+    if (part.y_group != part.group && b.row_statistics) prepare_rows(part.y_begin, part.y_end);
+  }
   scratch.rows.read(part, b.ranges, b.bounded ? static_cast<T>(LOG2_E / b.temperature) : T(0));
   b.bounded ? apply_losses<T, true>(b, part, panels, room, scratch) : apply_losses<T, false>(b, part, panels, room, scratch);
 }

@@ -57,6 +57,7 @@ void forward_part(const ContrastiveForward& f, const ContrastiveSchedule& schedu
     pack_strips(static_cast<const T*>(f.rows) + part.x_begin * f.Cp, rows, f.C, f.Cp, static_cast<T>(LOG2_E / f.temperature), panels);
     room.sums.clear(part.x_begin, part.x_end);
   }
+  if (part.y_block >= 0 && part.y_turn == 0) room.sums.clear(part.y_begin, part.y_end);  // of a crossing group
   scratch.rows.read(part, f.ranges, f.bounded ? static_cast<T>(LOG2_E / f.temperature) : T(0));
   scratch.down.clear(0, round_up(rows, STRIP<T>));
   const bool across = part.triangle || part.y_block >= 0;
@@ -74,7 +75,7 @@ void forward_part(const ContrastiveForward& f, const ContrastiveSchedule& schedu
       merge_one(sums.p[row], sums.p_top[row], down.p[i], down.p_top[i]), merge_one(sums.n[row], sums.n_top[row], down.n[i], down.n_top[i]);
   }
   if (part.x_last) finish_rows(f, f.groups[part.group], sums, part.x_begin, part.x_end);
-  if (part.y_block >= 0 && part.y_last) finish_rows(f, f.groups[part.group], sums, part.y_begin, part.y_end);
+  if (part.y_block >= 0 && part.y_last) finish_rows(f, f.groups[part.y_group], sums, part.y_begin, part.y_end);
 }
 
 void forward_any(const ContrastiveForward& f, const ContrastiveSchedule& schedule, const ContrastivePart& part, void* workspace,
