@@ -4,7 +4,8 @@
 python benchmarks/vaesim_results.py collect runs/vaesim-* --pixels pneumoniamnist mnist --out benchmarks/results/vaesim.json
 python benchmarks/vaesim_results.py table benchmarks/results/vaesim.json
 
-A folder counts its finished seeds only. Rows of the JSON that no folder replaces (same data and preset) stay.
+A folder counts its finished seeds only. Rows of the JSON that no folder replaces (same data and preset) stay; with ``--add`` a folder's
+seeds join those that the JSON has of the same configuration, so that they can be trained at different times.
 ``--pixels`` adds what kNN and a linear probe reach on the raw pixels, the floor under any embedding.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,19 @@ def finished_seeds(folder: Path) -> list[dict[str, Any]]:
     return [result for result in results if result.get("complete", True) and "splits" in result]
 
 
+def summary(values: list[float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+    }
+
+
 def accuracies(results: list[dict[str, Any]], split: str) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for protocol in PROTOCOLS:
-        values = [result["splits"][split][protocol]["accuracy"] for result in results]
-        row[protocol] = {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+    row: dict[str, Any] = {
+        protocol: summary([result["splits"][split][protocol]["accuracy"] for result in results])
+        for protocol in PROTOCOLS
+    }
     row["majority_rate"] = results[0]["splits"][split]["statistical"]["majority_rate"]
     return row
 
@@ -57,6 +67,8 @@ def collect_run(folder: Path) -> dict[str, Any] | None:
         "images": first["images"],
         "data_warnings": first["data_warnings"],
         "environment": environments[0],
+        "precisions": [first["precision"]],
+        "processors": sorted({str(environment.get("cpu_capability")) for environment in environments}),
         "commits": sorted({str(environment.get("commit")) for environment in environments}),
         "backends": sorted({str(environment.get("backend")) for environment in environments}),
         "splits": {split: accuracies(results, split) for split in first["splits"]},
@@ -84,6 +96,42 @@ def merged(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict
     """The rows of ``before`` with those of ``now`` in their place or at the end."""
     rows = {(row["data"], row["preset"]): row for row in [*before, *now]}
     return list(rows.values())
+
+
+def values_of(entry: dict[str, Any], count: int) -> list[float]:
+    """The accuracies of every seed; older files hold mean and standard deviation, which settle up to two of them."""
+    if "values" in entry:
+        return list(entry["values"])
+    if count == 1:
+        return [entry["mean"]]
+    if count == 2:
+        half = entry["std"] / math.sqrt(2)
+        return [entry["mean"] - half, entry["mean"] + half]
+    raise ValueError(f"the values of {count} seeds cannot be told from their mean and standard deviation")
+
+
+def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """One row of the seeds of two; ``ValueError`` if they are not of one configuration, or share a seed."""
+    name = f"{now['data']} {now['preset']}"
+    for key in ("config", "protocol", "images"):
+        if before[key] != now[key]:
+            raise ValueError(f"{name}: {key} differs from that in the file: {before[key]} and {now[key]}")
+    if shared := set(before["seeds"]) & set(now["seeds"]):
+        raise ValueError(f"{name}: the file has seeds {sorted(shared)} already")
+    splits = {}
+    for split, values in now["splits"].items():
+        old = before["splits"][split]
+        splits[split] = {
+            **{
+                protocol: summary(values_of(old[protocol], len(before["seeds"])) + values[protocol]["values"])
+                for protocol in PROTOCOLS
+            },
+            "majority_rate": values["majority_rate"],
+        }
+    first = {"precisions": [before["precision"]], "processors": [str(before["environment"].get("cpu_capability"))]}
+    ways = ("commits", "backends", "precisions", "processors")
+    differences = {key: sorted({*before.get(key, first.get(key, [])), *now[key]}) for key in ways}
+    return {**before, **differences, "seeds": before["seeds"] + now["seeds"], "splits": splits}
 
 
 def cell(row: dict[str, Any], protocol: str) -> str:
@@ -121,6 +169,7 @@ def main() -> None:
     collect = commands.add_parser("collect")
     collect.add_argument("folders", nargs="+", type=Path)
     collect.add_argument("--pixels", nargs="*", default=[])
+    collect.add_argument("--add", action="store_true", help="to the seeds in the file, instead of replacing them")
     collect.add_argument("--out", type=Path, required=True)
     commands.add_parser("table").add_argument("file", type=Path)
     arguments = parser.parse_args()
@@ -129,7 +178,11 @@ def main() -> None:
         return
     rows = [row for folder in arguments.folders if (row := collect_run(folder)) is not None]
     rows += [collect_pixels(name) for name in arguments.pixels]
-    rows = merged(json.loads(arguments.out.read_text()) if arguments.out.exists() else [], rows)
+    before = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    if arguments.add:
+        known = {(row["data"], row["preset"]): row for row in before}
+        rows = [joined(known[key], row) if (key := (row["data"], row["preset"])) in known else row for row in rows]
+    rows = merged(before, rows)
     arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
 
