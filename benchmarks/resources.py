@@ -8,12 +8,14 @@ Registers, spills, stack and static shared memory are read from `ptxas -v`; the 
 
     // resources: dynamic shared 34816 bytes
 
-The command fails when a kernel spills registers, uses local memory, or leaves one of these facts open.
+The command fails when a kernel spills registers, uses local memory, or leaves one of these facts open. A file whose code, with all that
+it includes, is the one that the JSON was measured on is not compiled again (`--all` does it all the same).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -26,6 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "resources.json"
+FLAGS = ("-std=c++20", "-O3", "-cubin", "-Xptxas", "-v")
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ def measure(source: Path, architecture: str) -> list[Kernel]:
     if nvcc is None:
         raise RuntimeError("resources: nvcc is not on the PATH; install the CUDA toolkit")
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-std=c++20", f"-arch={architecture}", "-O3", "-cubin", "-Xptxas", "-v", "--keep"]
+        command = [nvcc, *FLAGS, f"-arch={architecture}", "--keep"]
         command += ["--keep-dir", folder, "-I", str(ROOT / "csrc"), "-o", f"{folder}/kernel.cubin", str(source)]
         process = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         if process.returncode != 0:
@@ -213,6 +216,38 @@ def measure(source: Path, architecture: str) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: kernel.kernel)
 
 
+def digest(source: Path) -> str:
+    """A fingerprint of what decides a file's numbers: its code, that of the package's headers it includes, and the flags.
+
+    Comments do not count, apart from those that this tool reads.
+    """
+    seen: dict[Path, str] = {}
+    pending = [source]
+    while pending:
+        path = pending.pop()
+        if path in seen:
+            continue
+        text = path.read_text()
+        for name in re.findall(r'#include "([^"]+)"', text):
+            pending += [place for place in (ROOT / "csrc" / name, path.parent / name) if place.is_file()][:1]
+        code = re.sub(r"//(?!\s*resources:).*$", "", text, flags=re.M)
+        seen[path] = "\n".join(line for line in map(str.strip, code.splitlines()) if line)
+    parts = [" ".join(FLAGS), seen.pop(source), *(seen[path] for path in sorted(seen))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def known(table: Path, source: Path, architectures: Sequence[str]) -> list[Kernel] | None:
+    """The kernels of a file as the table has them, if it was measured on the same code, toolkit and architectures."""
+    if not table.is_file():
+        return None
+    recorded = json.loads(table.read_text())
+    relative = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else source.name
+    if recorded["toolkit"] != toolkit_version() or recorded.get("code", {}).get(relative) != digest(source):
+        return None
+    kernels = [Kernel(**kernel) for kernel in recorded["kernels"] if kernel["file"] == relative]
+    return kernels if {kernel.architecture for kernel in kernels} == set(architectures) else None
+
+
 def toolkit_version() -> str:
     """Returns nvcc's version, such as "13.0.88"."""
     output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
@@ -231,11 +266,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("sources", nargs="*", type=Path, help="default: every csrc/ops/cuda/*.cu")
     parser.add_argument("--arch", nargs="+", default=list(LIMITS), choices=list(LIMITS))
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument(
+        "--all", action="store_true", help="compile also what has not changed since the JSON was written"
+    )
     options = parser.parse_args(arguments)
     sources = [path.resolve() for path in options.sources] or project_kernels()
-    kernels = [
-        kernel for source in sources for architecture in options.arch for kernel in measure(source, architecture)
-    ]
+    kernels: list[Kernel] = []
+    for source in sources:
+        found = None if options.all else known(RESULT, source, options.arch)
+        if found is None:
+            found = [kernel for architecture in options.arch for kernel in measure(source, architecture)]
+        kernels += found
     problems = [problem for kernel in kernels for problem in kernel.problems()]
     head = f"{'kernel':<56}{'arch':<8}{'threads':>8}{'regs':>6}{'spill':>7}{'stack':>7}{'shared':>9}{'occup.':>8}"
     print(head + "  limited by")
@@ -248,7 +289,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"  {kernel.limited_by or '?'}"
         )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"toolkit": toolkit_version(), "problems": problems, "kernels": [asdict(kernel) for kernel in kernels]}
+    report = {
+        "toolkit": toolkit_version(),
+        "problems": problems,
+        "code": {str(path.relative_to(ROOT)): digest(path) for path in sources if path.is_relative_to(ROOT)},
+        "kernels": [asdict(kernel) for kernel in kernels],
+    }
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     for problem in problems:
         print(problem, file=sys.stderr)

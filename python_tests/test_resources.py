@@ -158,6 +158,42 @@ class TestRefusals:
         assert problems["sound_kernel<float>"] == ""
 
 
+class TestDigest:
+    """What lets a file's numbers stand for it: its code and that of its headers, nothing else."""
+
+    def test_code_counts_and_comments_do_not(self, tmp_path: Path) -> None:
+        source, header = tmp_path / "a.cu", tmp_path / "a.cuh"
+        source.write_text('#include "a.cuh"\n#include "common/simt.cuh"\nint x = 1;\n')
+        header.write_text("// resources: dynamic shared 64 bytes\nint y = 2;\n")
+        before = resources.digest(source)
+        source.write_text('#include "a.cuh"  // why\n#include "common/simt.cuh"\n\n  int x = 1;\n')
+        assert resources.digest(source) == before
+        header.write_text("// resources: dynamic shared 96 bytes\nint y = 2;\n")
+        assert resources.digest(source) != before
+        header.write_text("// resources: dynamic shared 64 bytes\nint y = 3;\n")
+        assert resources.digest(source) != before
+
+    @needs_nvcc
+    def test_a_table_of_other_code_or_another_toolkit_is_not_used(self, tmp_path: Path) -> None:
+        source, table = tmp_path / "a.cu", tmp_path / "table.json"
+        source.write_text("int x = 1;\n")
+        kernel = {
+            "file": "a.cu", "kernel": "k", "architecture": "sm_80", "threads": 32, "registers": 1, "spill_stores": 0,
+            "spill_loads": 0, "stack": 0, "static_shared": 0, "dynamic_shared": 0,
+        }  # fmt: skip
+        report = {"toolkit": resources.toolkit_version(), "code": {"a.cu": resources.digest(source)}}
+        assert resources.known(table, source, ["sm_80"]) is None
+        table.write_text(json.dumps({**report, "kernels": [kernel]}))
+        (found,) = resources.known(table, source, ["sm_80"])
+        assert found.kernel == "k"
+        assert resources.known(table, source, ["sm_80", "sm_90"]) is None
+        table.write_text(json.dumps({**report, "toolkit": "1.0", "kernels": [kernel]}))
+        assert resources.known(table, source, ["sm_80"]) is None
+        table.write_text(json.dumps({**report, "kernels": [kernel]}))
+        source.write_text("int x = 2;\n")
+        assert resources.known(table, source, ["sm_80"]) is None
+
+
 @needs_nvcc
 def test_every_kernel_passes_and_the_table_is_current(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "resources.json"
