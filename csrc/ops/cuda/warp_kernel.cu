@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: MIT
+// Differentiable transformations on the GPU, forward. The equations stand in ops/warp.h, the cut of a chain into passes in warp_program.cuh.
+//
+// A block takes a tile of 32 x 16 pixels of a plane's upper left quarter and the three mirror images of the tile: flips need no other block, whatever
+// their place in the order. The blur of both axes runs in shared memory (rows, then columns, runs of 8 outputs from 20 inputs in registers); the
+// rotation reads its four pixels from the cache, a warp turning 8 x 4 pixels; the noise is made by Philox, four numbers at a time, and never stored.
+// A chain in the default order is two launches, with one intermediate image that the L2 cache holds; one launch where a block holds
+// the whole plane (up to 64 x 32), the passes separated by barriers. Nothing depends on the order of threads or blocks.
+//
+// Limit: arithmetic. By count per pixel: blur 36 multiply-adds and 13 words of shared memory, noise about 40 instructions, crop, flips and rotation 70.
+// An H200 then needs about 1 / 3 / 14 us at 64 x 1 x 28 x 28 / 32 x 1 x 128 x 128 / 16 x 3 x 224 x 224, beside 2 us a launch; its memory
+// .1 / 1 / 4.5 us. Estimates: not yet run on a GPU; runs in the emulator.
+
+#include "ops/cuda/warp_step.cuh"
+
+namespace {
+
+// resources: dynamic shared 36608 bytes
+template <class T, bool mixed>
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 3 : 1) warp_forward_kernel(const Program p) {
+  PK_DYNAMIC_SHARED(T, shared);
+  const Tile tile = tile_of_block(p);
+  for (int i = p.first; i < p.last; ++i) {
+    run_pass<T, mixed>(p, p.step[i], tile, shared, shared + FORWARD_MIDDLE_AT);
+    __syncthreads();  // the next pass reads what the others of this block wrote
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ launch
+
+template <class T, bool mixed>
+int launch_forward(const WarpForward& p, void* workspace, void* stream) {
+  Pass passes[MOST_PASSES];
+  const int count = passes_of(p, passes);
+  Program program = program_of(p);
+  Pieces pieces(workspace);
+  T* const between[2] = {count > 1 ? pieces.take<T>(elements_of(p)) : nullptr, count > 2 ? pieces.take<T>(elements_of(p)) : nullptr};
+  for (int i = 0; i < count; ++i) {
+    Step& step = program.step[i] = step_of(passes[i]);
+    step.source = i == 0 ? p.images : between[(i - 1) % 2];
+    step.target = i == count - 1 ? p.output : between[i % 2];
+    step.is_source_image = i == 0;
+    step.is_target_image = i == count - 1;
+  }
+  return launch_steps(program, count, [&](const Program& part) {
+    return PK_LAUNCH((warp_forward_kernel<T, mixed>), dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
+                     shared_bytes(part, false, sizeof(T)), stream, part);
+  });
+}
+
+}  // namespace
+
+namespace protokernels {
+
+int64_t warp_forward_workspace(const WarpForward& p) {
+  Pass passes[MOST_PASSES];
+  const int count = passes_of(p, passes);
+  Pieces pieces(nullptr);
+  for (int i = 1; i < count && i < 3; ++i) pieces.take<unsigned char>(elements_of(p) * element_size(p));
+  return pieces.used();
+}
+
+int launch_warp_forward(const WarpForward& p, void* workspace, void* stream) {
+  switch (p.kind) {
+    case Kind::f32: return launch_forward<float, false>(p, workspace, stream);
+    case Kind::f64: return launch_forward<double, false>(p, workspace, stream);
+    default: return launch_forward<float, true>(p, workspace, stream);
+  }
+}
+
+}  // namespace protokernels
