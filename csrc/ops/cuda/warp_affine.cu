@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(THREADS) warp_affine_scatter_kernel(const Affi
     }
   }
   if (!p.grad_matrix) return;
-  write_block_sums(entries, (1u << ENTRIES) - 1, p.partial + static_cast<int64_t>(blockIdx.x) * MOST_ENTRIES);
+  write_block_sums(entries, (1u << ENTRIES) - 1, 0, p.partial + static_cast<int64_t>(blockIdx.x) * MOST_ENTRIES);
   if (!arrives_last(p.arrivals + sample, p.blocks)) return;
   for (int entry = threadIdx.x / 32; entry < ENTRIES; entry += THREADS / 32) {
     const double sum = column_sum(p.partial + sample * p.blocks * MOST_ENTRIES, p.blocks, MOST_ENTRIES, entry);

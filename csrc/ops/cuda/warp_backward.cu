@@ -45,7 +45,7 @@ __device__ __forceinline__ void adjoint_blur_tile(const Program& p, const Tile& 
 // at DERIVATIVE_AT. Either is read by the thread that wrote it, or behind a barrier.
 template <class T, bool mixed>
 __device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step, const Tile& tile, T* shared) {
-  const Array grad = array_of(p, step.grad, step.is_grad_image);
+  const Array grad = plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image);
   const Reader reader = step.adjoint;
   if (reader == Reader::blur) return adjoint_blur_tile<T, mixed>(p, tile, grad, shared);
   Turn<T> turn;
@@ -56,7 +56,7 @@ __device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step,
   for_orbits(tile, [&](const Orbit& orbit) {
 #pragma unroll 1
     for (int t = 0; t < 4; ++t) {
-      const int x = t & 1 ? orbit.x[1] : orbit.x[0], y = t & 2 ? orbit.y[1] : orbit.y[0];
+      const int x = orbit.x(t), y = orbit.y(t);
       T derivative = 0, g;
       if (reader == Reader::rotate) {
         g = gathered_rotation<T, mixed>(grad, tile, turn, x, y, derivative);
@@ -75,14 +75,12 @@ __device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step,
 
 // Derivatives of what was summed up by the parameters themselves.
 template <class T>
-__device__ __forceinline__ void scale_sums(const Program& p, int64_t sample, T (&sums)[COLUMNS]) {
-  const T level = static_cast<const T*>(p.params)[sample * WARP_PARAMS], by_level = static_cast<T>(p.sigma_max) * sign_of(level);
-  sums[0] *= by_level;
-  sums[SECOND_BLUR] *= by_level;
+__device__ __forceinline__ void scale_sums(const Program& p, const Step& step, int64_t sample, T (&sums)[SUMS]) {
+  const T level = static_cast<const T*>(p.params)[sample * WARP_PARAMS];
+  sums[0] *= step.adjoint == Reader::rotate ? T(6.283185307179586) : static_cast<T>(p.sigma_max) * sign_of(level);
   sums[1] *= static_cast<T>(p.noise_std);
   sums[2] *= static_cast<T>(p.sharpness) * T(p.W);
   sums[3] *= static_cast<T>(p.sharpness) * T(p.H);
-  sums[6] *= T(6.283185307179586);
 }
 
 template <class T, bool mixed>
@@ -91,16 +89,11 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
   const T* const noise = step.values ? shared + NOISE_AT : nullptr;
   adjoint_tile<T, mixed>(p, step, tile, shared);
   if (step.values) {
-    const Source<T, mixed> source(p, step, tile, shared, shared + MIDDLE_AT);
-    if (step.reader != Reader::blur)
-      for_orbits(tile, [&](const Orbit& orbit) {
-#pragma unroll 1
-        for (int t = 0; t < 4; ++t) shared[VALUE_AT + orbit.at(t)] = source.read(tile, orbit, t);
-      });
+    read_tile<T, mixed>(p, step, tile, shared, shared + MIDDLE_AT);
     if (has_noise(step, local)) make_noise(p, tile, shared + NOISE_AT);
   }
-  const Array target = array_of(p, step.target, step.is_target_image);
-  T sums[COLUMNS] = {}, behind = 0;
+  const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
+  T sums[SUMS] = {};
   for_orbits(tile, [&](const Orbit& orbit) {
     T before[MOST_LOCAL][4], v[4], g[4];
 #pragma unroll
@@ -114,7 +107,7 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       g[t] = shared[GRAD_AT + orbit.at(t)];
-      if (orbit.owns(t)) behind = fused(v[t], shared[DERIVATIVE_AT + orbit.at(t)], behind);
+      if (orbit.owns(t)) sums[0] = fused(v[t], shared[DERIVATIVE_AT + orbit.at(t)], sums[0]);
     }
 #pragma unroll
     for (int i = MOST_LOCAL - 1; i >= 0; --i)
@@ -122,11 +115,8 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
     if (step.target) store_orbit<T, mixed>(target, tile, orbit, g);
   });
   if (!step.values) return;
-#pragma unroll
-  for (int i = 0; i < COLUMNS; ++i)
-    if (step.behind == i) sums[i] = behind;
-  scale_sums(p, tile.sample, sums);
-  write_block_sums(sums, step.columns, p.partial + static_cast<int64_t>(blockIdx.x) * COLUMNS);
+  scale_sums(p, step, tile.sample, sums);
+  write_block_sums(sums, step.sums, step.behind, p.partial + static_cast<int64_t>(blockIdx.x) * COLUMNS);
 }
 
 // resources: dynamic shared 73216 bytes
@@ -182,8 +172,8 @@ int backward_steps(const WarpBackward& p, Pieces& pieces, Program& program) {
     step.values = values;
     step.adjoint = pass + 1 < count ? passes[pass + 1].reader : Reader::none;
     step.behind = column_of(step.adjoint);
-    step.columns = columns_of(step);
-    program.columns |= step.columns;
+    step.sums = sums_of(step);
+    program.columns |= (step.sums & ~1u) | (step.behind < 0 ? 0 : 1u << step.behind);
     step.source = pass >= 0 ? sources[pass] : p.images;
     step.is_source_image = pass <= 0;
     step.grad = i == 0 ? p.grad : between[(i - 1) % 2];

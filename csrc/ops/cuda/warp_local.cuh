@@ -31,18 +31,14 @@ __device__ __forceinline__ Local<T> local_of_sample(const Program& p, int64_t sa
 
 // A pixel (column, row) of the tile with its mirror images; on the middle line of an odd side an image is the pixel itself.
 struct Orbit {
-  int column, row, x[2], y[2];
-  bool twin_x, twin_y;
+  int column, row, near_x, near_y, far_x, far_y;
 
   __device__ __forceinline__ Orbit(const Tile& tile, int column_, int row_)
-      : column(column_),
-        row(row_),
-        x{tile.x(0, column_), tile.x(1, column_)},
-        y{tile.y(0, row_), tile.y(2, row_)},
-        twin_x(x[0] == x[1]),
-        twin_y(y[0] == y[1]) {}
+      : column(column_), row(row_), near_x(tile.x(0, column_)), near_y(tile.y(0, row_)), far_x(tile.x(1, column_)), far_y(tile.y(2, row_)) {}
+  __device__ __forceinline__ int x(int t) const { return t & 1 ? far_x : near_x; }
+  __device__ __forceinline__ int y(int t) const { return t & 2 ? far_y : near_y; }
   // The pixel itself, not its double.
-  __device__ __forceinline__ bool owns(int t) const { return !((t & 1) != 0 && twin_x) && !((t & 2) != 0 && twin_y); }
+  __device__ __forceinline__ bool owns(int t) const { return !((t & 1) != 0 && far_x == near_x) && !((t & 2) != 0 && far_y == near_y); }
   __device__ __forceinline__ int at(int t) const { return (t * TILE_H + row) * VALUE_W + column; }
 };
 
@@ -122,7 +118,7 @@ __device__ __forceinline__ void apply(WarpStage stage, const Local<T>& local, co
       break;
     case WarpStage::crop:
 #pragma unroll
-      for (int t = 0; t < 4; ++t) v[t] *= Mask<T>(local, orbit.x[t & 1], orbit.y[t / 2]).value;
+      for (int t = 0; t < 4; ++t) v[t] *= Mask<T>(local, orbit.x(t), orbit.y(t)).value;
       break;
     case WarpStage::hflip:
       mix(local.hflip, v[0], v[1]);
@@ -140,7 +136,7 @@ __device__ __forceinline__ void apply(WarpStage stage, const Local<T>& local, co
 // are not wanted.
 template <class T>
 __device__ __forceinline__ void apply_adjoint(WarpStage stage, const Local<T>& local, const Orbit& orbit, const T* noise, const T (&v)[4],
-                                              T (&g)[4], T (&sums)[COLUMNS]) {
+                                              T (&g)[4], T (&sums)[SUMS]) {
   if (!local.on(stage)) return;
   switch (stage) {
     case WarpStage::noise:
@@ -151,7 +147,7 @@ __device__ __forceinline__ void apply_adjoint(WarpStage stage, const Local<T>& l
     case WarpStage::crop:
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
-        const Mask<T> mask(local, orbit.x[t & 1], orbit.y[t / 2]);
+        const Mask<T> mask(local, orbit.x(t), orbit.y(t));
         const T by_center = g[t] * v[t] * mask.slope * sign_of(mask.distance);
         if (orbit.owns(t)) sums[2] += mask.along_x ? by_center : T(0), sums[3] += mask.along_x ? T(0) : by_center;
         g[t] *= mask.value;

@@ -13,14 +13,20 @@ constexpr int THREADS = 256;
 constexpr unsigned ALL = 0xffffffffu;
 constexpr int MOST_TAPS = static_cast<int>(WARP_MOST_RADIUS) + 1;  // of one side, the middle included
 
-// Elements of an image or of an intermediate result. MIXED: T is float and the kind decides; else everything is T.
+// Elements of an image or of an intermediate result. mixed: T is float and the kind decides; else everything is T.
 struct Array {
   void* data;
   Kind kind;
+
+  template <class T, bool mixed>
+  __device__ __forceinline__ Array from(int64_t first) const {
+    const bool half = mixed && (kind == Kind::f16 || kind == Kind::bf16);
+    return {static_cast<char*>(data) + first * (half ? 2 : static_cast<int64_t>(sizeof(T))), kind};
+  }
 };
 
-template <class T, bool mixed>
-__device__ __forceinline__ T load(const Array& array, int64_t i) {
+template <class T, bool mixed, class Index>
+__device__ __forceinline__ T load(const Array& array, Index i) {
   if constexpr (mixed) {
     if (array.kind == Kind::f16) return __half2float(static_cast<const __half*>(array.data)[i]);
     if (array.kind == Kind::bf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(array.data)[i]);
@@ -28,8 +34,8 @@ __device__ __forceinline__ T load(const Array& array, int64_t i) {
   return static_cast<const T*>(array.data)[i];
 }
 
-template <class T, bool mixed>
-__device__ __forceinline__ void store(const Array& array, int64_t i, T value) {
+template <class T, bool mixed, class Index>
+__device__ __forceinline__ void store(const Array& array, Index i, T value) {
   if constexpr (mixed) {
     if (array.kind == Kind::f16) {
       static_cast<__half*>(array.data)[i] = __float2half_rn(value);
@@ -150,25 +156,28 @@ __device__ __forceinline__ int padded_place(int i, int n, WarpBlurPadding paddin
 
 template <class V>
 __device__ __forceinline__ V warp_sum(V value) {
+#pragma unroll
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
   return value;
 }
 
-// The block's sums of those values whose bit is set, warps in their order, written by its first threads.
+// The block's sums of those values whose bit is set, warps in their order, written by its first threads: value i to column i, value 0 to column `first`.
 template <int count, class T>
-__device__ __forceinline__ void write_block_sums(const T (&values)[count], unsigned columns, double* target /* [count] */) {
+__device__ __forceinline__ void write_block_sums(const T (&values)[count], unsigned bits, int first, double* target) {
   PK_SHARED(double, of_warp, THREADS / 32, count);
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    if ((columns >> i & 1u) == 0) continue;
-    const T sum = warp_sum(values[i]);
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32][i] = static_cast<double>(sum);
+    if ((bits >> i & 1u) != 0) {
+      const T sum = warp_sum(values[i]);
+      if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32][i] = static_cast<double>(sum);
+    }
   }
   __syncthreads();
-  if (threadIdx.x < count && (columns >> threadIdx.x & 1u) != 0) {
+  const int i = threadIdx.x;
+  if (i < count && (bits >> i & 1u) != 0) {
     double sum = 0;
-    for (int w = 0; w < THREADS / 32; ++w) sum += of_warp[w][threadIdx.x];
-    target[threadIdx.x] = sum;
+    for (int w = 0; w < THREADS / 32; ++w) sum += of_warp[w][i];
+    target[i == 0 ? first : i] = sum;
   }
   __syncthreads();
 }

@@ -20,13 +20,14 @@ constexpr int MOST_STEPS = 8;
 constexpr int MOST_LOCAL = 4;      // stages that need no other pixels
 constexpr int COLUMNS = 8;         // sums of a block: the seven parameters, and the blur along y where it has a pass of its own
 constexpr int SECOND_BLUR = 7;
+constexpr int SUMS = 6;            // of a step: the parameter of the stage behind, and columns 1 to 5: noise, crop, flips
 
 struct Step {
   bool gradient;       // a step of the backward kernel; else a pass
   Reader reader;       // gives values from the source
   Reader adjoint;      // of the stage behind, if gradient
   int behind;          // column for the parameter of the stage behind, or -1
-  unsigned columns;    // bits of the columns that the step sums up, if values
+  unsigned sums;       // bits of what the step sums up, if values: bit 0 that parameter, bits 1 to 5 these columns
   int stages;          // entries of stage
   WarpStage stage[MOST_LOCAL];
   bool values;         // gradients of parameters are wanted: values are needed
@@ -108,12 +109,12 @@ inline int column_of(Reader reader) {
   }
 }
 
-// The columns that a step of the backward kernel sums up.
-inline unsigned columns_of(const Step& step) {
-  unsigned columns = step.behind < 0 ? 0 : 1u << step.behind;
+// What a step of the backward kernel sums up.
+inline unsigned sums_of(const Step& step) {
+  unsigned sums = step.behind < 0 ? 0 : 1u;
   for (int i = 0; i < step.stages; ++i)
-    columns |= (step.stage[i] == WarpStage::crop ? 3u : 1u) << WARP_COLUMN[static_cast<int>(step.stage[i])];
-  return columns;
+    sums |= (step.stage[i] == WarpStage::crop ? 3u : 1u) << WARP_COLUMN[static_cast<int>(step.stage[i])];
+  return sums;
 }
 
 // A quarter of a plane is cut into tiles; a block works on a tile and its mirror images.

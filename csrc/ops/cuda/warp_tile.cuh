@@ -25,7 +25,7 @@ static_assert(RAWS <= FORWARD_MIDDLE_AT && FORWARD_MIDDLE_AT % 4 == 0 && MIDDLE_
 
 // What the steps of a launch need. Passes of a backward program take the place of the backward kernel.
 inline std::size_t shared_bytes(const Program& p, bool backward, std::size_t element) {
-  int elements = backward ? MIDDLE_AT : 0;
+  int elements = backward ? MIDDLE_AT : VALUES;
   for (int i = p.first; i < p.last; ++i) {
     const Step& s = p.step[i];
     int here = 0;
@@ -46,7 +46,8 @@ struct Tile {
   // Mirror image t: bit 0 along x, bit 1 along y.
   __device__ __forceinline__ int x(int t, int column) const { return t & 1 ? W - 1 - x0 - column : x0 + column; }
   __device__ __forceinline__ int y(int t, int row) const { return t & 2 ? H - 1 - y0 - row : y0 + row; }
-  __device__ __forceinline__ int64_t at(int px, int py) const { return first + static_cast<int64_t>(py) * W + px; }
+  // In the plane, which has fewer than 2^30 pixels; of a place outside it is no more than a number.
+  __device__ __forceinline__ int at(int px, int py) const { return static_cast<int>(static_cast<unsigned>(py) * W + px); }
 };
 
 __device__ __forceinline__ Tile tile_of_block(const Program& p) {
@@ -65,17 +66,30 @@ __device__ __forceinline__ Tile tile_of_block(const Program& p) {
           p.H};
 }
 
-// Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything.
+// Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything. A warp takes rows, a lane
+// two columns. Ends with a barrier.
 template <class T, bool mixed>
 __device__ __forceinline__ void load_raw(const Array& source, const Tile& tile, int reach_y, int reach_x, WarpBlurPadding padding, T* raw) {
-  for (int e = threadIdx.x; e < RAWS; e += THREADS) {
-    const int line = e / RAW_W, column = e % RAW_W - REACH, t = line / RAW_H, row = line % RAW_H - REACH;
-    int x = -1, y = -1;
-    if (column >= -reach_x && column < tile.w + reach_x && row >= -reach_y && row < tile.h + reach_y) {
-      x = padded_place(tile.x0 + column, tile.W, padding);
-      y = padded_place(tile.y0 + row, tile.H, padding);
+  static_assert(RAW_W > 32 && RAW_W <= 64);
+  const int lane = threadIdx.x % 32;
+  int x[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int column = lane + 32 * half - REACH;
+    x[half] = column >= -reach_x && column < tile.w + reach_x ? padded_place(tile.x0 + column, tile.W, padding) : -1;
+  }
+#pragma unroll 4
+  for (int line = threadIdx.x / 32; line < 4 * RAW_H; line += THREADS / 32) {
+    const int t = line / RAW_H, row = line % RAW_H - REACH;
+    if (row >= tile.h + REACH) continue;
+    const int y = row >= -reach_y && row < tile.h + reach_y ? padded_place(tile.y0 + row, tile.H, padding) : -1;
+    const int start = tile.at(t & 1 ? tile.W - 1 : 0, t & 2 ? tile.H - 1 - y : y);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int column = lane + 32 * half;
+      const bool there = x[half] >= 0 && y >= 0;
+      if (column < RAW_W) raw[line * RAW_W + column] = there ? load<T, mixed>(source, t & 1 ? start - x[half] : start + x[half]) : T(0);
     }
-    raw[e] = x < 0 || y < 0 ? T(0) : load<T, mixed>(source, tile.at(t & 1 ? tile.W - 1 - x : x, t & 2 ? tile.H - 1 - y : y));
   }
   __syncthreads();
 }
