@@ -119,19 +119,19 @@ class TestBlur:
 
 
 class TestRotation:
-    @pytest.mark.parametrize("turns", [0.0, 0.25, 0.5, 0.75, -0.25, 3.0, 0.125, 1e6 + 0.25])
+    @pytest.mark.parametrize("turns", [0.0, 0.25, 0.5, 0.75, -0.25, 3.0, 1e6 + 0.25])
     @pytest.mark.parametrize("kind", ["f32", "f64"])
-    def test_quarters_and_kinks(self, kind: str, turns: float) -> None:
+    def test_quarters_where_every_pixel_is_at_a_kink(self, kind: str, turns: float) -> None:
         emulator = load("warp")
         for shape in ((1, 1, 12, 12), (1, 1, 9, 12), (1, 1, 33, 33), (1, 1, 34, 70)):
             chain = Chain(kind, shape, (ROTATE,))
             chain.params[:, 6] = turns
             found = chain.run(emulator)
             chain.check(found)
-            if shape[2] == shape[3] and turns % 0.25 == 0:
+            if shape[2] == shape[3]:
                 assert torch.equal(found[0], torch.rot90(chain.images, round(4 * turns) % 4, (2, 3)))
 
-    @pytest.mark.parametrize("angle", range(0, 200, 7))
+    @pytest.mark.parametrize("angle", range(0, 200, 9))
     def test_the_adjoint_at_any_angle(self, angle: int) -> None:
         emulator = load("warp", "plain")
         chain = Chain("f64", (1, 1, 17, 21), (ROTATE,))
@@ -185,9 +185,11 @@ class TestNonFinite:
             stage = (BLUR, NOISE, CROP, CROP, HFLIP, VFLIP, ROTATE)[column]
             others = [b for b in range(shape[0]) if b != 1]
             same_bits([x[others] for x in found], [x[others] for x in good])
-            assert bool(found[0][1].isnan().all())
-            chain.enabled[1] = 63 & ~(1 << stage)
-            assert bool(torch.stack([x.isfinite().all() for x in chain.run(emulator)]).all())
+            assert bool(found[0][1].isnan().all() and found[1][1].isnan().all() and found[2][1].isnan().all())
+            chain.enabled[1] = 63 & ~(1 << stage)  # then it is not looked at
+            found = chain.run(emulator)
+            chain.params[1, column] = 0.5
+            same_bits(found, chain.run(emulator))
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_a_pixel_stays_in_its_sample(self, bad: float) -> None:

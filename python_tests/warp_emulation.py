@@ -92,7 +92,7 @@ class Chain:
         ]
 
     def expected(self) -> list[Tensor]:
-        images, params = self.images.double().requires_grad_(), self.params.double().requires_grad_()
+        images, params = self.images.double().clone().requires_grad_(), self.params.double().clone().requires_grad_()
         rest = (self.order, self.radius, SIGMA_MAX, NOISE_STD, self.half, SHARPNESS, self.padding)
         output = reference.transform(images, params, self.enabled, self.seed, *rest)
         return [output.detach(), *torch.autograd.grad(output, (images, params), self.grad.double())]
@@ -146,7 +146,7 @@ class AffineCase:
         ]
 
     def expected(self) -> list[Tensor]:
-        images, matrix = self.images.double().requires_grad_(), self.matrix.double().requires_grad_()
+        images, matrix = self.images.double().clone().requires_grad_(), self.matrix.double().clone().requires_grad_()
         output = reference.affine_warp(images, matrix, list(self.size), self.padding)
         return [output.detach(), *torch.autograd.grad(output, (images, matrix), self.grad.double())]
 

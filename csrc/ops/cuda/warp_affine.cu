@@ -51,7 +51,7 @@ __device__ __forceinline__ T within(T s, int n, WarpAffinePadding padding, T& sl
   }
   if (s > 0 && s < last) return s;
   slope = 0;
-  return s < last && s < 0 ? T(0) : s >= last ? last : T(0);
+  return s >= last ? last : T(0);
 }
 
 // Where an output pixel reads: the lower neighbour on every axis, the share of the upper one, and how the coordinate follows the matrix.
@@ -59,7 +59,7 @@ template <class T, int dims>
 struct Place {
   T offset[dims], share[dims], slope[dims];
   int low[dims];
-  bool finite;
+  bool finite, is_void;  // a coordinate may overflow; an entry that is not finite makes the sample NaN
 
   __device__ __forceinline__ Place(const Affine& p, int64_t sample, int64_t pixel) {
     const T* const matrix = static_cast<const T*>(p.matrix) + sample * (dims * (dims + 1));
@@ -68,18 +68,18 @@ struct Place {
       offset[j] = T(static_cast<int>(pixel % p.out[j])) - T(p.out[j] - 1) / 2;
       pixel /= p.out[j];
     }
-    T nothing = 0;  // NaN if an entry is not finite
+    is_void = false;
 #pragma unroll
-    for (int i = 0; i < dims * (dims + 1); ++i) nothing += T(0) * matrix[i];
-    finite = true;
+    for (int i = 0; i < dims * (dims + 1); ++i) is_void = is_void || !is_finite(matrix[i]);
+    finite = !is_void;
 #pragma unroll
     for (int i = 0; i < dims; ++i) {
       const T* const row = matrix + i * (dims + 1);
       T s = row[0] * offset[0];
 #pragma unroll
       for (int j = 1; j < dims; ++j) s = fused(row[j], offset[j], s);
-      s += T(p.in[i] - 1) / 2 + row[dims] + nothing;
-      const bool here = s - s == 0;
+      s += T(p.in[i] - 1) / 2 + row[dims];
+      const bool here = is_finite(s);
       finite = finite && here;
       s = within(here ? s : T(0), p.in[i], p.padding, slope[i]);
       const T floor = floored(s);

@@ -85,6 +85,11 @@ __device__ __forceinline__ void scale_sums(const Program& p, const Step& step, i
 
 template <class T, bool mixed>
 __device__ __forceinline__ void run_gradient(const Program& p, const Step& step, const Tile& tile, T* shared) {
+  const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
+  if (is_void<T>(p, tile.sample)) {
+    if (step.target) fill_with_nan<T, mixed>(target, tile);
+    return;  // nor are there sums
+  }
   const Local<T> local = local_of_sample<T>(p, tile.sample);
   const T* const noise = step.values ? shared + NOISE_AT : nullptr;
   adjoint_tile<T, mixed>(p, step, tile, shared);
@@ -92,7 +97,6 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
     read_tile<T, mixed>(p, step, tile, shared, shared + MIDDLE_AT);
     if (has_noise(step, local)) make_noise(p, tile, shared + NOISE_AT);
   }
-  const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
   T sums[SUMS] = {};
   for_orbits(tile, [&](const Orbit& orbit) {
     T before[MOST_LOCAL][4], v[4], g[4];
@@ -107,7 +111,8 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       g[t] = shared[GRAD_AT + orbit.at(t)];
-      if (orbit.owns(t)) sums[0] = fused(v[t], shared[DERIVATIVE_AT + orbit.at(t)], sums[0]);
+      const T derivative = shared[DERIVATIVE_AT + orbit.at(t)];  // none where the stage is off, whatever the value
+      if (orbit.owns(t) && derivative != 0) sums[0] = fused(v[t], derivative, sums[0]);
     }
 #pragma unroll
     for (int i = MOST_LOCAL - 1; i >= 0; --i)
@@ -138,8 +143,13 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 2 : 1) warp_backward
   const int column = threadIdx.x / 32;
   if (column >= WARP_PARAMS) return;
   const double* const partial = p.partial + tile.sample * blocks * COLUMNS;
-  double sum = (p.columns >> column & 1u) != 0 ? column_sum(partial, blocks, COLUMNS, column) : 0;
-  if (column == 0 && (p.columns >> SECOND_BLUR & 1u) != 0) sum += column_sum(partial, blocks, COLUMNS, SECOND_BLUR);
+  double sum = 0;
+  if (is_void<T>(p, tile.sample)) {
+    sum = is_used(p, tile.sample, column) ? double(NAN) : 0.0;
+  } else {
+    if ((p.columns >> column & 1u) != 0) sum = column_sum(partial, blocks, COLUMNS, column);
+    if (column == 0 && (p.columns >> SECOND_BLUR & 1u) != 0) sum += column_sum(partial, blocks, COLUMNS, SECOND_BLUR);
+  }
   if (threadIdx.x % 32 == 0) static_cast<T*>(p.grad_params)[tile.sample * WARP_PARAMS + column] = static_cast<T>(sum);
 }
 

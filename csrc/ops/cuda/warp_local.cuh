@@ -15,18 +15,34 @@ struct Local {
   __device__ __forceinline__ bool on(WarpStage stage) const { return (enabled >> static_cast<int>(stage) & 1) != 0; }
 };
 
+// Whether a column of params belongs to a stage that is on for the sample.
+__device__ __forceinline__ bool is_used(const Program& p, int64_t sample, int column) {
+  const int stage = column < WARP_COLUMN[3] - 1 ? column : column - 1;  // the crop has two
+  return (p.stages & static_cast<unsigned>(p.enabled[sample]) & 1u << stage) != 0;
+}
+
+// Whether one of these is not finite: then the sample is NaN, output and gradients.
+template <class T>
+__device__ __forceinline__ bool is_void(const Program& p, int64_t sample) {
+  bool found = false;
+#pragma unroll
+  for (int column = 0; column < WARP_PARAMS; ++column)
+    found = found || (is_used(p, sample, column) && !is_finite(static_cast<const T*>(p.params)[sample * WARP_PARAMS + column]));
+  return found;
+}
+
 template <class T>
 __device__ __forceinline__ Local<T> local_of_sample(const Program& p, int64_t sample) {
   const T* const params = static_cast<const T*>(p.params) + sample * WARP_PARAMS;
   return {p.enabled[sample],
-          static_cast<T>(p.noise_std) * finite_or_nan(params[1]),
-          finite_or_nan(params[2]) * T(p.W),
-          finite_or_nan(params[3]) * T(p.H),
+          static_cast<T>(p.noise_std) * params[1],
+          params[2] * T(p.W),
+          params[3] * T(p.H),
           static_cast<T>(p.half_x),
           static_cast<T>(p.half_y),
           static_cast<T>(p.sharpness),
-          finite_or_nan(params[4]),
-          finite_or_nan(params[5])};
+          params[4],
+          params[5]};
 }
 
 // A pixel (column, row) of the tile with its mirror images; on the middle line of an odd side an image is the pixel itself.
@@ -86,12 +102,11 @@ struct Mask {
   __device__ __forceinline__ Mask(const Local<T>& local, int x, int y) {
     const T dx = T(x) + T(0.5) - local.crop_x, dy = T(y) + T(0.5) - local.crop_y;
     const T inside_x = local.sharpness * (local.half_x - magnitude(dx)), inside_y = local.sharpness * (local.half_y - magnitude(dy));
-    along_x = !(inside_y < inside_x) && inside_y == inside_y;
+    along_x = !(inside_y < inside_x);
     distance = along_x ? dx : dy;
     const T inside = along_x ? inside_x : inside_y, e = exponential(-magnitude(inside)), share = T(1) / (1 + e);
     value = inside >= 0 ? share : e * share;
     slope = e * share * share;
-    if (inside != inside) value = slope = inside;
   }
 };
 

@@ -62,10 +62,9 @@ __device__ __forceinline__ double magnitude(double x) { return fabs(x); }
 __device__ __forceinline__ void sine_cosine_pi(float x, float& sine, float& cosine) { sincospif(x, &sine, &cosine); }
 __device__ __forceinline__ void sine_cosine_pi(double x, double& sine, double& cosine) { sincospi(x, &sine, &cosine); }
 
-// NaN for what is not finite: such a parameter makes its sample NaN.
 template <class T>
-__device__ __forceinline__ T finite_or_nan(T x) {
-  return x + T(0) * x;
+__device__ __forceinline__ bool is_finite(T x) {
+  return x - x == 0;
 }
 
 // ------------------------------------------------------------------------------------------------------------------------- noise

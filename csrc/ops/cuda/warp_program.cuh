@@ -51,6 +51,7 @@ struct Program {
   unsigned* arrivals;  // [B]
   void* grad_params;   // T [B, 7] or null
   unsigned columns;    // that some step sums up
+  unsigned stages;     // bits of the stages in the order
   bool clear, finish;  // the launch sets arrivals to 0; its last blocks add up the sums
   int first, last;     // steps of the launch
   Step step[MOST_STEPS];
@@ -132,6 +133,7 @@ inline Program program_of(const WarpProblem& p) {
   program.sigma_max = p.sigma_max, program.noise_std = p.noise_std, program.sharpness = p.sharpness;
   program.half_y = p.crop_half_y, program.half_x = p.crop_half_x;
   program.padding = p.padding;
+  for (int i = 0; i < p.stages; ++i) program.stages |= 1u << static_cast<int>(p.order[i]);
   return program;
 }
 

@@ -11,7 +11,7 @@ namespace {
 template <class T>
 struct Turn {
   T cosine, sine, center_x, center_y;
-  bool on, finite;
+  bool on;
 
   // Of the output pixel (dx, dy) from the centre.
   __device__ __forceinline__ T source_x(T dx, T dy) const { return fused(cosine, dx, -(sine * dy)) + center_x; }
@@ -24,7 +24,6 @@ __device__ __forceinline__ Turn<T> turn_of_sample(const Program& p, int64_t samp
   turn.on = (p.enabled[sample] >> static_cast<int>(WarpStage::rotate) & 1) != 0;
   const T turns = static_cast<const T*>(p.params)[sample * WARP_PARAMS + WARP_COLUMN[static_cast<int>(WarpStage::rotate)]];
   sine_cosine_pi(2 * (turns - rounded(turns)), turn.sine, turn.cosine);
-  turn.finite = turn.cosine == turn.cosine;
   turn.center_x = T(p.W - 1) / 2, turn.center_y = T(p.H - 1) / 2;
   return turn;
 }
@@ -33,7 +32,6 @@ __device__ __forceinline__ Turn<T> turn_of_sample(const Program& p, int64_t samp
 template <class T, bool mixed>
 __device__ __forceinline__ T rotated(const Array& source, const Tile& tile, const Turn<T>& turn, int x, int y) {
   if (!turn.on) return load<T, mixed>(source, tile.at(x, y));
-  if (!turn.finite) return turn.cosine;
   const T dx = T(x) - turn.center_x, dy = T(y) - turn.center_y;
   const T sx = turn.source_x(dx, dy), sy = turn.source_y(dx, dy), low_x = floored(sx), low_y = floored(sy), ax = sx - low_x, ay = sy - low_y;
   const int x0 = static_cast<int>(low_x), y0 = static_cast<int>(low_y);
@@ -55,7 +53,6 @@ template <class T, bool mixed>
 __device__ __forceinline__ T gathered_rotation(const Array& grad, const Tile& tile, const Turn<T>& turn, int x, int y, T& by_angle) {
   by_angle = 0;
   if (!turn.on) return load<T, mixed>(grad, tile.at(x, y));
-  if (!turn.finite) return by_angle = turn.cosine;
   const T px = T(x), py = T(y), dx = px - turn.center_x, dy = py - turn.center_y;
   const int near_x = static_cast<int>(rounded(turn.cosine * dx + turn.sine * dy + turn.center_x));
   const int near_y = static_cast<int>(rounded(turn.cosine * dy - turn.sine * dx + turn.center_y));

@@ -64,11 +64,20 @@ __device__ __forceinline__ void store_orbit(const Array& target, const Tile& til
 }
 
 template <class T, bool mixed>
+__device__ __forceinline__ void fill_with_nan(const Array& target, const Tile& tile) {
+  for_orbits(tile, [&](const Orbit& orbit) {
+    const T nothing[4] = {T(NAN), T(NAN), T(NAN), T(NAN)};
+    store_orbit<T, mixed>(target, tile, orbit, nothing);
+  });
+}
+
+template <class T, bool mixed>
 __device__ __forceinline__ void run_pass(const Program& p, const Step& step, const Tile& tile, T* shared, T* middle) {
+  const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
+  if (is_void<T>(p, tile.sample)) return fill_with_nan<T, mixed>(target, tile);
   const Local<T> local = local_of_sample<T>(p, tile.sample);
   read_tile<T, mixed>(p, step, tile, shared, middle);
   if (has_noise(step, local)) make_noise(p, tile, shared + NOISE_AT);
-  const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
   for_orbits(tile, [&](const Orbit& orbit) {
     T v[4];
 #pragma unroll

@@ -43,6 +43,8 @@ struct Tile {
   int x0, y0, w, h;                // in the upper left quarter
   int W, H;
 
+  // Rows that whole runs of outputs take, and so the lines that are filtered.
+  __device__ __forceinline__ int lines() const { return (h + RUN - 1) / RUN * RUN + 2 * REACH; }
   // Mirror image t: bit 0 along x, bit 1 along y.
   __device__ __forceinline__ int x(int t, int column) const { return t & 1 ? W - 1 - x0 - column : x0 + column; }
   __device__ __forceinline__ int y(int t, int row) const { return t & 2 ? H - 1 - y0 - row : y0 + row; }
@@ -81,7 +83,7 @@ __device__ __forceinline__ void load_raw(const Array& source, const Tile& tile, 
 #pragma unroll 4
   for (int line = threadIdx.x / 32; line < 4 * RAW_H; line += THREADS / 32) {
     const int t = line / RAW_H, row = line % RAW_H - REACH;
-    if (row >= tile.h + REACH) continue;
+    if (line % RAW_H >= tile.lines()) continue;
     const int y = row >= -reach_y && row < tile.h + reach_y ? padded_place(tile.y0 + row, tile.H, padding) : -1;
     const int start = tile.at(t & 1 ? tile.W - 1 : 0, t & 2 ? tile.H - 1 - y : y);
 #pragma unroll
@@ -165,7 +167,7 @@ __device__ __forceinline__ void filter_rows(const T* raw, const Tile& tile, int 
   read_taps(shared_taps, reach, taps);
   for (int e = threadIdx.x; e < 4 * RAW_H * (TILE_W / RUN); e += THREADS) {
     const int run = e % (TILE_W / RUN), line = e / (TILE_W / RUN);
-    if (run * RUN >= tile.w || line % RAW_H >= tile.h + 2 * REACH) continue;
+    if (run * RUN >= tile.w || line % RAW_H >= tile.lines()) continue;
     T in[RUN + 2 * REACH], out[RUN] = {};
     read_row(raw + line * RAW_W + run * RUN, in);
     if (reach == 0) {
@@ -190,6 +192,7 @@ struct ColumnRun {
 template <class T, bool adjoint>
 __device__ __forceinline__ void filter_column(const T* middle, const ColumnRun& run, const Tile& tile, int reach, WarpBlurPadding padding,
                                               const T (&taps)[REACH + 1], T alone, T (&out)[RUN]) {
+  if (run.column >= tile.w || run.row >= tile.h) return;
   T in[RUN + 2 * REACH];
   read_run(middle + (run.t * RAW_H + run.row) * MIDDLE_W + run.column, MIDDLE_W, in);
   if (reach == 0) {
@@ -225,7 +228,7 @@ __device__ __forceinline__ Taps<T> taps_of_sample(const Program& p, int64_t samp
   PK_SHARED(T, slope, MOST_TAPS);
   const bool on = (p.enabled[sample] >> static_cast<int>(WarpStage::blur) & 1) != 0;
   const T level = static_cast<const T*>(p.params)[sample * WARP_PARAMS];
-  const T sigma = on ? magnitude(static_cast<T>(p.sigma_max) * finite_or_nan(level)) : T(0);
+  const T sigma = on ? magnitude(static_cast<T>(p.sigma_max) * level) : T(0);
   if (sigma < T(WARP_LEAST_SIGMA)) return {weight, slope, 0, 0};
   make_taps(sigma, max(radius_y, radius_x), weight, slope);
   return {weight, slope, radius_y, radius_x};
