@@ -141,7 +141,7 @@ class TestRotation:
     def test_whole_turns_far_away(self) -> None:
         emulator = load("warp")
         chain = Chain("f32", (2, 1, 15, 15), (ROTATE,))
-        chain.params[:, 6] = torch.tensor([1e30, -2.0**40])
+        chain.params[:, 6] = torch.tensor([1e30, -(2.0**40)])
         output = chain.run(emulator)[0]
         assert torch.equal(output, chain.images)
 

@@ -6,8 +6,8 @@
 //
 // Backward scatters, with any matrix, singular ones too, and any padding, and gives the same bits in every run: what an output adds to a pixel is
 // rounded to a multiple of 2^-k and added as a 64-bit integer, whose sum knows no order. k is chosen per sample from the largest gradient in it, so that
-// no sum can overflow: with N outputs a part is rounded at 2^-62 N of that gradient, 2^-46 of it at 256 x 256, far below float32. Three launches
-// and 8 bytes of workspace per image element. A sample with a gradient that is not finite gets NaN.
+// no sum can overflow: with N outputs a part is rounded at 2^-62 N of that gradient, 2^-46 of it at 256 x 256, far below float32. Three launches,
+// one fill and 8 bytes of workspace per image element. A sample with a gradient that is not finite gets NaN.
 // Gradients of the matrix: registers, warps, block, then the blocks of a sample in their order, in float64, by the one that comes last.
 // Limit: atomics in the L2 cache, 4 or 8 an output element; by an estimate of 150 G a second 65 us at 16 x 3 x 224 x 224. Not yet run on a GPU.
 
@@ -30,6 +30,7 @@ struct AffineGradient : Affine {
   Array grad;           // [B, C, out]
   Array grad_images;    // or null
   void* grad_matrix;    // T, or null
+  int entries;          // of a matrix
   int bits;             // log2 of the outputs of a sample, rounded up
   unsigned long long* largest;   // [B]: bits of the largest |grad| as float64
   unsigned long long* sums;      // [B, C, in]: fixed-point
@@ -54,12 +55,20 @@ __device__ __forceinline__ T within(T s, int n, WarpAffinePadding padding, T& sl
   return s >= last ? last : T(0);
 }
 
+// Whether an entry is not finite: then the sample is NaN, output and gradients.
+template <class T>
+__device__ __forceinline__ bool is_void(const T* matrix, int entries) {
+  bool found = false;
+  for (int i = 0; i < entries; ++i) found = found || !is_finite(matrix[i]);
+  return found;
+}
+
 // Where an output pixel reads: the lower neighbour on every axis, the share of the upper one, and how the coordinate follows the matrix.
 template <class T, int dims>
 struct Place {
   T offset[dims], share[dims], slope[dims];
   int low[dims];
-  bool finite, is_void;  // a coordinate may overflow; an entry that is not finite makes the sample NaN
+  bool finite;
 
   __device__ __forceinline__ Place(const Affine& p, int64_t sample, int64_t pixel) {
     const T* const matrix = static_cast<const T*>(p.matrix) + sample * (dims * (dims + 1));
@@ -68,10 +77,7 @@ struct Place {
       offset[j] = T(static_cast<int>(pixel % p.out[j])) - T(p.out[j] - 1) / 2;
       pixel /= p.out[j];
     }
-    is_void = false;
-#pragma unroll
-    for (int i = 0; i < dims * (dims + 1); ++i) is_void = is_void || !is_finite(matrix[i]);
-    finite = !is_void;
+    finite = !is_void(matrix, dims * (dims + 1));
 #pragma unroll
     for (int i = 0; i < dims; ++i) {
       const T* const row = matrix + i * (dims + 1);
@@ -130,11 +136,13 @@ __global__ void __launch_bounds__(THREADS) warp_affine_forward_kernel(const Affi
 
 // ---------------------------------------------------------------------------------------------------------------------- backward
 
+constexpr unsigned long long INFINITE_BITS = 0x7ff0000000000000ull;
+
 // The largest |gradient| of a sample: as integers the bits of float64 keep its order, and NaN is above all.
 template <class T, bool mixed>
 __global__ void __launch_bounds__(THREADS) warp_affine_largest_kernel(const AffineGradient p) {
   const int64_t sample = blockIdx.x / p.blocks, pixel = blockIdx.x % p.blocks * THREADS + threadIdx.x;
-  unsigned long long bits = 0;
+  unsigned long long bits = is_void(static_cast<const T*>(p.matrix) + sample * p.entries, p.entries) ? INFINITE_BITS : 0;
   for (int64_t plane = sample * p.C; plane < (sample + 1) * p.C && pixel < p.out_count; ++plane) {
     const double g = fabs(static_cast<double>(load<T, mixed>(p.grad, plane * p.out_count + pixel)));
     bits = max(bits, static_cast<unsigned long long>(__double_as_longlong(g)));
@@ -142,8 +150,6 @@ __global__ void __launch_bounds__(THREADS) warp_affine_largest_kernel(const Affi
   for (int step = 16; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(ALL, bits, step));
   if (threadIdx.x % 32 == 0 && bits > 0) atomicMax(p.largest + sample, bits);
 }
-
-constexpr unsigned long long INFINITE_BITS = 0x7ff0000000000000ull;
 
 // 2^k and 2^-k such that the sum of 2^bits numbers no larger than the largest fits 62 bits.
 struct Scale {
@@ -196,7 +202,8 @@ __global__ void __launch_bounds__(THREADS) warp_affine_scatter_kernel(const Affi
   if (!arrives_last(p.arrivals + sample, p.blocks)) return;
   for (int entry = threadIdx.x / 32; entry < ENTRIES; entry += THREADS / 32) {
     const double sum = column_sum(p.partial + sample * p.blocks * MOST_ENTRIES, p.blocks, MOST_ENTRIES, entry);
-    if (threadIdx.x % 32 == 0) static_cast<T*>(p.grad_matrix)[sample * ENTRIES + entry] = static_cast<T>(sum);
+    const bool void_sample = is_void(static_cast<const T*>(p.matrix) + sample * ENTRIES, ENTRIES);
+    if (threadIdx.x % 32 == 0) static_cast<T*>(p.grad_matrix)[sample * ENTRIES + entry] = void_sample ? T(NAN) : static_cast<T>(sum);
   }
 }
 
@@ -237,6 +244,7 @@ int launch_forward(const WarpAffineForward& p, void* stream) {
 // What must be zero comes first; returns its size.
 int64_t take_workspace(AffineGradient& a, const WarpAffineBackward& p, Pieces& pieces) {
   fill(a, p);
+  a.entries = p.dims * (p.dims + 1);
   a.bits = 0;
   while ((int64_t{1} << a.bits) < a.out_count) ++a.bits;
   a.grad = {const_cast<void*>(p.grad), p.kind};

@@ -17,7 +17,7 @@ struct Local {
 
 // Whether a column of params belongs to a stage that is on for the sample.
 __device__ __forceinline__ bool is_used(const Program& p, int64_t sample, int column) {
-  const int stage = column < WARP_COLUMN[3] - 1 ? column : column - 1;  // the crop has two
+  const int stage = column < 3 ? column : column - 1;  // the crop has two
   return (p.stages & static_cast<unsigned>(p.enabled[sample]) & 1u << stage) != 0;
 }
 
