@@ -188,8 +188,8 @@ def rotate(
 
         O(p) = X(R (p - c) + c),   R = [[cos, -sin], [sin, cos]],   c = ((W - 1) / 2, (H - 1) / 2)
 
-    With rows counted downwards, a positive angle turns counter-clockwise. The angle is reduced to a turn before sine and cosine: quarter
-    turns of squares, such as pi / 2, are exact. Differentiable in images and angle.
+    With rows counted downwards, a positive angle turns counter-clockwise. The angle is divided by 2 pi and reduced to a turn before sine
+    and cosine: quarter turns of squares, such as pi / 2, are exact. Differentiable in images and angle.
 
     Args:
         images: float32, float64, bfloat16 or float16 (computed in float32, rounded once).
@@ -211,8 +211,15 @@ def rotate(
     checks.check_images(op, images)
     _checks.check_choice(op, "axis", axis, DIMENSIONS if images.dim() == 5 else ("depth",))
     _checks.check_choice(op, "padding_mode", padding_mode, reference.AFFINE_PADDINGS)
-    radians = checks.per_sample(op, images, "angle", angle)
-    turns = radians / torch.full_like(radians, 2 * math.pi)  # by a tensor: a GPU multiplies by the inverse of a number
+    if isinstance(angle, (int, float)) and not isinstance(angle, bool):
+        turns = checks.per_sample(
+            op, images, "angle", angle / (2 * math.pi)
+        )  # in float64: multiples of pi / 2 are exact
+    else:
+        radians = checks.per_sample(op, images, "angle", angle)
+        turns = radians / torch.full_like(
+            radians, 2 * math.pi
+        )  # by a tensor: a GPU multiplies by the inverse of a number
     kept = {"depth": 2, "vertical": 3, "horizontal": 4}[axis]
     moved = images.movedim(kept, 2) if images.dim() == 5 else images
     planes = _planes(moved)
