@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backend
 from ..reference import warp as reference
 from ..reference.prototypes import compute_dtype
-from . import _checks, _warp_autograd
+from . import _checks, _warp_autograd  # noqa: F401  (the second registers shapes and gradients)
 from . import _warp_checks as checks
 from ._warp_checks import Padding
 
@@ -257,7 +258,7 @@ def run_stages(
     if seed is None:
         seed = torch.zeros(B, dtype=torch.int64, device=images.device)
     rest = (order, list(radius), sigma_max, noise_std, list(crop_half), sharpness, reference.PADDINGS.index(padding))
-    if _warp_autograd.native_serves(images.device):
+    if backend.native_serves(images.device):
         done: Tensor = torch.ops.protokernels.warp_forward(
             images.contiguous(), params.contiguous(), bits, seed.contiguous(), *rest
         )
@@ -271,7 +272,7 @@ def run_affine(
     size: list[int],
     padding: int,
 ) -> Tensor:  # [B, C, *size]
-    if _warp_autograd.native_serves(images.device):
+    if backend.native_serves(images.device):
         warped: Tensor = torch.ops.protokernels.warp_affine_forward(
             images.contiguous(), matrix.contiguous(), size, padding
         )
