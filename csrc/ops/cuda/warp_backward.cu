@@ -95,8 +95,10 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
   adjoint_tile<T, mixed>(p, step, tile, shared);
   if (step.values) {
     read_tile<T, mixed>(p, step, tile, shared, shared + MIDDLE_AT);
-    if (has_noise(step, local)) make_noise(p, tile, shared + NOISE_AT);
+    if (has_stage(step, local, WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
   }
+  Mask<T> mask;
+  if (has_stage(step, local, WarpStage::crop)) mask = make_mask<T>(p, tile);
   T sums[SUMS] = {};
   for_orbits(tile, [&](const Orbit& orbit) {
     T before[MOST_LOCAL][4], v[4], g[4];
@@ -106,7 +108,7 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
     for (int i = 0; i < MOST_LOCAL; ++i) {
 #pragma unroll
       for (int t = 0; t < 4; ++t) before[i][t] = v[t];
-      if (step.values && i < step.stages) apply(step.stage[i], local, orbit, noise, v);
+      if (step.values && i < step.stages) apply(step.stage[i], local, mask, orbit, noise, v);
     }
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -116,7 +118,7 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
     }
 #pragma unroll
     for (int i = MOST_LOCAL - 1; i >= 0; --i)
-      if (i < step.stages) apply_adjoint(step.stage[i], local, orbit, noise, before[i], g, sums);
+      if (i < step.stages) apply_adjoint(step.stage[i], local, mask, orbit, noise, before[i], g, sums);
     if (step.target) store_orbit<T, mixed>(target, tile, orbit, g);
   });
   if (!step.values) return;

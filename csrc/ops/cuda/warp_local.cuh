@@ -10,7 +10,7 @@ namespace {
 template <class T>
 struct Local {
   int enabled;
-  T noise, crop_x, crop_y, half_x, half_y, sharpness, hflip, vflip;
+  T noise, hflip, vflip;
 
   __device__ __forceinline__ bool on(WarpStage stage) const { return (enabled >> static_cast<int>(stage) & 1) != 0; }
 };
@@ -36,11 +36,6 @@ __device__ __forceinline__ Local<T> local_of_sample(const Program& p, int64_t sa
   const T* const params = static_cast<const T*>(p.params) + sample * WARP_PARAMS;
   return {p.enabled[sample],
           static_cast<T>(p.noise_std) * params[1],
-          params[2] * T(p.W),
-          params[3] * T(p.H),
-          static_cast<T>(p.half_x),
-          static_cast<T>(p.half_y),
-          static_cast<T>(p.sharpness),
           params[4],
           params[5]};
 }
@@ -93,26 +88,49 @@ __device__ __forceinline__ void make_noise(const Program& p, const Tile& tile, T
   __syncthreads();
 }
 
-// The crop's mask m at a pixel, m (1 - m), and which side of the window is nearer: x at ties.
-template <class T>
-struct Mask {
-  T value, slope, distance;
-  bool along_x;
-
-  __device__ __forceinline__ Mask(const Local<T>& local, int x, int y) {
-    const T dx = T(x) + T(0.5) - local.crop_x, dy = T(y) + T(0.5) - local.crop_y;
-    const T inside_x = local.sharpness * (local.half_x - magnitude(dx)), inside_y = local.sharpness * (local.half_y - magnitude(dy));
-    along_x = !(inside_y < inside_x);
-    distance = along_x ? dx : dy;
-    const T inside = along_x ? inside_x : inside_y, e = exponential(-magnitude(inside)), share = T(1) / (1 + e);
-    value = inside >= 0 ? share : e * share;
-    slope = e * share * share;
-  }
-};
-
 template <class T>
 __device__ __forceinline__ T sign_of(T x) {
   return x > 0 ? T(1) : x < 0 ? T(-1) : T(0);
+}
+
+// The crop's mask on the tile: m is the smaller one of a function of the column and one of the row, the sigmoid being monotone.
+constexpr int MASK_ROWS = 2 * TILE_W, MASKS = MASK_ROWS + 2 * TILE_H;
+
+template <class T>
+struct Mask {
+  const T* inside;  // [MASKS]: distance from the window's edge times the sharpness; columns of both mirror images, then rows
+  const T* value;   // sigmoid of it
+  const T* slope;   // m (1 - m), with the sign of the way from the centre
+
+  // Which side decides: x at ties.
+  __device__ __forceinline__ int at(const Orbit& orbit, int t, bool& along_x) const {
+    const int x = (t & 1) * TILE_W + orbit.column, y = MASK_ROWS + (t & 2) / 2 * TILE_H + orbit.row;
+    along_x = !(inside[y] < inside[x]);
+    return along_x ? x : y;
+  }
+};
+
+// By the whole block; ends with a barrier.
+template <class T>
+__device__ __forceinline__ Mask<T> make_mask(const Program& p, const Tile& tile) {
+  PK_SHARED(T, inside, MASKS);
+  PK_SHARED(T, value, MASKS);
+  PK_SHARED(T, slope, MASKS);
+  __syncthreads();
+  const int i = threadIdx.x;
+  if (i < MASKS) {
+    const bool along_x = i < MASK_ROWS;
+    const int place = along_x ? tile.x(i / TILE_W, i % TILE_W) : tile.y((i - MASK_ROWS) / TILE_H * 2, (i - MASK_ROWS) % TILE_H);
+    const T center = static_cast<const T*>(p.params)[tile.sample * WARP_PARAMS + (along_x ? 2 : 3)];
+    const T distance = T(place) + T(0.5) - center * T(along_x ? p.W : p.H);
+    const T here = static_cast<T>(p.sharpness) * (static_cast<T>(along_x ? p.half_x : p.half_y) - magnitude(distance));
+    const T e = exponential(-magnitude(here)), share = T(1) / (1 + e);
+    inside[i] = here;
+    value[i] = here >= 0 ? share : e * share;
+    slope[i] = e * share * share * sign_of(distance);
+  }
+  __syncthreads();
+  return {inside, value, slope};
 }
 
 template <class T>
@@ -124,7 +142,7 @@ __device__ __forceinline__ void mix(T weight, T& a, T& b) {
 
 // The values of an orbit after a stage. Pairs along x are (0, 1) and (2, 3), along y (0, 2) and (1, 3).
 template <class T>
-__device__ __forceinline__ void apply(WarpStage stage, const Local<T>& local, const Orbit& orbit, const T* noise, T (&v)[4]) {
+__device__ __forceinline__ void apply(WarpStage stage, const Local<T>& local, const Mask<T>& mask, const Orbit& orbit, const T* noise, T (&v)[4]) {
   if (!local.on(stage)) return;
   switch (stage) {
     case WarpStage::noise:
@@ -133,7 +151,10 @@ __device__ __forceinline__ void apply(WarpStage stage, const Local<T>& local, co
       break;
     case WarpStage::crop:
 #pragma unroll
-      for (int t = 0; t < 4; ++t) v[t] *= Mask<T>(local, orbit.x(t), orbit.y(t)).value;
+      for (int t = 0; t < 4; ++t) {
+        bool along_x;
+        v[t] *= mask.value[mask.at(orbit, t, along_x)];
+      }
       break;
     case WarpStage::hflip:
       mix(local.hflip, v[0], v[1]);
@@ -150,8 +171,8 @@ __device__ __forceinline__ void apply(WarpStage stage, const Local<T>& local, co
 // The gradients by an orbit's values before a stage, in place; `v` are these values. Adds to the sums of the stage's parameters; without noise they
 // are not wanted.
 template <class T>
-__device__ __forceinline__ void apply_adjoint(WarpStage stage, const Local<T>& local, const Orbit& orbit, const T* noise, const T (&v)[4],
-                                              T (&g)[4], T (&sums)[SUMS]) {
+__device__ __forceinline__ void apply_adjoint(WarpStage stage, const Local<T>& local, const Mask<T>& mask, const Orbit& orbit, const T* noise,
+                                              const T (&v)[4], T (&g)[4], T (&sums)[SUMS]) {
   if (!local.on(stage)) return;
   switch (stage) {
     case WarpStage::noise:
@@ -162,10 +183,12 @@ __device__ __forceinline__ void apply_adjoint(WarpStage stage, const Local<T>& l
     case WarpStage::crop:
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
-        const Mask<T> mask(local, orbit.x(t), orbit.y(t));
-        const T by_center = g[t] * v[t] * mask.slope * sign_of(mask.distance);
-        if (orbit.owns(t)) sums[2] += mask.along_x ? by_center : T(0), sums[3] += mask.along_x ? T(0) : by_center;
-        g[t] *= mask.value;
+        bool along_x;
+        const int at = mask.at(orbit, t, along_x);
+        const T by_center = orbit.owns(t) ? g[t] * v[t] * mask.slope[at] : T(0);
+        sums[2] += along_x ? by_center : T(0);
+        sums[3] += along_x ? T(0) : by_center;
+        g[t] *= mask.value[at];
       }
       break;
     case WarpStage::hflip:
@@ -186,12 +209,12 @@ __device__ __forceinline__ void apply_adjoint(WarpStage stage, const Local<T>& l
   }
 }
 
-// True if one of the step's stages is the noise and it is on: then noise must be made.
+// Whether a stage is among the step's and on for the sample: then its noise, its mask must be made.
 template <class T>
-__device__ __forceinline__ bool has_noise(const Step& step, const Local<T>& local) {
+__device__ __forceinline__ bool has_stage(const Step& step, const Local<T>& local, WarpStage stage) {
   bool found = false;
-  for (int i = 0; i < step.stages; ++i) found |= step.stage[i] == WarpStage::noise;
-  return found && local.on(WarpStage::noise);
+  for (int i = 0; i < step.stages; ++i) found |= step.stage[i] == stage;
+  return found && local.on(stage);
 }
 
 }  // namespace

@@ -90,26 +90,60 @@ __device__ __forceinline__ Words philox(unsigned long long key, unsigned long lo
   return {{c0, c1, c2, c3}};
 }
 
-// -2 ln u, u = (word + 1/2) 2^-32. Near u = 1 a float holds 1 - u, and not u, to its last bit.
-__device__ __forceinline__ float minus_two_log(float, unsigned word) {
-  const bool upper = word >> 31 != 0;
-  const float part = (static_cast<float>(upper ? ~word : word) + 0.5f) * 0x1p-32f;
-  return -2.0f * (upper ? log1pf(-part) : logf(part));
+// sqrt(-2 ln u), u = (word + 1/2) 2^-32. Near u = 1 a float holds 1 - u, and not u, to its last bit: there ln(1 + f) is taken of f = -(1 - u). The
+// polynomial is that of the logarithm in S. Moshier's Cephes.
+__device__ __forceinline__ float pair_length(float, unsigned word) {
+  const float u = (static_cast<float>(word) + 0.5f) * 0x1p-32f;
+  const int shifted = __float_as_int(u) - 0x3f3504f3, exponent = shifted >> 23;  // 0: u is between sqrt 1/2 and 1
+  float f = __int_as_float(__float_as_int(u) - (exponent << 23)) - 1.0f;
+  if (exponent == 0) f = -(static_cast<float>(~word) + 0.5f) * 0x1p-32f;
+  const float square = f * f, e = static_cast<float>(exponent);
+  float log = 7.0376836292e-2f;
+  log = fmaf(log, f, -1.1514610310e-1f);
+  log = fmaf(log, f, 1.1676998740e-1f);
+  log = fmaf(log, f, -1.2420140846e-1f);
+  log = fmaf(log, f, 1.4249322787e-1f);
+  log = fmaf(log, f, -1.6668057665e-1f);
+  log = fmaf(log, f, 2.0000714765e-1f);
+  log = fmaf(log, f, -2.4999993993e-1f);
+  log = fmaf(log, f, 3.3333331174e-1f) * square * f;
+  log = fmaf(-2.12194440e-4f, e, log);
+  log = fmaf(-0.5f, square, log) + f;
+  log = fmaf(0.693359375f, e, log);
+  const float twice = -2.0f * log;
+  return twice * rsqrtf(twice);
 }
-__device__ __forceinline__ double minus_two_log(double, unsigned word) { return -2.0 * log((static_cast<double>(word) + 0.5) * 0x1p-32); }
+__device__ __forceinline__ double pair_length(double, unsigned word) {
+  return sqrt(-2.0 * log((static_cast<double>(word) + 0.5) * 0x1p-32));
+}
 
-__device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
-__device__ __forceinline__ double square_root(double x) { return sqrt(x); }
+// Sine and cosine of 2 pi word 2^-32: the nearest quarter turn, and polynomials (Cephes) for the rest within an eighth.
+__device__ __forceinline__ void pair_direction(unsigned word, float& sine, float& cosine) {
+  const unsigned quarter = (word + 0x20000000u) >> 30;
+  const float x = static_cast<float>(static_cast<int>(word - (quarter << 30))) * 1.46291807926715968e-9f;  // pi / 2 2^-30
+  const float square = x * x;
+  float s = fmaf(-1.9515295891e-4f, square, 8.3321608736e-3f), c = fmaf(2.443315711809948e-5f, square, -1.388731625493765e-3f);
+  s = fmaf(fmaf(s, square, -1.6666654611e-1f) * square, x, x);
+  c = fmaf(fmaf(c, square, 4.166664568298827e-2f) * square, square, fmaf(-0.5f, square, 1.0f));
+  const bool odd = (quarter & 1u) != 0;
+  sine = odd ? c : s;
+  cosine = odd ? s : c;
+  if ((quarter & 2u) != 0) sine = -sine;
+  if (((quarter + 1u) & 2u) != 0) cosine = -cosine;
+}
+__device__ __forceinline__ void pair_direction(unsigned word, double& sine, double& cosine) {
+  sincospi(static_cast<double>(static_cast<int>(word)) * 0x1p-31, &sine, &cosine);
+}
 
-// The four numbers of elements 4 q, ..., 4 q + 3 of a sample. As a signed number the second word is the angle in (-pi, pi], all its bits near 0.
+// The four numbers of elements 4 q, ..., 4 q + 3 of a sample.
 template <class T>
 __device__ __forceinline__ void normal_numbers(unsigned long long key, int64_t q, T (&n)[4]) {
   const Words words = philox(key, static_cast<unsigned long long>(q));
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
-    const T length = square_root(minus_two_log(T(0), words.w[2 * pair]));
+    const T length = pair_length(T(0), words.w[2 * pair]);
     T sine, cosine;
-    sine_cosine_pi(static_cast<T>(static_cast<int>(words.w[2 * pair + 1])) * T(0x1p-31), sine, cosine);
+    pair_direction(words.w[2 * pair + 1], sine, cosine);
     n[2 * pair] = length * cosine;
     n[2 * pair + 1] = length * sine;
   }

@@ -62,13 +62,13 @@ __device__ __forceinline__ T gathered_rotation(const Array& grad, const Tile& ti
 #pragma unroll
   for (int j = -1; j <= 1; ++j) {
     const int oy = near_y + j;
-    const bool row_inside = oy >= 0 && oy < tile.H;
+    const bool row_inside = static_cast<unsigned>(oy) < static_cast<unsigned>(tile.H);
     const T row_x = base_x - T(j) * turn.sine, row_y = base_y + T(j) * turn.cosine;
 #pragma unroll
     for (int i = -1; i <= 1; ++i) {
       const int ox = near_x + i;
       const T tx = row_x + T(i) * turn.cosine, ty = row_y + T(i) * turn.sine;
-      if (row_inside && ox >= 0 && ox < tile.W && tx >= -1 && tx < 1 && ty >= -1 && ty < 1) {
+      if (row_inside && static_cast<unsigned>(ox) < static_cast<unsigned>(tile.W) && tx >= -1 && tx < 1 && ty >= -1 && ty < 1) {
         const T g = load<T, mixed>(grad, tile.at(ox, oy));
         const T along_x = g * (1 - magnitude(ty)), along_y = g * (1 - magnitude(tx));
         sum = fused(along_x, 1 - magnitude(tx), sum);

@@ -77,12 +77,14 @@ __device__ __forceinline__ void run_pass(const Program& p, const Step& step, con
   if (is_void<T>(p, tile.sample)) return fill_with_nan<T, mixed>(target, tile);
   const Local<T> local = local_of_sample<T>(p, tile.sample);
   read_tile<T, mixed>(p, step, tile, shared, middle);
-  if (has_noise(step, local)) make_noise(p, tile, shared + NOISE_AT);
+  if (has_stage(step, local, WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
+  Mask<T> mask;
+  if (has_stage(step, local, WarpStage::crop)) mask = make_mask<T>(p, tile);
   for_orbits(tile, [&](const Orbit& orbit) {
     T v[4];
 #pragma unroll
     for (int t = 0; t < 4; ++t) v[t] = shared[VALUE_AT + orbit.at(t)];
-    for (int i = 0; i < step.stages; ++i) apply(step.stage[i], local, orbit, shared + NOISE_AT, v);
+    for (int i = 0; i < step.stages; ++i) apply(step.stage[i], local, mask, orbit, shared + NOISE_AT, v);
     store_orbit<T, mixed>(target, tile, orbit, v);
   });
 }

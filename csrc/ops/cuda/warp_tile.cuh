@@ -68,30 +68,30 @@ __device__ __forceinline__ Tile tile_of_block(const Program& p) {
           p.H};
 }
 
-// Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything. A warp takes rows, a lane
-// two columns. Ends with a barrier.
+// Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything. A thread takes the same
+// place of the four mirror images. Ends with a barrier.
 template <class T, bool mixed>
 __device__ __forceinline__ void load_raw(const Array& source, const Tile& tile, int reach_y, int reach_x, WarpBlurPadding padding, T* raw) {
-  static_assert(RAW_W > 32 && RAW_W <= 64);
-  const int lane = threadIdx.x % 32;
-  int x[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int column = lane + 32 * half - REACH;
-    x[half] = column >= -reach_x && column < tile.w + reach_x ? padded_place(tile.x0 + column, tile.W, padding) : -1;
-  }
-#pragma unroll 4
-  for (int line = threadIdx.x / 32; line < 4 * RAW_H; line += THREADS / 32) {
-    const int t = line / RAW_H, row = line % RAW_H - REACH;
-    if (line % RAW_H >= tile.lines()) continue;
-    const int y = row >= -reach_y && row < tile.h + reach_y ? padded_place(tile.y0 + row, tile.H, padding) : -1;
-    const int start = tile.at(t & 1 ? tile.W - 1 : 0, t & 2 ? tile.H - 1 - y : y);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int column = lane + 32 * half;
-      const bool there = x[half] >= 0 && y >= 0;
-      if (column < RAW_W) raw[line * RAW_W + column] = there ? load<T, mixed>(source, t & 1 ? start - x[half] : start + x[half]) : T(0);
+  constexpr int PLACES = RAW_H * RAW_W;
+  const int last_x = tile.W - 1, last_row = (tile.H - 1) * tile.W;
+#pragma unroll 1
+  for (int e = threadIdx.x; e < tile.lines() * RAW_W; e += THREADS) {
+    const int column = e % RAW_W - REACH, row = e / RAW_W - REACH;
+    int x = tile.x0 + column, y = tile.y0 + row;
+    bool there = column >= -reach_x && column < tile.w + reach_x && row >= -reach_y && row < tile.h + reach_y;
+    if (there && (static_cast<unsigned>(x) >= static_cast<unsigned>(tile.W) || static_cast<unsigned>(y) >= static_cast<unsigned>(tile.H))) {
+      x = padded_place(x, tile.W, padding);
+      y = padded_place(y, tile.H, padding);
+      there = x >= 0 && y >= 0;
     }
+    const int near = y * tile.W, far = last_row - near;
+    T v[4] = {};
+    if (there) {
+      v[0] = load<T, mixed>(source, near + x), v[1] = load<T, mixed>(source, near + last_x - x);
+      v[2] = load<T, mixed>(source, far + x), v[3] = load<T, mixed>(source, far + last_x - x);
+    }
+#pragma unroll
+    for (int t = 0; t < 4; ++t) raw[t * PLACES + e] = v[t];
   }
   __syncthreads();
 }
