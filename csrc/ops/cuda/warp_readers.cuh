@@ -44,6 +44,12 @@ __device__ __forceinline__ T rotated(const Array& source, const Tile& tile, cons
   return (1 - ay) * ((1 - ax) * q00 + ax * q01) + ay * ((1 - ax) * q10 + ax * q11);
 }
 
+// value, negated where `sign` is below 0. A difference that is 0 is +0.
+__device__ __forceinline__ float with_sign_of(float sign, float value) {
+  return __uint_as_float(__float_as_uint(value) ^ (__float_as_uint(sign) & 0x80000000u));
+}
+__device__ __forceinline__ double with_sign_of(double sign, double value) { return sign < 0 ? -value : value; }
+
 // The gradient by pixel (x, y) before the rotation, and the derivative of its part of the sum by the angle in radians.
 //
 // The outputs that read a pixel lie, turned back, in a square of side 2 about it, whose corners are at most sqrt 2 away along an axis: among the 3 x 3
@@ -68,14 +74,13 @@ __device__ __forceinline__ T gathered_rotation(const Array& grad, const Tile& ti
     for (int i = -1; i <= 1; ++i) {
       const int ox = near_x + i;
       const T tx = row_x + T(i) * turn.cosine, ty = row_y + T(i) * turn.sine;
-      if (row_inside && static_cast<unsigned>(ox) < static_cast<unsigned>(tile.W) && tx >= -1 && tx < 1 && ty >= -1 && ty < 1) {
-        const T g = load<T, mixed>(grad, tile.at(ox, oy));
-        const T along_x = g * (1 - magnitude(ty)), along_y = g * (1 - magnitude(tx));
-        sum = fused(along_x, 1 - magnitude(tx), sum);
-        // the source moves by (-(s_y - c_y), s_x - c_x)
-        derivative = fused(tx < 0 ? -along_x : along_x, ty + dy, derivative);
-        derivative = fused(ty < 0 ? along_y : -along_y, tx + dx, derivative);
-      }
+      const bool inside = row_inside && static_cast<unsigned>(ox) < static_cast<unsigned>(tile.W);
+      const T g = inside && tx >= -1 && tx < 1 && ty >= -1 && ty < 1 ? load<T, mixed>(grad, tile.at(ox, oy)) : T(0);
+      const T along_x = g * (1 - magnitude(ty)), along_y = g * (1 - magnitude(tx));
+      sum = fused(along_x, 1 - magnitude(tx), sum);
+      // the source moves by (-(s_y - c_y), s_x - c_x)
+      derivative = fused(with_sign_of(tx, along_x), ty + dy, derivative);
+      derivative = fused(with_sign_of(ty, -along_y), tx + dx, derivative);
     }
   }
   by_angle = derivative;
