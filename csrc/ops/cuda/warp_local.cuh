@@ -64,25 +64,27 @@ __device__ __forceinline__ void for_orbits(const Tile& tile, const Visit& visit)
   }
 }
 
-// The normal numbers of the tile. A thread makes the four of one Philox block, of which some may lie beside the tile. Ends with a barrier.
+// The normal numbers of the tile. Four threads make a row of a mirror image, the four numbers of a Philox block at a time, of which some may lie
+// beside the tile. Ends with a barrier.
 template <class T>
 __device__ __forceinline__ void make_noise(const Program& p, const Tile& tile, T* noise) {
-  constexpr int GROUPS = TILE_W / 4 + 1;  // Philox blocks that a row of the tile touches
-  const auto key = static_cast<unsigned long long>(p.seed[tile.sample]);
-  for (int e = threadIdx.x; e < 4 * TILE_H * GROUPS; e += THREADS) {
-    const int group = e % GROUPS, row = e / GROUPS % TILE_H, t = e / (GROUPS * TILE_H);
-    if (row >= tile.h) continue;
-    const int x = t & 1 ? tile.W - tile.x0 - tile.w : tile.x0;
-    const int64_t start = (tile.channel * tile.H + tile.y(t, row)) * tile.W + x;  // in the sample
-    const int64_t q = start / 4 + group;
-    const int offset = static_cast<int>(4 * q - start);
-    if (offset >= tile.w) continue;
-    T n[4];
-    normal_numbers(key, q, n);
+  static_assert(THREADS == 4 * 4 * TILE_H);
+  const int line = threadIdx.x / 4, t = line / TILE_H, row = line % TILE_H;
+  if (row < tile.h) {
+    const auto key = static_cast<unsigned long long>(p.seed[tile.sample]);
+    const int x = t & 1 ? tile.W - tile.x0 - tile.w : tile.x0;  // the row's first pixel, from the left
+    const auto start = static_cast<unsigned long long>((tile.channel * tile.H + tile.y(t, row)) * tile.W + x);  // in the sample
+    const int before = static_cast<int>(start % 4);
+    T* const target = noise + line * VALUE_W;
+#pragma unroll 1
+    for (int group = threadIdx.x % 4; 4 * group - before < tile.w; group += 4) {
+      T n[4];
+      normal_numbers(key, start / 4 + group, n);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int place = offset + i;
-      if (place >= 0 && place < tile.w) noise[(t * TILE_H + row) * VALUE_W + (t & 1 ? tile.w - 1 - place : place)] = n[i];
+      for (int i = 0; i < 4; ++i) {
+        const int place = 4 * group - before + i;
+        if (static_cast<unsigned>(place) < static_cast<unsigned>(tile.w)) target[t & 1 ? tile.w - 1 - place : place] = n[i];
+      }
     }
   }
   __syncthreads();

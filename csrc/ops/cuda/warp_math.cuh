@@ -137,8 +137,8 @@ __device__ __forceinline__ void pair_direction(unsigned word, double& sine, doub
 
 // The four numbers of elements 4 q, ..., 4 q + 3 of a sample.
 template <class T>
-__device__ __forceinline__ void normal_numbers(unsigned long long key, int64_t q, T (&n)[4]) {
-  const Words words = philox(key, static_cast<unsigned long long>(q));
+__device__ __forceinline__ void normal_numbers(unsigned long long key, unsigned long long q, T (&n)[4]) {
+  const Words words = philox(key, q);
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
     const T length = pair_length(T(0), words.w[2 * pair]);

@@ -50,6 +50,12 @@ __device__ __forceinline__ float with_sign_of(float sign, float value) {
 }
 __device__ __forceinline__ double with_sign_of(double sign, double value) { return sign < 0 ? -value : value; }
 
+// x + i step, i = -1, 0 or 1.
+template <class T>
+__device__ __forceinline__ T plus(T x, T step, int i) {
+  return i < 0 ? x - step : i > 0 ? x + step : x;
+}
+
 // The gradient by pixel (x, y) before the rotation, and the derivative of its part of the sum by the angle in radians.
 //
 // The outputs that read a pixel lie, turned back, in a square of side 2 about it, whose corners are at most sqrt 2 away along an axis: among the 3 x 3
@@ -69,18 +75,18 @@ __device__ __forceinline__ T gathered_rotation(const Array& grad, const Tile& ti
   for (int j = -1; j <= 1; ++j) {
     const int oy = near_y + j;
     const bool row_inside = static_cast<unsigned>(oy) < static_cast<unsigned>(tile.H);
-    const T row_x = base_x - T(j) * turn.sine, row_y = base_y + T(j) * turn.cosine;
+    const T row_x = plus(base_x, -turn.sine, j), row_y = plus(base_y, turn.cosine, j);
 #pragma unroll
     for (int i = -1; i <= 1; ++i) {
       const int ox = near_x + i;
-      const T tx = row_x + T(i) * turn.cosine, ty = row_y + T(i) * turn.sine;
+      const T tx = plus(row_x, turn.cosine, i), ty = plus(row_y, turn.sine, i);
       const bool inside = row_inside && static_cast<unsigned>(ox) < static_cast<unsigned>(tile.W);
       const T g = inside && tx >= -1 && tx < 1 && ty >= -1 && ty < 1 ? load<T, mixed>(grad, tile.at(ox, oy)) : T(0);
-      const T along_x = g * (1 - magnitude(ty)), along_y = g * (1 - magnitude(tx));
-      sum = fused(along_x, 1 - magnitude(tx), sum);
+      const T minus_x = magnitude(tx) - 1, along_x = g * (1 - magnitude(ty));
+      sum = fused(along_x, -minus_x, sum);
       // the source moves by (-(s_y - c_y), s_x - c_x)
       derivative = fused(with_sign_of(tx, along_x), ty + dy, derivative);
-      derivative = fused(with_sign_of(ty, -along_y), tx + dx, derivative);
+      derivative = fused(with_sign_of(ty, g * minus_x), tx + dx, derivative);
     }
   }
   by_angle = derivative;
