@@ -285,7 +285,8 @@ class RandomViews(nn.Module):
         if strength.jitter:
             x = self._cut(x * _column(p.brightness, x))
             level = x.mean(dim=(1, 2, 3), keepdim=True)
-            x = self._cut(level + (x - level) * _column(p.contrast, x))
+            factor = _column(p.contrast, x)
+            x = self._cut(x * factor + level * (1 - factor))  # in this form exact for 1
         if strength.offset:
             x = self._cut(x + _column(p.offset, x))
         if strength.gamma:
