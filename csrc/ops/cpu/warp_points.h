@@ -84,7 +84,7 @@ struct Points {
       : p(problem),
         room(points_room),
         pass(points),
-        noise_scale(static_cast<T>(p.noise_std * sample.param[1])),
+        noise_scale(static_cast<T>(p.noise_std) * static_cast<T>(sample.param[1])),
         flip_x(static_cast<T>(sample.param[4])),
         flip_y(static_cast<T>(sample.param[5])) {
     for (int k = 0; k < pass.count; ++k) {

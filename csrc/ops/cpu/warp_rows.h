@@ -171,7 +171,7 @@ struct Sample {
       const int64_t at = b * WARP_PARAMS + k;
       param[k] = p.double_compute ? static_cast<const double*>(p.params)[at] : static_cast<const float*>(p.params)[at];
     }
-    sigma = std::abs(p.sigma_max * param[0]);
+    sigma = std::abs(p.double_compute ? p.sigma_max * param[0] : static_cast<float>(p.sigma_max) * static_cast<float>(param[0]));
     for (int k = 0; k < p.stages; ++k) {
       const WarpStage stage = p.order[k];
       if (!(p.enabled[b] >> static_cast<int>(stage) & 1)) continue;
