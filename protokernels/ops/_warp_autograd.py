@@ -9,15 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, backend
+from .. import _native
 
 OPS = torch.ops.protokernels
-AVAILABLE = _native.LIBRARY is not None and hasattr(OPS, "warp_forward")
-
-
-def native_serves(device: torch.device) -> bool:
-    """``backend.native_serves``, and no for a library from before these operators."""
-    return AVAILABLE and backend.native_serves(device)
 
 
 def _fake_forward(images: Tensor, *_rest: Any) -> Tensor:
@@ -87,7 +81,7 @@ def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
     )
 
 
-if AVAILABLE:
+if _native.LIBRARY is not None:
     torch.library.register_fake("protokernels::warp_forward")(_fake_forward)
     torch.library.register_fake("protokernels::warp_backward")(_fake_backward)
     torch.library.register_fake("protokernels::warp_affine_forward")(_fake_affine_forward)

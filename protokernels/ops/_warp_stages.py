@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backend
 from ..reference import warp as reference
 from ..reference.prototypes import compute_dtype
-from . import _checks, _warp_autograd
+from . import _checks, _warp_autograd  # noqa: F401  (the second registers shapes and gradients)
 from . import _warp_checks as checks
 from ._warp_checks import Padding
 
@@ -188,8 +189,8 @@ def rotate(
 
         O(p) = X(R (p - c) + c),   R = [[cos, -sin], [sin, cos]],   c = ((W - 1) / 2, (H - 1) / 2)
 
-    With rows counted downwards, a positive angle turns counter-clockwise. The angle is reduced to a turn before sine and cosine: quarter
-    turns of squares, such as pi / 2, are exact. Differentiable in images and angle.
+    With rows counted downwards, a positive angle turns counter-clockwise. The angle is divided by 2 pi and reduced to a turn before sine
+    and cosine: quarter turns of squares, such as pi / 2, are exact. Differentiable in images and angle.
 
     Args:
         images: float32, float64, bfloat16 or float16 (computed in float32, rounded once).
@@ -211,8 +212,15 @@ def rotate(
     checks.check_images(op, images)
     _checks.check_choice(op, "axis", axis, DIMENSIONS if images.dim() == 5 else ("depth",))
     _checks.check_choice(op, "padding_mode", padding_mode, reference.AFFINE_PADDINGS)
-    radians = checks.per_sample(op, images, "angle", angle)
-    turns = radians / torch.full_like(radians, 2 * math.pi)  # by a tensor: a GPU multiplies by the inverse of a number
+    if isinstance(angle, (int, float)) and not isinstance(angle, bool):
+        turns = checks.per_sample(
+            op, images, "angle", angle / (2 * math.pi)
+        )  # in float64: multiples of pi / 2 are exact
+    else:
+        radians = checks.per_sample(op, images, "angle", angle)
+        turns = radians / torch.full_like(
+            radians, 2 * math.pi
+        )  # by a tensor: a GPU multiplies by the inverse of a number
     kept = {"depth": 2, "vertical": 3, "horizontal": 4}[axis]
     moved = images.movedim(kept, 2) if images.dim() == 5 else images
     planes = _planes(moved)
@@ -250,7 +258,7 @@ def run_stages(
     if seed is None:
         seed = torch.zeros(B, dtype=torch.int64, device=images.device)
     rest = (order, list(radius), sigma_max, noise_std, list(crop_half), sharpness, reference.PADDINGS.index(padding))
-    if _warp_autograd.native_serves(images.device):
+    if backend.native_serves(images.device):
         done: Tensor = torch.ops.protokernels.warp_forward(
             images.contiguous(), params.contiguous(), bits, seed.contiguous(), *rest
         )
@@ -264,7 +272,7 @@ def run_affine(
     size: list[int],
     padding: int,
 ) -> Tensor:  # [B, C, *size]
-    if _warp_autograd.native_serves(images.device):
+    if backend.native_serves(images.device):
         warped: Tensor = torch.ops.protokernels.warp_affine_forward(
             images.contiguous(), matrix.contiguous(), size, padding
         )

@@ -144,7 +144,7 @@ def crop(
         position = torch.arange(sides[axis], dtype=x.dtype, device=x.device) + 0.5
         distance = (position - center[:, i : i + 1] * sides[axis]).abs()
         value = (sharpness * (half[axis] - distance)).view(
-            -1, *(sides[axis] if a == axis else 1 for a in range(len(sides)))
+            x.shape[0], *(sides[axis] if a == axis else 1 for a in range(len(sides)))
         )
         inside = torch.where((value < inside) | value.isnan(), value, inside)  # equal: the earlier axis, x first
     return x * inside.sigmoid().unsqueeze(1)
