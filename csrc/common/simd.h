@@ -171,6 +171,16 @@ PK_INLINE Vec<float> at_least(Vec<float> x, Vec<float> floor) {
 #endif
 }
 
+template <class V>
+PK_INLINE V magnitude(V x) {
+  typedef decltype(x < x) Bits;
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= ~((Bits{} + 1) << (8 * sizeof(x[0]) - 1));
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
 // x, or ceiling where x is more. NaN stays NaN.
 PK_INLINE Vec<float> at_most(Vec<float> x, Vec<float> ceiling) {
 #if defined(__AVX512F__)

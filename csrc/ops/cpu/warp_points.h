@@ -9,11 +9,6 @@
 namespace {
 
 template <class T>
-PK_INLINE Vec<T> absolute(Vec<T> x) {
-  return x < T(0) ? -x : x;
-}
-
-template <class T>
 PK_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
@@ -41,8 +36,8 @@ struct CropAxis {
     const T middle = static_cast<T>(center) * static_cast<T>(size), k = static_cast<T>(sharpness), scale = k * static_cast<T>(size);
     for (int64_t i = 0; i < size; i += LANES<T>) {
       const Vec<T> x = __builtin_convertvector(lane_numbers<T>(), Vec<T>) + static_cast<T>(i) + T(0.5);
-      const Vec<T> d = x - middle, t = k * (static_cast<T>(half) - absolute<T>(d));
-      const Vec<T> e = exp_nonpositive(-absolute<T>(t)), whole = T(1) / (T(1) + e);
+      const Vec<T> d = x - middle, t = k * (static_cast<T>(half) - magnitude(d));
+      const Vec<T> e = exp_nonpositive(-magnitude(t)), whole = T(1) / (T(1) + e);
       const Vec<T> sign = d > T(0) ? broadcast(T(1)) : d < T(0) ? broadcast(T(-1)) : Vec<T>{};
       store(argument + i, t);
       store(value + i, t >= T(0) ? whole : e * whole);

@@ -73,7 +73,10 @@ PK_INLINE void load_threes(const T* p, const Offsets<T>& offset, Vec<T> (&three)
       const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(a, b)), low23 = _mm256_castps_pd(_mm256_unpacklo_ps(c, d));
       const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(a, b)), high23 = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
       const __m256d found[3] = {_mm256_unpacklo_pd(low01, low23), _mm256_unpackhi_pd(low01, low23), _mm256_unpacklo_pd(high01, high23)};
-      for (int k = 0; k < 3; ++k) std::memcpy(reinterpret_cast<float*>(&three[k]) + part, &found[k], sizeof found[k]);
+      if constexpr (LANES<T> == 8)
+        for (int k = 0; k < 3; ++k) three[k] = reinterpret_cast<Vec<T>>(found[k]);
+      else
+        for (int k = 0; k < 3; ++k) std::memcpy(reinterpret_cast<float*>(&three[k]) + part, &found[k], sizeof found[k]);
     }
     return;
   }
@@ -85,7 +88,7 @@ PK_INLINE void load_threes(const T* p, const Offsets<T>& offset, Vec<T> (&three)
 // The share that a tap takes of a pixel at this distance along one axis.
 template <class T>
 PK_INLINE Vec<T> share_at(Vec<T> distance) {
-  const Vec<T> share = T(1) - (distance < T(0) ? -distance : distance);
+  const Vec<T> share = T(1) - magnitude(distance);
 #if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) return at_least(share, Vec<float>{});
 #endif
@@ -114,7 +117,7 @@ void rotate_adjoint(const WarpProblem& p, const Plane<T>& grad, double turns, T*
       Vec<T> total{};
 #pragma GCC unroll 3
       for (int b = -1; b <= 1; ++b) {
-        Vec<T> three[3];
+        Vec<T> three[3]{};
         load_threes<T>(grad.origin + b * grad.stride - 1, offset, three);
 #pragma GCC unroll 3
         for (int a = -1; a <= 1; ++a)
