@@ -70,7 +70,7 @@ class TestValue:
         phase = torch.arange(shape[0] * shape[1], dtype=torch.float64).view(*shape[:2], 1, 1)
         across, down = (torch.arange(side, dtype=torch.float64) / side for side in (shape[3], shape[2]))
         smooth = (0.5 + 0.5 * (6 * across + 4 * down[:, None] + phase).sin()).float()
-        options["noise_std"] = 1e-3
+        options.update(noise_std=1e-3, sharpness=0.05)
         single, _ = self._both(place, smooth, params.float(), grad, seed, **options)
         _, expected = self._both(place, smooth.double(), params, grad.double(), seed, **options)
         check(single[0], as_numpy(expected[0]), 2 * rounding(smooth, noise=1e-3))
