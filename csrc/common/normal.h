@@ -37,17 +37,34 @@ PK_INLINE Words multiply_low(Words a, uint32_t b) {
 #endif
 }
 
-PK_INLINE void philox(Words counter, PhiloxKey key, Words (&words)[4]) {
-  Words c0 = counter, c1 = counter >> 32, c2{}, c3{};
-#pragma GCC unroll 10
-  for (uint32_t round = 0; round < 10; ++round) {
-    const Words p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(key.low + round * 0x9E3779B9u);
-    c1 = p1;
-    c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(key.high + round * 0xBB67AE85u);
-    c3 = p0;
+// The key of every round.
+struct PhiloxRounds {
+  Words low[10], high[10];
+
+  // Not inlined: compilers would rather make them again in every round than read them.
+  __attribute__((noinline)) explicit PhiloxRounds(PhiloxKey key) {
+    for (uint32_t round = 0; round < 10; ++round) {
+      low[round] = Words{} + static_cast<uint64_t>(key.low + round * 0x9E3779B9u);
+      high[round] = Words{} + static_cast<uint64_t>(key.high + round * 0xBB67AE85u);
+    }
   }
-  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+};
+
+// N counters in every lane, round by round for all: each waits for its own products only.
+template <int N>
+PK_INLINE void philox(const Words (&counter)[N], const PhiloxRounds& key, Words (&words)[N][4]) {
+  for (int n = 0; n < N; ++n) words[n][0] = counter[n], words[n][1] = counter[n] >> 32, words[n][2] = words[n][3] = Words{};
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      Words(&c)[4] = words[n];
+      const Words p0 = multiply_low(c[0], 0xD2511F53u), p1 = multiply_low(c[2], 0xCD9E8D57u);
+      c[0] = (p1 >> 32) ^ c[1] ^ key.low[round];
+      c[1] = p1;
+      c[2] = (p0 >> 32) ^ c[3] ^ key.high[round];
+      c[3] = p0;
+    }
 }
 
 PK_INLINE Vec<float> square_root(Vec<float> x) {
@@ -71,31 +88,38 @@ PK_INLINE Vec<float> with_sign_of(Vec<float> x, Packed bits) {  // flips x where
   return x;
 }
 
-// Both from words; exact to a few units in the last place, also where u1 is next to 1, which float32 cannot tell from 1.
-PK_INLINE void box_muller(Packed radius_word, Packed angle_word, Vec<float>& first, Vec<float>& second) {
+// Two vectors of pairs at a time, from words; exact to a few units in the last place, also where u1 is next to 1, which float32 cannot tell from 1.
+PK_INLINE void box_muller(const Packed (&radius_word)[2], const Packed (&angle_word)[2], Vec<float> (&first)[2], Vec<float> (&second)[2]) {
   typedef Index<float> I;
-  // -2 ln u1. t is u1 or, in the upper half, 1 - u1: the small one of the two has all its digits.
-  const I word = reinterpret_cast<I>(radius_word), upper = word >> 31;
-  const Vec<float> t = (__builtin_convertvector(word ^ upper, Vec<float>) + 0.5f) * 2.3283064365386963e-10f;
-  Vec<float> m;
-  I exponent;
-  split_for_log(upper != 0 ? 1.0f - t : t, m, exponent);
-  m = exponent == 0 ? -t : m;  // only in the upper half
-  const Vec<float> radius = square_root(log_of_parts(m, __builtin_convertvector(exponent, Vec<float>)) * -2.0f);
-  // The nearest quarter turn, and what remains of the angle: |x| <= pi / 4.
-  const Packed shifted = angle_word + 0x20000000u, quarter = shifted >> 30;
-  const I rest = reinterpret_cast<I>(shifted & 0x3fffffffu) - 0x20000000;
-  const Vec<float> x = __builtin_convertvector(rest, Vec<float>) * 1.4629180792671596e-9f, square = x * x;
-  Vec<float> s = broadcast(-1.9515295891e-4f), c = broadcast(2.443315711809948e-5f);
-  s = s * square + 8.3321608736e-3f;
-  s = s * square - 1.6666654611e-1f;
-  s = s * square * x + x;
-  c = c * square - 1.388731625493765e-3f;
-  c = c * square + 4.166664568298827e-2f;
-  c = c * square * square + (1.0f - 0.5f * square);
-  const auto odd = (quarter & 1u) != 0u;
-  first = radius * with_sign_of(odd ? s : c, quarter + 1u);
-  second = radius * with_sign_of(odd ? c : s, quarter);
+  Vec<float> m[2], e[2], logs[2], x[2], square[2], s[2], c[2];
+  Packed quarter[2];
+  for (int k = 0; k < 2; ++k) {
+    // -2 ln u1. t is u1 or, in the upper half, 1 - u1: the small one of the two has all its digits.
+    const I word = reinterpret_cast<I>(radius_word[k]), upper = word >> 31;
+    const Vec<float> t = (__builtin_convertvector(word ^ upper, Vec<float>) + 0.5f) * 2.3283064365386963e-10f;
+    I exponent;
+    split_for_log(upper != 0 ? 1.0f - t : t, m[k], exponent);
+    m[k] = exponent == 0 ? -t : m[k];  // only in the upper half
+    e[k] = __builtin_convertvector(exponent, Vec<float>);
+  }
+  log_of_parts<2>(m, e, logs);
+  for (int k = 0; k < 2; ++k) {
+    // The nearest quarter turn, and what remains of the angle: |x| <= pi / 4.
+    const Packed shifted = angle_word[k] + 0x20000000u;
+    quarter[k] = shifted >> 30;
+    const I rest = reinterpret_cast<I>(shifted & 0x3fffffffu) - 0x20000000;
+    x[k] = __builtin_convertvector(rest, Vec<float>) * 1.4629180792671596e-9f, square[k] = x[k] * x[k];
+    s[k] = broadcast(-1.9515295891e-4f), c[k] = broadcast(2.443315711809948e-5f);
+  }
+  for (int k = 0; k < 2; ++k) s[k] = s[k] * square[k] + 8.3321608736e-3f, c[k] = c[k] * square[k] - 1.388731625493765e-3f;
+  for (int k = 0; k < 2; ++k) s[k] = s[k] * square[k] - 1.6666654611e-1f, c[k] = c[k] * square[k] + 4.166664568298827e-2f;
+  for (int k = 0; k < 2; ++k) s[k] = s[k] * square[k] * x[k] + x[k], c[k] = c[k] * square[k] * square[k] + (1.0f - 0.5f * square[k]);
+  for (int k = 0; k < 2; ++k) {
+    const Vec<float> radius = square_root(logs[k] * -2.0f);
+    const auto odd = (quarter[k] & 1u) != 0u;
+    first[k] = radius * with_sign_of(odd ? s[k] : c[k], quarter[k] + 1u);
+    second[k] = radius * with_sign_of(odd ? c[k] : s[k], quarter[k]);
+  }
 }
 
 // Counters of lanes: those of one 128-bit block lie LANES / 4 apart, so that a transposition inside the blocks puts all elements in order.
@@ -107,17 +131,14 @@ PK_INLINE Words lane_counters(bool odd) {
 }
 
 // Elements of the counters q .. q + LANES<float> - 1.
-PK_INLINE void normal_block(PhiloxKey key, uint64_t q, float* out) {
+PK_INLINE void normal_block(const PhiloxRounds& key, uint64_t q, float* out) {
   constexpr auto every = std::make_integer_sequence<int, LANES<float>>{};
-  Words even[4], odd[4];
-  philox(lane_counters(false) + q, key, even);
-  philox(lane_counters(true) + q, key, odd);
-  Packed words[4];
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) words[k] = reinterpret_cast<Packed>((even[k] & 0xffffffffu) | (odd[k] << 32));
-  Vec<float> n[4];
-  box_muller(words[0], words[1], n[0], n[1]);
-  box_muller(words[2], words[3], n[2], n[3]);
+  Words words[2][4];
+  philox<2>({lane_counters(false) + q, lane_counters(true) + q}, key, words);
+  const auto packed = [&](int k) { return reinterpret_cast<Packed>((words[0][k] & 0xffffffffu) | (words[1][k] << 32)); };
+  Vec<float> cosines[2], sines[2];
+  box_muller({packed(0), packed(2)}, {packed(1), packed(3)}, cosines, sines);
+  const Vec<float> n[4] = {cosines[0], sines[0], cosines[1], sines[1]};
   const Vec<float> low01 = unpack<float, 1, false>(n[0], n[1], every), high01 = unpack<float, 1, true>(n[0], n[1], every);
   const Vec<float> low23 = unpack<float, 1, false>(n[2], n[3], every), high23 = unpack<float, 1, true>(n[2], n[3], every);
   store(out, unpack<float, 2, false>(low01, low23, every));
@@ -127,10 +148,11 @@ PK_INLINE void normal_block(PhiloxKey key, uint64_t q, float* out) {
 }
 
 // The same in float64, where the numbers need not be fast.
-PK_INLINE void normal_block(PhiloxKey key, uint64_t q, double* out) {
+PK_INLINE void normal_block(const PhiloxRounds& key, uint64_t q, double* out) {
   for (int lane = 0; lane < LANES<double>; ++lane) {
-    Words words[4];
-    philox(Words{} + (q + static_cast<uint64_t>(lane)), key, words);
+    Words all[1][4];
+    philox<1>({Words{} + (q + static_cast<uint64_t>(lane))}, key, all);
+    const Words(&words)[4] = all[0];
     for (int k = 0; k < 4; k += 2) {
       const double u1 = (static_cast<double>(static_cast<uint32_t>(words[k][0])) + 0.5) * 0x1p-32;
       const double angle = static_cast<double>(static_cast<uint32_t>(words[k + 1][0])) * 0x1p-32 * 6.283185307179586;
@@ -151,8 +173,9 @@ constexpr int64_t normal_room(int64_t count) {
 template <class T>
 void normals(PhiloxKey key, uint64_t first, int64_t count, T* out) {
   const int64_t end = static_cast<int64_t>(first % 4) + count;
+  const PhiloxRounds rounds(key);
   uint64_t q = first / 4;
-  for (int64_t at = 0; at < end; at += 4 * LANES<T>, q += LANES<T>) normal_block(key, q, out + at);
+  for (int64_t at = 0; at < end; at += 4 * LANES<T>, q += LANES<T>) normal_block(rounds, q, out + at);
 }
 
 }  // namespace

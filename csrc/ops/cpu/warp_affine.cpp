@@ -82,14 +82,14 @@ void with_padding(WarpAffinePadding padding, const Function& function) {
 
 // Rows of all planes of a unit, counted together.
 Rows rows_of_unit(const void* tensor, Kind kind, int64_t unit, const int64_t (&size)[3]) {
-  return {const_cast<void*>(tensor), kind, unit * size[0] * size[1] * size[2], size[2], size[2]};
+  return {const_cast<void*>(tensor), kind, unit * size[0] * size[1] * size[2], size[2], size[2], false};
 }
 
 template <class T, int DIMS>
 void import(const WarpAffineProblem& p, int64_t unit, const Volume<T, DIMS>& volume) {
   const Rows in = rows_of_unit(p.images, p.kind, unit, p.in);
   for (int64_t z = 0; z < p.in[0]; ++z)
-    for (int64_t y = 0; y < p.in[1]; ++y) in.read(z * p.in[1] + y, volume.at(z, y));
+    for (int64_t y = 0; y < p.in[1]; ++y) in.copy(z * p.in[1] + y, volume.at(z, y));
 }
 
 template <class T>
@@ -128,14 +128,18 @@ void backward_unit(const WarpAffineBackward& b, const AffineRoom<T, DIMS>& room,
   with_padding(b.padding, [&](auto padding) {
     for (int64_t z = 0; z < b.out[0]; ++z)
       for (int64_t y = 0; y < b.out[1]; ++y) {
-        Sum<T> parts[2 * DIMS];
-        grad.read(z * b.out[1] + y, room.row);
-        sample_row_back<padding.value, T, DIMS>(room.images.source(partials), room.gradient.source(b.grad_images), map.course(z, y), b.out[2],
-                                                room.row, parts);
-        for (int i = 0; i < DIMS; ++i) {
-          sums[i][0].add(parts[2 * i + 1]), sums[i][1].add(parts[2 * i], map.dy(y)), sums[i][DIMS].add(parts[2 * i]);
-          if constexpr (DIMS == 3) sums[i][2].add(parts[2 * i], map.dz(z));
-        }
+        const T* const g = grad.read(z * b.out[1] + y, room.row);
+        const auto take = [&](const Vec<T>(&v)[2 * DIMS]) {
+          for (int i = 0; i < DIMS; ++i) {
+            sums[i][0].add(v[2 * i + 1]), sums[i][1].add(v[2 * i], map.dy(y)), sums[i][DIMS].add(v[2 * i]);
+            if constexpr (DIMS == 3) sums[i][2].add(v[2 * i], map.dz(z));
+          }
+        };
+        const auto terms = [](Vec<T>(&v)[2 * DIMS], Vec<T> dx, const Vec<T>(&by)[DIMS]) {
+          for (int i = 0; i < DIMS; ++i) v[2 * i] = by[i], v[2 * i + 1] = by[i] * dx;
+        };
+        sample_row_back<padding.value, T, DIMS, 2 * DIMS>(room.images.source(partials), room.gradient.source(b.grad_images), map.course(z, y),
+                                                          b.out[2], g, terms, take);
       }
   });
   for (int i = 0; partials && i < DIMS; ++i)

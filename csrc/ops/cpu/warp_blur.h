@@ -10,10 +10,9 @@ namespace {
 // A weight and its derivative by sigma for every distance.
 template <class T>
 struct Taps {
-  int64_t radius;
   T value[WARP_MOST_RADIUS + 1], slope[WARP_MOST_RADIUS + 1];
 
-  Taps(int64_t taps_radius, double sigma) : radius(taps_radius) {
+  void fill(int64_t radius, double sigma) {
     double w[WARP_MOST_RADIUS + 1], sum = 1, moment = 0;
     w[0] = 1;
     for (int64_t k = 1; k <= radius; ++k) {
@@ -79,46 +78,61 @@ void sum_rows(const RowList<T>& list, int64_t W, T* out, T* out_slope = nullptr)
   constexpr int most = SLOPE ? 4 : 8;
   int64_t at = 0;
   for (; at + (most - 1) * LANES<T> < W; at += most * LANES<T>) sum_rows_block<T, most, SLOPE>(list, at, out, out_slope);
+  for (; at + 3 * LANES<T> < W; at += 4 * LANES<T>) sum_rows_block<T, 4, SLOPE>(list, at, out, out_slope);
   for (; at + LANES<T> < W; at += 2 * LANES<T>) sum_rows_block<T, 2, SLOPE>(list, at, out, out_slope);
   for (; at < W; at += LANES<T>) sum_rows_block<T, 1, SLOPE>(list, at, out, out_slope);
 }
 
-// Memory of a blur for one plane at a time.
+// Memory of a blur for one plane at a time, and the taps of the last sigma.
 template <class T>
 struct BlurRoom {
-  Plane<T> across;              // rows blurred along x
-  T *extended, *sum, *slope;    // a row with its border; results
+  T *extended, *sum, *slope;  // a row with its border; results
   T *gradient, *gradient_slope;
   RowList<T> list;
   T *border_value, *border_slope;  // of the rows that a border row of the adjoint takes
+  int64_t *place_y, *place_x;      // what padding puts at -radius .. size + radius - 1
+  double sigma = -1;
+  Taps<T> along_y, along_x;
 
   BlurRoom(const WarpProblem& p, Arena& arena)
-      : across(arena, p.H, p.W),
-        extended(take_row<T>(arena, p.W, 2 * p.radius_x + LANES<T>)),
-        sum(take_row<T>(arena, p.W, p.radius_x + LANES<T>)),
+      : extended(take_row<T>(arena, p.W, 2 * p.radius_x + LANES<T>)),
+        sum(take_row<T>(arena, p.W, 2 * p.radius_x + LANES<T>)),
         slope(take_row<T>(arena, p.W)),
-        gradient(take_row<T>(arena, p.W, 2 * p.radius_x + LANES<T>)),
+        gradient(take_row<T>(arena, p.W, 3 * p.radius_x + LANES<T>)),
         gradient_slope(take_row<T>(arena, p.W)),
         list(arena, 4 * std::max(p.radius_y, p.radius_x) + 4),
         border_value(arena.take<T>(4 * p.radius_y + 4)),
-        border_slope(arena.take<T>(4 * p.radius_y + 4)) {}
+        border_slope(arena.take<T>(4 * p.radius_y + 4)),
+        place_y(places(p, arena, p.H, p.radius_y)),
+        place_x(places(p, arena, p.W, p.radius_x)) {}
+
+  static int64_t* places(const WarpProblem& p, Arena& arena, int64_t size, int64_t radius) {
+    int64_t* const memory = arena.take<int64_t>(size + 2 * radius);
+    for (int64_t i = -radius; memory && i < size + radius; ++i) memory[radius + i] = padded_index(i, size, p.padding);
+    return memory ? memory + radius : nullptr;
+  }
 };
 
 template <class T>
 struct Blur {
   const WarpProblem& p;
   BlurRoom<T>& room;
-  Taps<T> along_y, along_x;
+  const Taps<T>&along_y, &along_x;
 
   Blur(const WarpProblem& problem, BlurRoom<T>& blur_room, double sigma)
-      : p(problem), room(blur_room), along_y(p.radius_y, sigma), along_x(p.radius_x, sigma) {}
+      : p(problem), room(blur_room), along_y(room.along_y), along_x(room.along_x) {
+    if (room.sigma == sigma) return;
+    room.sigma = sigma;
+    room.along_y.fill(p.radius_y, sigma);
+    p.radius_x == p.radius_y ? void(room.along_x = room.along_y) : room.along_x.fill(p.radius_x, sigma);
+  }
 
   // Row y with its border, in room.extended.
   void extend(const Rows& in, int64_t y) const {
     T* const row = room.extended;
-    in.read(y, row);
+    in.copy(y, row);
     for (int64_t i = 1; i <= p.radius_x; ++i) {
-      const int64_t before = padded_index(-i, p.W, p.padding), after = padded_index(p.W - 1 + i, p.W, p.padding);
+      const int64_t before = room.place_x[-i], after = room.place_x[p.W - 1 + i];
       row[-i] = before < 0 ? T(0) : row[before];
       row[p.W - 1 + i] = after < 0 ? T(0) : row[after];
     }
@@ -134,20 +148,22 @@ struct Blur {
     }
   }
 
-  void forward(const Rows& in, const Rows& out) const {
+  // across: for the rows blurred along x.
+  void forward(const Rows& in, const Plane<T>& across, const Rows& out) const {
     for (int64_t y = 0; y < p.H; ++y) {
       extend(in, y);
       shifts_of(room.extended);
-      sum_rows<T, false>(room.list, p.W, room.across.row(y));
+      sum_rows<T, false>(room.list, p.W, across.row(y));
     }
     for (int64_t y = 0; y < p.H; ++y) {
       room.list.count = 0;
-      room.list.add(room.across.row(y), along_y.value[0], T(0));
+      room.list.add(across.row(y), along_y.value[0], T(0));
       for (int64_t k = 1; k <= p.radius_y; ++k)
-        for (const int64_t from : {padded_index(y - k, p.H, p.padding), padded_index(y + k, p.H, p.padding)})
-          if (from >= 0) room.list.add(room.across.row(from), along_y.value[k], T(0));
-      sum_rows<T, false>(room.list, p.W, room.sum);
-      out.write(y, room.sum);
+        for (const int64_t from : {room.place_y[y - k], room.place_y[y + k]})
+          if (from >= 0) room.list.add(across.row(from), along_y.value[k], T(0));
+      T* const row = out.place(y, room.sum);
+      sum_rows<T, false>(room.list, p.W, row);
+      out.done(y, row, room.sum);
     }
   }
 
@@ -174,32 +190,28 @@ struct Blur {
     };
     add_position(y);
     for (int64_t i = 1; i <= R; ++i) {
-      if (padded_index(-i, p.H, p.padding) == y) add_position(-i);
-      if (padded_index(p.H - 1 + i, p.H, p.padding) == y) add_position(p.H - 1 + i);
+      if (room.place_y[-i] == y) add_position(-i);
+      if (room.place_y[p.H - 1 + i] == y) add_position(p.H - 1 + i);
     }
     for (int64_t s = 0; s < near; ++s) room.list.add(grad.row(first + s), room.border_value[s], room.border_slope[s]);
   }
 
   // The adjoint along x of room.gradient, in room.sum: what the border received goes back to where it came from.
   void adjoint_row() const {
+    const int64_t R = p.radius_x;
     T *const row = room.gradient, *const out = room.sum;
-    std::fill(row - 2 * p.radius_x, row, T(0));
-    std::fill(row + p.W, row + p.W + 2 * p.radius_x, T(0));
-    shifts_of(row);
-    sum_rows<T, false>(room.list, p.W, out);
-    for (int64_t i = 1; i <= p.radius_x; ++i) {
-      const int64_t before = padded_index(-i, p.W, p.padding), after = padded_index(p.W - 1 + i, p.W, p.padding);
-      T of_before = 0, of_after = 0;
-      for (int64_t k = i; k <= p.radius_x; ++k)
-        of_before += along_x.value[k] * row[k - i], of_after += along_x.value[k] * row[p.W - 1 + i - k];
-      if (before >= 0) out[before] += of_before;
-      if (after >= 0) out[after] += of_after;
+    std::fill(row - 2 * R, row, T(0)), std::fill(row + p.W, row + p.W + 2 * R, T(0));
+    shifts_of(row - R);
+    sum_rows<T, false>(room.list, p.W + 2 * R, out - R);
+    for (int64_t i = 1; i <= R; ++i) {
+      const int64_t before = room.place_x[-i], after = room.place_x[p.W - 1 + i];
+      if (before >= 0) out[before] += out[-i];
+      if (after >= 0) out[after] += out[p.W - 1 + i];
     }
   }
 
   // grad_in: by the input, or null. grad_sigma: is added to, or null; needs the input.
   void backward(const Plane<T>& grad, const Rows& in, const Rows* grad_in, Sum<T>* grad_sigma) const {
-    Sum<T> sums[1];
     for (int64_t y = 0; y < p.H; ++y) {
       list_adjoint(grad, y);
       if (grad_sigma) {
@@ -207,15 +219,19 @@ struct Blur {
         extend(in, y);
         shifts_of(room.extended);
         sum_rows<T, true>(room.list, p.W, room.sum, room.slope);
-        sum_over_row<T, 1>(p.W, sums, [&](int64_t i, Vec<T>(&v)[1]) {
-          v[0] = load(room.gradient + i) * load(room.slope + i) + load(room.gradient_slope + i) * load(room.sum + i);
-        });
+        sum_over_row<T, 1>(
+            p.W,
+            [&](int64_t i, Vec<T>(&v)[1]) {
+              v[0] = load(room.gradient + i) * load(room.slope + i) + load(room.gradient_slope + i) * load(room.sum + i);
+            },
+            [&](const Vec<T>(&sums)[1]) { grad_sigma->add(sums[0]); });
       } else {
         sum_rows<T, false>(room.list, p.W, room.gradient);
       }
-      if (grad_in) adjoint_row(), grad_in->write(y, room.sum);
+      if (!grad_in) continue;
+      adjoint_row();
+      grad_in->write(y, room.sum);
     }
-    if (grad_sigma) grad_sigma->add(sums[0]);
   }
 };
 

@@ -9,11 +9,6 @@
 namespace {
 
 template <class T>
-PK_INLINE Vec<T> absolute(Vec<T> x) {
-  return x < T(0) ? -x : x;
-}
-
-template <class T>
 PK_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
@@ -41,8 +36,8 @@ struct CropAxis {
     const T middle = static_cast<T>(center) * static_cast<T>(size), k = static_cast<T>(sharpness), scale = k * static_cast<T>(size);
     for (int64_t i = 0; i < size; i += LANES<T>) {
       const Vec<T> x = __builtin_convertvector(lane_numbers<T>(), Vec<T>) + static_cast<T>(i) + T(0.5);
-      const Vec<T> d = x - middle, t = k * (static_cast<T>(half) - absolute<T>(d));
-      const Vec<T> e = exp_nonpositive(-absolute<T>(t)), whole = T(1) / (T(1) + e);
+      const Vec<T> d = x - middle, t = k * (static_cast<T>(half) - magnitude(d));
+      const Vec<T> e = exp_nonpositive(-magnitude(t)), whole = T(1) / (T(1) + e);
       const Vec<T> sign = d > T(0) ? broadcast(T(1)) : d < T(0) ? broadcast(T(-1)) : Vec<T>{};
       store(argument + i, t);
       store(value + i, t >= T(0) ? whole : e * whole);
@@ -59,6 +54,8 @@ struct PointsRoom {
   CropAxis<T> crop_y, crop_x;
   T* level[POINT_STAGES + 1][2];         // inputs of the stages and the result, for both rows
   T* gradient[2][2];                     // two to work with, for both rows
+  int64_t plane = -1;                    // whose noise and mask these are
+  uint32_t ready = 0;                    // bit k: what stage k needs is there
 
   PointsRoom(const WarpProblem& p, Arena& arena)
       : noise(arena.take<T>(normal_room<T>(p.H * p.W) + LANES<T>)), crop_y(arena, p.H), crop_x(arena, p.W) {
@@ -80,17 +77,23 @@ struct Points {
   T noise_scale, flip_x, flip_y;
   const T* noise = nullptr;
 
-  Points(const WarpProblem& problem, PointsRoom<T>& points_room, const Pass& points, const Sample& sample, int64_t plane)
+  Points(const WarpProblem& problem, PointsRoom<T>& points_room, const Pass& points, const Sample& sample, int64_t plane,
+         bool with_noise = true)
       : p(problem),
         room(points_room),
         pass(points),
         noise_scale(static_cast<T>(p.noise_std) * static_cast<T>(sample.param[1])),
         flip_x(static_cast<T>(sample.param[4])),
         flip_y(static_cast<T>(sample.param[5])) {
+    const uint64_t first = static_cast<uint64_t>(plane % p.C * p.H * p.W);
+    noise = room.noise + first % 4;
+    if (room.plane != plane) room.plane = plane, room.ready = 0;
     for (int k = 0; k < pass.count; ++k) {
+      const uint32_t bit = 1u << static_cast<int>(pass.stages[k]);
+      if (room.ready & bit || (pass.stages[k] == WarpStage::noise && !with_noise)) continue;
+      room.ready |= bit;
       if (pass.stages[k] == WarpStage::noise) {
-        const uint64_t seed = static_cast<uint64_t>(p.seed[plane / p.C]), first = static_cast<uint64_t>(plane % p.C * p.H * p.W);
-        noise = room.noise + first % 4;
+        const uint64_t seed = static_cast<uint64_t>(p.seed[plane / p.C]);
         normals<T>({static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}, first, p.H * p.W, room.noise);
       }
       if (pass.stages[k] == WarpStage::crop) {
@@ -103,7 +106,7 @@ struct Points {
   // ------------------------------------------------------------------------------------------------------------ forward
 
   // x[0], x[1]: rows y and H - 1 - y, which may be one; the result in out.
-  void run(WarpStage stage, int64_t y, T* const* x, T* const* out) const {
+  void run(WarpStage stage, int64_t y, const T* const* x, T* const* out) const {
     const int64_t W = p.W, mirror = p.H - 1 - y;
     const int rows = y == mirror ? 1 : 2;
     if (stage == WarpStage::vflip) {
@@ -132,25 +135,29 @@ struct Points {
 
   void forward(const Rows& in, const Rows& out) const {
     for (int64_t y = 0; 2 * y < p.H; ++y) {
-      const int64_t mirror = p.H - 1 - y;
-      in.read(y, room.level[0][0]);
-      if (mirror != y) in.read(mirror, room.level[0][1]);
-      for (int k = 0; k < pass.count; ++k) run(pass.stages[k], y, room.level[k], room.level[k + 1]);
-      out.write(y, room.level[pass.count][0]);
-      if (mirror != y) out.write(mirror, room.level[pass.count][1]);
+      const int64_t rows[2] = {y, p.H - 1 - y};
+      const int count = rows[0] == rows[1] ? 1 : 2;
+      const T* now[2];
+      T* last[2];
+      for (int r = 0; r < count; ++r) now[r] = in.read(rows[r], room.level[0][r]), last[r] = out.place(rows[r], room.level[pass.count][r]);
+      for (int k = 0; k < pass.count; ++k) {
+        T* const* const next = k + 1 < pass.count ? room.level[k + 1] : last;
+        run(pass.stages[k], y, now, next);
+        now[0] = next[0], now[1] = next[1];
+      }
+      for (int r = 0; r < count; ++r) out.done(rows[r], last[r], room.level[pass.count][r]);
     }
   }
 
   // ------------------------------------------------------------------------------------------------------------ backward
 
   // g: gradients of the result for the same rows; out: by the stage's input; sums: null if the parameters' gradients are not wanted.
-  void run_back(WarpStage stage, int64_t y, T* const* x, T* const* g, T* const* out, Sum<T>* sums) const {
+  void run_back(WarpStage stage, int64_t y, const T* const* x, const T* const* g, T* const* out, Sum<T>* sums) const {
     const int64_t W = p.W, mirror = p.H - 1 - y;
     const int rows = y == mirror ? 1 : 2;
     const auto add = [&](int column, const auto& term) {
-      Sum<T> one[1];
-      sum_over_row<T, 1>(W, one, [&](int64_t i, Vec<T>(&v)[1]) { v[0] = term(i); });
-      sums[column].add(one[0]);
+      sum_over_row<T, 1>(
+          W, [&](int64_t i, Vec<T>(&v)[1]) { v[0] = term(i); }, [&](const Vec<T>(&v)[1]) { sums[column].add(v[0]); });
     };
     if (stage == WarpStage::vflip) {
       if (sums && rows == 2) add(5, [&](int64_t i) { return (load(g[0] + i) - load(g[1] + i)) * (load(x[1] + i) - load(x[0] + i)); });
@@ -176,32 +183,41 @@ struct Points {
   }
 
   void crop_sums(const T* in, const T* grad, int64_t row, Sum<T>* sums) const {
-    Sum<T> both[2];
     const Vec<T> of_row = broadcast(room.crop_y.argument[row]);
-    sum_over_row<T, 2>(p.W, both, [&](int64_t i, Vec<T>(&v)[2]) {
-      const Vec<T> product = load(grad + i) * load(in + i);
-      const auto x_is_smaller = load(room.crop_x.argument + i) <= of_row;
-      v[0] = x_is_smaller ? product * load(room.crop_x.slope + i) : Vec<T>{};
-      v[1] = x_is_smaller ? Vec<T>{} : product;
-    });
-    sums[2].add(both[0]), sums[3].add(both[1], room.crop_y.slope[row]);
+    const double slope = room.crop_y.slope[row];
+    sum_over_row<T, 2>(
+        p.W,
+        [&](int64_t i, Vec<T>(&v)[2]) {
+          const Vec<T> product = load(grad + i) * load(in + i);
+          const auto x_is_smaller = load(room.crop_x.argument + i) <= of_row;
+          v[0] = x_is_smaller ? product * load(room.crop_x.slope + i) : Vec<T>{};
+          v[1] = x_is_smaller ? Vec<T>{} : product;
+        },
+        [&](const Vec<T>(&v)[2]) { sums[2].add(v[0]), sums[3].add(v[1], slope); });
   }
 
-  // grad and grad_in may be the same rows; grad_in may be null, and so may sums, the seven of the parameters.
+  // grad_in may be null, and so may sums, the seven of the parameters.
   void backward(const Rows& grad, const Rows& in, const Rows* grad_in, Sum<T>* sums) const {
     for (int64_t y = 0; 2 * y < p.H; ++y) {
       const int64_t rows[2] = {y, p.H - 1 - y};
       const int count = rows[0] == rows[1] ? 1 : 2;
+      const T *x[POINT_STAGES][2] = {}, *g[2];
       for (int r = 0; r < count; ++r) {
-        grad.read(rows[r], room.gradient[0][r]);
-        if (sums) in.read(rows[r], room.level[0][r]);
+        g[r] = grad.read(rows[r], room.gradient[0][r]);
+        if (sums) x[0][r] = in.read(rows[r], room.level[0][r]);
       }
-      if (sums)
-        for (int k = 0; k + 1 < pass.count; ++k) run(pass.stages[k], y, room.level[k], room.level[k + 1]);
+      for (int k = 0; sums && k + 1 < pass.count; ++k) {
+        run(pass.stages[k], y, x[k], room.level[k + 1]);
+        x[k + 1][0] = room.level[k + 1][0], x[k + 1][1] = room.level[k + 1][1];
+      }
       int now = 0;
-      for (int k = pass.count - 1; k >= 0; --k, now ^= 1) run_back(pass.stages[k], y, room.level[k], room.gradient[now], room.gradient[now ^ 1], sums);
-      if (grad_in)
-        for (int r = 0; r < count; ++r) grad_in->write(rows[r], room.gradient[now][r]);
+      for (int k = pass.count - 1; k >= 0; --k, now ^= 1) {
+        T* next[2] = {room.gradient[now ^ 1][0], room.gradient[now ^ 1][1]};
+        for (int r = 0; k == 0 && grad_in && r < count; ++r) next[r] = grad_in->place(rows[r], next[r]);
+        run_back(pass.stages[k], y, x[k], g, next, sums);
+        g[0] = next[0], g[1] = next[1];
+      }
+      for (int r = 0; grad_in && r < count; ++r) grad_in->done(rows[r], g[r], static_cast<const T*>(room.gradient[now][r]));
     }
   }
 };

@@ -34,15 +34,33 @@ struct Arena {
 template <class T>
 constexpr Kind KIND = sizeof(T) == 8 ? Kind::f64 : Kind::f32;
 
-// Rows of W elements at base[start + y stride], read into and written from buffers of T.
+// Rows of W elements at base[start + y stride]. Kernels see them as rows of T that may be read up to a whole vector: in place where that is safe, else
+// through a buffer.
 struct Rows {
   void* base;
   Kind kind;
   int64_t start, stride, W;
+  bool has_margin;  // whole vectors may be read beyond a row, but not written
 
   template <class T>
-  void read(int64_t y, T* out) const {
+  const T* read(int64_t y, T* buffer) const {
+    const int64_t at = start + y * stride;
+    if (kind == KIND<T> && (has_margin || W % LANES<T> == 0)) return static_cast<const T*>(base) + at;
+    read_row(base, kind, at, buffer, W);
+    return buffer;
+  }
+  template <class T>
+  void copy(int64_t y, T* out) const {
     read_row(base, kind, start + y * stride, out, W);
+  }
+  // Where a kernel puts whole vectors; then done.
+  template <class T>
+  T* place(int64_t y, T* buffer) const {
+    return kind == KIND<T> && W % LANES<T> == 0 ? static_cast<T*>(base) + start + y * stride : buffer;
+  }
+  template <class T>
+  void done(int64_t y, const T* placed, const T* buffer) const {
+    if (placed == buffer) write_row(base, kind, start + y * stride, buffer, W);
   }
   template <class T>
   void write(int64_t y, const T* in) const {
@@ -52,7 +70,7 @@ struct Rows {
 
 // Rows of plane number `plane` of a tensor [B, C, H, W].
 inline Rows rows_of(const void* tensor, Kind kind, int64_t plane, int64_t H, int64_t W) {
-  return {const_cast<void*>(tensor), kind, plane * H * W, W, W};
+  return {const_cast<void*>(tensor), kind, plane * H * W, W, W, false};
 }
 
 // H x W pixels with MARGIN more on every side, of which one row's right and the next row's left are the same. Whole vectors may be read beyond a
@@ -69,7 +87,7 @@ struct Plane {
   }
   int64_t elements() const { return (H + 2 * MARGIN) * stride + 2 * LANES<T>; }
   T* row(int64_t y) const { return origin + y * stride; }
-  Rows rows() const { return {origin, KIND<T>, 0, stride, W}; }
+  Rows rows() const { return {origin, KIND<T>, 0, stride, W, true}; }
   void clear() const { std::fill_n(origin - LANES<T> - MARGIN * stride, elements(), T(0)); }
   void clear_margin() const {
     std::fill_n(origin - LANES<T> - MARGIN * stride, LANES<T> + MARGIN * stride, T(0));
@@ -108,30 +126,35 @@ struct Sum {
       low += load_double(parts), high += load_double(parts + LANES<T> / 2);
     }
   }
-  void add(const Sum& other, double factor = 1) { low += other.low * factor, high += other.high * factor; }
+  void add(Vec<T> v, double factor) {
+    if constexpr (sizeof(T) == 8) {
+      low += v * factor;
+    } else {
+      T parts[LANES<T>];
+      store(parts, v);
+      low += load_double(parts) * factor, high += load_double(parts + LANES<T> / 2) * factor;
+    }
+  }
   double total() const { return reduce_sum(low + high); }
 };
 
 constexpr int64_t SUM_BLOCK = 512;  // pixels of a row that add up in T
 
-// Adds function(i, lanes) over the vectors at i of [0, W) to sums: the results, one vector for each sum. Lanes beyond W do not count.
-template <class T, int N, class Function>
-PK_INLINE void sum_over_row(int64_t W, Sum<T> (&sums)[N], const Function& function) {
+// function(i, values) gives N vectors of terms for the pixels at i; take(sums) gets their sums over a part of [0, W) at a time. Lanes beyond W do not
+// count.
+template <class T, int N, class Function, class Take>
+PK_INLINE void sum_over_row(int64_t W, const Function& function, const Take& take) {
   for (int64_t begin = 0; begin < W; begin += SUM_BLOCK) {
-    Vec<T> parts[N]{};
+    Vec<T> sums[N]{};
     const int64_t end = std::min(W, begin + SUM_BLOCK);
-    int64_t i = begin;
-    for (; i + LANES<T> <= end; i += LANES<T>) {
-      Vec<T> values[N]{};
+    for (int64_t i = begin; i < end; i += LANES<T>) {  // one loop for the last vector too: a second copy of the function would not be inlined
+      Vec<T> values[N];
       function(i, values);
-      for (int n = 0; n < N; ++n) parts[n] += values[n];
+      if (i + LANES<T> > end)
+        for (Vec<T>& value : values) value = first_lanes<T>(value, end - i);
+      for (int n = 0; n < N; ++n) sums[n] += values[n];
     }
-    if (i < end) {
-      Vec<T> values[N]{};
-      function(i, values);
-      for (int n = 0; n < N; ++n) parts[n] += first_lanes<T>(values[n], end - i);
-    }
-    for (int n = 0; n < N; ++n) sums[n].add(parts[n]);
+    take(sums);
   }
 }
 

@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include <type_traits>
+
 #include "ops/cpu/warp_rows.h"
 
 namespace {
@@ -22,24 +24,35 @@ PK_INLINE Vec<T> rounded_down(Vec<T> x) {
   return cut > x ? cut - T(1) : cut;
 }
 
-// x within [low, high]; what is no number becomes low.
+// x within [low, high]; what is no number becomes high.
 template <class T>
 PK_INLINE Vec<T> clamped(Vec<T> x, T low, T high) {
-  const Vec<T> above = x > low ? x : broadcast(low);
-  return above < high ? above : broadcast(high);
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return at_least(at_most(broadcast(high), x), broadcast(low));  // at_most gives its first argument up for a number only
+#endif
+  const Vec<T> below = x < high ? x : broadcast(high);
+  return below > low ? below : broadcast(low);
 }
+
+// The lanes of offsets, out of memory: that is one instruction each. Volatile, or the compiler would take them out of the vector with two.
+template <class T>
+struct Offsets {
+  typedef std::remove_reference_t<decltype(Index<T>{}[0])> Lane;
+  alignas(VECTOR_BYTES) Lane numbers[LANES<T>];
+
+  __attribute__((always_inline)) void set(Index<T> offset) { std::memcpy(numbers, &offset, sizeof numbers); }
+  __attribute__((always_inline)) int64_t operator[](int lane) const { return *const_cast<const volatile Lane*>(numbers + lane); }
+};
 
 // left = p[offset], right = p[offset + 1] of every lane. Neighbours come in one load: half as many as a gather would make.
 template <class T>
-PK_INLINE void load_pairs(const T* p, const Index<T>& offset, Vec<T>& left, Vec<T>& right) {
+PK_INLINE void load_pairs(const T* p, const Offsets<T>& offset, Vec<T>& left, Vec<T>& right) {
 #if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
-    int32_t at[LANES<float>];
-    std::memcpy(at, &offset, sizeof at);
     for (int part = 0; part < LANES<float>; part += 8) {
       const auto two = [&](int i, int j) {
-        const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + at[part + i])));
-        return _mm_loadh_pi(low, reinterpret_cast<const __m64*>(p + at[part + j]));
+        const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + offset[part + i])));
+        return _mm_loadh_pi(low, reinterpret_cast<const __m64*>(p + offset[part + j]));
       };
       const __m256 a = _mm256_insertf128_ps(_mm256_castps128_ps256(two(0, 1)), two(4, 5), 1);
       const __m256 b = _mm256_insertf128_ps(_mm256_castps128_ps256(two(2, 3)), two(6, 7), 1);
@@ -88,20 +101,22 @@ PK_INLINE Vec<T> placed(Vec<T> s, int64_t size, Vec<T>& slope) {
 // The taps of LANES pixels: offset of the first, fractions, and the slopes of the placed coordinates.
 template <class T, int DIMS>
 struct Spot {
-  Index<T> offset;
+  Offsets<T> offset;
   Vec<T> fraction[DIMS], slope[DIMS];
 };
 
 template <WarpAffinePadding PADDING, class T, int DIMS>
 PK_INLINE Spot<T, DIMS> taps_at(const Source<T, DIMS>& source, const Course<T, DIMS>& course, Vec<T> dx) {
   Spot<T, DIMS> taps;
-  taps.offset = Index<T>{};
+  Index<T> offset{};
   for (int axis = 0; axis < DIMS; ++axis) {
     const Vec<T> s = placed<PADDING, T>(course.step[axis] * dx + course.start[axis], source.size[axis], taps.slope[axis]);
     const Vec<T> whole = rounded_down<T>(s);
     taps.fraction[axis] = s - whole;
-    taps.offset += __builtin_convertvector(whole, Index<T>) * static_cast<decltype(taps.offset[0] + 0)>(source.stride[axis]);
+    const Index<T> steps = __builtin_convertvector(whole, Index<T>);
+    offset += axis == 0 ? steps : steps * static_cast<typename Offsets<T>::Lane>(source.stride[axis]);
   }
+  taps.offset.set(offset);
   return taps;
 }
 
@@ -134,28 +149,31 @@ PK_INLINE Vec<T> interpolate(const Source<T, DIMS>& source, const Spot<T, DIMS>&
   }
 }
 
+// Adds weight to the first `count` lanes' elements at[offset]. Neighbouring pixels share taps: each is added on its own, for a load of two would have to
+// wait until the store of one of them has left the core.
+template <class T>
+PK_INLINE void add_at(T* at, const Offsets<T>& offset, Vec<T> weight, int64_t count) {
+  const auto add = [&](int i) { at[offset[i]] += weight[i]; };
+  if (count == LANES<T>)
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES<T>; ++i) add(i);
+  else
+    for (int i = 0; i < count; ++i) add(i);
+}
+
 // Adds g times its taps' weights to the first `count` lanes' taps.
 template <class T, int DIMS>
 PK_INLINE void scatter(const Source<T, DIMS>& target, const Spot<T, DIMS>& taps, Vec<T> g, int64_t count) {
-  constexpr int planes = DIMS - 1;
-  T weight[planes][4][LANES<T>];
-  Vec<T> part[planes];
-  if constexpr (DIMS == 3)
-    part[1] = g * taps.fraction[2], part[0] = g - part[1];
-  else
-    part[0] = g;
-  for (int z = 0; z < planes; ++z) {
-    const Vec<T> lower = part[z] * taps.fraction[1], upper = part[z] - lower;
+  for (int z = 0; z < DIMS - 1; ++z) {
+    T* const plane = target.origin + (DIMS == 3 ? z * target.stride[DIMS - 1] : 0);
+    const Vec<T> part = DIMS == 2 ? g : z == 0 ? g - g * taps.fraction[DIMS - 1] : g * taps.fraction[DIMS - 1];
+    const Vec<T> lower = part * taps.fraction[1], upper = part - lower;
     const Vec<T> upper_right = upper * taps.fraction[0], lower_right = lower * taps.fraction[0];
-    store(weight[z][0], upper - upper_right), store(weight[z][1], upper_right);
-    store(weight[z][2], lower - lower_right), store(weight[z][3], lower_right);
+    add_at<T>(plane, taps.offset, upper - upper_right, count);
+    add_at<T>(plane + 1, taps.offset, upper_right, count);
+    add_at<T>(plane + target.stride[1], taps.offset, lower - lower_right, count);
+    add_at<T>(plane + target.stride[1] + 1, taps.offset, lower_right, count);
   }
-  for (int64_t i = 0; i < count; ++i)
-    for (int z = 0; z < planes; ++z) {
-      T* const at = target.origin + taps.offset[i] + (DIMS == 3 ? z * target.stride[DIMS - 1] : 0);
-      at[0] += weight[z][0][i], at[1] += weight[z][1][i];
-      at[target.stride[1]] += weight[z][2][i], at[target.stride[1] + 1] += weight[z][3][i];
-    }
 }
 
 // A row of W pixels, written up to a whole vector.
@@ -166,25 +184,25 @@ void sample_row(const Source<T, DIMS>& source, const Course<T, DIMS>& course, in
     store(out + i, interpolate<T, DIMS>(source, taps_at<PADDING, T, DIMS>(source, course, x), unused));
 }
 
-// The way back for the gradient of a row: into target (same margin, or null) and, where source is not null, into sums: for every axis the gradient by the
-// coordinate and that times dx.
-template <WarpAffinePadding PADDING, class T, int DIMS>
-void sample_row_back(const Source<T, DIMS>& source, const Source<T, DIMS>& target, const Course<T, DIMS>& course, int64_t W, const T* grad,
-                     Sum<T> (&sums)[2 * DIMS]) {
-  const auto step = [&](int64_t i, Vec<T>(&v)[2 * DIMS]) {
+// The way back for the gradient of a row: into target (same margin, or null) and, where source is not null, sums for take of the N terms that
+// terms(v, dx, gradients by the coordinates) makes.
+template <WarpAffinePadding PADDING, class T, int DIMS, int N, class Terms, class Take>
+PK_INLINE void sample_row_back(const Source<T, DIMS>& source, const Source<T, DIMS>& target, const Course<T, DIMS>& course, int64_t W,
+                               const T* grad, const Terms& terms, const Take& take) {
+  const auto step = [&](int64_t i, Vec<T>(&v)[N]) {
     const Vec<T> dx = __builtin_convertvector(lane_numbers<T>(), Vec<T>) + (static_cast<T>(i) - course.center), g = load(grad + i);
     const Spot<T, DIMS> taps = taps_at<PADDING, T, DIMS>(source, course, dx);
     if (source.origin) {
       Vec<T> slope[DIMS];
       interpolate<T, DIMS>(source, taps, slope);
-      for (int axis = 0; axis < DIMS; ++axis) {
-        v[2 * axis] = g * slope[axis] * taps.slope[axis];
-        v[2 * axis + 1] = v[2 * axis] * dx;
-      }
+      for (int axis = 0; axis < DIMS; ++axis) slope[axis] *= g * taps.slope[axis];
+      terms(v, dx, slope);
+    } else {
+      for (Vec<T>& value : v) value = Vec<T>{};
     }
     if (target.origin) scatter<T, DIMS>(target, taps, g, std::min<int64_t>(LANES<T>, W - i));
   };
-  sum_over_row<T, 2 * DIMS>(W, sums, step);
+  sum_over_row<T, N>(W, step, take);
 }
 
 }  // namespace
