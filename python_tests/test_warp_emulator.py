@@ -74,6 +74,15 @@ class TestChains:
         for other in results[1:]:
             same_bits(other, results[0])
 
+    @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])
+    def test_arrays_that_start_anywhere(self, architecture: str) -> None:
+        emulator = load("warp")
+        for kind in ("f32", "f64", "f16"):
+            chain = Chain(kind, (1, 2, 40, 70))
+            emulator.configure(seed=1, architecture=architecture, element_offset=1)
+            chain.check(chain.run(emulator))
+        emulator.configure()
+
     def test_an_order_of_nothing_copies(self) -> None:
         emulator = load("warp")
         chain = Chain("f32", (2, 2, 20, 70), ())

@@ -94,7 +94,8 @@ void backward(const Array& grad_array, const Array& images, const Array& params,
 }
 
 template <typename T>
-void fill_affine(WarpAffineProblem& p, const Input<T>& images, const Input<Compute<T>>& matrix, const std::vector<int64_t>& size, int padding) {
+void fill_affine(WarpAffineProblem& p, const Input<T>& images, const Input<Compute<T>>& matrix, const std::vector<int64_t>& size,
+                 int padding) {
   p.B = images.shape(0), p.C = images.shape(1);
   p.dims = static_cast<int>(matrix.shape(1));
   p.in[0] = p.out[0] = 1;

@@ -27,15 +27,15 @@ struct Affine {
 };
 
 struct AffineGradient : Affine {
-  Array grad;           // [B, C, out]
-  Array grad_images;    // or null
-  void* grad_matrix;    // T, or null
-  int entries;          // of a matrix
-  int bits;             // log2 of the outputs of a sample, rounded up
-  unsigned long long* largest;   // [B]: bits of the largest |grad| as float64
-  unsigned long long* sums;      // [B, C, in]: fixed-point
-  double* partial;               // [B, blocks, MOST_ENTRIES]
-  unsigned* arrivals;            // [B]
+  Array grad;                   // [B, C, out]
+  Array grad_images;            // or null
+  void* grad_matrix;            // T, or null
+  int entries;                  // of a matrix
+  int bits;                     // log2 of the outputs of a sample, rounded up
+  unsigned long long* largest;  // [B]: bits of the largest |grad| as float64
+  unsigned long long* sums;     // [B, C, in]: fixed-point
+  double* partial;              // [B, blocks, MOST_ENTRIES]
+  unsigned* arrivals;           // [B]
 };
 
 // A coordinate inside the image in place of one beyond it, and its derivative.
@@ -127,9 +127,8 @@ __global__ void __launch_bounds__(THREADS) warp_affine_forward_kernel(const Affi
   const Place<T, dims> place(p, sample, pixel);
   for (int64_t plane = sample * p.C; plane < (sample + 1) * p.C; ++plane) {
     T value = 0;
-    place.for_corners(p, [&](int64_t at, int corner) {
-      value = fused(place.weight(corner), load<T, mixed>(p.images, plane * p.in_count + at), value);
-    });
+    place.for_corners(
+        p, [&](int64_t at, int corner) { value = fused(place.weight(corner), load<T, mixed>(p.images, plane * p.in_count + at), value); });
     store<T, mixed>(output, plane * p.out_count + pixel, place.finite ? value : T(NAN));
   }
 }
@@ -165,7 +164,7 @@ struct Scale {
 };
 
 template <class T, bool mixed, int dims>
-__global__ void __launch_bounds__(THREADS) warp_affine_scatter_kernel(const AffineGradient p) {
+__global__ void __launch_bounds__(THREADS, 2) warp_affine_scatter_kernel(const AffineGradient p) {
   constexpr int ENTRIES = dims * (dims + 1);
   const int64_t sample = blockIdx.x / p.blocks, pixel = blockIdx.x % p.blocks * THREADS + threadIdx.x;
   T entries[ENTRIES] = {};

@@ -8,9 +8,12 @@
 // block holds the whole plane it is one.
 // Sums of parameters: registers, warps, block, then the blocks of a sample in their order, in float64, by the one that comes last. No float atomics.
 //
-// Limit: arithmetic. By count per pixel: gather 220 instructions, blur 40 multiply-adds, noise 40 instructions, the other stages 60; adjoint blur 85
-// multiply-adds. An H200 then needs about 1 / 9 / 40 us at 64 x 1 x 28 x 28 / 32 x 1 x 128 x 128 / 16 x 3 x 224 x 224, beside 2 us a launch.
-// Estimates: not yet run on a GPU; runs in the emulator.
+// Limit: instructions. By the assembly (sm_90) a pixel takes about 440 in the first launch (gather 245, to shared memory 33, blur 47, noise 60, the
+// rest 55) and 170 in the second. An H200 issues 33 T a second: 10 us at 32 x 1 x 128 x 128 and 44 us at 16 x 3 x 224 x 224 at the least, beside 1 to 2 us
+// a launch; 64 x 1 x 28 x 28 is bound by latency, 4 to 6 us. Estimates: not yet run on a GPU; runs in the emulator.
+//
+// The gather could find the outputs of a cell of four pixels, 4 candidates instead of 9; but then rounding decides which cell has an output whose
+// source lies on an edge, where it has its full weight. Around a pixel an output that is missed or taken twice has no weight.
 
 #include "ops/cuda/warp_step.cuh"
 
@@ -175,7 +178,8 @@ int backward_steps(const WarpBackward& p, Pieces& pieces, Program& program) {
   }
   const bool reads_images = passes[0].reader != Reader::none;
   const int gradients = top + 1 + (reads_images ? 1 : 0);
-  void* const between[2] = {gradients > 1 ? pieces.take<T>(elements_of(p)) : nullptr, gradients > 2 ? pieces.take<T>(elements_of(p)) : nullptr};
+  void* const between[2] = {gradients > 1 ? pieces.take<T>(elements_of(p)) : nullptr,
+                            gradients > 2 ? pieces.take<T>(elements_of(p)) : nullptr};
   for (int i = 0; i < gradients; ++i) {
     const int pass = top - i;  // -1: before the first
     Step& step = program.step[steps++];

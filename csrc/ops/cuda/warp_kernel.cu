@@ -7,9 +7,10 @@
 // A chain in the default order is two launches, with one intermediate image that the L2 cache holds; one launch where a block holds
 // the whole plane (up to 64 x 32), the passes separated by barriers. Nothing depends on the order of threads or blocks.
 //
-// Limit: arithmetic. By count per pixel: blur 36 multiply-adds and 13 words of shared memory, noise about 40 instructions, crop, flips and rotation 70.
-// An H200 then needs about 1 / 3 / 14 us at 64 x 1 x 28 x 28 / 32 x 1 x 128 x 128 / 16 x 3 x 224 x 224, beside 2 us a launch; its memory
-// .1 / 1 / 4.5 us. Estimates: not yet run on a GPU; runs in the emulator.
+// Limit: instructions. By the assembly (sm_90) a pixel takes about 165 in the first pass (to shared memory 33, blur 47, noise 60, the rest 25) and 80 in
+// the rotation. An H200 issues 33 T a second: 4 us at 32 x 1 x 128 x 128 and 18 us at 16 x 3 x 224 x 224 at the least, beside 1 to 2 us a launch;
+// memory alone would take 1 and 4.5 us. 64 x 1 x 28 x 28 fills half of its multiprocessors with a block each and is bound by latency, 3 to 4 us.
+// Estimates: not yet run on a GPU; runs in the emulator.
 
 #include "ops/cuda/warp_step.cuh"
 

@@ -34,10 +34,7 @@ __device__ __forceinline__ bool is_void(const Program& p, int64_t sample) {
 template <class T>
 __device__ __forceinline__ Local<T> local_of_sample(const Program& p, int64_t sample) {
   const T* const params = static_cast<const T*>(p.params) + sample * WARP_PARAMS;
-  return {p.enabled[sample],
-          static_cast<T>(p.noise_std) * params[1],
-          params[4],
-          params[5]};
+  return {p.enabled[sample], static_cast<T>(p.noise_std) * params[1], params[4], params[5]};
 }
 
 // A pixel (column, row) of the tile with its mirror images; on the middle line of an odd side an image is the pixel itself.
@@ -45,7 +42,12 @@ struct Orbit {
   int column, row, near_x, near_y, far_x, far_y;
 
   __device__ __forceinline__ Orbit(const Tile& tile, int column_, int row_)
-      : column(column_), row(row_), near_x(tile.x(0, column_)), near_y(tile.y(0, row_)), far_x(tile.x(1, column_)), far_y(tile.y(2, row_)) {}
+      : column(column_),
+        row(row_),
+        near_x(tile.x(0, column_)),
+        near_y(tile.y(0, row_)),
+        far_x(tile.x(1, column_)),
+        far_y(tile.y(2, row_)) {}
   __device__ __forceinline__ int x(int t) const { return t & 1 ? far_x : near_x; }
   __device__ __forceinline__ int y(int t) const { return t & 2 ? far_y : near_y; }
   // The pixel itself, not its double.
@@ -144,7 +146,8 @@ __device__ __forceinline__ void mix(T weight, T& a, T& b) {
 
 // The values of an orbit after a stage. Pairs along x are (0, 1) and (2, 3), along y (0, 2) and (1, 3).
 template <class T>
-__device__ __forceinline__ void apply(WarpStage stage, const Local<T>& local, const Mask<T>& mask, const Orbit& orbit, const T* noise, T (&v)[4]) {
+__device__ __forceinline__ void apply(WarpStage stage, const Local<T>& local, const Mask<T>& mask, const Orbit& orbit, const T* noise,
+                                      T (&v)[4]) {
   if (!local.on(stage)) return;
   switch (stage) {
     case WarpStage::noise:
@@ -173,8 +176,8 @@ __device__ __forceinline__ void apply(WarpStage stage, const Local<T>& local, co
 // The gradients by an orbit's values before a stage, in place; `v` are these values. Adds to the sums of the stage's parameters; without noise they
 // are not wanted.
 template <class T>
-__device__ __forceinline__ void apply_adjoint(WarpStage stage, const Local<T>& local, const Mask<T>& mask, const Orbit& orbit, const T* noise,
-                                              const T (&v)[4], T (&g)[4], T (&sums)[SUMS]) {
+__device__ __forceinline__ void apply_adjoint(WarpStage stage, const Local<T>& local, const Mask<T>& mask, const Orbit& orbit,
+                                              const T* noise, const T (&v)[4], T (&g)[4], T (&sums)[SUMS]) {
   if (!local.on(stage)) return;
   switch (stage) {
     case WarpStage::noise:

@@ -14,23 +14,24 @@ namespace {
 // blur: both axes, by tiles; blur_x, blur_y: one axis, straight from memory, for large radii and for sides that a tap would cross twice.
 enum class Reader : int { none, blur, rotate, blur_x, blur_y };
 
-constexpr int REACH = 6;           // largest radius of the blur by tiles
+constexpr int REACH = 6;              // largest radius of the blur by tiles
+constexpr int BLUR_ELEMENTS = 18304;  // in dynamic shared memory, that its adjoint by tiles takes
 constexpr int MOST_PASSES = 4;
 constexpr int MOST_STEPS = 8;
-constexpr int MOST_LOCAL = 4;      // stages that need no other pixels
-constexpr int COLUMNS = 8;         // sums of a block: the seven parameters, and the blur along y where it has a pass of its own
+constexpr int MOST_LOCAL = 4;  // stages that need no other pixels
+constexpr int COLUMNS = 8;     // sums of a block: the seven parameters, and the blur along y where it has a pass of its own
 constexpr int SECOND_BLUR = 7;
-constexpr int SUMS = 6;            // of a step: the parameter of the stage behind, and columns 1 to 5: noise, crop, flips
+constexpr int SUMS = 6;  // of a step: the parameter of the stage behind, and columns 1 to 5: noise, crop, flips
 
 struct Step {
-  bool gradient;       // a step of the backward kernel; else a pass
-  Reader reader;       // gives values from the source
-  Reader adjoint;      // of the stage behind, if gradient
-  int behind;          // column for the parameter of the stage behind, or -1
-  unsigned sums;       // bits of what the step sums up, if values: bit 0 that parameter, bits 1 to 5 these columns
-  int stages;          // entries of stage
+  bool gradient;   // a step of the backward kernel; else a pass
+  Reader reader;   // gives values from the source
+  Reader adjoint;  // of the stage behind, if gradient
+  int behind;      // column for the parameter of the stage behind, or -1
+  unsigned sums;   // bits of what the step sums up, if values: bit 0 that parameter, bits 1 to 5 these columns
+  int stages;      // entries of stage
   WarpStage stage[MOST_LOCAL];
-  bool values;         // gradients of parameters are wanted: values are needed
+  bool values;  // gradients of parameters are wanted: values are needed
   bool is_source_image, is_grad_image, is_target_image;
   const void* source;  // [B, C, H, W]
   const void* grad;    // [B, C, H, W]
@@ -76,7 +77,8 @@ inline int passes_of(const WarpProblem& p, Pass (&passes)[MOST_PASSES]) {
     } else if (stage == WarpStage::blur) {
       if (p.radius_y == 0 && p.radius_x == 0) continue;
       const bool one_radius = p.radius_y == p.radius_x || p.radius_y == 0 || p.radius_x == 0;
-      if (one_radius && fits(p.radius_y, p.H) && fits(p.radius_x, p.W)) {
+      const bool has_room = BLUR_ELEMENTS * element_size(p) + 8192 <= static_cast<int64_t>(pk::shared_memory_limit());  // float64 may not
+      if (one_radius && has_room && fits(p.radius_y, p.H) && fits(p.radius_x, p.W)) {
         passes[count++] = {Reader::blur, 0, {}};
       } else {
         if (p.radius_y > 0) passes[count++] = {Reader::blur_y, 0, {}};

@@ -33,7 +33,8 @@ template <class T, bool mixed>
 __device__ __forceinline__ T rotated(const Array& source, const Tile& tile, const Turn<T>& turn, int x, int y) {
   if (!turn.on) return load<T, mixed>(source, tile.at(x, y));
   const T dx = T(x) - turn.center_x, dy = T(y) - turn.center_y;
-  const T sx = turn.source_x(dx, dy), sy = turn.source_y(dx, dy), low_x = floored(sx), low_y = floored(sy), ax = sx - low_x, ay = sy - low_y;
+  const T sx = turn.source_x(dx, dy), sy = turn.source_y(dx, dy), low_x = floored(sx), low_y = floored(sy), ax = sx - low_x,
+          ay = sy - low_y;
   const int x0 = static_cast<int>(low_x), y0 = static_cast<int>(low_y);
   const bool left = x0 >= 0 && x0 < tile.W, right = x0 >= -1 && x0 < tile.W - 1;
   const bool top = y0 >= 0 && y0 < tile.H, bottom = y0 >= -1 && y0 < tile.H - 1;
@@ -132,7 +133,8 @@ template <class T, bool mixed>
 __device__ __forceinline__ void add_positions(const Array& grad, const Line& line, const Taps<T>& taps, int reach, int position, int step,
                                               T& sum, T& by_sigma) {
   const int below = (position + reach) / step;  // steps down that stay within
-  for (int at = position - below * step; at <= line.n - 1 + reach; at += step) add_position<T, mixed>(grad, line, taps, reach, at, sum, by_sigma);
+  for (int at = position - below * step; at <= line.n - 1 + reach; at += step)
+    add_position<T, mixed>(grad, line, taps, reach, at, sum, by_sigma);
 }
 
 template <class T, bool mixed>

@@ -21,7 +21,8 @@ constexpr int VALUES = 4 * TILE_H * VALUE_W, RAWS = 4 * RAW_H * RAW_W, MIDDLES =
 // filtered, in the forward kernel; in the backward kernel gradients, derivatives by the parameter of the stage behind, and twice filtered rows.
 constexpr int VALUE_AT = 0, NOISE_AT = VALUES, FORWARD_MIDDLE_AT = 2 * VALUES;
 constexpr int GRAD_AT = 2 * VALUES, DERIVATIVE_AT = 3 * VALUES, MIDDLE_AT = 4 * VALUES, SLOPE_MIDDLE_AT = MIDDLE_AT + MIDDLES;
-static_assert(RAWS <= FORWARD_MIDDLE_AT && FORWARD_MIDDLE_AT % 4 == 0 && MIDDLE_AT % 4 == 0 && SLOPE_MIDDLE_AT % 4 == 0);
+static_assert(SLOPE_MIDDLE_AT + MIDDLES == BLUR_ELEMENTS && RAWS <= FORWARD_MIDDLE_AT && FORWARD_MIDDLE_AT % 4 == 0 && MIDDLE_AT % 4 == 0 &&
+              SLOPE_MIDDLE_AT % 4 == 0);
 
 // What the steps of a launch need. Passes of a backward program take the place of the backward kernel.
 inline std::size_t shared_bytes(const Program& p, bool backward, std::size_t element) {
@@ -57,15 +58,7 @@ __device__ __forceinline__ Tile tile_of_block(const Program& p) {
   const int64_t plane = blockIdx.x / tiles;
   const int tile = blockIdx.x % tiles;
   const int x0 = tile % p.tiles_x * TILE_W, y0 = tile / p.tiles_x * TILE_H;
-  return {plane / p.C,
-          plane % p.C,
-          plane * p.H * p.W,
-          x0,
-          y0,
-          min(TILE_W, (p.W + 1) / 2 - x0),
-          min(TILE_H, (p.H + 1) / 2 - y0),
-          p.W,
-          p.H};
+  return {plane / p.C, plane % p.C, plane * p.H * p.W, x0, y0, min(TILE_W, (p.W + 1) / 2 - x0), min(TILE_H, (p.H + 1) / 2 - y0), p.W, p.H};
 }
 
 // Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything. A thread takes the same
