@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from .emulator.build import SEEDS, load, missing_tools
-from .test_warp_emulator import same_bits
-from .warp_emulation import AffineCase, compare
+from .warp_emulation import AffineCase, compare, same_bits
 
 pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
 

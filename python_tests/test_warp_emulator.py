@@ -8,14 +8,12 @@ or an access out of bounds fails here without a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
 
 from .emulator.build import SEEDS, load, missing_tools
-from .warp_emulation import BLUR, CROP, HFLIP, KINDS, NOISE, ROTATE, STAGES, VFLIP, Chain, compare
+from .warp_emulation import BLUR, CROP, HFLIP, KINDS, NOISE, ROTATE, STAGES, VFLIP, Chain, compare, same_bits
 
 pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
 
@@ -28,11 +26,6 @@ ORDERS = [
 ]
 # one tile and several, odd and even sides, a side of 1, sides that the blur crosses twice, more rows than columns and fewer
 SHAPES = [(2, 1, 28, 28), (1, 3, 33, 31), (2, 1, 1, 129), (1, 2, 129, 2), (1, 1, 1, 1), (2, 2, 8, 9), (1, 1, 35, 70)]
-
-
-def same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
 
 
 class TestChains:

@@ -48,6 +48,11 @@ def compare(actual: Tensor, expected: Tensor, error: float | Tensor) -> None:
     assert bool((off <= 1).all()), f"off by {float(off.nan_to_num(math.inf).max()):.2f} times what rounding explains"
 
 
+def same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+
+
 class Chain:
     """Inputs of a chain; `run` gives output, gradient by the images and gradient by the parameters."""
 

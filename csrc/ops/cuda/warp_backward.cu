@@ -15,7 +15,9 @@
 // The gather could find the outputs of a cell of four pixels, 4 candidates instead of 9; but then rounding decides which cell has an output whose
 // source lies on an edge, where it has its full weight. Around a pixel an output that is missed or taken twice has no weight.
 
+#include "common/simt.cuh"
 #include "ops/cuda/warp_step.cuh"
+#include "ops/warp.h"
 
 namespace {
 

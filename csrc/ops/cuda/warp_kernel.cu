@@ -12,7 +12,9 @@
 // memory alone would take 1 and 4.5 us. 64 x 1 x 28 x 28 fills half of its multiprocessors with a block each and is bound by latency, 3 to 4 us.
 // Estimates: not yet run on a GPU; runs in the emulator.
 
+#include "common/simt.cuh"
 #include "ops/cuda/warp_step.cuh"
+#include "ops/warp.h"
 
 namespace {
 
