@@ -64,6 +64,25 @@ class TestValue:
         ):
             torch.testing.assert_close(now.cpu(), then, rtol=1e-9, atol=1e-10)
 
+    @pytest.mark.parametrize("padding", AFFINE_PADDINGS)
+    @pytest.mark.parametrize("shape", [(1, 2, 5, 9), (2, 1, 3, 5, 3)])
+    def test_on_whole_pixels_and_on_the_edge_the_derivative_is_that_of_grid_sample(
+        self, place: Place, shape: tuple[int, ...], padding: Any
+    ) -> None:
+        """The identity of sides 2^n + 1, whose coordinates are exact in grid_sample too."""
+        images = draw(shape, seed=9, dtype=torch.float64)[0]
+        axes = len(shape) - 2
+        theta = torch.eye(axes, axes + 1, dtype=torch.float64).repeat(shape[0], 1, 1).requires_grad_()
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+        sampled = F.grid_sample(
+            images, F.affine_grid(theta, list(shape), align_corners=True), padding_mode=padding, align_corners=True
+        )
+        (expected,) = torch.autograd.grad(sampled, theta, grad)
+        matrix = to_pixels(theta, shape[2:], shape[2:], True).to(place.device)
+        warped = affine_warp(images.to(place.device), matrix, padding_mode=padding)
+        (actual,) = torch.autograd.grad(warped, theta, grad.to(place.device))
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
     @pytest.mark.parametrize("padding", ["border", "reflection"])
     def test_through_the_edge_no_gradient_flows(self, place: Place, padding: Any) -> None:
         """Far outside along x only: `border` clamps x, so its row of the matrix gets nothing."""

@@ -72,7 +72,10 @@ def positions(op: str, images: Tensor, value: object) -> Tensor:  # [B, 2] or [B
     """The centre of the crop for every sample, from one for all or [B, axes]."""
     B, axes = images.shape[0], images.dim() - 2
     if isinstance(value, Sequence) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
-        value = torch.tensor(value, dtype=compute_dtype(images), device=images.device)
+        numbers = [
+            images.new_full((), number, dtype=compute_dtype(images)) for number in value
+        ]  # no copy to the device
+        value = torch.stack(numbers) if numbers else images.new_empty(0)
     if isinstance(value, Tensor) and value.dim() == 1:
         return beside(op, images, "center", value, (axes,), f"[{axes}]").expand(B, axes)
     return beside(op, images, "center", value, (B, axes), f"[B, {axes}]")
