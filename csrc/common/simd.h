@@ -171,6 +171,27 @@ PK_INLINE Vec<float> at_least(Vec<float> x, Vec<float> floor) {
 #endif
 }
 
+template <class V>
+PK_INLINE V magnitude(V x) {
+  typedef decltype(x < x) Bits;
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= ~((Bits{} + 1) << (8 * sizeof(x[0]) - 1));
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+// x, or ceiling where x is more. NaN stays NaN.
+PK_INLINE Vec<float> at_most(Vec<float> x, Vec<float> ceiling) {
+#if defined(__AVX512F__)
+  return __builtin_ia32_minps512_mask(ceiling, x, x, -1, 4);
+#elif defined(__AVX2__)
+  return __builtin_ia32_minps256(ceiling, x);
+#else
+  return x > ceiling ? ceiling : x;
+#endif
+}
+
 // exp(x) for x <= 0, to one unit in the last place; 0 below -87.3 at full speed, where libraries fall into denormals. NaN stays NaN.
 PK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   typedef Index<float> I;
@@ -226,36 +247,41 @@ PK_INLINE Vec<double> exp2_nonpositive(Vec<double> x) {
   return x;
 }
 
-// log(x) for x >= 0, to two units in the last place: -infinity at 0, infinity stays, NaN stays NaN.
-PK_INLINE Vec<float> log_nonnegative(Vec<float> x) {
-  typedef Index<float> I;
-  const Vec<float> infinity = broadcast(INFINITY);
-  const Vec<float> normal = x < 1.17549435e-38f ? x * 16777216.0f : x;
-  I bits;
-  std::memcpy(&bits, &normal, sizeof bits);
-  const I above = bits - 0x3f3504f3;  // 1 / sqrt(2): the mantissa lies in [1 / sqrt(2), sqrt(2))
-  const I exponent = above >> 23;
-  const I mantissa = (above & 0x007fffff) + 0x3f3504f3;
-  Vec<float> m;
+// log((1 + m) 2^e) for 1 + m in [1 / sqrt(2), sqrt(2)). N at a time: their chains of multiply-adds fill each other's waits.
+template <int N>
+PK_INLINE void log_of_parts(const Vec<float> (&m)[N], const Vec<float> (&e)[N], Vec<float> (&y)[N]) {
+  constexpr float coefficients[] = {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                                    -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  for (int n = 0; n < N; ++n) y[n] = broadcast(7.0376836292e-2f);
+#pragma GCC unroll 8
+  for (const float coefficient : coefficients)
+    for (int n = 0; n < N; ++n) y[n] = y[n] * m[n] + coefficient;
+  for (int n = 0; n < N; ++n) y[n] = y[n] * m[n] * (m[n] * m[n]) + e[n] * -2.12194440e-4f;
+  for (int n = 0; n < N; ++n) y[n] -= m[n] * m[n] * 0.5f;
+  for (int n = 0; n < N; ++n) y[n] = (m[n] + y[n]) + e[n] * 0.693359375f;
+}
+
+// The parts of a normal x > 0.
+PK_INLINE void split_for_log(Vec<float> x, Vec<float>& m, Index<float>& exponent) {
+  Index<float> bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const Index<float> above = bits - 0x3f3504f3;  // 1 / sqrt(2): the mantissa lies in [1 / sqrt(2), sqrt(2))
+  exponent = above >> 23;
+  const Index<float> mantissa = (above & 0x007fffff) + 0x3f3504f3;
   std::memcpy(&m, &mantissa, sizeof m);
   m -= 1.0f;
-  Vec<float> e = __builtin_convertvector(exponent, Vec<float>);
-  e = x < 1.17549435e-38f ? e - 24.0f : e;
-  Vec<float> p = broadcast(7.0376836292e-2f);
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  const Vec<float> square = m * m;
-  Vec<float> y = p * m * square;
-  y += e * -2.12194440e-4f;
-  y -= square * 0.5f;
-  y = (m + y) + e * 0.693359375f;
-  y = x > 0.0f ? y : x == 0.0f ? -infinity : x;
+}
+
+// log(x) for x >= 0, to two units in the last place: -infinity at 0, infinity stays, NaN stays NaN.
+PK_INLINE Vec<float> log_nonnegative(Vec<float> x) {
+  const Vec<float> infinity = broadcast(INFINITY);
+  Vec<float> m[1], e[1], logs[1];
+  Index<float> exponent;
+  split_for_log(x < 1.17549435e-38f ? x * 16777216.0f : x, m[0], exponent);
+  e[0] = __builtin_convertvector(exponent, Vec<float>);
+  e[0] = x < 1.17549435e-38f ? e[0] - 24.0f : e[0];
+  log_of_parts<1>(m, e, logs);
+  const Vec<float> y = x > 0.0f ? logs[0] : x == 0.0f ? -infinity : x;
   return x == infinity ? x : y;
 }
 

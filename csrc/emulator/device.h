@@ -154,9 +154,25 @@ inline float rsqrtf(float x) { return static_cast<float>(1.0 / ::sqrt(static_cas
 inline double rsqrt(double x) { return 1.0 / ::sqrt(x); }
 inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 inline int __float2int_rn(float x) { return static_cast<int>(::nearbyintf(x)); }
+inline long long __double2ll_rn(double x) { return static_cast<long long>(::nearbyint(x)); }
 inline int __float2int_rz(float x) { return static_cast<int>(x); }
 inline int __float2int_rd(float x) { return static_cast<int>(::floorf(x)); }
 inline int __float2int_ru(float x) { return static_cast<int>(::ceilf(x)); }
+
+// Sine and cosine of pi x, exact at multiples of a half.
+inline void sincospi(double x, double* sine, double* cosine) {
+  const double turned = x - 2 * ::rint(x / 2), quarter = ::rint(2 * turned), rest = 3.14159265358979323846 * (turned - quarter / 2);
+  const double s = ::sin(rest), c = ::cos(rest);
+  const int quadrant = quarter == quarter ? static_cast<int>(quarter) & 3 : 0;
+  *sine = quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c;
+  *cosine = quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s;
+}
+inline void sincospif(float x, float* sine, float* cosine) {
+  double s, c;
+  sincospi(static_cast<double>(x), &s, &c);
+  *sine = static_cast<float>(s);
+  *cosine = static_cast<float>(c);
+}
 
 #define PK_MIN_MAX(type)                                    \
   inline type min(type x, type y) { return y < x ? y : x; } \

@@ -3,17 +3,22 @@
 
 from .contrastive import CrossViewLoss, LocalContrastiveLoss, NTXentLoss, SupConLoss
 from .prototypes import LinearTemperature, Prototypes
+from .random_views import RandomViews, ViewStrength
 from .sinkhorn import SinkhornAssignment, SinkhornLoss
 from .variance_covariance import variance_covariance_loss
+from .warp import DifferentiableTransform
 
 __all__ = [
     "CrossViewLoss",
+    "DifferentiableTransform",
     "LinearTemperature",
     "LocalContrastiveLoss",
     "NTXentLoss",
     "Prototypes",
+    "RandomViews",
     "SinkhornAssignment",
     "SinkhornLoss",
     "SupConLoss",
+    "ViewStrength",
     "variance_covariance_loss",
 ]

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: MIT
+// Differentiable transformations on the GPU, backward. The cut of a chain into steps stands in warp_program.cuh.
+//
+// In the default order two launches, with one intermediate gradient. The first gathers the adjoint of the rotation from the gradient, makes the blurred
+// tile and the noise again, and walks back through flips, crop and noise in registers; the second is the adjoint blur, once with the taps and once
+// with their slopes, so that sigma's gradient needs no more than the image's own pixels. The angle's gradient comes out of the same
+// gather: a pixel times the derivatives of the weights with which outputs read it. Chains of other orders take up to seven launches; where a
+// block holds the whole plane it is one.
+// Sums of parameters: registers, warps, block, then the blocks of a sample in their order, in float64, by the one that comes last. No float atomics.
+//
+// Limit: instructions. By the assembly (sm_90) a pixel takes about 440 in the first launch (gather 245, to shared memory 33, blur 47, noise 60, the
+// rest 55) and 170 in the second. An H200 issues 33 T a second: 10 us at 32 x 1 x 128 x 128 and 44 us at 16 x 3 x 224 x 224 at the least, beside 1 to 2 us
+// a launch; 64 x 1 x 28 x 28 is bound by latency, 4 to 6 us. Estimates: not yet run on a GPU; runs in the emulator.
+//
+// The gather could find the outputs of a cell of four pixels, 4 candidates instead of 9; but then rounding decides which cell has an output whose
+// source lies on an edge, where it has its full weight. Around a pixel an output that is missed or taken twice has no weight.
+
+#include "common/simt.cuh"
+#include "ops/cuda/warp_step.cuh"
+#include "ops/warp.h"
+
+namespace {
+
+// By the tile's pixels before the blur: their gradients at GRAD_AT, and those that the taps' slopes would give at DERIVATIVE_AT.
+template <class T, bool mixed>
+__device__ __forceinline__ void adjoint_blur_tile(const Program& p, const Tile& tile, const Array& grad, T* shared) {
+  const Taps<T> taps = taps_of_sample<T>(p, tile.sample, p.radius_y, p.radius_x);
+  T* const middle = shared + MIDDLE_AT;
+  T* const slope_middle = shared + SLOPE_MIDDLE_AT;
+  load_raw<T, mixed>(grad, tile, taps.reach_y, taps.reach_x, WarpBlurPadding::zeros, shared);
+  filter_rows<T, true>(shared, tile, taps.reach_x, p.padding, taps.weight, T(1), middle);
+  const ColumnRun run;
+  T weight[REACH + 1], out[RUN] = {};
+  read_taps(taps.weight, taps.reach_y, weight);
+  filter_column<T, true>(middle, run, tile, taps.reach_y, p.padding, weight, T(1), out);
+  write_column(shared + GRAD_AT, run, tile, out);
+  T by_sigma[RUN] = {};
+  if (!taps.is_identity()) {
+    filter_rows<T, true>(shared, tile, taps.reach_x, p.padding, taps.slope, T(0), slope_middle);
+    T slope[REACH + 1];
+    read_taps(taps.slope, taps.reach_y, slope);
+    filter_column<T, true>(middle, run, tile, taps.reach_y, p.padding, slope, T(0), by_sigma);
+    filter_column<T, true>(slope_middle, run, tile, taps.reach_y, p.padding, weight, T(1), by_sigma);
+  }
+  write_column(shared + DERIVATIVE_AT, run, tile, by_sigma);
+  __syncthreads();
+}
+
+// By the tile's values before the stage behind: their gradients at GRAD_AT; what times the value adds up to the gradient by that stage's parameter
+// at DERIVATIVE_AT. Either is read by the thread that wrote it, or behind a barrier.
+template <class T, bool mixed>
+__device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step, const Tile& tile, T* shared) {
+  const Array grad = plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image);
+  const Reader reader = step.adjoint;
+  if (reader == Reader::blur) return adjoint_blur_tile<T, mixed>(p, tile, grad, shared);
+  Turn<T> turn;
+  Taps<T> taps;
+  if (reader == Reader::rotate) turn = turn_of_sample<T>(p, tile.sample);
+  if (reader == Reader::blur_x) taps = taps_of_sample<T>(p, tile.sample, 0, p.radius_x);
+  if (reader == Reader::blur_y) taps = taps_of_sample<T>(p, tile.sample, p.radius_y, 0);
+  for_orbits(tile, [&](const Orbit& orbit) {
+#pragma unroll 1
+    for (int t = 0; t < 4; ++t) {
+      const int x = orbit.x(t), y = orbit.y(t);
+      T derivative = 0, g;
+      if (reader == Reader::rotate) {
+        g = gathered_rotation<T, mixed>(grad, tile, turn, x, y, derivative);
+      } else if (reader == Reader::none || taps.is_identity()) {
+        g = load<T, mixed>(grad, tile.at(x, y));
+      } else {
+        const bool along_x = reader == Reader::blur_x;
+        g = gathered_blur<T, mixed>(grad, line_through(tile, x, y, along_x), taps, along_x ? taps.reach_x : taps.reach_y, p.padding,
+                                    derivative);
+      }
+      shared[GRAD_AT + orbit.at(t)] = g;
+      shared[DERIVATIVE_AT + orbit.at(t)] = derivative;
+    }
+  });
+}
+
+// Derivatives of what was summed up by the parameters themselves.
+template <class T>
+__device__ __forceinline__ void scale_sums(const Program& p, const Step& step, int64_t sample, T (&sums)[SUMS]) {
+  const T level = static_cast<const T*>(p.params)[sample * WARP_PARAMS];
+  sums[0] *= step.adjoint == Reader::rotate ? T(6.283185307179586) : static_cast<T>(p.sigma_max) * sign_of(level);
+  sums[1] *= static_cast<T>(p.noise_std);
+  sums[2] *= static_cast<T>(p.sharpness) * T(p.W);
+  sums[3] *= static_cast<T>(p.sharpness) * T(p.H);
+}
+
+template <class T, bool mixed>
+__device__ __forceinline__ void run_gradient(const Program& p, const Step& step, const Tile& tile, T* shared) {
+  const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
+  if (is_void<T>(p, tile.sample)) {
+    if (step.target) fill_with_nan<T, mixed>(target, tile);
+    return;  // nor are there sums
+  }
+  const Local<T> local = local_of_sample<T>(p, tile.sample);
+  const T* const noise = step.values ? shared + NOISE_AT : nullptr;
+  adjoint_tile<T, mixed>(p, step, tile, shared);
+  if (step.values) {
+    read_tile<T, mixed>(p, step, tile, shared, shared + MIDDLE_AT);
+    if (has_stage(step, local, WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
+  }
+  Mask<T> mask;
+  if (has_stage(step, local, WarpStage::crop)) mask = make_mask<T>(p, tile);
+  T sums[SUMS] = {};
+  for_orbits(tile, [&](const Orbit& orbit) {
+    T before[MOST_LOCAL][4], v[4], g[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) v[t] = step.values ? shared[VALUE_AT + orbit.at(t)] : T(0);
+#pragma unroll
+    for (int i = 0; i < MOST_LOCAL; ++i) {
+#pragma unroll
+      for (int t = 0; t < 4; ++t) before[i][t] = v[t];
+      if (step.values && i < step.stages) apply(step.stage[i], local, mask, orbit, noise, v);
+    }
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      g[t] = shared[GRAD_AT + orbit.at(t)];
+      const T derivative = shared[DERIVATIVE_AT + orbit.at(t)];  // none where the stage is off, whatever the value
+      if (orbit.owns(t) && derivative != 0) sums[0] = fused(v[t], derivative, sums[0]);
+    }
+#pragma unroll
+    for (int i = MOST_LOCAL - 1; i >= 0; --i)
+      if (i < step.stages) apply_adjoint(step.stage[i], local, mask, orbit, noise, before[i], g, sums);
+    if (step.target) store_orbit<T, mixed>(target, tile, orbit, g);
+  });
+  if (!step.values) return;
+  scale_sums(p, step, tile.sample, sums);
+  write_block_sums(sums, step.sums, step.behind, p.partial + static_cast<int64_t>(blockIdx.x) * COLUMNS);
+}
+
+// resources: dynamic shared 73216 bytes
+template <class T, bool mixed>
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 2 : 1) warp_backward_kernel(const Program p) {
+  PK_DYNAMIC_SHARED(T, shared);
+  const Tile tile = tile_of_block(p);
+  const int64_t blocks = p.C * p.tiles_y * p.tiles_x;
+  if (p.clear && blockIdx.x % blocks == 0 && threadIdx.x == 0) p.arrivals[tile.sample] = 0;
+  for (int i = p.first; i < p.last; ++i) {
+    if (p.step[i].gradient) {
+      run_gradient<T, mixed>(p, p.step[i], tile, shared);
+    } else {
+      run_pass<T, mixed>(p, p.step[i], tile, shared, shared + MIDDLE_AT);
+    }
+    __syncthreads();
+  }
+  if (!p.finish || !arrives_last(p.arrivals + tile.sample, blocks)) return;
+  const int column = threadIdx.x / 32;
+  if (column >= WARP_PARAMS) return;
+  const double* const partial = p.partial + tile.sample * blocks * COLUMNS;
+  double sum = 0;
+  if (is_void<T>(p, tile.sample)) {
+    sum = is_used(p, tile.sample, column) ? double(NAN) : 0.0;
+  } else {
+    if ((p.columns >> column & 1u) != 0) sum = column_sum(partial, blocks, COLUMNS, column);
+    if (column == 0 && (p.columns >> SECOND_BLUR & 1u) != 0) sum += column_sum(partial, blocks, COLUMNS, SECOND_BLUR);
+  }
+  if (threadIdx.x % 32 == 0) static_cast<T*>(p.grad_params)[tile.sample * WARP_PARAMS + column] = static_cast<T>(sum);
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ launch
+
+// The steps of a backward program; without a workspace `pieces` counts. Returns their number.
+template <class T>
+int backward_steps(const WarpBackward& p, Pieces& pieces, Program& program) {
+  Pass passes[MOST_PASSES];
+  const int count = passes_of(p, passes);
+  const bool values = p.grad_params != nullptr;
+  // the last pass without its reading stage: nothing to do if nothing is left of it
+  const int top = passes[count - 1].stages > 0 || passes[count - 1].reader == Reader::none ? count - 1 : count - 2;
+  int steps = 0;
+  const void* sources[MOST_PASSES] = {p.images};
+  for (int i = 0; values && i < top; ++i) {
+    Step& step = program.step[steps++] = step_of(passes[i]);
+    step.source = sources[i];
+    step.is_source_image = i == 0;
+    sources[i + 1] = step.target = pieces.take<T>(elements_of(p));
+  }
+  const bool reads_images = passes[0].reader != Reader::none;
+  const int gradients = top + 1 + (reads_images ? 1 : 0);
+  void* const between[2] = {gradients > 1 ? pieces.take<T>(elements_of(p)) : nullptr,
+                            gradients > 2 ? pieces.take<T>(elements_of(p)) : nullptr};
+  for (int i = 0; i < gradients; ++i) {
+    const int pass = top - i;  // -1: before the first
+    Step& step = program.step[steps++];
+    step = pass >= 0 ? step_of(passes[pass]) : Step{};
+    step.gradient = true;
+    step.values = values;
+    step.adjoint = pass + 1 < count ? passes[pass + 1].reader : Reader::none;
+    step.behind = column_of(step.adjoint);
+    step.sums = sums_of(step);
+    program.columns |= (step.sums & ~1u) | (step.behind < 0 ? 0 : 1u << step.behind);
+    step.source = pass >= 0 ? sources[pass] : p.images;
+    step.is_source_image = pass <= 0;
+    step.grad = i == 0 ? p.grad : between[(i - 1) % 2];
+    step.is_grad_image = i == 0;
+    step.target = i == gradients - 1 ? p.grad_images : between[i % 2];
+    step.is_target_image = i == gradients - 1;
+  }
+  program.partial = pieces.take<double>(values ? p.B * blocks_of_sample(program) * COLUMNS : 0);
+  program.arrivals = pieces.take<unsigned>(values ? p.B : 0);
+  program.grad_params = p.grad_params;
+  return steps;
+}
+
+template <class T, bool mixed>
+int launch_backward(const WarpBackward& p, void* workspace, void* stream) {
+  Program program = program_of(p);
+  Pieces pieces(workspace);
+  const int steps = backward_steps<T>(p, pieces, program);
+  const bool whole = program.tiles_y == 1 && program.tiles_x == 1;
+  if (p.grad_params && (whole || steps == 1) && blocks_of_sample(program) > 1) {  // no launch before the last could do it
+    const int status = pk::memset_async(program.arrivals, 0, sizeof(unsigned) * static_cast<std::size_t>(p.B), stream);
+    if (status != 0) return status;
+  }
+  return launch_steps(program, steps, [&](const Program& part) {
+    return PK_LAUNCH((warp_backward_kernel<T, mixed>), dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
+                     shared_bytes(part, true, sizeof(T)), stream, part);
+  });
+}
+
+}  // namespace
+
+namespace protokernels {
+
+int64_t warp_backward_workspace(const WarpBackward& p) {
+  Program program = program_of(p);
+  Pieces pieces(nullptr);
+  p.double_compute ? backward_steps<double>(p, pieces, program) : backward_steps<float>(p, pieces, program);
+  return pieces.used();
+}
+
+int launch_warp_backward(const WarpBackward& p, void* workspace, void* stream) {
+  switch (p.kind) {
+    case Kind::f32: return launch_backward<float, false>(p, workspace, stream);
+    case Kind::f64: return launch_backward<double, false>(p, workspace, stream);
+    default: return launch_backward<float, true>(p, workspace, stream);
+  }
+}
+
+}  // namespace protokernels

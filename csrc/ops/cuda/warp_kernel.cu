@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: MIT
+// Differentiable transformations on the GPU, forward. The equations stand in ops/warp.h, the cut of a chain into passes in warp_program.cuh.
+//
+// A block takes a tile of 32 x 16 pixels of a plane's upper left quarter and the three mirror images of the tile: flips need no other block, whatever
+// their place in the order. The blur of both axes runs in shared memory (rows, then columns, runs of 8 outputs from 20 inputs in registers); the
+// rotation reads its four pixels from the cache, a warp turning 8 x 4 pixels; the noise is made by Philox, four numbers at a time, and never stored.
+// A chain in the default order is two launches, with one intermediate image that the L2 cache holds; one launch where a block holds
+// the whole plane (up to 64 x 32), the passes separated by barriers. Nothing depends on the order of threads or blocks.
+//
+// Limit: instructions. By the assembly (sm_90) a pixel takes about 165 in the first pass (to shared memory 33, blur 47, noise 60, the rest 25) and 80 in
+// the rotation. An H200 issues 33 T a second: 4 us at 32 x 1 x 128 x 128 and 18 us at 16 x 3 x 224 x 224 at the least, beside 1 to 2 us a launch;
+// memory alone would take 1 and 4.5 us. 64 x 1 x 28 x 28 fills half of its multiprocessors with a block each and is bound by latency, 3 to 4 us.
+// Estimates: not yet run on a GPU; runs in the emulator.
+
+#include "common/simt.cuh"
+#include "ops/cuda/warp_step.cuh"
+#include "ops/warp.h"
+
+namespace {
+
+// resources: dynamic shared 36608 bytes
+template <class T, bool mixed>
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 3 : 1) warp_forward_kernel(const Program p) {
+  PK_DYNAMIC_SHARED(T, shared);
+  const Tile tile = tile_of_block(p);
+  for (int i = p.first; i < p.last; ++i) {
+    run_pass<T, mixed>(p, p.step[i], tile, shared, shared + FORWARD_MIDDLE_AT);
+    __syncthreads();  // the next pass reads what the others of this block wrote
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ launch
+
+template <class T, bool mixed>
+int launch_forward(const WarpForward& p, void* workspace, void* stream) {
+  Pass passes[MOST_PASSES];
+  const int count = passes_of(p, passes);
+  Program program = program_of(p);
+  Pieces pieces(workspace);
+  T* const between[2] = {count > 1 ? pieces.take<T>(elements_of(p)) : nullptr, count > 2 ? pieces.take<T>(elements_of(p)) : nullptr};
+  for (int i = 0; i < count; ++i) {
+    Step& step = program.step[i] = step_of(passes[i]);
+    step.source = i == 0 ? p.images : between[(i - 1) % 2];
+    step.target = i == count - 1 ? p.output : between[i % 2];
+    step.is_source_image = i == 0;
+    step.is_target_image = i == count - 1;
+  }
+  return launch_steps(program, count, [&](const Program& part) {
+    return PK_LAUNCH((warp_forward_kernel<T, mixed>), dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
+                     shared_bytes(part, false, sizeof(T)), stream, part);
+  });
+}
+
+}  // namespace
+
+namespace protokernels {
+
+int64_t warp_forward_workspace(const WarpForward& p) {
+  Pass passes[MOST_PASSES];
+  const int count = passes_of(p, passes);
+  Pieces pieces(nullptr);
+  for (int i = 1; i < count && i < 3; ++i) pieces.take<unsigned char>(elements_of(p) * element_size(p));
+  return pieces.used();
+}
+
+int launch_warp_forward(const WarpForward& p, void* workspace, void* stream) {
+  switch (p.kind) {
+    case Kind::f32: return launch_forward<float, false>(p, workspace, stream);
+    case Kind::f64: return launch_forward<double, false>(p, workspace, stream);
+    default: return launch_forward<float, true>(p, workspace, stream);
+  }
+}
+
+}  // namespace protokernels

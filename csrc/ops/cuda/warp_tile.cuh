@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: MIT
+// The tile of a block, its pixels in shared memory, and the blur of both axes with its adjoint.
+//
+// A tile is a rectangle of the plane's upper left quarter together with its mirror images in the other three: a pixel and the three that flips mix it
+// with belong to one thread. All four rectangles are addressed from their own corner of the plane; a symmetric filter does not see the
+// difference, and no tile comes within a radius of its far edge, so that paddings fold back at the near edge only.
+#pragma once
+
+#include "ops/cuda/warp_program.cuh"
+
+namespace {
+
+constexpr int RAW_W = TILE_W + 2 * REACH, RAW_H = TILE_H + 2 * REACH;
+constexpr int MIDDLE_W = TILE_W + 4;  // with RAW_W: runs of 8 floats in two rows lie in different banks
+constexpr int VALUE_W = TILE_W + 8;   // a warp's 8 x 4 pixels lie in different banks
+constexpr int RUN = 8;                // outputs a thread makes at a time, from RUN + 2 REACH inputs in registers
+static_assert(TILE_H == 2 * RUN && THREADS == 4 * TILE_H / RUN * TILE_W && TILE_W % RUN == 0);
+
+constexpr int VALUES = 4 * TILE_H * VALUE_W, RAWS = 4 * RAW_H * RAW_W, MIDDLES = 4 * RAW_H * MIDDLE_W;
+// Elements of T in dynamic shared memory: the values of the tile, its noise; raw pixels lie there before either is made. Behind them, rows that are
+// filtered, in the forward kernel; in the backward kernel gradients, derivatives by the parameter of the stage behind, and twice filtered rows.
+constexpr int VALUE_AT = 0, NOISE_AT = VALUES, FORWARD_MIDDLE_AT = 2 * VALUES;
+constexpr int GRAD_AT = 2 * VALUES, DERIVATIVE_AT = 3 * VALUES, MIDDLE_AT = 4 * VALUES, SLOPE_MIDDLE_AT = MIDDLE_AT + MIDDLES;
+static_assert(SLOPE_MIDDLE_AT + MIDDLES == BLUR_ELEMENTS && RAWS <= FORWARD_MIDDLE_AT && FORWARD_MIDDLE_AT % 4 == 0 && MIDDLE_AT % 4 == 0 &&
+              SLOPE_MIDDLE_AT % 4 == 0);
+
+// What the steps of a launch need. Passes of a backward program take the place of the backward kernel.
+inline std::size_t shared_bytes(const Program& p, bool backward, std::size_t element) {
+  int elements = backward ? MIDDLE_AT : VALUES;
+  for (int i = p.first; i < p.last; ++i) {
+    const Step& s = p.step[i];
+    int here = 0;
+    for (int k = 0; k < s.stages; ++k)
+      if (s.stage[k] == WarpStage::noise) here = FORWARD_MIDDLE_AT;
+    if (s.reader == Reader::blur) here = (backward ? MIDDLE_AT : FORWARD_MIDDLE_AT) + MIDDLES;
+    if (s.gradient && s.adjoint == Reader::blur) here = SLOPE_MIDDLE_AT + MIDDLES;
+    if (here > elements) elements = here;
+  }
+  return static_cast<std::size_t>(elements) * element;
+}
+
+struct Tile {
+  int64_t sample, channel, first;  // first element of the plane in [B, C, H, W]
+  int x0, y0, w, h;                // in the upper left quarter
+  int W, H;
+
+  // Rows that whole runs of outputs take, and so the lines that are filtered.
+  __device__ __forceinline__ int lines() const { return (h + RUN - 1) / RUN * RUN + 2 * REACH; }
+  // Mirror image t: bit 0 along x, bit 1 along y.
+  __device__ __forceinline__ int x(int t, int column) const { return t & 1 ? W - 1 - x0 - column : x0 + column; }
+  __device__ __forceinline__ int y(int t, int row) const { return t & 2 ? H - 1 - y0 - row : y0 + row; }
+  // In the plane, which has fewer than 2^30 pixels; of a place outside it is no more than a number.
+  __device__ __forceinline__ int at(int px, int py) const { return static_cast<int>(static_cast<unsigned>(py) * W + px); }
+};
+
+__device__ __forceinline__ Tile tile_of_block(const Program& p) {
+  const int tiles = p.tiles_x * p.tiles_y;
+  const int64_t plane = blockIdx.x / tiles;
+  const int tile = blockIdx.x % tiles;
+  const int x0 = tile % p.tiles_x * TILE_W, y0 = tile / p.tiles_x * TILE_H;
+  return {plane / p.C, plane % p.C, plane * p.H * p.W, x0, y0, min(TILE_W, (p.W + 1) / 2 - x0), min(TILE_H, (p.H + 1) / 2 - y0), p.W, p.H};
+}
+
+// Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything. A thread takes the same
+// place of the four mirror images. Ends with a barrier.
+template <class T, bool mixed>
+__device__ __forceinline__ void load_raw(const Array& source, const Tile& tile, int reach_y, int reach_x, WarpBlurPadding padding, T* raw) {
+  constexpr int PLACES = RAW_H * RAW_W;
+  const int last_x = tile.W - 1, last_row = (tile.H - 1) * tile.W;
+#pragma unroll 1
+  for (int e = threadIdx.x; e < tile.lines() * RAW_W; e += THREADS) {
+    const int column = e % RAW_W - REACH, row = e / RAW_W - REACH;
+    int x = tile.x0 + column, y = tile.y0 + row;
+    bool there = column >= -reach_x && column < tile.w + reach_x && row >= -reach_y && row < tile.h + reach_y;
+    if (there && (static_cast<unsigned>(x) >= static_cast<unsigned>(tile.W) || static_cast<unsigned>(y) >= static_cast<unsigned>(tile.H))) {
+      x = padded_place(x, tile.W, padding);
+      y = padded_place(y, tile.H, padding);
+      there = x >= 0 && y >= 0;
+    }
+    const int near = y * tile.W, far = last_row - near;
+    T v[4] = {};
+    if (there) {
+      v[0] = load<T, mixed>(source, near + x), v[1] = load<T, mixed>(source, near + last_x - x);
+      v[2] = load<T, mixed>(source, far + x), v[3] = load<T, mixed>(source, far + last_x - x);
+    }
+#pragma unroll
+    for (int t = 0; t < 4; ++t) raw[t * PLACES + e] = v[t];
+  }
+  __syncthreads();
+}
+
+template <class T>
+__device__ __forceinline__ void read_run(const T* shared, int stride, T (&in)[RUN + 2 * REACH]) {
+#pragma unroll
+  for (int i = 0; i < RUN + 2 * REACH; ++i) in[i] = shared[i * stride];
+}
+// Along a row, by vectors of 16 bytes.
+__device__ __forceinline__ void read_row(const float* shared, float (&in)[RUN + 2 * REACH]) {
+#pragma unroll
+  for (int i = 0; i < RUN + 2 * REACH; i += 4) {
+    const float4 v = pk::load_vector<float4>(shared + i);
+    in[i] = v.x, in[i + 1] = v.y, in[i + 2] = v.z, in[i + 3] = v.w;
+  }
+}
+__device__ __forceinline__ void read_row(const double* shared, double (&in)[RUN + 2 * REACH]) {
+#pragma unroll
+  for (int i = 0; i < RUN + 2 * REACH; i += 2) {
+    const double2 v = pk::load_vector<double2>(shared + i);
+    in[i] = v.x, in[i + 1] = v.y;
+  }
+}
+__device__ __forceinline__ void write_row(float* shared, const float (&out)[RUN]) {
+#pragma unroll
+  for (int i = 0; i < RUN; i += 4) pk::store_vector(shared + i, float4{out[i], out[i + 1], out[i + 2], out[i + 3]});
+}
+__device__ __forceinline__ void write_row(double* shared, const double (&out)[RUN]) {
+#pragma unroll
+  for (int i = 0; i < RUN; i += 2) pk::store_vector(shared + i, double2{out[i], out[i + 1]});
+}
+
+// out[i] += sum_k taps[|k|] in[REACH + i + k], |k| <= REACH.
+template <class T>
+__device__ __forceinline__ void filter(const T (&in)[RUN + 2 * REACH], const T (&taps)[REACH + 1], T (&out)[RUN]) {
+#pragma unroll
+  for (int i = 0; i < RUN; ++i) {
+#pragma unroll
+    for (int k = 0; k <= 2 * REACH; ++k) out[i] = fused(taps[k < REACH ? REACH - k : k - REACH], in[i + k], out[i]);
+  }
+}
+
+// What the adjoint of the padding adds at the plane's edge, of which the run is the first: outputs that would lie outside fall back on it.
+template <class T>
+__device__ __forceinline__ void fold(const T (&in)[RUN + 2 * REACH], const T (&taps)[REACH + 1], WarpBlurPadding padding, T (&out)[RUN]) {
+  if (padding == WarpBlurPadding::reflect) {  // pixel i stands at -i too
+#pragma unroll
+    for (int i = 1; i <= REACH; ++i)
+#pragma unroll
+      for (int u = 0; u <= REACH - i; ++u) out[i] = fused(taps[u + i], in[REACH + u], out[i]);
+  } else if (padding == WarpBlurPadding::replicate) {  // pixel 0 stands at -1, -2, ... too
+    T tail = 0;
+#pragma unroll
+    for (int u = REACH - 1; u >= 0; --u) {
+      tail += taps[u + 1];
+      out[0] = fused(tail, in[REACH + u], out[0]);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void read_taps(const T* shared, int reach, T (&taps)[REACH + 1]) {
+#pragma unroll
+  for (int k = 0; k <= REACH; ++k) taps[k] = reach > 0 && k <= reach ? shared[k] : T(0);
+}
+
+// Filters the rows of raw into middle; an axis that is not blurred multiplies by `alone`. Ends with a barrier. adjoint: with fold.
+template <class T, bool adjoint>
+__device__ __forceinline__ void filter_rows(const T* raw, const Tile& tile, int reach, WarpBlurPadding padding, const T* shared_taps,
+                                            T alone, T* middle) {
+  T taps[REACH + 1];
+  read_taps(shared_taps, reach, taps);
+  for (int e = threadIdx.x; e < 4 * RAW_H * (TILE_W / RUN); e += THREADS) {
+    const int run = e % (TILE_W / RUN), line = e / (TILE_W / RUN);
+    if (run * RUN >= tile.w || line % RAW_H >= tile.lines()) continue;
+    T in[RUN + 2 * REACH], out[RUN] = {};
+    read_row(raw + line * RAW_W + run * RUN, in);
+    if (reach == 0) {
+#pragma unroll
+      for (int i = 0; i < RUN; ++i) out[i] = alone * in[REACH + i];
+    } else {
+      filter(in, taps, out);
+      if (adjoint && tile.x0 == 0 && run == 0) fold(in, taps, padding, out);
+    }
+    write_row(middle + line * MIDDLE_W + run * RUN, out);
+  }
+  __syncthreads();
+}
+
+// A thread's run of a column of middle: it makes RUN outputs from row `row` of mirror image t on.
+struct ColumnRun {
+  int t, row, column;
+  __device__ __forceinline__ ColumnRun()
+      : t(threadIdx.x / (2 * TILE_W)), row(threadIdx.x / TILE_W % 2 * RUN), column(threadIdx.x % TILE_W) {}
+};
+
+template <class T, bool adjoint>
+__device__ __forceinline__ void filter_column(const T* middle, const ColumnRun& run, const Tile& tile, int reach, WarpBlurPadding padding,
+                                              const T (&taps)[REACH + 1], T alone, T (&out)[RUN]) {
+  if (run.column >= tile.w || run.row >= tile.h) return;
+  T in[RUN + 2 * REACH];
+  read_run(middle + (run.t * RAW_H + run.row) * MIDDLE_W + run.column, MIDDLE_W, in);
+  if (reach == 0) {
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) out[i] = fused(alone, in[REACH + i], out[i]);
+    return;
+  }
+  filter(in, taps, out);
+  if (adjoint && tile.y0 == 0 && run.row == 0) fold(in, taps, padding, out);
+}
+
+template <class T>
+__device__ __forceinline__ void write_column(T* values, const ColumnRun& run, const Tile& tile, const T (&out)[RUN]) {
+  if (run.column >= tile.w) return;
+#pragma unroll
+  for (int i = 0; i < RUN; ++i)
+    if (run.row + i < tile.h) values[(run.t * TILE_H + run.row + i) * VALUE_W + run.column] = out[i];
+}
+
+// Taps of a sample in shared memory. Below the least sigma, and where the blur is off, both radii are 0: the identity, to the bit.
+template <class T>
+struct Taps {
+  const T* weight;
+  const T* slope;  // d weight / d sigma
+  int reach_y, reach_x;
+
+  __device__ __forceinline__ bool is_identity() const { return reach_y == 0 && reach_x == 0; }
+};
+
+template <class T>
+__device__ __forceinline__ Taps<T> taps_of_sample(const Program& p, int64_t sample, int radius_y, int radius_x) {
+  PK_SHARED(T, weight, MOST_TAPS);
+  PK_SHARED(T, slope, MOST_TAPS);
+  const bool on = (p.enabled[sample] >> static_cast<int>(WarpStage::blur) & 1) != 0;
+  const T level = static_cast<const T*>(p.params)[sample * WARP_PARAMS];
+  const T sigma = on ? magnitude(static_cast<T>(p.sigma_max) * level) : T(0);
+  if (sigma < T(WARP_LEAST_SIGMA)) return {weight, slope, 0, 0};
+  make_taps(sigma, max(radius_y, radius_x), weight, slope);
+  return {weight, slope, radius_y, radius_x};
+}
+
+}  // namespace
