@@ -27,6 +27,7 @@ from .ops.prototypes import (
     update_prototypes_,
 )
 from .ops.sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence, sinkhorn_features
+from .ops.warp import affine_warp, blend_flip, gaussian_blur, gaussian_noise, rotate, soft_crop, transform
 
 __all__ = [
     "PrototypeStep",
@@ -34,18 +35,25 @@ __all__ = [
     "SinkhornResult",
     "SoftAssignment",
     "__version__",
+    "affine_warp",
     "backend",
+    "blend_flip",
     "cross_view_loss",
+    "gaussian_blur",
+    "gaussian_noise",
     "local_contrastive_loss",
     "nn",
     "nt_xent_loss",
     "prototype_step",
     "reference",
+    "rotate",
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_features",
     "soft_assign",
+    "soft_crop",
     "supcon_loss",
+    "transform",
     "update_prototypes",
     "update_prototypes_",
 ]
