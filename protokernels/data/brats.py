@@ -54,7 +54,8 @@ def load(root: Path) -> ImageDataset:
     provenance = described.provenance()
     provenance |= {"sequence": SEQUENCE, "patients": {name: len(split) for name, split in parts.items()}}
     try:
-        return ImageDataset("brats", *(_joined(split) for split in parts.values()), CLASSES, provenance)
+        train, val, test = (_joined(split) for split in parts.values())
+        return ImageDataset("brats", train, val, test, CLASSES, provenance)
     except DataError as error:
         raise DataError(f"{folder}: {error}") from error
 

@@ -52,9 +52,11 @@ def hold_out_sets(
             raise ValueError(
                 f"hold_out_sets: {sets} parts need at least {sets} {name}; got {min(counts, default=0)} among {len(labels)} images"
             )
-    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
-    splitter = kind(sets, shuffle=True, random_state=seed)
-    return [np.sort(test) for _, test in splitter.split(np.zeros(len(labels)), labels, of)]
+    if groups is None:
+        splits = StratifiedKFold(sets, shuffle=True, random_state=seed).split(of, labels)
+    else:
+        splits = StratifiedGroupKFold(sets, shuffle=True, random_state=seed).split(of, labels, groups)
+    return [np.sort(test) for _, test in splits]
 
 
 def cross_validated_auc(

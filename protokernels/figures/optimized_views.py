@@ -141,7 +141,9 @@ def parameter_histograms(chosen: Sequence[Mapping[str, Any]], *, title: str) -> 
         counts = np.array([line["counts"][name] for line in chosen], float).T  # [bins, epochs]
         shares = counts / np.maximum(counts.sum(axis=0), 1)
         extent = (epochs[0] - 0.5, epochs[-1] + 0.5, 0.0, 1.0)
-        axes.imshow(shares, cmap="Greys", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
+        axes.imshow(
+            shares, cmap="Greys", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent, interpolation="nearest"
+        )
         axes.set_title(name, fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         axes.set_yticks([0, 0.5, 1])

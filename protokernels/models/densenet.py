@@ -53,7 +53,9 @@ class DenseNetEncoder(nn.Module):
         state = {}
         for key, value in read_weights(Path(path).expanduser(), "DenseNet121", "densenet121-a639ec97.pth").items():
             if key.startswith("features."):
-                inner = re.sub(r"(denselayer\d+)\.(norm|conv)\.?([12])\.", r"\1.layers.\2\3.", key.removeprefix("features."))
+                inner = re.sub(
+                    r"(denselayer\d+)\.(norm|conv)\.?([12])\.", r"\1.layers.\2\3.", key.removeprefix("features.")
+                )
                 state[inner] = value
         first = state.get("conv0.weight", torch.empty(0))
         if self.channels == 1 and first.shape[1:2] == (3,):

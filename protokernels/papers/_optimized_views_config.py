@@ -28,7 +28,9 @@ class Strategy(NamedTuple):
     """What makes the views, what the encoder minimises, and whose labels it sees."""
 
     title: str
-    views: Literal["M", "uniform", "half"]  # Lambda from M; uniform; uniform, and each transformation with probability 1/2
+    views: Literal[
+        "M", "uniform", "half"
+    ]  # Lambda from M; uniform; uniform, and each transformation with probability 1/2
     loss: Literal["pairs", "classes", "class pairs"]  # Eq. 1; cross-entropy alone; Khosla's
     labels: Literal["none", "share", "all"]
     alphas: Alphas  # alpha_0 to alpha_4 of Eq. 1
@@ -74,6 +76,7 @@ class OptimizedViewsConfig:
     image_size: int = 64  # pixels; images are resized to it
     encoder: EncoderName = "convolutional"  # f
     width: int = 8  # channels of the convolutional encoder's first block; 32 in the paper preset
+    m_width: int = 8  # channels of M's first block; 16 in the paper preset
     initial_weights: str = ""  # file with ImageNet weights of DenseNet121; empty: random
     # Eq. 1 and 2
     alphas: Alphas | None = None  # alpha_0 ... alpha_4; none: the strategy's
@@ -88,12 +91,12 @@ class OptimizedViewsConfig:
     m_every: int = 1  # steps between two steps of M
     statistics: Literal["both", "untransformed"] = "both"  # whose batches move the running statistics of f
     # Optimisation: Adam
-    epochs: int = 15
+    epochs: int = 12
     batch_size: int = 32
     learning_rate: float = 1e-3  # of f, g and p
     m_learning_rate: float | None = None  # of M; none: the paper's, 1e-3 where M has labels and 1e-4 where not
     supcon_temperature: float = 0.1  # of the strategy supervised-contrastive
-    evaluations: int = 5  # how often the linear evaluation is run, evenly over training
+    evaluations: int = 6  # how often the linear evaluation is run, evenly over training
     selection: bool = False  # for choosing hyper-parameters: score the validation set only, never the test set
 
     def __post_init__(self) -> None:
@@ -106,12 +109,14 @@ class OptimizedViewsConfig:
                 )
         if not 0 < self.labelled <= 1:
             raise ValueError(f"OptimizedViewsConfig: labelled must lie in (0, 1], a share; got {self.labelled}")
-        positive = ("image_size", "width", "temperature", "m_every", "epochs", "batch_size", "learning_rate")
+        positive = ("image_size", "width", "m_width", "temperature", "m_every", "epochs", "batch_size", "learning_rate")
         for name in (*positive, "supcon_temperature", "evaluations"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"OptimizedViewsConfig: {name} must be positive; got {getattr(self, name)}")
         if self.m_learning_rate is not None and not self.m_learning_rate > 0:
-            raise ValueError(f"OptimizedViewsConfig: m_learning_rate must be positive or none; got {self.m_learning_rate}")
+            raise ValueError(
+                f"OptimizedViewsConfig: m_learning_rate must be positive or none; got {self.m_learning_rate}"
+            )
         if len(set(self.order)) != len(self.order) or not self.order or set(self.order) - set(TRANSFORMATIONS):
             raise ValueError(
                 f"OptimizedViewsConfig: order must name some of {', '.join(TRANSFORMATIONS)}, each once; got "
@@ -187,6 +192,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "image_size": 224,
         "width": 32,
+        "m_width": 16,
         "epochs": 100,
         "learning_rate": 1e-4,
         "evaluations": 20,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -23,13 +24,17 @@ class TransformationNetwork(nn.Module):
     The paper says "two convolutional blocks with one convolutional layer". Channels 16 and 32, batch normalisation, ReLU, maximum over
     2 x 2 and the mean over positions are ours.
 
+    Args:
+        channels: image channels.
+        width: channels of the first block; the second has twice as many.
+
     Shape: [B, C, H, W] -> [B, 7] in (0, 1), float32.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, width: int = 16) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*_block((channels, 16)), *_block((16, 32)))
-        self.head = nn.Linear(32, len(PARAMETERS))
+        self.blocks = nn.Sequential(*_block((channels, width)), *_block((width, 2 * width)))
+        self.head = nn.Linear(2 * width, len(PARAMETERS))
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -48,7 +53,7 @@ class ConvolutionalEncoder(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         widths = (channels, *(width * 2**block for block in range(4)))
-        self.blocks = nn.Sequential(*(layer for a, b in zip(widths, widths[1:], strict=False) for layer in _block((a, b, b))))
+        self.blocks = nn.Sequential(*(layer for a, b in itertools.pairwise(widths) for layer in _block((a, b, b))))
         self.dim = widths[-1]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -84,11 +89,11 @@ class OptimizedViews(nn.Module):
         hidden = 512 if config.encoder == "densenet121" else dim
         self.g = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, 128))
         self.p = nn.Linear(dim, 1)
-        self.M = TransformationNetwork(channels) if config.recipe.views == "M" else None
+        self.M = TransformationNetwork(channels, config.m_width) if config.recipe.views == "M" else None
 
     def embed(self, images: Tensor) -> Latents:  # [B, C, H, W]
         """f and g of a batch."""
-        h = self.f(images.contiguous(memory_format=torch.channels_last))
+        h = self.f(images.contiguous(memory_format=torch.channels_last))  # faster, on the CPU too
         return Latents(h, self.g(h).float())
 
     def classify(self, h: Tensor) -> Tensor:  # [B, d] -> [B]
@@ -124,7 +129,9 @@ def drawn_parameters(
 def frozen(*modules: nn.Module | None) -> Iterator[None]:
     """Inside, ``modules`` are constants: their parameters get no gradient and their running statistics stay. Batch normalisation goes on
     with the statistics of the batch, as in training."""
-    parameters = [each for module in modules if module is not None for each in module.parameters() if each.requires_grad]
+    parameters = [
+        each for module in modules if module is not None for each in module.parameters() if each.requires_grad
+    ]
     with still(*modules):
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -156,6 +163,6 @@ def still(*modules: nn.Module | None) -> Iterator[None]:
 
 def _block(widths: tuple[int, ...]) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
     return [*layers, nn.MaxPool2d(2)]

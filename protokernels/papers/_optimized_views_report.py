@@ -83,8 +83,8 @@ def ablation_tables(results: Mapping[str, Any]) -> list[Table]:
 
 def draw_ablations(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """AUC over epochs of all of them, with lines for what is supervised (the paper's Fig. 2)."""
-    from ..figures.optimized_views import auc_curves
     from ..figures import save_figure
+    from ..figures.optimized_views import auc_curves
 
     curves = {name: run_curves(Path(result["folder"])) for name, result in results.items()}
     flat = {name for name, result in results.items() if STRATEGIES[result["config"]["strategy"]].loss == "classes"}
@@ -95,9 +95,7 @@ def draw_ablations(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def run_curves(folder: Path) -> list[list[tuple[int, float]]]:
     """Epoch and AUC of every evaluation, by run."""
-    return [
-        [(line["epoch"], line["auc"]) for line in run.metrics() if "auc" in line] for run in load_runs(folder)
-    ]
+    return [[(line["epoch"], line["auc"]) for line in run.metrics() if "auc" in line] for run in load_runs(folder)]
 
 
 def _cell(value: Mapping[str, Any] | None) -> str:

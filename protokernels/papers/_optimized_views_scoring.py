@@ -31,7 +31,7 @@ def load_presence(name: str, root: str | Path | None = None, *, download: bool =
     """
     dataset = load_dataset(name, root, download=download)
     if name == "digits":
-        parts = {key: replace(split, labels=split.labels % 2) for key, split in dataset.splits.items()}
+        parts: dict[str, Any] = {key: replace(split, labels=split.labels % 2) for key, split in dataset.splits.items()}
         return replace(dataset, **parts, class_names=("even", "odd"))
     if dataset.num_classes != 2:
         raise DataError(
@@ -65,7 +65,11 @@ def in_batches(network: nn.Module, split: Split, size: int) -> Tensor:  # -> [N,
     training, device = network.training, next(network.parameters()).device
     network.eval()
     outputs = [
-        network(to_tensor(split.images[start : start + BATCH], size=size).to(device).contiguous(memory_format=torch.channels_last))
+        network(
+            to_tensor(split.images[start : start + BATCH], size=size)
+            .to(device)
+            .contiguous(memory_format=torch.channels_last)
+        )
         for start in range(0, len(split), BATCH)
     ]
     network.train(training)
@@ -81,7 +85,9 @@ def parameter_counts(model: OptimizedViews, split: Split) -> dict[str, list[int]
     """How often M chooses which value, by parameter: counts in :data:`BINS` equal bins of [0, 1]."""
     assert model.M is not None
     values = in_batches(model.M, split, model.config.image_size)
-    return {name: torch.histc(column, BINS, 0, 1).int().tolist() for name, column in zip(PARAMETERS, values.T, strict=True)}
+    return {
+        name: torch.histc(column, BINS, 0, 1).int().tolist() for name, column in zip(PARAMETERS, values.T, strict=True)
+    }
 
 
 def scored_split(dataset: ImageDataset, config: OptimizedViewsConfig) -> tuple[str, Split]:

@@ -14,37 +14,42 @@ crop it away, since X_M must be classified as well.
     >>> results = optimized_views.train(config, "runs/example")  # doctest: +SKIP
 
 Presets
-    ``paper``  the text: encoder widths 32 to 256 or DenseNet121 for chest X-rays, batches of 32 or 16, 100 epochs, Adam 1e-4.
+    ``paper``  the text: encoder widths 32 to 256 or DenseNet121 for chest X-rays, batches of 32 or 16, 100 epochs, Adam
+    1e-4.
     ``fair``   ours, for minutes on one CPU core: 64 pixels, widths 8 to 64 for every data set, 15 epochs with 1e-3.
     The authors have not released their code, so there is no preset ``official``.
 
 Strategies (``strategy``), section 3
-    ``random`` Lambda is uniform in [0, 1]^7, all six transformations act; ``random+supervision`` with labels. ``self-supervised`` M
-    without labels, which finds crops without content; ``self-supervised+supervision`` the paper's method. ``simclr`` Lambda is uniform,
-    each transformation acts with probability 1/2; still only one image of a pair is transformed. ``supervised`` cross-entropy of images so
-    transformed, on the labelled share; ``supervised-all`` with all labels. ``supervised-contrastive`` Khosla's loss on the labelled
-    share. All start from the same f, g, p, and an epoch has as many steps for all of them: those with few labels visit their images
-    more often, each time transformed anew.
+    ``random`` Lambda is uniform in [0, 1]^7, all six transformations act; ``random+supervision`` with labels.
+    ``self-supervised`` M without labels, which finds crops without content; ``self-supervised+supervision`` the paper's
+    method. ``simclr`` Lambda is uniform, each transformation acts with probability 1/2; still only one image of a pair
+    is transformed. ``supervised`` cross-entropy of images so transformed, on the labelled share; ``supervised-all``
+    with all labels. ``supervised-contrastive`` Khosla's loss on the labelled share. All start from the same f, g, p,
+    and an epoch has as many steps for all of them: those with few labels visit their images more often, each time
+    transformed anew.
 
 What the paper contradicts, or leaves open, and our choice
-    Signs. With the minus of Eq. 2, I_NCE is a loss, and Eq. 1 as printed would make f push pairs apart and M bring them together; the text
-    says the opposite. ``sign="text"``: f, g, p minimise +alpha_2 I_NCE, M minimises -alpha_0 I_NCE. ``"printed"``: to the letter.
-    Eq. 2 sums over the batch; the weights 0.1 to 10 beside a mean cross-entropy only make sense for a mean: ``reduction``. Similarity
-    is the inner product with tau = 1 as printed (``normalize=True`` for the cosine), the positive is not in the denominator
-    (``denominator``), and only X_M looks for X among the images (``symmetric``): with these, I_NCE has no lower bound.
-    Cross-entropy is the mean over the labelled images of a batch, and 0 with a zero gradient where there are none (Adam's momentum goes on).
-    Alternation: one step of M, then one of f, g, p on a new X_M of the M just trained, with new noise. f(X) is the same for both, since only M
-    has changed, and is computed once. X and X_M go through f as two batches. All batch normalisation uses the batch; running
-    statistics of f move in its own step only, by both batches, or by X alone (``statistics``), those of M in M's step.
-    The reversed order stands for the "different transformation order" that is not given. Images are scaled to [0, 1].
-    Sizes of M, f and g: see :mod:`protokernels.papers._optimized_views_networks`. Optimiser: Adam without decay.
-    Labels are drawn by the seed, a share of each class; the paper draws at random. A last batch that is smaller is left out.
+    Signs. With the minus of Eq. 2, I_NCE is a loss, and Eq. 1 as printed would make f push pairs apart and M bring them
+    together; the text says the opposite. ``sign="text"``: f, g, p minimise +alpha_2 I_NCE, M minimises -alpha_0 I_NCE.
+    ``"printed"``: to the letter. Eq. 2 sums over the batch; the weights 0.1 to 10 beside a mean cross-entropy only make
+    sense for a mean: ``reduction``. Similarity is the inner product with tau = 1 as printed (``normalize=True`` for the
+    cosine), the positive is not in the denominator (``denominator``), and only X_M looks for X among the images
+    (``symmetric``): with these, I_NCE has no lower bound. Cross-entropy is the mean over the labelled images of a
+    batch, and 0 with a zero gradient where there are none (Adam's momentum goes on). Alternation: one step of M, then
+    one of f, g, p on a new X_M of the M just trained, with new noise. f(X) is the same for both, since only M has
+    changed, and is computed once. X and X_M go through f as two batches. All batch normalisation uses the batch;
+    running statistics of f move in its own step only, by both batches, or by X alone (``statistics``), those of M in
+    M's step. The reversed order stands for the "different transformation order" that is not given. Images are scaled to
+    [0, 1]. Sizes of M, f and g: see :mod:`protokernels.papers._optimized_views_networks`. Optimiser: Adam without
+    decay. Labels are drawn by the seed, a share of each class; the paper draws at random. A last batch that is smaller
+    is left out.
 
 Evaluation (section 2.4)
-    ``hold_out``: the test set is cut into three hold-out sets without a common group (patient); inside each, a linear probe is fitted and scored
-    by three-fold cross-validation, groups together. So the probe sees test labels, as in the paper. ``probe``: the usual one, fitted on training
-    labels and scored on the whole test set. The area under the ROC curve also over epochs. No score chooses anything: the last epoch counts.
-    Table 2 ends at 0.887 where the text gives 0.93 for the same method; nothing explains it.
+    ``hold_out``: the test set is cut into three hold-out sets without a common group (patient); inside each, a linear
+    probe is fitted and scored by three-fold cross-validation, groups together. So the probe sees test labels, as in the
+    paper. ``probe``: the usual one, fitted on training labels and scored on the whole test set. The area under the ROC
+    curve also over epochs. No score chooses anything: the last epoch counts. Table 2 ends at 0.887 where the text gives
+    0.93 for the same method; nothing explains it.
 
 With several processes, I_NCE is over the images of one process.
 """
@@ -140,7 +145,9 @@ def transformation_losses(
         view = model.embed(model.transform(x, Lambda, seed))
         nce, bce = contrast(view.z, keys.detach(), config), cross_entropy(model.classify(view.h), y)
     sign = -1 if config.sign == "text" else 1
-    means = {f"mean_{name.replace(' ', '_')}": value for name, value in zip(PARAMETERS, Lambda.detach().mean(0), strict=True)}
+    means = {
+        f"mean_{name.replace(' ', '_')}": value for name, value in zip(PARAMETERS, Lambda.detach().mean(0), strict=True)
+    }
     return {"m_loss": sign * alpha_0 * nce + alpha_1 * bce, "m_contrast": nce, "m_cross_entropy": bce, **means}
 
 
@@ -183,6 +190,7 @@ def fit(
         for step in session.steps():
             chosen = rows[step.indices.cpu() % len(rows)]
             x = to_tensor(split.images[chosen.numpy()], size=config.image_size).to(session.device)
+            x = x.contiguous(memory_format=torch.channels_last)
             y, losses = labels[chosen.to(session.device)], {}
             with session.accelerator.autocast():
                 if recipe.loss != "classes":
