@@ -82,6 +82,20 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "contrastive_backward(Tensor rows, Tensor? columns, Tensor groups, Tensor ranges, Tensor? row_statistics, Tensor? row_coefficients, "
       "Tensor? column_statistics, Tensor? column_coefficients, int channels, float temperature, bool unit, int precision) "
       "-> Tensor grad_rows");
+
+  // Warps (ops/warp.h): blur, noise, soft crop, flips and rotation of images in any order, with gradients by images and parameters; affine warps of
+  // images and volumes.
+  library.def(
+      "warp_forward(Tensor images, Tensor params, Tensor enabled, Tensor seed, int[] order, int[] radius, float sigma_max, float noise_std, "
+      "float[] crop_half, float sharpness, int padding) -> Tensor");
+  library.def(
+      "warp_backward(Tensor grad, Tensor images, Tensor params, Tensor enabled, Tensor seed, int[] order, int[] radius, float sigma_max, "
+      "float noise_std, float[] crop_half, float sharpness, int padding, bool need_images, bool need_params) "
+      "-> (Tensor grad_images, Tensor grad_params)");
+  library.def("warp_affine_forward(Tensor images, Tensor matrix, int[] size, int padding) -> Tensor");
+  library.def(
+      "warp_affine_backward(Tensor grad, Tensor images, Tensor matrix, int padding, bool need_images, bool need_matrix) "
+      "-> (Tensor grad_images, Tensor grad_matrix)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(protokernels, CompositeExplicitAutograd, library) { library.impl("build_info", TORCH_BOX(&build_info)); }

@@ -30,6 +30,10 @@ OPERATORS = (
     "contrastive_forward",
     "contrastive_coefficients",
     "contrastive_backward",
+    "warp_forward",
+    "warp_backward",
+    "warp_affine_forward",
+    "warp_affine_backward",
 )
 """What the library must hold; the schemas stand in csrc/library.cpp."""
 

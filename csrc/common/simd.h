@@ -226,21 +226,8 @@ PK_INLINE Vec<double> exp2_nonpositive(Vec<double> x) {
   return x;
 }
 
-// log(x) for x >= 0, to two units in the last place: -infinity at 0, infinity stays, NaN stays NaN.
-PK_INLINE Vec<float> log_nonnegative(Vec<float> x) {
-  typedef Index<float> I;
-  const Vec<float> infinity = broadcast(INFINITY);
-  const Vec<float> normal = x < 1.17549435e-38f ? x * 16777216.0f : x;
-  I bits;
-  std::memcpy(&bits, &normal, sizeof bits);
-  const I above = bits - 0x3f3504f3;  // 1 / sqrt(2): the mantissa lies in [1 / sqrt(2), sqrt(2))
-  const I exponent = above >> 23;
-  const I mantissa = (above & 0x007fffff) + 0x3f3504f3;
-  Vec<float> m;
-  std::memcpy(&m, &mantissa, sizeof m);
-  m -= 1.0f;
-  Vec<float> e = __builtin_convertvector(exponent, Vec<float>);
-  e = x < 1.17549435e-38f ? e - 24.0f : e;
+// log((1 + m) 2^e) for 1 + m in [1 / sqrt(2), sqrt(2)).
+PK_INLINE Vec<float> log_of_parts(Vec<float> m, Vec<float> e) {
   Vec<float> p = broadcast(7.0376836292e-2f);
   p = p * m - 1.1514610310e-1f;
   p = p * m + 1.1676998740e-1f;
@@ -254,7 +241,29 @@ PK_INLINE Vec<float> log_nonnegative(Vec<float> x) {
   Vec<float> y = p * m * square;
   y += e * -2.12194440e-4f;
   y -= square * 0.5f;
-  y = (m + y) + e * 0.693359375f;
+  return (m + y) + e * 0.693359375f;
+}
+
+// The parts of a normal x > 0.
+PK_INLINE void split_for_log(Vec<float> x, Vec<float>& m, Index<float>& exponent) {
+  Index<float> bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const Index<float> above = bits - 0x3f3504f3;  // 1 / sqrt(2): the mantissa lies in [1 / sqrt(2), sqrt(2))
+  exponent = above >> 23;
+  const Index<float> mantissa = (above & 0x007fffff) + 0x3f3504f3;
+  std::memcpy(&m, &mantissa, sizeof m);
+  m -= 1.0f;
+}
+
+// log(x) for x >= 0, to two units in the last place: -infinity at 0, infinity stays, NaN stays NaN.
+PK_INLINE Vec<float> log_nonnegative(Vec<float> x) {
+  const Vec<float> infinity = broadcast(INFINITY);
+  Vec<float> m;
+  Index<float> exponent;
+  split_for_log(x < 1.17549435e-38f ? x * 16777216.0f : x, m, exponent);
+  Vec<float> e = __builtin_convertvector(exponent, Vec<float>);
+  e = x < 1.17549435e-38f ? e - 24.0f : e;
+  Vec<float> y = log_of_parts(m, e);
   y = x > 0.0f ? y : x == 0.0f ? -infinity : x;
   return x == infinity ? x : y;
 }

@@ -242,12 +242,10 @@ def interpolate(
         corners = [(place * length + at, share * weight) for place, share in corners for at, weight in taps]
     pixels = x.flatten(2)
     total: Tensor | None = None
-    for place, weight in corners:
-        assert isinstance(place, Tensor) and isinstance(weight, Tensor)
-        value = pixels.gather(2, place.reshape(B, 1, -1).expand(B, C, -1)).view(
-            B, C, *place.shape[1:]
-        ) * weight.unsqueeze(1)
-        total = value if total is None else total + value
+    for place, share in corners:
+        assert isinstance(place, Tensor) and isinstance(share, Tensor)
+        taken = pixels.gather(2, place.reshape(B, 1, -1).expand(B, C, -1)).view(B, C, *place.shape[1:])
+        total = taken * share.unsqueeze(1) if total is None else total + taken * share.unsqueeze(1)
     assert total is not None
     return torch.where(finite.unsqueeze(1), total, math.nan)
 

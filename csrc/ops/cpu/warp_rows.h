@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: MIT
+// What all stages of a warp work on: planes with a margin, rows of images of any kind, sums over pixels, and the parameters of one sample.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/cpu_level.h"
+#include "common/simd.h"
+#include "ops/warp.h"
+
+namespace {
+
+using namespace protokernels;
+
+constexpr int64_t MARGIN = 2;  // zero pixels around a plane that is sampled: both taps of a coordinate at -2 or at size are zero
+
+constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// Hands out pieces of a block of memory, each on a cache line; without a block it only counts.
+struct Arena {
+  char* block;
+  int64_t bytes = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    char* const piece = block ? block + bytes : nullptr;
+    bytes += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(piece);
+  }
+};
+
+template <class T>
+constexpr Kind KIND = sizeof(T) == 8 ? Kind::f64 : Kind::f32;
+
+// Rows of W elements at base[start + y stride], read into and written from buffers of T.
+struct Rows {
+  void* base;
+  Kind kind;
+  int64_t start, stride, W;
+
+  template <class T>
+  void read(int64_t y, T* out) const {
+    read_row(base, kind, start + y * stride, out, W);
+  }
+  template <class T>
+  void write(int64_t y, const T* in) const {
+    write_row(base, kind, start + y * stride, in, W);
+  }
+};
+
+// Rows of plane number `plane` of a tensor [B, C, H, W].
+inline Rows rows_of(const void* tensor, Kind kind, int64_t plane, int64_t H, int64_t W) {
+  return {const_cast<void*>(tensor), kind, plane * H * W, W, W};
+}
+
+// H x W pixels with MARGIN more on every side, of which one row's right and the next row's left are the same. Whole vectors may be read beyond a
+// row; rows are written to their last pixel and no further.
+template <class T>
+struct Plane {
+  T* origin = nullptr;
+  int64_t stride = 0, H = 0, W = 0;
+
+  Plane() = default;
+  Plane(Arena& arena, int64_t height, int64_t width) : stride(round_up(width + 2 * MARGIN, LANES<T>)), H(height), W(width) {
+    T* const memory = arena.take<T>(elements());
+    origin = memory ? memory + LANES<T> + MARGIN * stride : nullptr;
+  }
+  int64_t elements() const { return (H + 2 * MARGIN) * stride + 2 * LANES<T>; }
+  T* row(int64_t y) const { return origin + y * stride; }
+  Rows rows() const { return {origin, KIND<T>, 0, stride, W}; }
+  void clear() const { std::fill_n(origin - LANES<T> - MARGIN * stride, elements(), T(0)); }
+  void clear_margin() const {
+    std::fill_n(origin - LANES<T> - MARGIN * stride, LANES<T> + MARGIN * stride, T(0));
+    for (int64_t y = 0; y < H; ++y) std::fill(row(y) + W, row(y + 1), T(0));
+    std::fill_n(row(H), MARGIN * stride + LANES<T>, T(0));
+  }
+};
+
+// A row with room for whole vectors on both sides.
+template <class T>
+T* take_row(Arena& arena, int64_t W, int64_t margin = LANES<T>) {
+  margin = round_up(margin, LANES<T>);
+  T* const memory = arena.take<T>(round_up(W, LANES<T>) + 2 * margin);
+  return memory ? memory + margin : nullptr;
+}
+
+// ---------------------------------------------------------------------------------------------------------- sums over pixels
+
+// Lanes from `count` on become zero, whatever they hold.
+template <class T>
+PK_INLINE Vec<T> first_lanes(Vec<T> v, int64_t count) {
+  return lane_numbers<T>() < static_cast<decltype(lane_numbers<T>()[0] + 0)>(count) ? v : Vec<T>{};
+}
+
+// A row adds up in T, vector by vector, and goes into float64; the lanes of all rows meet at the end.
+template <class T>
+struct Sum {
+  Vec<double> low{}, high{};
+
+  void add(Vec<T> v) {
+    if constexpr (sizeof(T) == 8) {
+      low += v;
+    } else {
+      T parts[LANES<T>];
+      store(parts, v);
+      low += load_double(parts), high += load_double(parts + LANES<T> / 2);
+    }
+  }
+  void add(const Sum& other, double factor = 1) { low += other.low * factor, high += other.high * factor; }
+  double total() const { return reduce_sum(low + high); }
+};
+
+constexpr int64_t SUM_BLOCK = 512;  // pixels of a row that add up in T
+
+// Adds function(i, lanes) over the vectors at i of [0, W) to sums: the results, one vector for each sum. Lanes beyond W do not count.
+template <class T, int N, class Function>
+PK_INLINE void sum_over_row(int64_t W, Sum<T> (&sums)[N], const Function& function) {
+  for (int64_t begin = 0; begin < W; begin += SUM_BLOCK) {
+    Vec<T> parts[N]{};
+    const int64_t end = std::min(W, begin + SUM_BLOCK);
+    int64_t i = begin;
+    for (; i + LANES<T> <= end; i += LANES<T>) {
+      Vec<T> values[N]{};
+      function(i, values);
+      for (int n = 0; n < N; ++n) parts[n] += values[n];
+    }
+    if (i < end) {
+      Vec<T> values[N]{};
+      function(i, values);
+      for (int n = 0; n < N; ++n) parts[n] += first_lanes<T>(values[n], end - i);
+    }
+    for (int n = 0; n < N; ++n) sums[n].add(parts[n]);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------- one sample
+
+// Stages that belong to one pass over a plane: a blur, a rotation, or any others in a row, which stay within a row and its mirror.
+struct Pass {
+  enum class Kind { blur, points, rotate } kind;
+  int count;
+  WarpStage stages[WARP_STAGES];
+};
+
+struct Passes {
+  int count = 0;
+  Pass pass[WARP_STAGES];
+
+  void add(WarpStage stage) {
+    const Pass::Kind kind = stage == WarpStage::blur     ? Pass::Kind::blur
+                            : stage == WarpStage::rotate ? Pass::Kind::rotate
+                                                         : Pass::Kind::points;
+    if (count == 0 || kind != Pass::Kind::points || pass[count - 1].kind != kind) pass[count++] = {kind, 0, {}};
+    Pass& last = pass[count - 1];
+    last.stages[last.count++] = stage;
+  }
+};
+
+// The passes of sample b and its parameters. A sample is void if a parameter of a stage that is on is not finite.
+struct Sample {
+  Passes passes;
+  double param[WARP_PARAMS];
+  double sigma;
+  bool is_void = false;
+  uint32_t used = 0;  // bit k: column k of params belongs to a stage that is on
+
+  Sample(const WarpProblem& p, int64_t b) {
+    for (int k = 0; k < WARP_PARAMS; ++k) {
+      const int64_t at = b * WARP_PARAMS + k;
+      param[k] = p.double_compute ? static_cast<const double*>(p.params)[at] : static_cast<const float*>(p.params)[at];
+    }
+    sigma = std::abs(p.sigma_max * param[0]);
+    for (int k = 0; k < p.stages; ++k) {
+      const WarpStage stage = p.order[k];
+      if (!(p.enabled[b] >> static_cast<int>(stage) & 1)) continue;
+      const int column = WARP_COLUMN[static_cast<int>(stage)], columns = stage == WarpStage::crop ? 2 : 1;
+      for (int c = column; c < column + columns; ++c) used |= 1u << c, is_void |= !std::isfinite(param[c]);
+      if (stage == WarpStage::blur && (!(sigma >= WARP_LEAST_SIGMA) || (p.radius_y == 0 && p.radius_x == 0))) continue;
+      passes.add(stage);
+    }
+  }
+};
+
+}  // namespace

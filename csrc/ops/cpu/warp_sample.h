@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: MIT
+// Reads a plane at coordinates that an affine map gives, and the adjoint of that. Both coordinates of a row of pixels are a number of the row plus a
+// multiple of x. The plane has a margin of zeros, into which coordinates outside are moved: no tap needs a test.
+#pragma once
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "ops/cpu/warp_rows.h"
+
+namespace {
+
+template <class T>
+PK_INLINE Vec<T> rounded_down(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_floor_ps(x);
+#endif
+  const Vec<T> cut = __builtin_convertvector(__builtin_convertvector(x, Index<T>), Vec<T>);
+  return cut > x ? cut - T(1) : cut;
+}
+
+// x within [low, high]; what is no number becomes low.
+template <class T>
+PK_INLINE Vec<T> clamped(Vec<T> x, T low, T high) {
+  const Vec<T> above = x > low ? x : broadcast(low);
+  return above < high ? above : broadcast(high);
+}
+
+// left = p[offset], right = p[offset + 1] of every lane. Neighbours come in one load: half as many as a gather would make.
+template <class T>
+PK_INLINE void load_pairs(const T* p, const Index<T>& offset, Vec<T>& left, Vec<T>& right) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    int32_t at[LANES<float>];
+    std::memcpy(at, &offset, sizeof at);
+    for (int part = 0; part < LANES<float>; part += 8) {
+      const auto two = [&](int i, int j) {
+        const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + at[part + i])));
+        return _mm_loadh_pi(low, reinterpret_cast<const __m64*>(p + at[part + j]));
+      };
+      const __m256 a = _mm256_insertf128_ps(_mm256_castps128_ps256(two(0, 1)), two(4, 5), 1);
+      const __m256 b = _mm256_insertf128_ps(_mm256_castps128_ps256(two(2, 3)), two(6, 7), 1);
+      const __m256 l = _mm256_shuffle_ps(a, b, 0x88), r = _mm256_shuffle_ps(a, b, 0xdd);
+      std::memcpy(reinterpret_cast<float*>(&left) + part, &l, sizeof l);
+      std::memcpy(reinterpret_cast<float*>(&right) + part, &r, sizeof r);
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < LANES<T>; ++i) left[i] = p[offset[i]], right[i] = p[offset[i] + 1];
+}
+
+// A plane (DIMS 2) or a volume of planes with a margin; axes in the order x, y, z.
+template <class T, int DIMS>
+struct Source {
+  T* origin;
+  int64_t size[DIMS], stride[DIMS];  // stride[0] is 1
+};
+
+// Coordinates along a row of pixels: start + step dx, dx = x - center.
+template <class T, int DIMS>
+struct Course {
+  T step[DIMS], start[DIMS], center;
+};
+
+// Where padding puts coordinate s of an axis, and the derivative of that.
+template <WarpAffinePadding PADDING, class T>
+PK_INLINE Vec<T> placed(Vec<T> s, int64_t size, Vec<T>& slope) {
+  const T last = static_cast<T>(size - 1);
+  slope = broadcast(T(1));
+  if constexpr (PADDING == WarpAffinePadding::zeros) return clamped<T>(s, -MARGIN, static_cast<T>(size));
+  if constexpr (PADDING == WarpAffinePadding::reflection) {
+    const Vec<T> away = s < T(0) ? -s : s, turns = rounded_down<T>(away / std::max(last, T(1)));
+    const Vec<T> rest = away - turns * last, half = turns * T(0.5);
+    const auto odd = rounded_down<T>(half) != half;
+    slope = s < T(0) ? broadcast(T(-1)) : slope;
+    slope = odd ? -slope : slope;
+    s = odd ? last - rest : rest;
+  }
+  slope = s > T(0) ? slope : Vec<T>{};
+  slope = s < last ? slope : Vec<T>{};
+  return clamped<T>(s, 0, last);
+}
+
+// The taps of LANES pixels: offset of the first, fractions, and the slopes of the placed coordinates.
+template <class T, int DIMS>
+struct Spot {
+  Index<T> offset;
+  Vec<T> fraction[DIMS], slope[DIMS];
+};
+
+template <WarpAffinePadding PADDING, class T, int DIMS>
+PK_INLINE Spot<T, DIMS> taps_at(const Source<T, DIMS>& source, const Course<T, DIMS>& course, Vec<T> dx) {
+  Spot<T, DIMS> taps;
+  taps.offset = Index<T>{};
+  for (int axis = 0; axis < DIMS; ++axis) {
+    const Vec<T> s = placed<PADDING, T>(course.step[axis] * dx + course.start[axis], source.size[axis], taps.slope[axis]);
+    const Vec<T> whole = rounded_down<T>(s);
+    taps.fraction[axis] = s - whole;
+    taps.offset += __builtin_convertvector(whole, Index<T>) * static_cast<decltype(taps.offset[0] + 0)>(source.stride[axis]);
+  }
+  return taps;
+}
+
+template <class T>
+PK_INLINE Vec<T> between(Vec<T> a, Vec<T> b, Vec<T> fraction) {
+  return a + fraction * (b - a);
+}
+
+// The interpolated value, and its derivatives by the coordinates.
+template <class T, int DIMS>
+PK_INLINE Vec<T> interpolate(const Source<T, DIMS>& source, const Spot<T, DIMS>& taps, Vec<T> (&slope)[DIMS]) {
+  const Vec<T>(&f)[DIMS] = taps.fraction;
+  Vec<T> value[2], along[2], down[2];  // of one plane, or of both that a volume has here
+  for (int z = 0; z + 2 < DIMS + 1; ++z) {
+    const T* const plane = source.origin + (DIMS == 3 ? z * source.stride[DIMS - 1] : 0);
+    Vec<T> a, b, c, d;
+    load_pairs<T>(plane, taps.offset, a, b);
+    load_pairs<T>(plane + source.stride[1], taps.offset, c, d);
+    const Vec<T> top = between<T>(a, b, f[0]), bottom = between<T>(c, d, f[0]);
+    down[z] = bottom - top;
+    value[z] = top + f[1] * down[z];
+    along[z] = between<T>(b - a, d - c, f[1]);
+  }
+  if constexpr (DIMS == 2) {
+    slope[0] = along[0], slope[1] = down[0];
+    return value[0];
+  } else {
+    slope[0] = between<T>(along[0], along[1], f[2]), slope[1] = between<T>(down[0], down[1], f[2]), slope[2] = value[1] - value[0];
+    return between<T>(value[0], value[1], f[2]);
+  }
+}
+
+// Adds g times its taps' weights to the first `count` lanes' taps.
+template <class T, int DIMS>
+PK_INLINE void scatter(const Source<T, DIMS>& target, const Spot<T, DIMS>& taps, Vec<T> g, int64_t count) {
+  constexpr int planes = DIMS - 1;
+  T weight[planes][4][LANES<T>];
+  Vec<T> part[planes];
+  if constexpr (DIMS == 3)
+    part[1] = g * taps.fraction[2], part[0] = g - part[1];
+  else
+    part[0] = g;
+  for (int z = 0; z < planes; ++z) {
+    const Vec<T> lower = part[z] * taps.fraction[1], upper = part[z] - lower;
+    const Vec<T> upper_right = upper * taps.fraction[0], lower_right = lower * taps.fraction[0];
+    store(weight[z][0], upper - upper_right), store(weight[z][1], upper_right);
+    store(weight[z][2], lower - lower_right), store(weight[z][3], lower_right);
+  }
+  for (int64_t i = 0; i < count; ++i)
+    for (int z = 0; z < planes; ++z) {
+      T* const at = target.origin + taps.offset[i] + (DIMS == 3 ? z * target.stride[DIMS - 1] : 0);
+      at[0] += weight[z][0][i], at[1] += weight[z][1][i];
+      at[target.stride[1]] += weight[z][2][i], at[target.stride[1] + 1] += weight[z][3][i];
+    }
+}
+
+// A row of W pixels, written up to a whole vector.
+template <WarpAffinePadding PADDING, class T, int DIMS>
+void sample_row(const Source<T, DIMS>& source, const Course<T, DIMS>& course, int64_t W, T* out) {
+  Vec<T> x = __builtin_convertvector(lane_numbers<T>(), Vec<T>) - course.center, unused[DIMS];
+  for (int64_t i = 0; i < W; i += LANES<T>, x += static_cast<T>(LANES<T>))
+    store(out + i, interpolate<T, DIMS>(source, taps_at<PADDING, T, DIMS>(source, course, x), unused));
+}
+
+// The way back for the gradient of a row: into target (same margin, or null) and, where source is not null, into sums: for every axis the gradient by the
+// coordinate and that times dx.
+template <WarpAffinePadding PADDING, class T, int DIMS>
+void sample_row_back(const Source<T, DIMS>& source, const Source<T, DIMS>& target, const Course<T, DIMS>& course, int64_t W, const T* grad,
+                     Sum<T> (&sums)[2 * DIMS]) {
+  const auto step = [&](int64_t i, Vec<T>(&v)[2 * DIMS]) {
+    const Vec<T> dx = __builtin_convertvector(lane_numbers<T>(), Vec<T>) + (static_cast<T>(i) - course.center), g = load(grad + i);
+    const Spot<T, DIMS> taps = taps_at<PADDING, T, DIMS>(source, course, dx);
+    if (source.origin) {
+      Vec<T> slope[DIMS];
+      interpolate<T, DIMS>(source, taps, slope);
+      for (int axis = 0; axis < DIMS; ++axis) {
+        v[2 * axis] = g * slope[axis] * taps.slope[axis];
+        v[2 * axis + 1] = v[2 * axis] * dx;
+      }
+    }
+    if (target.origin) scatter<T, DIMS>(target, taps, g, std::min<int64_t>(LANES<T>, W - i));
+  };
+  sum_over_row<T, 2 * DIMS>(W, sums, step);
+}
+
+}  // namespace
