@@ -150,7 +150,7 @@ class TestBrats:
             load_dataset("brats", tmp_path)
 
     def test_refusals(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="no folder .*Task01_BrainTumour"):
+        with pytest.raises(DataError, match=r"no folder .*Task01_BrainTumour"):
             load_dataset("brats", tmp_path)
         write_brats(tmp_path / "brats", 2)
         with pytest.raises(DataError, match="at least 3 patients; got 2"):

@@ -46,7 +46,7 @@ class TestDenseNet:
 
     def test_refusals(self, tmp_path: Path) -> None:
         encoder = DenseNetEncoder(1)
-        with pytest.raises(FileNotFoundError, match="DenseNet121 weights .*densenet121-a639ec97"):
+        with pytest.raises(FileNotFoundError, match=r"DenseNet121 weights .*densenet121-a639ec97"):
             encoder.load_imagenet_weights(tmp_path / "none.pth")
         state = torchvision_state(encoder, old=False)
         for changed, message in (

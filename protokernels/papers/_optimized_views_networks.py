@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import protokernels
 
 from ..models import pooled
 from ..models.densenet import DenseNetEncoder
+from ..training import RunFolder
 from ._optimized_views_config import PARAMETERS, TRANSFORMATIONS, OptimizedViewsConfig
 
 
@@ -114,6 +116,25 @@ class OptimizedViews(nn.Module):
     def parts(self) -> list[nn.Module]:
         """f, g and p."""
         return [self.f, self.g, self.p]
+
+
+def new_model(config: OptimizedViewsConfig, channels: int) -> OptimizedViews:
+    """The networks with their initial weights, in the layout that their convolutions prefer."""
+    model = OptimizedViews(config, channels)
+    nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def load_model(run: RunFolder, channels: int) -> tuple[OptimizedViews, OptimizedViewsConfig]:
+    """The model of the newest sound checkpoint of a run, in evaluation mode, with its configuration."""
+    config = OptimizedViewsConfig.from_dict(run.config()["config"])
+    state = run.checkpoints.load()
+    if state is None:
+        raise FileNotFoundError(f"{run.path} has no checkpoint yet; continue the run with --resume")
+    model = new_model(replace(config, initial_weights=""), channels)
+    model.load_state_dict(state["model"])
+    model.config = config
+    return model.eval(), config
 
 
 def drawn_parameters(

@@ -9,16 +9,20 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
+from ..training import derived_generator
 from ..training.runs import load_runs
 from ._optimized_views_config import STRATEGIES, OptimizedViewsConfig
+from ._optimized_views_networks import load_model
+from ._optimized_views_scoring import example_views, examples, load_presence, scored_split
 
 
 def cells(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
     """Column -> mean and standard deviation over runs, from one scored set of a summary."""
-    values: dict[str, Any] = {"hold-out, 3-fold": scores.get("hold_out", {}).get("auc")}
-    values["untrained f"] = scores.get("untrained", {}).get("auc")
-    values |= {f"probe, {fraction}": row.get("macro_auroc") for fraction, row in scores.get("probe", {}).items()}
+    values: dict[str, Any] = {"hold-out\n3-fold": scores.get("hold_out", {}).get("auc")}
+    values["untrained\nf"] = scores.get("untrained", {}).get("auc")
+    values |= {f"probe\n{fraction}": row.get("macro_auroc") for fraction, row in scores.get("probe", {}).items()}
     return values
 
 
@@ -82,15 +86,45 @@ def ablation_tables(results: Mapping[str, Any]) -> list[Table]:
 
 
 def draw_ablations(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """AUC over epochs of all of them, with lines for what is supervised (the paper's Fig. 2)."""
+    """AUC over epochs of all of them, with lines for what is supervised (the paper's Fig. 2).
+
+    Args:
+        results: name -> what ``train`` returns; ``folders`` instead of ``folder`` where seeds lie in folders of their own.
+        folder: the picture goes into its ``figures``.
+    """
     from ..figures import save_figure
     from ..figures.optimized_views import auc_curves
 
-    curves = {name: run_curves(Path(result["folder"])) for name, result in results.items()}
+    curves = {
+        name: [curve for path in result.get("folders") or [result["folder"]] for curve in run_curves(Path(path))]
+        for name, result in results.items()
+    }
     flat = {name for name, result in results.items() if STRATEGIES[result["config"]["strategy"]].loss == "classes"}
     first = next(iter(results.values()))
     title = f"{Path(first['config']['data']).stem}, {next(iter(first['splits']))}: linear evaluation in hold-out sets"
     return [save_figure(auc_curves(curves, flat=flat, title=title), folder / "figures" / "auc.png")]
+
+
+def compare_views(folders: Mapping[str, str | Path], *, data_root: str | Path | None = None) -> Any:
+    """A matplotlib figure: the same images, transformed by several strategies (the paper's Fig. 3, without contours).
+
+    Args:
+        folders: name -> run folder, all of one data set and image size.
+        data_root: where the data lies.
+    """
+    from ..figures.optimized_views import view_rows
+
+    rows: dict[str, Tensor] = {}
+    captions: list[str] = []
+    for name, folder in folders.items():
+        run = load_runs(folder)[0]
+        dataset = load_presence(OptimizedViewsConfig.from_dict(run.config()["config"]).data, data_root)
+        model, config = load_model(run, dataset.channels)
+        indices, x = examples(split := scored_split(dataset, config)[1], config)
+        captions = captions or [dataset.class_names[label] for label in split.labels[indices]]
+        rows = rows or {"X": x}
+        rows[name] = example_views(model, x, derived_generator(0, "figures"))
+    return view_rows(rows, captions, title=f"{Path(config.data).stem}: X_M of several strategies")
 
 
 def run_curves(folder: Path) -> list[list[tuple[int, float]]]:

@@ -14,57 +14,62 @@ crop it away, since X_M must be classified as well.
     >>> results = optimized_views.train(config, "runs/example")  # doctest: +SKIP
 
 Presets
-    ``paper``  the text: encoder widths 32 to 256 or DenseNet121 for chest X-rays, batches of 32 or 16, 100 epochs, Adam
-    1e-4.
-    ``fair``   ours, for minutes on one CPU core: 64 pixels, widths 8 to 64 for every data set, 15 epochs with 1e-3.
+    ``paper``  the text: encoder widths 32 to 256, or DenseNet121 for chest X-rays; batches of 32 or 16, 100 epochs, Adam 1e-4.
+    ``fair``   ours, for minutes on one CPU core: 64 pixels, widths 8 to 64 for every data set, 12 epochs with 1e-3.
     The authors have not released their code, so there is no preset ``official``.
 
-Strategies (``strategy``), section 3
-    ``random`` Lambda is uniform in [0, 1]^7, all six transformations act; ``random+supervision`` with labels.
-    ``self-supervised`` M without labels, which finds crops without content; ``self-supervised+supervision`` the paper's
-    method. ``simclr`` Lambda is uniform, each transformation acts with probability 1/2; still only one image of a pair
-    is transformed. ``supervised`` cross-entropy of images so transformed, on the labelled share; ``supervised-all``
-    with all labels. ``supervised-contrastive`` Khosla's loss on the labelled share. All start from the same f, g, p,
-    and an epoch has as many steps for all of them: those with few labels visit their images more often, each time
+Strategies of section 3 (``strategy``)
+    ``random``                       Lambda is uniform in [0, 1]^7, all six transformations act
+    ``random+supervision``           and p learns from the labelled share
+    ``self-supervised``              M without labels; the paper reports crops without content
+    ``self-supervised+supervision``  the paper's method
+    ``simclr``                       Lambda is uniform, each transformation acts with probability 1/2; one image of a pair is transformed
+    ``supervised``                   cross-entropy of images transformed like that, on the labelled share
+    ``supervised-all``               the same with all labels
+    ``supervised-contrastive``       Khosla's loss on the labelled share
+    All start from the same f, g and p. An epoch has as many steps for all: those with few labels see their images more often, each time
     transformed anew.
 
-What the paper contradicts, or leaves open, and our choice
-    Signs. With the minus of Eq. 2, I_NCE is a loss, and Eq. 1 as printed would make f push pairs apart and M bring them
-    together; the text says the opposite. ``sign="text"``: f, g, p minimise +alpha_2 I_NCE, M minimises -alpha_0 I_NCE.
-    ``"printed"``: to the letter. Eq. 2 sums over the batch; the weights 0.1 to 10 beside a mean cross-entropy only make
-    sense for a mean: ``reduction``. Similarity is the inner product with tau = 1 as printed (``normalize=True`` for the
-    cosine), the positive is not in the denominator (``denominator``), and only X_M looks for X among the images
-    (``symmetric``): with these, I_NCE has no lower bound. Cross-entropy is the mean over the labelled images of a
-    batch, and 0 with a zero gradient where there are none (Adam's momentum goes on). Alternation: one step of M, then
-    one of f, g, p on a new X_M of the M just trained, with new noise. f(X) is the same for both, since only M has
-    changed, and is computed once. X and X_M go through f as two batches. All batch normalisation uses the batch;
-    running statistics of f move in its own step only, by both batches, or by X alone (``statistics``), those of M in
-    M's step. The reversed order stands for the "different transformation order" that is not given. Images are scaled to
-    [0, 1]. Sizes of M, f and g: see :mod:`protokernels.papers._optimized_views_networks`. Optimiser: Adam without
-    decay. Labels are drawn by the seed, a share of each class; the paper draws at random. A last batch that is smaller
-    is left out.
+What the paper contradicts or leaves open, and our choice
+    Signs: with the minus of Eq. 2, I_NCE is a loss, and Eq. 1 as printed makes f push pairs apart and M bring them together. The text says
+    the opposite, ``sign="text"``: f, g, p minimise +alpha_2 I_NCE, M minimises -alpha_0 I_NCE. ``"printed"`` is to the letter.
+
+    I_NCE: Eq. 2 sums over the batch; beside a mean cross-entropy, weights of 0.1 to 10 make sense for a mean only (``reduction``).
+    Similarity is the inner product with tau = 1, the positive is not in the denominator (``denominator``), and only X_M looks for X among
+    the images (``symmetric``). So I_NCE has no lower bound, and in our short runs it did not settle: ``fair`` takes the cosine.
+
+    Labels: cross-entropy is the mean over the labelled images of a batch, and 0 with a zero gradient where there are none (Adam's momentum
+    goes on). They are drawn by the seed, a share of each class; the paper draws at random.
+
+    Alternation: one step of M, then one of f, g, p on a new X_M of the M just trained, with new noise. f(X) is the same for both, since
+    only M has changed, and is computed once. X and X_M go through f as two batches. Batch normalisation always uses the batch; running
+    statistics of f move in its own step, by both batches or by X alone (``statistics``), those of M in M's.
+
+    Order: the reversed one stands for the "different transformation order", which is not given. Images are scaled to [0, 1]. Sizes of M, f
+    and g: :mod:`protokernels.papers._optimized_views_networks`. Adam without decay. A last batch that is smaller is left out. With
+    several processes, I_NCE is over the images of one.
 
 Evaluation (section 2.4)
-    ``hold_out``: the test set is cut into three hold-out sets without a common group (patient); inside each, a linear
-    probe is fitted and scored by three-fold cross-validation, groups together. So the probe sees test labels, as in the
-    paper. ``probe``: the usual one, fitted on training labels and scored on the whole test set. The area under the ROC
-    curve also over epochs. No score chooses anything: the last epoch counts. Table 2 ends at 0.887 where the text gives
-    0.93 for the same method; nothing explains it.
-
-With several processes, I_NCE is over the images of one process.
+    ``hold_out``  the paper's: the test set is cut into three hold-out sets without a common patient; in each, a linear probe is fitted and
+                  scored by three-fold cross-validation, patients together. The probe sees test labels.
+    ``probe``     the usual one: fitted on training labels, scored on the whole test set.
+    The first is also run in between, for the AUC over epochs. No score chooses anything, the last epoch counts. The paper's Table 2 ends
+    at 0.887 where its text gives 0.93 for the same method; nothing explains it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import protokernels
@@ -75,8 +80,8 @@ from ..training.files import read_json_lines, write_json_lines
 from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
 from ..training.scoring import evaluation_splits
 from ._optimized_views_config import ABLATIONS, PAPER_RESULTS, PARAMETERS, STRATEGIES, OptimizedViewsConfig
-from ._optimized_views_networks import Latents, OptimizedViews, drawn_parameters, frozen, still
-from ._optimized_views_report import ablation_tables, draw_ablations, results_table
+from ._optimized_views_networks import Latents, OptimizedViews, drawn_parameters, frozen, load_model, new_model, still
+from ._optimized_views_report import ablation_tables, compare_views, draw_ablations, results_table
 from ._optimized_views_scoring import (
     example_views,
     examples,
@@ -97,11 +102,13 @@ __all__ = [
     "OptimizedViews",
     "OptimizedViewsConfig",
     "ablation_tables",
+    "compare_views",
     "draw_ablations",
     "draw_figures",
     "evaluate",
     "load_model",
     "load_presence",
+    "new_model",
     "results_table",
     "train",
 ]
@@ -175,6 +182,43 @@ def encoder_losses(
     return {"loss": loss, "contrast": nce, "view_cross_entropy": bce_M, "cross_entropy": bce}
 
 
+class Draws(NamedTuple):
+    """What is random in one step."""
+
+    Lambda: Tensor  # [b, 7], for strategies without M
+    enabled: Tensor | None  # [b, 6] bool, which transformations act; None: all
+    seed_M: Tensor  # [b] int64, of the noise in M's step
+    seed_f: Tensor  # [b] int64, of the noise in the step of f
+
+
+def alternate(
+    model: OptimizedViews,
+    x: Tensor,  # [b, C, H, W]
+    y: Tensor,  # [b] int64, -1: unknown
+    draws: Draws,
+    optimise: Callable[[Tensor], None],
+    *,
+    turn_of_M: bool = True,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Tensor]:
+    """One batch of section 2.1: a step of M, then a step of f, g and p, each through ``optimise``. Returns the losses."""
+    M, losses, plain = model.M, {}, None
+    with autocast():
+        if model.config.recipe.loss != "classes":
+            plain = model.embed(x)  # g(f(X)) for both steps: f does not change in between
+        if M is not None and plain is not None and turn_of_M:
+            losses = transformation_losses(model, x, y, plain.z, draws.seed_M)
+    if losses:
+        optimise(losses["m_loss"])  # M moves
+    with autocast():
+        with torch.no_grad(), frozen(M):
+            Lambda, enabled = (draws.Lambda, draws.enabled) if M is None else (M(x), None)
+            x_M = model.transform(x, Lambda, draws.seed_f, enabled)
+        losses = {**losses, **encoder_losses(model, x_M, plain, y)}
+    optimise(losses["loss"])  # f, g and p move
+    return losses
+
+
 def fit(
     model: OptimizedViews,
     split: Split,
@@ -183,47 +227,35 @@ def fit(
     session: Session,
     after_epoch: Callable[[int], None],
 ) -> None:
-    """The alternation of section 2.1."""
-    config, recipe, M = model.config, model.config.recipe, model.M
-    labels, plain = labels.to(session.device), None
+    """The loop over batches."""
+    config, labels = model.config, labels.to(session.device)
     for epoch in session.epochs():
         for step in session.steps():
             chosen = rows[step.indices.cpu() % len(rows)]
             x = to_tensor(split.images[chosen.numpy()], size=config.image_size).to(session.device)
-            x = x.contiguous(memory_format=torch.channels_last)
-            y, losses = labels[chosen.to(session.device)], {}
-            with session.accelerator.autocast():
-                if recipe.loss != "classes":
-                    plain = model.embed(x)  # g(f(X)) for both steps: f does not change in between
-                if M is not None and plain is not None and _turn_of_M(step, session, config):
-                    losses = transformation_losses(model, x, y, plain.z, _noise_seed(step, session, "M"))
-            if losses:
-                session.optimise(losses["m_loss"], step, average=True)  # M moves
-            with session.accelerator.autocast():
-                with torch.no_grad(), frozen(M):
-                    Lambda, enabled = _drawn(step, session, recipe.views == "half") if M is None else (M(x), None)
-                    x_M = model.transform(x, Lambda, _noise_seed(step, session, "f"), enabled)
-                losses = {**losses, **encoder_losses(model, x_M, plain, y)}
-            session.optimise(losses["loss"], step, average=True)  # f, g and p move
+            losses = alternate(
+                model,
+                x.contiguous(memory_format=torch.channels_last),
+                labels[chosen.to(session.device)],
+                drawn(step, session, config),
+                partial(session.optimise, step=step, average=True),
+                turn_of_M=(step.epoch * session.steps_per_epoch + step.index) % config.m_every == 0,
+                autocast=session.accelerator.autocast,
+            )
             session.record(step, **losses)
         after_epoch(epoch)
 
 
-def _turn_of_M(step: Step, session: Session, config: OptimizedViewsConfig) -> bool:
-    return (step.epoch * session.steps_per_epoch + step.index) % config.m_every == 0
-
-
-def _noise_seed(step: Step, session: Session, call: str) -> Tensor:  # [b] int64
-    """New for every call of T, the same for an image however many processes share the batch."""
-    seeds = torch.randint(2**63 - 1, (step.batch,), generator=session.shared_generator(step, f"noise of {call}"))
-    return seeds[step.rank :: step.processes].to(session.device)
-
-
-def _drawn(step: Step, session: Session, half: bool) -> tuple[Tensor, Tensor | None]:  # [b, 7], [b, 6] bool
-    """Lambda, uniform in [0, 1]^7, and with ``half`` which transformations act."""
-    Lambda, acting = drawn_parameters(step.batch, half, session.shared_generator(step, "parameters"))
-    mine = slice(step.rank, None, step.processes)
-    return Lambda[mine].to(session.device), None if acting is None else acting[mine].to(session.device)
+def drawn(step: Step, session: Session, config: OptimizedViewsConfig) -> Draws:
+    """The random numbers of this process's images: the same for an image however many processes share the batch; noise is new for
+    every call of T."""
+    generator = session.shared_generator(step, "parameters")
+    Lambda, acting = drawn_parameters(step.batch, config.recipe.views == "half", generator)
+    seed_M, seed_f = torch.randint(2**63 - 1, (2, step.batch), generator=session.shared_generator(step, "noise"))
+    values = (
+        None if value is None else value[step.rank :: step.processes] for value in (Lambda, acting, seed_M, seed_f)
+    )
+    return Draws(*(None if value is None else value.to(session.device) for value in values))  # type: ignore[arg-type]
 
 
 def train(
@@ -303,28 +335,9 @@ def train(
     return results
 
 
-def new_model(config: OptimizedViewsConfig, channels: int) -> OptimizedViews:
-    """The networks with their initial weights, in the layout that their convolutions prefer."""
-    model = OptimizedViews(config, channels)
-    nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
-
-
 def _evaluated_epochs(config: OptimizedViewsConfig) -> set[int]:
     number = min(config.evaluations, config.epochs)
     return {round(config.epochs * (index + 1) / number) for index in range(number)}
-
-
-def load_model(run: RunFolder, channels: int) -> tuple[OptimizedViews, OptimizedViewsConfig]:
-    """The model of the newest sound checkpoint of a run, in evaluation mode, with its configuration."""
-    config = OptimizedViewsConfig.from_dict(run.config()["config"])
-    state = run.checkpoints.load()
-    if state is None:
-        raise FileNotFoundError(f"{run.path} has no checkpoint yet; continue the run with --resume")
-    model = new_model(replace(config, initial_weights=""), channels)
-    model.load_state_dict(state["model"])
-    model.config = config
-    return model.eval(), config
 
 
 def evaluate(folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
