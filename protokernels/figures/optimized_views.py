@@ -71,7 +71,7 @@ def view_rows(rows: Mapping[str, Tensor], captions: Sequence[str], *, title: str
     for row, (name, images) in enumerate(rows.items()):
         for column, image in enumerate(images):
             show_image(grid[row, column], image, captions[column] if row == 0 else "")
-        grid[row, 0].set_ylabel(name, fontsize=7)
+        grid[row, 0].set_ylabel(name.replace("+", "\n+ ").replace("-", "-\n"), fontsize=7)
     return figure
 
 
@@ -93,9 +93,9 @@ def auc_curves(
     """
     if not any(points for runs in curves.values() for points in runs):
         raise ValueError("auc_curves: no run has an AUC yet; expected at least one evaluated epoch")
-    figure = new_figure(5.6, 3.6)
+    figure = new_figure(6.4, 3.4)
     axes = figure.subplots()
-    figure.suptitle(title, fontsize=9)
+    axes.set_title(title, fontsize=9)
     for colour, (name, runs) in zip(class_colours(len(curves)), curves.items(), strict=True):
         by_epoch: dict[int, list[float]] = {}
         for points in runs:
@@ -116,7 +116,7 @@ def auc_curves(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
-    figure.legend(fontsize=6, loc="outside right upper")
+    figure.legend(fontsize=6, loc="outside right center")
     return figure
 
 

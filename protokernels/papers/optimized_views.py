@@ -36,7 +36,7 @@ What the paper contradicts or leaves open, and our choice
 
     I_NCE: Eq. 2 sums over the batch; beside a mean cross-entropy, weights of 0.1 to 10 make sense for a mean only (``reduction``).
     Similarity is the inner product with tau = 1, the positive is not in the denominator (``denominator``), and only X_M looks for X among
-    the images (``symmetric``). So I_NCE has no lower bound, and in our short runs it did not settle: ``fair`` takes the cosine.
+    the images (``symmetric``). So I_NCE has no lower bound, and with 1e-3 it did not settle: ``fair`` takes the cosine with tau = 0.5.
 
     Labels: cross-entropy is the mean over the labelled images of a batch, and 0 with a zero gradient where there are none (Adam's momentum
     goes on). They are drawn by the seed, a share of each class; the paper draws at random.
