@@ -91,12 +91,12 @@ class OptimizedViewsConfig:
     m_every: int = 1  # steps between two steps of M
     statistics: Literal["both", "untransformed"] = "both"  # whose batches move the running statistics of f
     # Optimisation: Adam
-    epochs: int = 12
+    epochs: int = 10
     batch_size: int = 32
     learning_rate: float = 1e-3  # of f, g and p
     m_learning_rate: float | None = None  # of M; none: the paper's, 1e-3 where M has labels and 1e-4 where not
     supcon_temperature: float = 0.1  # of the strategy supervised-contrastive
-    evaluations: int = 6  # how often the linear evaluation is run, evenly over training
+    evaluations: int = 5  # how often the linear evaluation is run, evenly over training
     selection: bool = False  # for choosing hyper-parameters: score the validation set only, never the test set
 
     def __post_init__(self) -> None:
@@ -206,7 +206,7 @@ _FOR_DATA: dict[str, dict[str, dict[str, Any]]] = {
         "chest_nih": {"image_size": 128, "encoder": "densenet121", "batch_size": 16},
         "chest_kermany": {"image_size": 96, "encoder": "densenet121", "batch_size": 16},
     },
-    "fair": {"digits": {"image_size": 32, "epochs": 5}},
+    "fair": {"digits": {"image_size": 32, "epochs": 5}, "chest_nih": {"epochs": 30}},  # 22 steps an epoch
 }
 
 _OPTIMISED: dict[str, Any] = {"strategy": "self-supervised+supervision"}
