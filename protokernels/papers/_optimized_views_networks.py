@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,8 +23,8 @@ from ._optimized_views_config import PARAMETERS, TRANSFORMATIONS, OptimizedViews
 class TransformationNetwork(nn.Module):
     """M: two blocks of one convolution each, then one linear layer to Lambda; at the beginning all of Lambda is near 1/2.
 
-    The paper says "two convolutional blocks with one convolutional layer". Channels 16 and 32, batch normalisation, ReLU, maximum over
-    2 x 2 and the mean over positions are ours.
+    The paper says "two convolutional blocks with one convolutional layer". Channels 16 and 32, batch normalisation, ReLU and the mean over
+    positions are ours; a block halves the image by the stride of its convolution, a quarter of the cost of a maximum behind it.
 
     Args:
         channels: image channels.
@@ -35,7 +35,7 @@ class TransformationNetwork(nn.Module):
 
     def __init__(self, channels: int, width: int = 16) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*_block((channels, width)), *_block((width, 2 * width)))
+        self.blocks = nn.Sequential(*_layer(channels, width, stride=2), *_layer(width, 2 * width, stride=2))
         self.head = nn.Linear(2 * width, len(PARAMETERS))
         nn.init.zeros_(self.head.bias)
 
@@ -55,7 +55,7 @@ class ConvolutionalEncoder(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         widths = (channels, *(width * 2**block for block in range(4)))
-        self.blocks = nn.Sequential(*(layer for a, b in itertools.pairwise(widths) for layer in _block((a, b, b))))
+        self.blocks = nn.Sequential(*(layer for a, b in pairwise(widths) for layer in _block(a, b, b)))
         self.dim = widths[-1]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -182,8 +182,10 @@ def still(*modules: nn.Module | None) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def _block(widths: tuple[int, ...]) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-    return [*layers, nn.MaxPool2d(2)]
+def _block(*widths: int) -> list[nn.Module]:
+    """Convolutions, and the maximum over 2 x 2."""
+    return [*(layer for before, after in pairwise(widths) for layer in _layer(before, after)), nn.MaxPool2d(2)]
+
+
+def _layer(before: int, after: int, *, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
