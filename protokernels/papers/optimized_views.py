@@ -47,7 +47,7 @@ What the paper contradicts or leaves open, and our choice
 
     Order: the reversed one stands for the "different transformation order", which is not given. Images are scaled to [0, 1]. Sizes of M, f
     and g: :mod:`protokernels.papers._optimized_views_networks`. Adam without decay. A last batch that is smaller is left out. With
-    several processes, I_NCE is over the images of one.
+    several processes, I_NCE and the mean over labelled images are those of one process; gradients are averaged.
 
 Evaluation (section 2.4)
     ``hold_out``  the paper's: the test set is cut into three hold-out sets without a common patient; in each, a linear probe is fitted and
