@@ -149,6 +149,25 @@ class TestRun:
         assert results["images"]["labelled"] == {"none": 0, "share": 126, "all": 1259}[STRATEGIES[strategy].labels]
         assert (tmp_path / "run" / "parameters.jsonl").exists() == (STRATEGIES[strategy].views == "M")
 
+    def test_M_every_third_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of 4 steps an epoch, M makes the steps 0 and 3, then 2: and its means are over those."""
+        turns: list[bool] = []
+        losses: list[float] = []
+        alternate = optimized_views.alternate
+
+        def watched(*arguments: Any, turn_of_M: bool, **more: Any) -> dict[str, torch.Tensor]:
+            result = alternate(*arguments, turn_of_M=turn_of_M, **more)
+            turns.append("m_loss" in result)
+            losses.append(float(result["m_loss"]) if turns[-1] else 0.0)
+            return result
+
+        monkeypatch.setattr(optimized_views, "alternate", watched)
+        assert run(tmp_path / "run", "--no-figures", "--m-every", "3", "--batch-size", "300") == 0
+        assert turns == [True, False, False, True, False, False, True, False]
+        first, second = RunFolder.open(tmp_path / "run").metrics()
+        assert first["m_loss"] == pytest.approx((losses[0] + losses[3]) / 2, rel=1e-6)
+        assert second["m_loss"] == pytest.approx(losses[6], rel=1e-6) and 0.3 < first["mean_blur"] < 0.7
+
     def test_strategies_with_few_labels_see_those_alone(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         seen: list[np.ndarray] = []
         convert = optimized_views.to_tensor

@@ -166,7 +166,8 @@ def encoder_losses(
 ) -> dict[str, Tensor]:
     """Second line of Eq. 1: what f, g and p minimise; or the loss of a strategy that has another."""
     config, (*_, alpha_2, alpha_3, alpha_4) = model.config, model.config.weights
-    with still(*model.parts()) if config.statistics == "untransformed" and plain is not None else frozen():
+    of_images_alone = config.statistics == "untransformed" and plain is not None
+    with still(*model.parts()) if of_images_alone else nullcontext():
         view = model.embed(x_M)
     if plain is None:
         loss = cross_entropy(model.classify(view.h), y)
@@ -230,6 +231,7 @@ def fit(
     """The loop over batches."""
     config, labels = model.config, labels.to(session.device)
     for epoch in session.epochs():
+        turns = range(-(epoch * session.steps_per_epoch) % config.m_every, session.steps_per_epoch, config.m_every)
         for step in session.steps():
             chosen = rows[step.indices.cpu() % len(rows)]
             x = to_tensor(split.images[chosen.numpy()], size=config.image_size).to(session.device)
@@ -239,10 +241,13 @@ def fit(
                 labels[chosen.to(session.device)],
                 drawn(step, session, config),
                 partial(session.optimise, step=step, average=True),
-                turn_of_M=(step.epoch * session.steps_per_epoch + step.index) % config.m_every == 0,
+                turn_of_M=step.index in turns,
                 autocast=session.accelerator.autocast,
             )
-            session.record(step, **losses)
+            # What M's steps tell is a mean over those; the epoch's mean is over all steps, which have equal batches.
+            share = session.steps_per_epoch / max(1, len(turns))
+            of_M = {name: value * share for name, value in losses.items() if name.startswith(("m_", "mean_"))}
+            session.record(step, **{**losses, **of_M})
         after_epoch(epoch)
 
 
