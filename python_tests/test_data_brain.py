@@ -16,11 +16,9 @@ from protokernels.data import DataError, load_dataset
 from protokernels.data.brats import BLACK, kept_slices
 from protokernels.data.nifti import read_nifti
 from python_tests.data_files import COUNTS, make_arrays, save
-from python_tests.nifti_files import write_nifti
+from python_tests.nifti_files import BRATS_SHAPE, write_brats, write_nifti
 
 DATA_ROOT = os.environ.get("PROTOKERNELS_DATA")
-SHAPE = (10, 8, 6)
-SEQUENCES = {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
 
 
 def brain_arrays() -> dict[str, Any]:
@@ -78,31 +76,6 @@ class TestBrainTumor:
         assert [int((split.labels == 0).sum()) for split in data.splits.values()] == [228, 33, 66]
 
 
-def write_brats(folder: Path, patients: int = 5, *, description: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
-    """Volumes [X, Y, Z, 4]: slice z of FLAIR has z + 3 bright rows of Y, other sequences are noise; tumour in slices 3 and 5."""
-    generator = np.random.default_rng(0)
-    volumes = {}
-    for index in range(patients):
-        name = f"BRATS_{index:03d}"
-        volume = generator.random((*SHAPE, 4)).astype(np.float32) + 1
-        flair = np.zeros(SHAPE, np.float32)
-        for z in range(SHAPE[2]):
-            flair[:, : z + 1, z] = 100 * (index + 1) + np.arange(SHAPE[0])[:, None]
-        volume[..., 0] = flair
-        label = np.zeros(SHAPE, np.uint8)
-        label[2, 1, 3], label[5, 2, 5] = 1, 3
-        write_nifti(folder / "imagesTr" / f"{name}.nii.gz", volume)
-        write_nifti(folder / "labelsTr" / f"{name}.nii.gz", label)
-        volumes[name] = flair
-    described = (
-        {"modality": SEQUENCES, "labels": {str(k): f"part {k}" for k in range(4)}}
-        if description is None
-        else description
-    )
-    (folder / "dataset.json").write_text(json.dumps(described))
-    return volumes
-
-
 class TestBrats:
     def test_slices_labels_and_patients(self, tmp_path: Path) -> None:
         volumes = write_brats(tmp_path / "Task01_BrainTumour")
@@ -111,7 +84,7 @@ class TestBrats:
         assert [len(split) for split in data.splits.values()] == [15, 5, 5]  # slice 0 has 7 / 8 black
         owners = [set(split.groups.tolist()) for split in data.splits.values() if split.groups is not None]
         assert set.union(*owners) == set(volumes) and sum(map(len, owners)) == 5  # no patient in two splits
-        assert data.train.images.shape[1:] == (SHAPE[1], SHAPE[0])
+        assert data.train.images.shape[1:] == (BRATS_SHAPE[1], BRATS_SHAPE[0])
         assert data.test.labels.tolist() == [0, 0, 1, 0, 1]  # slices 1 to 5
         first = data.test.images[0]  # slice 1: two rows of Y; rows run from anterior, so they are the last
         assert first[:-2].max() == 0 and first[-1, -1] == 255
@@ -134,7 +107,7 @@ class TestBrats:
 
     def test_the_sequence_is_found_by_its_name(self, tmp_path: Path) -> None:
         write_brats(tmp_path / "brats", description={"modality": {"0": "T1w", "1": "flair", "2": "x", "3": "y"}})
-        assert len(load_dataset("brats", tmp_path).train) == 3 * SHAPE[2]  # noise is never black
+        assert len(load_dataset("brats", tmp_path).train) == 3 * BRATS_SHAPE[2]  # noise is never black
 
     @pytest.mark.parametrize(
         ("description", "message"),
@@ -159,8 +132,10 @@ class TestBrats:
         write_nifti(tmp_path / "brats" / "labelsTr" / "BRATS_001.nii.gz", np.zeros((3, 3, 3), np.uint8))
         with pytest.raises(DataError, match="needs the shape of its image"):
             load_dataset("brats", tmp_path)
-        write_nifti(tmp_path / "brats" / "labelsTr" / "BRATS_001.nii.gz", np.zeros(SHAPE, np.uint8))
-        write_nifti(tmp_path / "brats" / "imagesTr" / "BRATS_001.nii.gz", np.full((*SHAPE, 4), np.nan, np.float32))
+        write_nifti(tmp_path / "brats" / "labelsTr" / "BRATS_001.nii.gz", np.zeros(BRATS_SHAPE, np.uint8))
+        write_nifti(
+            tmp_path / "brats" / "imagesTr" / "BRATS_001.nii.gz", np.full((*BRATS_SHAPE, 4), np.nan, np.float32)
+        )
         with pytest.raises(DataError, match="NaN or infinite"):
             load_dataset("brats", tmp_path)
 

@@ -22,6 +22,7 @@ from protokernels.papers import optimized_views
 from protokernels.papers._optimized_views_scoring import in_batches
 from protokernels.papers.optimized_views import STRATEGIES
 from protokernels.training import RunFolder
+from python_tests.nifti_files import write_brats
 
 WORDS = [
     "--image-size",
@@ -209,6 +210,18 @@ class TestRun:
         config = json.loads((folder / names[2] / "config.json").read_text())["config"]
         assert config["order"][0] == "rotate" and config["strategy"] == "simclr"
         assert (folder / "figures" / "auc.png").stat().st_size > 5000
+
+    def test_volumes_of_brats(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Made volumes in the Decathlon's layout; the linear evaluation needs 3 x 3 patients in the test set, a tenth of all."""
+        write_brats(tmp_path / "Task01_BrainTumour", 90)
+        words = ["--data", "brats", "--data-root", str(tmp_path), "--epochs", "1", "--evaluations", "1", "--no-figures"]
+        assert run(tmp_path / "run", *words) == 0
+        results = json.loads((tmp_path / "run" / "results.json").read_text())
+        assert results["images"] == {"train": 72 * 5, "val": 9 * 5, "test": 9 * 5, "labelled": 36}
+        assert all(row["images"] == 15 for row in results["splits"]["test"]["hold_out"]["sets"].values())
+        write_brats(tmp_path / "few" / "brats", 20)
+        assert run(tmp_path / "second", *words[:2], "--data-root", str(tmp_path / "few"), "--no-figures") == 1
+        assert "3 parts need at least 3 groups; got 2" in capsys.readouterr().err
 
     def test_wrong_words(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["train", "optimized-views", "--preset", "official"]) == 1
