@@ -15,18 +15,15 @@ from torch import Tensor, nn
 
 pytest.importorskip("accelerate", reason="optimized views need the extra protokernels[train]")
 
-from protokernels.data import DataError, Split
 from protokernels.papers import optimized_views as paper
 from protokernels.papers._optimized_views_config import TRANSFORMATIONS
 from protokernels.papers._optimized_views_networks import (
     ConvolutionalEncoder,
     TransformationNetwork,
-    drawn_parameters,
     frozen,
     still,
 )
-from protokernels.papers._optimized_views_scoring import hidden_labels, labelled_images
-from protokernels.papers.optimized_views import ABLATIONS, STRATEGIES, OptimizedViews, OptimizedViewsConfig
+from protokernels.papers.optimized_views import STRATEGIES, OptimizedViews, OptimizedViewsConfig
 
 SMALL = OptimizedViewsConfig.preset("fair", data="digits", image_size=16, width=2, m_width=2)
 PAIRS = [name for name, strategy in STRATEGIES.items() if strategy.loss == "pairs"]
@@ -164,7 +161,7 @@ class TestCrossEntropy:
         plain = network.embed(x)
         for losses, key in (
             (paper.transformation_losses(network, x, y, plain.z, seed), "m_loss"),
-            (paper.encoder_losses(network, x.flip(2), plain, y), "loss"),
+            (paper.encoder_losses(network, network.embed(x.flip(2)), plain, y), "loss"),
         ):
             losses[key].backward()
             assert all(torch.isfinite(value).all() for value in losses.values())
@@ -186,7 +183,7 @@ class TestSteps:
         with torch.no_grad(), frozen(network.M):
             assert network.M is not None
             x_M = network.transform(x, network.M(x), seed)
-        return paper.encoder_losses(network, x_M, plain, y)
+        return paper.encoder_losses(network, network.embed(x_M), plain, y)
 
     def test_the_step_of_M_moves_M_alone(self) -> None:
         network = model()
@@ -206,9 +203,8 @@ class TestSteps:
             )
         assert all(parameter.requires_grad for parameter in network.parameters())
 
-    @pytest.mark.parametrize("statistics", ["both", "untransformed"])
-    def test_the_step_of_f_moves_f_g_and_p_alone(self, statistics: Any) -> None:
-        network = model(replace(SMALL, statistics=statistics))
+    def test_the_step_of_f_moves_f_g_and_p_alone(self) -> None:
+        network = model()
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
         for _ in range(2):
             before, of_M = state(*network.parts()), state(network.M)
@@ -218,15 +214,71 @@ class TestSteps:
             assert same(of_M, state(network.M))
             assert not any(torch.equal(a, b) for a, b in zip(before, state(*network.parts()), strict=True))
 
-    def test_running_statistics_are_those_that_are_asked_for(self) -> None:
+    def draws(self) -> paper.Draws:
+        return paper.Draws(torch.rand(12, 7), None, torch.arange(12), torch.arange(12) + 50)
+
+    @pytest.mark.parametrize("view", ["new", "shared"])
+    def test_a_batch_moves_M_then_the_others(self, view: Any) -> None:
+        network, (x, y, _) = model(replace(SMALL, view=view)), batch()
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+        moved = []
+
+        def optimise(loss: Tensor) -> None:
+            before = [state(module) for module in (network.M, *network.parts())]
+            parameters = [[p.clone() for p in module.parameters()] for module in (network.M, *network.parts())]  # type: ignore[union-attr]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            after = [list(module.parameters()) for module in (network.M, *network.parts())]  # type: ignore[union-attr]
+            moved.append([not same(a, b) for a, b in zip(parameters, after, strict=True)])  # type: ignore[arg-type]
+            buffers = [state(module) for module in (network.M, *network.parts())]
+            assert [not same(a, b) for a, b in zip(before, buffers, strict=True)] == moved[-1]
+
+        for turn in (True, False, True):
+            moved.clear()
+            losses = paper.alternate(network, x, y, self.draws(), optimise, turn_of_M=turn)
+            assert moved == [[True, False, False, False]] * turn + [[False, True, True, True]]
+            assert ("m_loss" in losses) is turn and all(torch.isfinite(value).all() for value in losses.values())
+
+    def test_a_shared_view_gives_the_gradients_of_its_two_steps(self) -> None:
+        """M's as if its step had been made with that view, those of f, g and p as if X_M had been made by M before its step."""
         x, y, _ = batch()
-        expected = model()
-        expected.embed(x)
-        for statistics, equal in (("untransformed", True), ("both", False)):
-            network = model(replace(SMALL, statistics=statistics))  # type: ignore[arg-type]
-            plain = network.embed(x)
-            paper.encoder_losses(network, torch.zeros_like(x), plain, y)
-            assert same(state(network.f), state(expected.f)) is equal
+        network, draws = model(replace(SMALL, view="shared")), self.draws()
+        expected = copy.deepcopy(network)
+        gradients: list[list[Tensor | None]] = []
+
+        def keep(loss: Tensor) -> None:
+            network.zero_grad(set_to_none=True)
+            loss.backward()
+            gradients.append([None if p.grad is None else p.grad.clone() for p in network.parameters()])
+
+        paper.alternate(network, x, y, draws, keep)
+        plain = expected.embed(x)
+        assert expected.M is not None
+        of_M = paper.transformation_losses(expected, x, y, plain.z, draws.seed_f)["m_loss"]
+        with torch.no_grad(), frozen(expected.M):
+            x_M = expected.transform(x, expected.M(x), draws.seed_f)
+        of_f = paper.encoder_losses(expected, expected.embed(x_M), plain, y)["loss"]
+        for loss, found in zip((of_M, of_f), gradients, strict=True):
+            wanted = torch.autograd.grad(loss, list(expected.parameters()), allow_unused=True, retain_graph=True)
+            assert any(value is not None for value in found)
+            for one, other in zip(found, wanted, strict=True):
+                assert (one is None) is (other is None)
+                if one is not None and other is not None:
+                    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+    @pytest.mark.parametrize("statistics", ["both", "untransformed"])
+    def test_running_statistics_are_those_that_are_asked_for(self, statistics: Any) -> None:
+        x, y, _ = batch()
+        for turn in (True, False):
+            network, expected = (model(replace(SMALL, statistics=statistics)) for _ in range(2))
+            paper.alternate(network, x, y, self.draws(), lambda loss: None, turn_of_M=turn)
+            expected.embed(x)  # the step of M leaves no trace in f
+            assert same(state(network.f), state(expected.f)) is (statistics == "untransformed")
+            with torch.no_grad(), frozen(expected.M):
+                assert expected.M is not None
+                expected.embed(expected.transform(x, expected.M(x), self.draws().seed_f))
+            assert same(state(network.f), state(expected.f)) is (statistics == "both")
 
     @pytest.mark.parametrize(("sign", "harder"), [("text", True), ("printed", False)])
     def test_M_makes_pairs_hard_and_f_makes_them_agree(self, sign: Any, harder: bool) -> None:
@@ -293,127 +345,3 @@ class TestSteps:
         difference = (value(1e-3) - value(-1e-3)) / 2e-3
         # The loss is about 6 in float32: its rounding, some 1e-6, over the step of 2e-3.
         assert float((gradient * direction).sum()) == pytest.approx(difference, rel=1e-2, abs=2e-3)
-
-
-class TestStrategies:
-    def test_table(self) -> None:
-        assert {name: (s.views, s.labels) for name, s in STRATEGIES.items()} == {
-            "random": ("uniform", "none"),
-            "random+supervision": ("uniform", "share"),
-            "self-supervised": ("M", "none"),
-            "self-supervised+supervision": ("M", "share"),
-            "simclr": ("half", "none"),
-            "supervised": ("half", "share"),
-            "supervised-all": ("half", "all"),
-            "supervised-contrastive": ("half", "share"),
-        }
-        assert STRATEGIES["self-supervised+supervision"].alphas == (1, 10, 1, 1, 1)
-        assert STRATEGIES["random+supervision"].alphas == (0, 0, 1, 10, 10)
-
-    def test_drawn_parameters(self) -> None:
-        Lambda, acting = drawn_parameters(4000, True, torch.Generator().manual_seed(0))
-        assert acting is not None and acting.shape == (4000, 6)
-        assert (acting.double().mean(0) - 0.5).abs().max() < 0.04 and (Lambda.mean(0) - 0.5).abs().max() < 0.03
-        again, nothing = drawn_parameters(4000, False, torch.Generator().manual_seed(0))
-        assert nothing is None and torch.equal(again, Lambda)
-
-    def test_the_losses_without_pairs(self) -> None:
-        x, y, _ = batch()
-        network = model(replace(SMALL, strategy="supervised"))
-        losses = paper.encoder_losses(network, x, None, y)
-        assert losses["loss"].item() == pytest.approx(math.log(2), abs=0.3)
-        network = model(replace(SMALL, strategy="supervised-contrastive"))
-        losses = paper.encoder_losses(network, x, network.embed(x), y.clamp(min=0))
-        losses["loss"].backward()
-        assert torch.isfinite(losses["loss"]) and network.f.blocks[0].weight.grad is not None  # type: ignore[union-attr]
-
-    def test_labels_are_drawn_by_the_seed(self) -> None:
-        labels = (np.arange(200) % 4 == 0).astype(np.int64)
-        split = Split(np.zeros((200, 4, 4), np.uint8), labels)
-        chosen = [labelled_images(split, replace(SMALL, labelled=0.1), seed) for seed in range(3)]
-        assert [len(one) for one in chosen] == [20] * 3 and [int(labels[one].sum()) for one in chosen] == [5] * 3
-        assert set(chosen[0].tolist()) != set(chosen[1].tolist())
-        np.testing.assert_array_equal(chosen[0], labelled_images(split, replace(SMALL, labelled=0.1), 0))
-        hidden = hidden_labels(split, chosen[0])
-        assert int((hidden >= 0).sum()) == 20 and hidden[chosen[0]].tolist() == labels[chosen[0]].tolist()
-        assert len(labelled_images(split, replace(SMALL, strategy="simclr"), 0)) == 0
-        assert len(labelled_images(split, replace(SMALL, strategy="supervised-all"), 0)) == 200
-
-
-class TestConfig:
-    def test_presets(self) -> None:
-        brats, chest, fair = (
-            OptimizedViewsConfig.preset(name, data=data)  # type: ignore[arg-type]
-            for name, data in (("paper", "brats"), ("paper", "chest_nih"), ("fair", "brain_tumor"))
-        )
-        assert (brats.encoder, brats.width, brats.batch_size, brats.epochs, brats.learning_rate) == (
-            "convolutional",
-            32,
-            32,
-            100,
-            1e-4,
-        )
-        assert (chest.encoder, chest.batch_size, chest.labelled) == ("densenet121", 16, 0.1)
-        assert (brats.rate_of_m, replace(brats, strategy="self-supervised").rate_of_m) == (1e-3, 1e-4)
-        assert (brats.normalize, brats.temperature, brats.denominator, brats.sign) == (False, 1.0, "negatives", "text")
-        assert (fair.image_size, fair.encoder, fair.normalize, fair.temperature) == (64, "convolutional", True, 0.5)
-
-    def test_official_does_not_exist(self) -> None:
-        with pytest.raises(
-            ValueError, match="expected one of paper, fair; got 'official': the authors have not released"
-        ):
-            OptimizedViewsConfig.preset("official")  # type: ignore[arg-type]
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"strategy": "magic"}, "strategy must be one of random, random\\+supervision"),
-            ({"sign": "plus"}, "sign must be one of text, printed"),
-            ({"labelled": 0.0}, r"labelled must lie in \(0, 1\]"),
-            ({"order": ("blur", "blur")}, "order must name some of blur, noise"),
-            ({"order": ()}, "got nothing"),
-            ({"order": ("solarise",)}, "got solarise"),
-            ({"alphas": (1, 1, 1, 1)}, "five numbers"),
-            ({"alphas": (1, 1, -1, 1, 1)}, "none negative"),
-            ({"alphas": (1, 1, 1, 1, 1), "strategy": "supervised"}, "the strategy supervised does not minimise"),
-            ({"image_size": 8}, "at least 16"),
-            ({"initial_weights": "x.pth"}, "no ImageNet weights"),
-            ({"m_every": 0}, "m_every must be positive"),
-            ({"m_learning_rate": 0.0}, "m_learning_rate must be positive or none"),
-            ({"temperature": math.nan}, "temperature must be positive"),
-        ],
-    )
-    def test_refusals(self, changes: dict[str, Any], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            replace(SMALL, **changes)
-
-    def test_goes_through_json(self) -> None:
-        import json
-
-        config = replace(SMALL, alphas=(0.1, 10, 1, 1, 1), order=("crop", "blur"))
-        assert OptimizedViewsConfig.from_dict(json.loads(json.dumps(config.record()))) == config
-        with pytest.raises(ValueError, match="unknown fields magic"):
-            OptimizedViewsConfig.from_dict({"magic": 1})
-
-    def test_ablations_hold_table_2_and_the_readings(self) -> None:
-        assert {
-            "M-0.1-10-1-1-1",
-            "random-0-0-1-10-10",
-            "simclr",
-            "simclr-order-reversed",
-            "sign-printed",
-            "sum",
-        } <= ABLATIONS.keys()
-        base = OptimizedViewsConfig.preset("fair", data="brain_tumor")
-        for name, changes in ABLATIONS.items():
-            assert (replace(base, **changes) == base) == (name == "full"), name
-        assert len([name for name in ABLATIONS if name.startswith(("M-0", "M-1", "random-0"))]) == 6
-
-    def test_more_than_two_classes_are_refused(self, tmp_path: Any) -> None:
-        from python_tests.data_files import make_arrays, save
-
-        path = save(tmp_path / "three.npz", make_arrays(classes=3))
-        with pytest.raises(DataError, match=r"with two classes; .* has 3"):
-            paper.load_presence(str(path))
-        digits = paper.load_presence("digits")
-        assert digits.class_names == ("even", "odd") and set(digits.test.labels.tolist()) == {0, 1}

@@ -89,6 +89,9 @@ class OptimizedViewsConfig:
     # T and the alternation
     order: tuple[str, ...] = TRANSFORMATIONS  # of the transformations, the first applied first; what is absent is off
     m_every: int = 1  # steps between two steps of M
+    view: Literal["new", "shared"] = (
+        "new"  # f learns from a new view of the M just trained, or from the one M learned from
+    )
     statistics: Literal["both", "untransformed"] = "both"  # whose batches move the running statistics of f
     # Optimisation: Adam
     epochs: int = 10
@@ -101,7 +104,7 @@ class OptimizedViewsConfig:
 
     def __post_init__(self) -> None:
         choices = {"strategy": StrategyName, "encoder": EncoderName}
-        choices |= {name: _literal(name) for name in ("sign", "reduction", "denominator", "statistics")}
+        choices |= {name: _literal(name) for name in ("sign", "reduction", "denominator", "statistics", "view")}
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
@@ -185,6 +188,7 @@ def _literal(name: str) -> Any:
         "reduction": Literal["mean", "sum"],
         "denominator": Literal["negatives", "all"],
         "statistics": Literal["both", "untransformed"],
+        "view": Literal["new", "shared"],
     }[name]
 
 
@@ -235,4 +239,5 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "symmetric": {**_OPTIMISED, "symmetric": True},
     "statistics-untransformed": {**_OPTIMISED, "statistics": "untransformed"},
     "M-every-4": {**_OPTIMISED, "m_every": 4},
+    "shared-view": {**_OPTIMISED, "view": "shared"},
 }

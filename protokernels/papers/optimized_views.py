@@ -42,7 +42,8 @@ What the paper contradicts or leaves open, and our choice
     goes on). They are drawn by the seed, a share of each class; the paper draws at random.
 
     Alternation: one step of M, then one of f, g, p on a new X_M of the M just trained, with new noise. f(X) is the same for both, since
-    only M has changed, and is computed once. X and X_M go through f as two batches. Batch normalisation always uses the batch; running
+    only M has changed, and is computed once. ``view="shared"``: both steps use the X_M of the M before its step, and one pass of it through
+    f, which costs less. X and X_M go through f as two batches. Batch normalisation always uses the batch; running
     statistics of f move in its own step, by both batches or by X alone (``statistics``), those of M in M's.
 
     Order: the reversed one stands for the "different transformation order", which is not given. Images are scaled to [0, 1]. Sizes of M, f
@@ -145,12 +146,22 @@ def transformation_losses(
     seed: Tensor,  # [B] int64
 ) -> dict[str, Tensor]:
     """First line of Eq. 1: what M minimises. The gradient runs through p, g, f and T into M; f, g and p are constants."""
-    config, (alpha_0, alpha_1, *_) = model.config, model.config.weights
     assert model.M is not None
     with frozen(*model.parts()):
         Lambda = model.M(x)
-        view = model.embed(model.transform(x, Lambda, seed))
-        nce, bce = contrast(view.z, keys.detach(), config), cross_entropy(model.classify(view.h), y)
+        return losses_of_M(model, model.embed(model.transform(x, Lambda, seed)), keys, y, Lambda)
+
+
+def losses_of_M(
+    model: OptimizedViews,
+    view: Latents,  # of X_M
+    keys: Tensor,  # [B, e]
+    y: Tensor,  # [B] int64, -1: unknown
+    Lambda: Tensor,  # [B, 7]
+) -> dict[str, Tensor]:
+    """alpha_0 and alpha_1 of Eq. 1, and what M chose."""
+    config, (alpha_0, alpha_1, *_) = model.config, model.config.weights
+    nce, bce = contrast(view.z, keys.detach(), config), cross_entropy(model.classify(view.h), y)
     sign = -1 if config.sign == "text" else 1
     means = {
         f"mean_{name.replace(' ', '_')}": value for name, value in zip(PARAMETERS, Lambda.detach().mean(0), strict=True)
@@ -160,15 +171,12 @@ def transformation_losses(
 
 def encoder_losses(
     model: OptimizedViews,
-    x_M: Tensor,  # [B, C, H, W]
+    view: Latents,  # of X_M
     plain: Latents | None,  # of X; None: the strategy does not need them
     y: Tensor,  # [B] int64, -1: unknown
 ) -> dict[str, Tensor]:
     """Second line of Eq. 1: what f, g and p minimise; or the loss of a strategy that has another."""
     config, (*_, alpha_2, alpha_3, alpha_4) = model.config, model.config.weights
-    of_images_alone = config.statistics == "untransformed" and plain is not None
-    with still(*model.parts()) if of_images_alone else nullcontext():
-        view = model.embed(x_M)
     if plain is None:
         loss = cross_entropy(model.classify(view.h), y)
         return {"loss": loss, "view_cross_entropy": loss}
@@ -203,19 +211,31 @@ def alternate(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Tensor]:
     """One batch of section 2.1: a step of M, then a step of f, g and p, each through ``optimise``. Returns the losses."""
-    M, losses, plain = model.M, {}, None
+    M, config, plain = model.M, model.config, None
+    losses: dict[str, Tensor] = {}
     with autocast():
-        if model.config.recipe.loss != "classes":
+        if config.recipe.loss != "classes":
             plain = model.embed(x)  # g(f(X)) for both steps: f does not change in between
-        if M is not None and plain is not None and turn_of_M:
+        if M is not None and plain is not None and turn_of_M and config.view == "new":
             losses = transformation_losses(model, x, y, plain.z, draws.seed_M)
     if losses:
         optimise(losses["m_loss"])  # M moves
+    of_images_alone = config.statistics == "untransformed" and plain is not None
     with autocast():
-        with torch.no_grad(), frozen(M):
+        shared = M is not None and turn_of_M and config.view == "shared"
+        with nullcontext() if shared else torch.no_grad(), nullcontext() if shared else frozen(M):
             Lambda, enabled = (draws.Lambda, draws.enabled) if M is None else (M(x), None)
             x_M = model.transform(x, Lambda, draws.seed_f, enabled)
-        losses = {**losses, **encoder_losses(model, x_M, plain, y)}
+        seen = x_M.detach().requires_grad_(shared)
+        with still(*model.parts()) if of_images_alone else nullcontext():
+            view = model.embed(seen)
+        if shared and plain is not None:
+            losses = losses_of_M(model, view, plain.z, y, Lambda)
+    if shared:  # the gradient of the one pass through f goes into M first
+        (gradient,) = torch.autograd.grad(losses["m_loss"], seen, retain_graph=True)
+        optimise((x_M * gradient).sum())
+    with autocast():
+        losses = {**losses, **encoder_losses(model, view, plain, y)}
     optimise(losses["loss"])  # f, g and p move
     return losses
 
