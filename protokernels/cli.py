@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The command line.
 
-protokernels train vaesim|optiml|local-contrast [--preset NAME] [--data NAME] [--out FOLDER] [...]   train, evaluate, draw
-protokernels ablate optiml|local-contrast [--only ABLATION ...] [...]   train and score every ablation of a paper
+protokernels train vaesim|optiml|local-contrast|optimized-views [--preset NAME] [--data NAME] [--out FOLDER] [...]   train, evaluate, draw
+protokernels ablate optiml|local-contrast|optimized-views [--only ABLATION ...] [...]   train and score every ablation of a paper
 protokernels evaluate RUN    score a run again from its newest checkpoint
 protokernels figures RUN     draw a run's pictures again
 protokernels predict local-contrast --checkpoint RUN VOLUME ...   label volumes for NIfTI volumes

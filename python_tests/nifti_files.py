@@ -13,6 +13,8 @@ import pytest
 nibabel = pytest.importorskip("nibabel", reason="NIfTI files need the extra protokernels[train]")
 
 SHAPE = (6, 5, 4)
+BRATS_SHAPE = (10, 8, 6)
+BRATS_SEQUENCES = {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
 
 
 def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None, **header: Any) -> Path:
@@ -39,3 +41,28 @@ def write_decathlon(folder: Path, count: int = 8, *, labels: Any = None) -> dict
     description = {"labels": labels or {"0": "background", "1": "front", "2": "back"}}
     (folder / "dataset.json").write_text(json.dumps(description))
     return maps
+
+
+def write_brats(folder: Path, patients: int = 5, *, description: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
+    """Volumes [X, Y, Z, 4]: slice z of FLAIR has z + 3 bright rows of Y, other sequences are noise; tumour in slices 3 and 5."""
+    generator = np.random.default_rng(0)
+    volumes = {}
+    for index in range(patients):
+        name = f"BRATS_{index:03d}"
+        volume = generator.random((*BRATS_SHAPE, 4)).astype(np.float32) + 1
+        flair = np.zeros(BRATS_SHAPE, np.float32)
+        for z in range(BRATS_SHAPE[2]):
+            flair[:, : z + 1, z] = 100 * (index + 1) + np.arange(BRATS_SHAPE[0])[:, None]
+        volume[..., 0] = flair
+        label = np.zeros(BRATS_SHAPE, np.uint8)
+        label[2, 1, 3], label[5, 2, 5] = 1, 3
+        write_nifti(folder / "imagesTr" / f"{name}.nii.gz", volume)
+        write_nifti(folder / "labelsTr" / f"{name}.nii.gz", label)
+        volumes[name] = flair
+    described = (
+        {"modality": BRATS_SEQUENCES, "labels": {str(k): f"part {k}" for k in range(4)}}
+        if description is None
+        else description
+    )
+    (folder / "dataset.json").write_text(json.dumps(described))
+    return volumes

@@ -265,7 +265,8 @@ class TestMedmnistFlag:
     def test_without_medmnist(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = save(tmp_path / "pneumoniamnist.npz", make_arrays())
         monkeypatch.setitem(sys.modules, "medmnist.info", None)
-        assert available_datasets() == ("digits", "mnist", "chest_nih", "chest_kermany", "chest_kermany_subtype")
+        own = ("chest_nih", "chest_kermany", "chest_kermany_subtype", "brain_tumor", "brain_tumor_types", "brats")
+        assert available_datasets() == ("digits", "mnist", *own)
         with pytest.raises(ImportError, match=r"pip install \"protokernels\[train\]\""):
             load_dataset("pneumoniamnist", tmp_path)
         assert load_dataset(str(path)).num_classes == 2

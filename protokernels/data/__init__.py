@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Labelled images from standard files: the digits inside scikit-learn, MNIST idx files, MedMNIST ``.npz`` files, chest
-X-rays; labelled volumes; and random views of them.
+X-rays, slices of brain MRI; labelled volumes; and random views of them.
 
 >>> from protokernels.data import load_dataset, to_tensor
 >>> digits = load_dataset("digits")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import chest, digits, idx, medmnist
+from . import brain, brats, chest, digits, idx, medmnist
 from .types import DataError, ImageDataset
 
 ROOT_VARIABLE = "PROTOKERNELS_DATA"
@@ -20,12 +20,13 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
         name: ``"digits"`` (inside scikit-learn, needs no file); ``"mnist"`` (four idx files, ``.gz`` or unzipped); a
             MedMNIST flag such as ``"pneumoniamnist"``, ``"bloodmnist"`` or, for larger images, ``"pneumoniamnist_64"``,
             ``"_128"``, ``"_224"``, and ``"chestmnist"``, whose images have 14 findings each; ``"chest_nih"``,
-            ``"chest_kermany"`` or ``"chest_kermany_subtype"`` (chest X-rays, see :mod:`protokernels.data.chest`); or
-            the path of an ``.npz`` file with MedMNIST's arrays
+            ``"chest_kermany"`` or ``"chest_kermany_subtype"`` (chest X-rays, see :mod:`protokernels.data.chest`);
+            ``"brain_tumor"`` or ``"brain_tumor_types"`` (slices of brain MRI, see :mod:`protokernels.data.brain`);
+            ``"brats"`` (see :mod:`protokernels.data.brats`); or the path of an ``.npz`` file with MedMNIST's arrays
             ``{train,val,test}_{images,labels}`` (``val`` may be absent), taken as it stands or below ``root``.
         root: folder of the files; default: the environment variable ``PROTOKERNELS_DATA``, else
             ``~/.cache/protokernels``. Files are looked for in ``root`` itself and in its folders ``mnist``,
-            ``medmnist``, ``MNIST/raw``, ``chest_nih`` and ``chest_kermany``.
+            ``medmnist``, ``MNIST/raw``, ``chest_nih``, ``chest_kermany`` and ``brain_tumor_4class``.
         download: fetch a missing file into ``root`` and check its md5; without it a missing file is an error that says
             where to get it.
 
@@ -52,6 +53,10 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
         return idx.load_mnist(folder, download=download)
     if key in chest.NAMES:
         return chest.load(key, folder)
+    if key in brain.NAMES:
+        return brain.load(key, folder)
+    if key in brats.NAMES:
+        return brats.load(folder)
     if medmnist.is_flag(key):
         return medmnist.load_flag(key, folder, download=download)
     raise DataError(
@@ -64,7 +69,7 @@ def available_datasets() -> tuple[str, ...]:
 
     MedMNIST flags are listed where medmnist is installed; each also takes ``_64``, ``_128``, ``_224``.
     """
-    return ("digits", "mnist", *chest.NAMES, *medmnist.available_flags())
+    return ("digits", "mnist", *chest.NAMES, *brain.NAMES, *brats.NAMES, *medmnist.available_flags())
 
 
 def data_root(root: str | Path | None) -> Path:

@@ -14,7 +14,16 @@ from pathlib import Path
 
 from .types import DataError
 
-FOLDERS = ("", "mnist", "medmnist", "MNIST/raw", "chest_nih", "chest_kermany", "acdc")  # below the data root
+FOLDERS = (
+    "",
+    "mnist",
+    "medmnist",
+    "MNIST/raw",
+    "chest_nih",
+    "chest_kermany",
+    "acdc",
+    "brain_tumor_4class",
+)  # below the data root
 BLOCK = 1 << 20  # bytes
 TIMEOUT = 30.0  # seconds without an answer
 

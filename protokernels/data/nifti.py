@@ -99,33 +99,39 @@ class _Orientation(NamedTuple):
     affine: np.ndarray  # [4, 4], in mm
 
 
-def read_nifti(path: str | Path) -> NiftiVolume:
+def read_nifti(path: str | Path, *, channel: int | None = None) -> NiftiVolume:
     """Reads one volume.
 
     The header is checked before anything is allocated, and a gzipped file to its checksum.
 
     Args:
         path: a ``.nii`` or ``.nii.gz`` file with one volume; lengths of one behind the third axis are dropped.
+        channel: which volume of a file that holds several along its fourth axis, such as the sequences of an
+            examination; a file with one volume has channel 0.
 
     Raises:
         DataError: with the file's name and the reason: missing, damaged or truncated, not a NIfTI file, several volumes
-            in it, no real numbers, an affine that is singular or not finite.
+            in it and no ``channel``, or no such channel, no real numbers, an affine that is singular or not finite.
         ImportError: nibabel is not installed.
     """
     path = Path(path)
     with _opened(path) as file:
-        start, header, orientation = _read_header(path, file)
+        start, header, orientation = _read_header(path, file, channel)
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
         end = int(header["vox_offset"]) + math.prod(shape) * dtype.itemsize
         content = _read_data(path, file, start, end)
     raw = np.frombuffer(content, dtype, math.prod(shape), int(header["vox_offset"]))
+    if channel is not None and len(shape) > 3:  # the first three axes run fastest, so a channel is one piece
+        one = math.prod(shape[:3])
+        raw, shape = raw[one * channel :][:one], shape[:3]
+        header.set_data_shape(shape)
     exact = dtype.kind in "iu" and dtype.itemsize <= 2
     values = raw.astype(np.float32 if exact or dtype.itemsize <= 2 or dtype.str[1:] == "f4" else np.float64)
     slope, intercept = header.get_slope_inter()
     if slope is not None and (slope, intercept) != (1, 0):
         values = values * values.dtype.type(slope) + values.dtype.type(intercept)
     order, flipped, spacing, affine = orientation
-    cube = values.reshape((*shape, 1, 1)[:3] if len(shape) < 3 else shape[:3], order="F")
+    cube = values.reshape((*shape, 1, 1)[:3], order="F")
     turned = np.flip(cube, flipped).transpose(np.argsort(order))
     return NiftiVolume(path, np.ascontiguousarray(turned), spacing, affine, header, order, flipped)
 
@@ -133,7 +139,7 @@ def read_nifti(path: str | Path) -> NiftiVolume:
 def check_nifti(path: str | Path) -> None:
     """Raises what :func:`read_nifti` would raise for the file's name and header; voxels are not read."""
     with _opened(Path(path)) as file:
-        _read_header(Path(path), file)
+        _read_header(Path(path), file, None)
 
 
 def whole_labels(volume: NiftiVolume) -> np.ndarray:  # [X, Y, Z] int64
@@ -187,7 +193,7 @@ def _check_name(path: Path) -> None:
         raise DataError(f"{path} {fault} its name {wish}; it starts with {start!r}")
 
 
-def _read_header(path: Path, file: IO[bytes]) -> tuple[bytes, Any, _Orientation]:
+def _read_header(path: Path, file: IO[bytes], channel: int | None) -> tuple[bytes, Any, _Orientation]:
     """The bytes read so far, the header, and where its axes run."""
     try:
         import nibabel
@@ -220,11 +226,14 @@ def _read_header(path: Path, file: IO[bytes]) -> tuple[bytes, Any, _Orientation]
         raise DataError(f"{path} holds {header.get_value_label('datatype')} voxels; expected real numbers")
     if not shape or any(length < 1 for length in shape):
         raise DataError(f"{path}: its header is damaged: it claims a volume of shape {list(shape)}")
-    if len(shape) < 2 or any(length > 1 for length in shape[3:]):
+    if len(shape) < 2 or any(length > 1 for length in shape[3 if channel is None else 4 :]):
         raise DataError(
             f"{path} holds an array of shape {list(shape)}; expected one volume [X, Y, Z]. Split a series into its "
             "volumes first (nibabel.four_to_three)"
         )
+    channels = shape[3] if len(shape) > 3 else 1
+    if channel is not None and not 0 <= channel < channels:
+        raise DataError(f"{path} holds {channels} volumes; there is no channel {channel}, the first is 0")
     offset, claimed = float(header["vox_offset"]), math.prod(shape)
     limit = min(LIMIT // dtype.itemsize, system_memory() // (dtype.itemsize + BYTES_PER_VOXEL))
     if not size <= offset <= size + TRAILER or claimed > limit:

@@ -66,6 +66,7 @@ class VolumeFolder:
         values: label values in the files, by class; empty: the class itself.
         source: for the provenance.
         warnings: for the provenance.
+        sequences: names of the volumes in one image, in their order; empty: not told.
     """
 
     folder: Path
@@ -74,6 +75,20 @@ class VolumeFolder:
     values: tuple[int, ...]
     source: str
     warnings: tuple[str, ...] = ()
+    sequences: tuple[str, ...] = ()
+
+    def channel(self, sequence: str) -> int:
+        """Where ``sequence`` lies on the fourth axis of the images; 0 where the folder does not tell.
+
+        Raises:
+            DataError: the folder names sequences, and this is none of them.
+        """
+        if not self.sequences:
+            return 0
+        names = [name.casefold() for name in self.sequences]
+        if sequence.casefold() not in names:
+            raise DataError(f"{self.folder}: no sequence {sequence}; dataset.json names {', '.join(self.sequences)}")
+        return names.index(sequence.casefold())
 
     def provenance(self) -> dict[str, Any]:
         """Source, names of the files within the folder, and one md5 over the names and contents of all of them."""
@@ -129,6 +144,7 @@ def decathlon_folder(folder: Path) -> VolumeFolder:
         values=(),
         source="Medical Segmentation Decathlon layout",
         warnings=(HIPPOCAMPUS_WARNING,) if hippocampus else (),
+        sequences=_sequences(folder / "dataset.json", described.get("modality")),
     )
 
 
@@ -161,7 +177,7 @@ def read_pair(pair: Pair, folder: VolumeFolder, size: int | None, warnings: list
         DataError: image and label differ in shape or place, a label value is none of the classes'.
     """
     image, label = read_nifti(pair.image), read_nifti(pair.label)
-    _check_same_place(image, label)
+    same_place(image, label)
     classes = _classes(whole_labels(label), label.path, folder, warnings)
     try:
         slices = image_slices(image.values, size)
@@ -173,7 +189,8 @@ def read_pair(pair: Pair, folder: VolumeFolder, size: int | None, warnings: list
     return LabelledVolume(pair.name, pair.group, slices, label_slices(classes, size), spacing, spacing_known=True)
 
 
-def _check_same_place(image: NiftiVolume, label: NiftiVolume) -> None:
+def same_place(image: NiftiVolume, label: NiftiVolume) -> None:
+    """``DataError`` where a label map has not the shape and place of its image."""
     if image.values.shape != label.values.shape:
         raise DataError(
             f"{label.path} has the shape {list(label.values.shape)}, its image {image.path.name} "
@@ -236,6 +253,19 @@ def _decathlon_classes(path: Path, labels: Any) -> tuple[str, ...]:
     if sorted(pairs) != list(range(len(pairs))) or not 2 <= len(pairs) <= MAX_CLASSES:
         raise DataError(f"{path}: labels must be the numbers 0, 1, ... without a gap; got {sorted(pairs)}")
     return tuple(pairs[index] for index in range(len(pairs)))
+
+
+def _sequences(path: Path, modality: Any) -> tuple[str, ...]:
+    """The Decathlon writes {"0": "FLAIR", "1": "T1w", ...}."""
+    if not isinstance(modality, dict):
+        return ()
+    try:
+        names = {int(key): str(name) for key, name in modality.items()}
+    except ValueError as error:
+        raise DataError(f"{path}: modality must name sequences by number; got {str(modality)[:80]}") from error
+    if sorted(names) != list(range(len(names))):
+        raise DataError(f"{path}: modality must be the numbers 0, 1, ... without a gap; got {sorted(names)}")
+    return tuple(names[index] for index in range(len(names)))
 
 
 def _base(entry: str) -> str:

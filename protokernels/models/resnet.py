@@ -139,7 +139,7 @@ class ResNet18(nn.Module):
                 f'ImageNet weights fit the standard ResNet18 (width {STANDARD_WIDTH}, stem "imagenet"); this one has '
                 f'width {self.width} and stem "{self.stem}"'
             )
-        state = _read_state(path)
+        state = read_weights(path, "ResNet18", "resnet18-f37072fd.pth")
         if self.channels == 1 and state.get("conv1.weight", torch.empty(0)).shape[1:2] == (3,):
             state["conv1.weight"] = state["conv1.weight"].sum(dim=1, keepdim=True)
         own = self.state_dict()
@@ -171,11 +171,17 @@ def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(channels_in, channels_out, stride), BasicBlock(channels_out, channels_out, 1))
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, network: str, published: str) -> dict[str, Tensor]:
+    """Tensors by name, from a file that nobody vouches for.
+
+    Raises:
+        FileNotFoundError: says where the weights of ``network`` are ``published``.
+        ValueError: not a file of weights.
+    """
     if not path.is_file():
         raise FileNotFoundError(
-            f"no weight file {path}; nothing is downloaded: fetch torchvision's ResNet18 weights "
-            "(https://download.pytorch.org/models/resnet18-f37072fd.pth) and give their path"
+            f"no weight file {path}; nothing is downloaded: fetch torchvision's {network} weights "
+            f"(https://download.pytorch.org/models/{published}) and give their path"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

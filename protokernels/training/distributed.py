@@ -47,11 +47,12 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         centred = values - mean[:, None, None]
         squares: Tensor = _SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3)))
         variance = squares / total_count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(squares / (total_count - 1).clamp_min(1), self.momentum)
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(squares / (total_count - 1).clamp_min(1), self.momentum)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
         scaled = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         return (scaled * self.weight[:, None, None] + self.bias[:, None, None]).to(images.dtype)
 
@@ -76,6 +77,15 @@ def sum_over_processes(value: Tensor) -> Tensor:
         value = value.clone()
         dist.all_reduce(value)
     return value
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Replaces every gradient by its mean over processes; all processes must have gradients for the same parameters."""
+    if process_count() > 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad.div_(process_count())
 
 
 def largest_over_processes(value: int, device: torch.device) -> int:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .distributed import largest_over_processes, sum_over_processes, synchronize_batch_norm
+from .distributed import average_gradients, largest_over_processes, sum_over_processes, synchronize_batch_norm
 from .progress import EpochProgress
 from .randomness import derived_generator, derived_seed, epoch_order, random_state, set_random_state
 from .run_folder import RunFolder
@@ -208,11 +208,16 @@ class Session:
         """A CPU generator for further random choices of this step, different in every process."""
         return torch.Generator().manual_seed(derived_seed(self.seed, purpose, step.epoch, step.index, step.rank))
 
-    def optimise(self, loss: Tensor, step: Step) -> None:
-        """Gradient of ``loss`` (a mean over this process's images) and one optimiser step."""
+    def optimise(self, loss: Tensor, step: Step, *, average: bool = False) -> None:
+        """Gradient of ``loss`` (a mean over this process's images) and one optimiser step; parameters without a gradient stay.
+
+        ``average``: the loss was computed on ``bare_model``, so that nobody has averaged its gradients over processes yet.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         weight = len(step.indices) * step.processes / step.batch  # makes the mean over processes the mean over images
         self.accelerator.backward(loss * weight if weight != 1 else loss)
+        if average:
+            average_gradients(self.bare_model)
         self.optimizer.step()
 
     def record(self, step: Step, **values: Tensor | float) -> None:

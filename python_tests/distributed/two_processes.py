@@ -14,6 +14,7 @@ from torch import nn
 
 from protokernels.papers import vaesim
 from protokernels.training import Interrupted, Session, Step, gather_batch, synchronize_batch_norm
+from protokernels.training.distributed import average_gradients
 
 
 def check_batch_norm() -> None:
@@ -40,6 +41,15 @@ def check_batch_norm() -> None:
     torch.testing.assert_close(shared.weight.grad, whole.weight.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(shared.running_mean, whole.running_mean)
     torch.testing.assert_close(shared.running_var, whole.running_var)
+    before = shared.running_mean.clone()
+    shared.track_running_stats = False  # still the statistics of the batch, but none are kept
+    torch.testing.assert_close(shared(images[rank::processes]), actual)
+    assert torch.equal(shared.running_mean, before)
+    shared.track_running_stats = True
+    layer = nn.Linear(2, 1)
+    layer.weight.grad = torch.tensor([[1.0, 4.0]]) * (rank + 1)  # the bias has none, in no process
+    average_gradients(layer)
+    assert layer.weight.grad.tolist() == [[1.5, 6.0]] and layer.bias.grad is None
     shared.eval(), whole.eval()
     torch.testing.assert_close(shared(images), whole(images))
     assert torch.equal(gather_batch(images[rank::processes].flatten(1)), images.flatten(1))

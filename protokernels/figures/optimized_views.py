@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""The figures of Ruppli et al. 2022: transformed images, AUC over epochs, and which parameters M chooses."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from ..training import RunFolder
+from .canvas import class_colours, new_figure, save_figure, show_image
+from .curves import loss_curves
+
+if TYPE_CHECKING:
+    from ..papers._optimized_views_config import OptimizedViewsConfig
+
+_CURVES = ("loss", "contrast", "view_cross_entropy", "cross_entropy", "m_loss", "m_contrast", "m_cross_entropy", "auc")
+
+
+def draw(
+    folder: Path,
+    run: RunFolder,
+    split: str,
+    config: OptimizedViewsConfig,
+    images: tuple[Tensor, Tensor, Tensor],  # [N, C, S, S] each: untransformed, transformed twice
+    captions: Sequence[str],
+    chosen: Sequence[Mapping[str, Any]],
+) -> list[Path]:
+    """Draws everything into ``folder / "figures"`` and returns the paths.
+
+    Args:
+        folder: of the run, or of several seeds.
+        run: whose metrics are drawn.
+        split: name of the scored set.
+        config: of the run.
+        images: see above.
+        captions: one per image.
+        chosen: lines ``{"epoch": ..., "counts": {parameter: [counts]}}``; empty where there is no M.
+    """
+    name = f"{config.recipe.title}, {config.preset_name}, {Path(config.data).stem}"
+    metrics = run.metrics()
+    names = [key for key in _CURVES if any(key in line for line in metrics)]
+    rows = {"X": images[0], "X_M": images[1], "again": images[2]}
+    figures = {
+        "losses": loss_curves(metrics, names, title=f"{name}: training, AUC in {split}"),
+        "views": view_rows(rows, captions, title=f"{name}: images and their transformed versions"),
+    }
+    if chosen:
+        figures["parameters"] = parameter_histograms(chosen, title=f"{name}: parameters that M chooses in {split}")
+    return [save_figure(figure, folder / "figures" / f"{key}.png") for key, figure in figures.items()]
+
+
+def view_rows(rows: Mapping[str, Tensor], captions: Sequence[str], *, title: str) -> Figure:
+    """A row per name, the same images in every row.
+
+    Raises:
+        ValueError: no row, no image, or rows of different lengths.
+    """
+    lengths = {len(row) for row in rows.values()}
+    if lengths != {len(captions)} or not captions:
+        raise ValueError(f"view_rows: expected rows of {len(captions)} images, at least one; got {sorted(lengths)}")
+    figure = new_figure(max(4.0, 0.95 * len(captions) + 0.9), 1.05 * len(rows) + 0.6)
+    figure.suptitle(title, fontsize=9)
+    grid = figure.subplots(len(rows), len(captions), squeeze=False)
+    for row, (name, images) in enumerate(rows.items()):
+        for column, image in enumerate(images):
+            show_image(grid[row, column], image, captions[column] if row == 0 else "")
+        grid[row, 0].set_ylabel(name.replace("+", "\n+ ").replace("-", "-\n"), fontsize=7)
+    return figure
+
+
+def auc_curves(
+    curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
+    *,
+    title: str,
+    flat: Collection[str] = (),
+) -> Figure:
+    """AUC over epochs by strategy, mean over runs with a band of one standard deviation (Fig. 2 of the paper).
+
+    Args:
+        curves: strategy -> run -> (epoch, AUC).
+        title: of the figure.
+        flat: strategies that are drawn as a horizontal line at their last value: what is trained with labels only.
+
+    Raises:
+        ValueError: there is no point.
+    """
+    if not any(points for runs in curves.values() for points in runs):
+        raise ValueError("auc_curves: no run has an AUC yet; expected at least one evaluated epoch")
+    figure = new_figure(6.4, 3.4)
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=9)
+    for colour, (name, runs) in zip(class_colours(len(curves)), curves.items(), strict=True):
+        by_epoch: dict[int, list[float]] = {}
+        for points in runs:
+            for epoch, area in points:
+                by_epoch.setdefault(epoch, []).append(area)
+        if not by_epoch:
+            continue
+        epochs = sorted(by_epoch)
+        means = np.array([statistics.fmean(by_epoch[epoch]) for epoch in epochs])
+        if name in flat:
+            axes.axhline(means[-1], color=colour, linestyle="--", linewidth=1.2, label=name)
+            continue
+        spread = np.array([statistics.stdev(by_epoch[epoch]) if len(by_epoch[epoch]) > 1 else 0.0 for epoch in epochs])
+        axes.plot(epochs, means, color=colour, marker="o", markersize=3, linewidth=1.4, label=name)
+        axes.fill_between(epochs, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("epoch", fontsize=8)
+    axes.set_ylabel("AUC", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize=6, loc="outside right center")
+    return figure
+
+
+def parameter_histograms(chosen: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
+    """A map per parameter: epochs to the right, values upwards, darker where more images have them.
+
+    Raises:
+        ValueError: no line.
+    """
+    if not chosen:
+        raise ValueError("parameter_histograms: there is no line; expected one per epoch")
+    names = list(chosen[0]["counts"])
+    columns = 4
+    rows = -(-len(names) // columns)
+    figure = new_figure(2.2 * columns, 2.0 * rows + 0.4)
+    figure.suptitle(title, fontsize=9)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    epochs = [line["epoch"] for line in chosen]
+    for axes in list(grid.flat)[len(names) :]:
+        axes.axis("off")
+    for axes, name in zip(grid.flat, names, strict=False):
+        counts = np.array([line["counts"][name] for line in chosen], float).T  # [bins, epochs]
+        shares = counts / np.maximum(counts.sum(axis=0), 1)
+        extent = (epochs[0] - 0.5, epochs[-1] + 0.5, 0.0, 1.0)
+        axes.imshow(
+            shares, cmap="Greys", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent, interpolation="nearest"
+        )
+        axes.set_title(name, fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        axes.set_yticks([0, 0.5, 1])
+        axes.set_xlabel("epoch", fontsize=7)
+        axes.tick_params(labelsize=6)
+    return figure
