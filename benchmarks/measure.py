@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     "torch", "numpy", "scikit-learn", "faiss-cpu", "vector-quantize-pytorch", "POT", "geomloss", "ott-jax", "jax",
-    "pytorch-metric-learning", "pytest-benchmark",
+    "pytorch-metric-learning", "kornia", "pytest-benchmark",
 )  # fmt: skip
 ALLOCATOR = ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_CONF")
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
