@@ -89,15 +89,11 @@ def call_of(function: peers.Transform, way: str, *tensors: Tensor) -> Call:
     return bind_gradient(function, of=2)(images, params, grad)
 
 
-def agree(one: Any, other: Any) -> None:
-    """Within rounding: coordinates of hundreds of pixels have five digits behind the point."""
-    one, other = (result if isinstance(result, tuple) else (result,) for result in (one, other))
-    for a, b in zip(one, other, strict=True):
-        assert float((a - b).norm()) <= 1e-3 * float(b.norm())
-
-
 def admit(ours: peers.Transform, peer: peers.Transform, case: Case, device: str = "cpu") -> None:
-    """The same answer without noise, which everybody draws for themselves; gradients but for that of the noise."""
+    """The same answer without noise, which everybody draws for themselves; gradients but for that of the noise.
+
+    Those of the parameters to a hundredth: in float32 a coordinate beside a pixel's centre may fall on either side, where the derivative jumps.
+    """
     images, params, grad = case.tensors(noise=False, device=device)
     found = []
     for function in (ours, peer):
@@ -106,7 +102,8 @@ def admit(ours: peers.Transform, peer: peers.Transform, case: Case, device: str 
         of_images, of_params = torch.autograd.grad(result, leaves, grad)
         of_params[:, 1] = 0
         found.append((result.detach(), of_images, of_params))
-    agree(*found)
+    for a, b, tolerance in zip(*found, (1e-3, 1e-3, 1e-2), strict=True):
+        assert float((a - b).norm()) <= tolerance * float(b.norm())
 
 
 def facts(part: str, way: str, case: Case, name: str, **more: Any) -> dict[str, Any]:

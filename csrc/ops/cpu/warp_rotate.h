@@ -81,8 +81,10 @@ PK_INLINE void load_threes(const T* p, const Offsets<T>& offset, Vec<T> (&three)
     return;
   }
 #endif
+  T found[3][LANES<T>];
   for (int i = 0; i < LANES<T>; ++i)
-    for (int k = 0; k < 3; ++k) three[k][i] = p[offset[i] + k];
+    for (int k = 0; k < 3; ++k) found[k][i] = p[offset[i] + k];
+  for (int k = 0; k < 3; ++k) three[k] = load(found[k]);
 }
 
 // The share that a tap takes of a pixel at this distance along one axis.
@@ -117,7 +119,7 @@ void rotate_adjoint(const WarpProblem& p, const Plane<T>& grad, double turns, T*
       Vec<T> total{};
 #pragma GCC unroll 3
       for (int b = -1; b <= 1; ++b) {
-        Vec<T> three[3]{};
+        Vec<T> three[3];
         load_threes<T>(grad.origin + b * grad.stride - 1, offset, three);
 #pragma GCC unroll 3
         for (int a = -1; a <= 1; ++a)

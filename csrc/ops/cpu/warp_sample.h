@@ -63,7 +63,9 @@ PK_INLINE void load_pairs(const T* p, const Offsets<T>& offset, Vec<T>& left, Ve
     return;
   }
 #endif
-  for (int i = 0; i < LANES<T>; ++i) left[i] = p[offset[i]], right[i] = p[offset[i] + 1];
+  T found[2][LANES<T>];
+  for (int i = 0; i < LANES<T>; ++i) found[0][i] = p[offset[i]], found[1][i] = p[offset[i] + 1];
+  left = load(found[0]), right = load(found[1]);
 }
 
 // A plane (DIMS 2) or a volume of planes with a margin; axes in the order x, y, z.
