@@ -52,9 +52,9 @@ class Case:
 
 CASES = [Case(64, 1, 28), Case(32, 1, 128), Case(16, 3, 224)]
 
-# Operations of a pixel, forward and backward. Blur: 26 multiply-adds; backward both filters of the gradient and of the image along one axis each (52) and
-# the adjoint along the other (13). Noise: half a Philox block in the integer units, some 25 operations of a logarithm, a sine and a cosine.
-# Rotation: coordinates 4, interpolation 9; backward those again, slopes and weights 14, four additions.
+# Operations of a pixel, forward and backward. Blur: 26 multiply-adds; backward both filters of the gradient and of the image along one axis
+# each (52) and the adjoint along the other (13). Noise: half a Philox block in the integer units, some 25 operations of a logarithm, a sine
+# and a cosine. Rotation: coordinates 4, interpolation 9; backward those again, slopes and weights 14, four additions.
 OPERATIONS = {"chain": (52 + 25 + 8 + 13, 130 + 25 + 25 + 31), "blur": (52, 130), "rotation": (13, 31)}
 # Bytes: the image in and out; backward gradient and image in, gradient out.
 BYTES = (8, 12)
@@ -92,7 +92,8 @@ def call_of(function: peers.Transform, way: str, *tensors: Tensor) -> Call:
 def admit(ours: peers.Transform, peer: peers.Transform, case: Case, device: str = "cpu") -> None:
     """The same answer without noise, which everybody draws for themselves; gradients but for that of the noise.
 
-    Those of the parameters to a hundredth: in float32 a coordinate beside a pixel's centre may fall on either side, where the derivative jumps.
+    Those of the parameters to a hundredth: in float32 a coordinate beside a pixel's centre may fall on either side, where the derivative
+    jumps.
     """
     images, params, grad = case.tensors(noise=False, device=device)
     found = []

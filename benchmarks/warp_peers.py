@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Other people's ways to the differentiable transformations of Ruppli et al., each at its best: one set of parameters for every sample, the default order.
+"""Other people's ways to the differentiable transformations of Ruppli et al., each at its best, in the default order.
 
 A function takes images [B, C, H, W] and params [B, 7] as `protokernels.transform` does; `blur` and `rotation` take the column they need.
 Noise is drawn inside.

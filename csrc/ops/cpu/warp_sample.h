@@ -134,7 +134,7 @@ PK_INLINE Vec<T> interpolate(const Source<T, DIMS>& source, const Spot<T, DIMS>&
   Vec<T> value[2], along[2], down[2];  // of one plane, or of both that a volume has here
   for (int z = 0; z + 2 < DIMS + 1; ++z) {
     const T* const plane = source.origin + (DIMS == 3 ? z * source.stride[DIMS - 1] : 0);
-    Vec<T> a, b, c, d;
+    Vec<T> a{}, b{}, c{}, d{};
     load_pairs<T>(plane, taps.offset, a, b);
     load_pairs<T>(plane + source.stride[1], taps.offset, c, d);
     const Vec<T> top = between<T>(a, b, f[0]), bottom = between<T>(c, d, f[0]);
