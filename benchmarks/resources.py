@@ -228,7 +228,7 @@ def digest(source: Path) -> str:
         if path in seen:
             continue
         text = path.read_text()
-        for name in re.findall(r'#include "([^"]+)"', text):
+        for name in re.findall(r'#include "((?!emulator/)[^"]+)"', text):  # nvcc never sees the emulator
             pending += [place for place in (ROOT / "csrc" / name, path.parent / name) if place.is_file()][:1]
         code = re.sub(r"//(?!\s*resources:).*$", "", text, flags=re.M)
         seen[path] = "\n".join(line for line in map(str.strip, code.splitlines()) if line)
