@@ -50,6 +50,7 @@ if str(ROOT) not in sys.path:
 
 # Child processes see the same package: they do not put their working folder first, and find an in-place build.
 os.environ["PYTHONSAFEPATH"] = "1"
+os.environ.pop("PYTEST_ADDOPTS", None)  # options of this run, by now read; a pytest that a test starts has its own
 if PACKAGE.parent == ROOT:
     given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and Path(entry) != ROOT]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *given])
