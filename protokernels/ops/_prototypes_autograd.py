@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _native
 from ..reference import prototypes as reference
+from . import _calls
 
 
 def _fake_forward(
@@ -76,7 +77,8 @@ def _backward(
         return (None,) * 11
     if grad_assignment is None:
         grad_assignment = torch.zeros_like(assignment)
-    grad_z, grad_prototypes, grad_temperature = torch.ops.protokernels.prototypes_backward(
+    grad_z, grad_prototypes, grad_temperature = _calls.call(
+        "prototypes_backward",
         grad_assignment,
         grad_entropy,
         assignment,
@@ -144,19 +146,18 @@ def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
     )
 
 
+def _fake_accumulate(z: Tensor, labels: Tensor, num_prototypes: int, skip_nonfinite: bool) -> tuple[Tensor, Tensor]:
+    sums = z.new_empty(num_prototypes, z.shape[1], dtype=torch.float64)
+    return sums, z.new_empty(num_prototypes, dtype=torch.int64)
+
+
+def _fake_blend(prototypes: Tensor, sums: Tensor, counts: Tensor, new_weight: float) -> Tensor:
+    return prototypes.new_empty(prototypes.shape)
+
+
 if _native.LIBRARY is not None:
     torch.library.impl("protokernels::prototypes_backward", "CUDA")(_backward_in_torch)
-    torch.library.register_fake("protokernels::prototypes_forward")(_fake_forward)
-    torch.library.register_fake("protokernels::prototypes_backward")(_fake_backward)
-    torch.library.register_autograd("protokernels::prototypes_forward", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("protokernels::prototypes_backward", _no_second_derivative)
-
-    @torch.library.register_fake("protokernels::prototypes_accumulate")
-    def _(z: Tensor, labels: Tensor, num_prototypes: int, skip_nonfinite: bool) -> tuple[Tensor, Tensor]:
-        return z.new_empty(num_prototypes, z.shape[1], dtype=torch.float64), z.new_empty(
-            num_prototypes, dtype=torch.int64
-        )
-
-    @torch.library.register_fake("protokernels::prototypes_blend")
-    def _(prototypes: Tensor, sums: Tensor, counts: Tensor, new_weight: float) -> Tensor:
-        return prototypes.new_empty(prototypes.shape)
+_calls.register("prototypes_forward", _fake_forward, setup=_setup_context, backward=_backward)
+_calls.register("prototypes_backward", _fake_backward, backward=_no_second_derivative)
+_calls.register("prototypes_accumulate", _fake_accumulate)
+_calls.register("prototypes_blend", _fake_blend)

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from . import _calls
 
-OPS = torch.ops.protokernels
 Grad = Tensor | None
 
 
@@ -65,12 +64,27 @@ def _backward(
         to_cost: Grad = None
         to_epsilon: Grad = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-            to_cost, to_epsilon = OPS.sinkhorn_envelope_backward(cost, f, g, epsilon, grad_value.contiguous())
+            to_cost, to_epsilon = _calls.call(
+                "sinkhorn_envelope_backward", cost, f, g, epsilon, grad_value.contiguous()
+            )
         to_a, to_b = _envelope_masses(ctx, grad_value, f, g)
     else:
         grads = (None if x is None else x.contiguous() for x in (grad_f, grad_g, grad_cost, grad_value))
-        to_cost, to_a, to_b, to_epsilon = OPS.sinkhorn_backward(
-            cost, a, b, epsilon, g_init, f, g, iterations, history, *grads, not ctx.save_history, ctx.rho_a, ctx.rho_b
+        to_cost, to_a, to_b, to_epsilon = _calls.call(
+            "sinkhorn_backward",
+            cost,
+            a,
+            b,
+            epsilon,
+            g_init,
+            f,
+            g,
+            iterations,
+            history,
+            *grads,
+            not ctx.save_history,
+            ctx.rho_a,
+            ctx.rho_b,
         )
     found = (to_cost, to_a, to_b, to_epsilon)
     wanted = (x if needed else None for x, needed in zip(found, ctx.needs_input_grad[:4], strict=True))
@@ -99,7 +113,7 @@ def _setup_plan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _plan_backward(ctx: Any, grad_plan: Tensor) -> tuple[Grad, ...]:
     plan, cost, f, g, epsilon = ctx.saved_tensors
-    found = OPS.sinkhorn_plan_backward(grad_plan.contiguous(), plan, cost, f, g, epsilon)
+    found = _calls.call("sinkhorn_plan_backward", grad_plan.contiguous(), plan, cost, f, g, epsilon)
     return tuple(x if needed else None for x, needed in zip(found, ctx.needs_input_grad, strict=True))
 
 
@@ -117,7 +131,9 @@ def _features_backward(
     if grad_value is None:
         return (None,) * 11
     x, y, f, g, epsilon = ctx.saved_tensors
-    to_x, to_y, to_epsilon = OPS.sinkhorn_features_backward(x, y, f, g, epsilon, grad_value.contiguous(), ctx.cosine)
+    to_x, to_y, to_epsilon = _calls.call(
+        "sinkhorn_features_backward", x, y, f, g, epsilon, grad_value.contiguous(), ctx.cosine
+    )
     found = (to_x, to_y, *_envelope_masses(ctx, grad_value, f, g), to_epsilon)
     return *(v if needed else None for v, needed in zip(found, ctx.needs_input_grad[:5], strict=True)), *(None,) * 6
 
@@ -129,40 +145,36 @@ def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
     )
 
 
-if _native.LIBRARY is not None:
-    torch.library.register_fake("protokernels::sinkhorn_forward")(_fake_forward)
-    torch.library.register_fake("protokernels::sinkhorn_backward")(_fake_backward)
-    torch.library.register_autograd("protokernels::sinkhorn_forward", _backward, setup_context=_setup_forward)
-    torch.library.register_autograd("protokernels::sinkhorn_backward", _no_second_derivative)
+def _fake_plan(cost: Tensor, f: Tensor, g: Tensor, epsilon: Tensor) -> Tensor:
+    return torch.empty_like(cost)
 
-    @torch.library.register_fake("protokernels::sinkhorn_plan")
-    def _(cost: Tensor, f: Tensor, g: Tensor, epsilon: Tensor) -> Tensor:
-        return torch.empty_like(cost)
 
-    @torch.library.register_fake("protokernels::sinkhorn_plan_backward")
-    def _(
-        grad_plan: Tensor, plan: Tensor, cost: Tensor, f: Tensor, g: Tensor, epsilon: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.empty_like(cost), torch.empty_like(f), torch.empty_like(g), torch.empty_like(epsilon)
+def _fake_plan_backward(
+    grad_plan: Tensor, plan: Tensor, cost: Tensor, f: Tensor, g: Tensor, epsilon: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(cost), torch.empty_like(f), torch.empty_like(g), torch.empty_like(epsilon)
 
-    torch.library.register_autograd("protokernels::sinkhorn_plan", _plan_backward, setup_context=_setup_plan)
-    torch.library.register_autograd("protokernels::sinkhorn_plan_backward", _no_second_derivative)
 
-    @torch.library.register_fake("protokernels::sinkhorn_envelope_backward")
-    def _(cost: Tensor, f: Tensor, g: Tensor, epsilon: Tensor, grad_entropic_value: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(cost), torch.empty_like(epsilon)
+def _fake_envelope_backward(
+    cost: Tensor, f: Tensor, g: Tensor, epsilon: Tensor, grad_entropic_value: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(cost), torch.empty_like(epsilon)
 
-    torch.library.register_autograd("protokernels::sinkhorn_envelope_backward", _no_second_derivative)
 
-    @torch.library.register_fake("protokernels::sinkhorn_features_forward")
-    def _(x: Tensor, y: Tensor, a: Tensor, b: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
-        return _fake_solution(a, b)
+def _fake_features_forward(x: Tensor, y: Tensor, a: Tensor, b: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
+    return _fake_solution(a, b)
 
-    @torch.library.register_fake("protokernels::sinkhorn_features_backward")
-    def _(x: Tensor, y: Tensor, f: Tensor, g: Tensor, epsilon: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(x), torch.empty_like(y), torch.empty_like(epsilon)
 
-    torch.library.register_autograd(
-        "protokernels::sinkhorn_features_forward", _features_backward, setup_context=_setup_features
-    )
-    torch.library.register_autograd("protokernels::sinkhorn_features_backward", _no_second_derivative)
+def _fake_features_backward(
+    x: Tensor, y: Tensor, f: Tensor, g: Tensor, epsilon: Tensor, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(y), torch.empty_like(epsilon)
+
+
+_calls.register("sinkhorn_forward", _fake_forward, setup=_setup_forward, backward=_backward)
+_calls.register("sinkhorn_plan", _fake_plan, setup=_setup_plan, backward=_plan_backward)
+_calls.register("sinkhorn_features_forward", _fake_features_forward, setup=_setup_features, backward=_features_backward)
+_calls.register("sinkhorn_backward", _fake_backward, backward=_no_second_derivative)
+_calls.register("sinkhorn_plan_backward", _fake_plan_backward, backward=_no_second_derivative)
+_calls.register("sinkhorn_envelope_backward", _fake_envelope_backward, backward=_no_second_derivative)
+_calls.register("sinkhorn_features_backward", _fake_features_backward, backward=_no_second_derivative)

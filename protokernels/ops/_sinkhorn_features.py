@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backend
 from ..reference import prototypes as prototypes_reference
 from ..reference import sinkhorn as reference
-from . import _checks
+from . import _calls, _checks
 from ._sinkhorn_problem import (
     Penalty,
     Problem,
@@ -173,8 +173,8 @@ def _solve(
     a, b, epsilon, start, num_iters, tol, rho = problem
     if backend.native_serves(x.device):
         return reference.Solution(
-            *torch.ops.protokernels.sinkhorn_features_forward(
-                x, y, a, b, epsilon, start, cost == "cosine", num_iters, tol, *rho
+            *_calls.call(
+                "sinkhorn_features_forward", x, y, a, b, epsilon, start, cost == "cosine", num_iters, tol, *rho
             )
         )
     return reference.solve_envelope(reference.cost_matrix(x, y, cost), a, b, epsilon, start, num_iters, tol, rho)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import sinkhorn as reference
-from . import _checks
+from . import _calls, _checks
 from ._sinkhorn_problem import Problem
 
 ROWS_AT_ONCE = 2**22
@@ -106,8 +106,8 @@ class SinkhornResult:
             cost, f = cost.unsqueeze(0), f.unsqueeze(0)
         g = self.g.unsqueeze(0) if single else self.g
         if backend.native_serves(cost.device):
-            plan: Tensor = torch.ops.protokernels.sinkhorn_plan(
-                cost.contiguous(), f.contiguous(), g.contiguous(), self._epsilon
+            plan: Tensor = _calls.call(
+                "sinkhorn_plan", cost.contiguous(), f.contiguous(), g.contiguous(), self._epsilon
             )
         else:
             plan = reference.plan(cost, f, g, self._epsilon)

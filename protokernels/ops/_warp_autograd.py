@@ -6,12 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import _native
-
-OPS = torch.ops.protokernels
+from . import _calls
 
 
 def _fake_forward(images: Tensor, *_rest: Any) -> Tensor:
@@ -44,7 +41,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:2]
-    found = OPS.warp_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings, *needs)
+    found = _calls.call("warp_backward", grad.contiguous(), *ctx.saved_tensors, *ctx.settings, *needs)
     return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None,) * 9
 
 
@@ -65,7 +62,7 @@ def _setup_affine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:2]
-    found = OPS.warp_affine_backward(grad.contiguous(), *ctx.saved_tensors, ctx.padding, *needs)
+    found = _calls.call("warp_affine_backward", grad.contiguous(), *ctx.saved_tensors, ctx.padding, *needs)
     return *(x if needed else None for x, needed in zip(found, needs, strict=True)), None, None
 
 
@@ -81,12 +78,7 @@ def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
     )
 
 
-if _native.LIBRARY is not None:
-    torch.library.register_fake("protokernels::warp_forward")(_fake_forward)
-    torch.library.register_fake("protokernels::warp_backward")(_fake_backward)
-    torch.library.register_fake("protokernels::warp_affine_forward")(_fake_affine_forward)
-    torch.library.register_fake("protokernels::warp_affine_backward")(_fake_affine_backward)
-    torch.library.register_autograd("protokernels::warp_forward", _backward, setup_context=_setup)
-    torch.library.register_autograd("protokernels::warp_affine_forward", _affine_backward, setup_context=_setup_affine)
-    for name in ("warp_backward", "warp_affine_backward"):
-        torch.library.register_autograd(f"protokernels::{name}", _no_second_derivative)
+_calls.register("warp_forward", _fake_forward, setup=_setup, backward=_backward)
+_calls.register("warp_backward", _fake_backward, backward=_no_second_derivative)
+_calls.register("warp_affine_forward", _fake_affine_forward, setup=_setup_affine, backward=_affine_backward)
+_calls.register("warp_affine_backward", _fake_affine_backward, backward=_no_second_derivative)

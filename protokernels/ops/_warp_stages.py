@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import backend
 from ..reference import warp as reference
 from ..reference.prototypes import compute_dtype
-from . import _checks, _warp_autograd  # noqa: F401  (the second registers shapes and gradients)
+from . import _calls, _checks, _warp_autograd  # noqa: F401  (the last registers shapes and gradients)
 from . import _warp_checks as checks
 from ._warp_checks import Padding
 
@@ -259,8 +259,8 @@ def run_stages(
         seed = torch.zeros(B, dtype=torch.int64, device=images.device)
     rest = (order, list(radius), sigma_max, noise_std, list(crop_half), sharpness, reference.PADDINGS.index(padding))
     if backend.native_serves(images.device):
-        done: Tensor = torch.ops.protokernels.warp_forward(
-            images.contiguous(), params.contiguous(), bits, seed.contiguous(), *rest
+        done: Tensor = _calls.call(
+            "warp_forward", images.contiguous(), params.contiguous(), bits, seed.contiguous(), *rest
         )
         return done
     return reference.transform(images, params, bits, seed, *rest)
@@ -273,9 +273,7 @@ def run_affine(
     padding: int,
 ) -> Tensor:  # [B, C, *size]
     if backend.native_serves(images.device):
-        warped: Tensor = torch.ops.protokernels.warp_affine_forward(
-            images.contiguous(), matrix.contiguous(), size, padding
-        )
+        warped: Tensor = _calls.call("warp_affine_forward", images.contiguous(), matrix.contiguous(), size, padding)
         return warped
     return reference.affine_warp(images, matrix, size, padding)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import prototypes as reference
-from . import _checks, _prototypes_autograd  # noqa: F401  (the second registers shapes and gradients)
+from . import _calls, _checks, _prototypes_autograd  # noqa: F401  (the last registers shapes and gradients)
 
 Similarity = Literal["cosine", "dot"]
 
@@ -117,7 +117,8 @@ def soft_assign(
     dtype = torch.promote_types(z.dtype, prototypes.dtype)
     if backend.native_serves(z.device):
         number, tensor = _split_temperature(temperature, reference.compute_dtype(z, prototypes))
-        outputs: tuple[Tensor, ...] = torch.ops.protokernels.prototypes_forward(
+        outputs: tuple[Tensor, ...] = _calls.call(
+            "prototypes_forward",
             z,
             prototypes,
             tensor,
@@ -271,7 +272,8 @@ def prototype_step(
     uniform = _uniform(z.shape[0], z.device, generator) if sample else None
     if backend.native_serves(z.device):
         number, tensor = _split_temperature(temperature, reference.compute_dtype(z, prototypes))
-        c, labels, entropy, sums, counts, updated = torch.ops.protokernels.prototypes_forward(
+        c, labels, entropy, sums, counts, updated = _calls.call(
+            "prototypes_forward",
             z,
             prototypes,
             tensor,
@@ -397,7 +399,7 @@ def _accumulate(z: Tensor, labels: Tensor, num_prototypes: int, skip_nonfinite: 
     if not backend.native_serves(z.device):
         return reference.accumulate(z, labels, num_prototypes, skip_nonfinite)
     try:
-        sums, counts = torch.ops.protokernels.prototypes_accumulate(z.detach(), labels, num_prototypes, skip_nonfinite)
+        sums, counts = _calls.call("prototypes_accumulate", z.detach(), labels, num_prototypes, skip_nonfinite)
     except RuntimeError as error:
         if "a label is not below" not in str(error):
             raise
@@ -410,6 +412,6 @@ def _accumulate(z: Tensor, labels: Tensor, num_prototypes: int, skip_nonfinite: 
 
 def _blend(prototypes: Tensor, sums: Tensor, counts: Tensor, new_weight: float) -> Tensor:
     if backend.native_serves(prototypes.device):
-        updated: Tensor = torch.ops.protokernels.prototypes_blend(prototypes.detach(), sums, counts, new_weight)
+        updated: Tensor = _calls.call("prototypes_blend", prototypes.detach(), sums, counts, new_weight)
         return updated
     return reference.blend(prototypes, sums, counts, new_weight)

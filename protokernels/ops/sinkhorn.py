@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import backend
 from ..reference import prototypes as prototypes_reference
 from ..reference import sinkhorn as reference
-from . import _sinkhorn_autograd  # noqa: F401  (registers shapes and gradients)
+from . import _calls, _sinkhorn_autograd  # noqa: F401  (the second registers shapes and gradients)
 from ._sinkhorn_features import sinkhorn_divergence, sinkhorn_features
 from ._sinkhorn_problem import (
     Gradient,
@@ -141,8 +141,8 @@ def _solve(
     a, b, epsilon, start, num_iters, tol, rho = problem
     if backend.native_serves(cost.device):
         wanted = torch.is_grad_enabled() and (cost.requires_grad or problem.wants_gradient)
-        outputs = torch.ops.protokernels.sinkhorn_forward(
-            cost, a, b, epsilon, start, num_iters, tol, *rho, wanted and gradient == "unrolled"
+        outputs = _calls.call(
+            "sinkhorn_forward", cost, a, b, epsilon, start, num_iters, tol, *rho, wanted and gradient == "unrolled"
         )
         return reference.Solution(*outputs[:7])
     if gradient == "unrolled":

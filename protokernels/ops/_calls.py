@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""How the native operators are called and differentiated.
+
+A gradient registered with ``torch.library`` is run by Python inside the dispatcher: one call, forward and backward, crosses between the
+two half a dozen times, which costs more than the kernels on small problems. Eagerly, ``call`` therefore goes to the kernel at once, or
+through a ``torch.autograd.Function`` of the same formula where a gradient is wanted. Everything else (torch.compile, torch.export, fake
+tensors, ``torch.func``, tensor subclasses, modes) sees the registered operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+Formula = Callable[..., Any]
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
+_below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
+_transforms: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+_CAN_SHORTEN = all(part is not None for part in (_below_autograd, _modes, _function_modes, _transforms))
+"""These four are torch's own and not promised to users; where one is missing every call takes the registered way."""
+
+
+def register(name: str, fake: Formula, *, setup: Formula | None = None, backward: Formula | None = None) -> None:
+    """Gives a native operator its shapes and, if it has one, its gradient; without the native library nothing.
+
+    Args:
+        name: of the operator in ``torch.ops.protokernels``.
+        fake: takes the operator's arguments, returns empty tensors like its results.
+        setup: ``setup_context`` of ``torch.library.register_autograd``.
+        backward: takes the context and the gradients of the results, returns one for each argument.
+    """
+    if _native.LIBRARY is None:
+        return
+    qualified = f"protokernels::{name}"
+    torch.library.register_fake(qualified)(fake)
+    if backward is None:
+        return
+    if setup is None:
+        torch.library.register_autograd(qualified, backward)
+    else:
+        torch.library.register_autograd(qualified, backward, setup_context=setup)
+    _FUNCTIONS[name] = _function(name, setup, backward)
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Calls a native operator, differentiably if one of the arguments asks for a gradient."""
+    if torch.compiler.is_compiling() or not _is_plain(arguments):
+        return getattr(torch.ops.protokernels, name)(*arguments)
+    if name in _FUNCTIONS and torch.is_grad_enabled() and _wants_gradient(arguments):
+        return _FUNCTIONS[name].apply(*arguments)
+    with _below_autograd():
+        return getattr(torch.ops.protokernels, name).default(*arguments)
+
+
+def _function(name: str, setup: Formula | None, backward: Formula) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with _below_autograd():
+            output = getattr(torch.ops.protokernels, name).default(*arguments)
+        if setup is not None:
+            setup(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"protokernels_{name}", (torch.autograd.Function,), members)
+
+
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    """Tensors of torch's own classes, and nobody who watches or transforms calls."""
+    if not _CAN_SHORTEN or _modes() or _function_modes() or _transforms() or torch.jit.is_tracing():
+        return False
+    return all(type(x) in _PLAIN for x in arguments if isinstance(x, Tensor))
+
+
+def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
