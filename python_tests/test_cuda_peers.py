@@ -94,7 +94,7 @@ SMALL = [EMBEDDINGS, VIEWS, ONE_WAY]
 
 
 @pytest.mark.usefixtures("libraries")
-@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")
+@pytest.mark.filterwarnings("ignore:CUDA is not available or torch_xla:UserWarning")
 class TestContrastive:
     @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
     @pytest.mark.parametrize("name", ["protokernels", "torch"])
