@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -108,15 +110,16 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Views:
-    """Two views of N images."""
+    """Two views of N images; `symmetric`: in both directions."""
 
     N: int
     D: int = 128
     temperature: float = 0.1
+    symmetric: bool = True
 
     @property
     def name(self) -> str:
-        return f"2x{self.N}x{self.D}"
+        return f"2x{self.N}x{self.D}" + ("" if self.symmetric else ", one way")
 
     def tensors(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -124,7 +127,7 @@ class Views:
         return first.to(device), (first + noise).to(device)
 
     def problem(self, *tensors: Tensor) -> ViewsProblem:
-        return ViewsProblem(*(tensors or self.tensors()), self.temperature)
+        return ViewsProblem(*(tensors or self.tensors()), self.temperature, self.symmetric)
 
     def limit(self) -> tuple[float, float]:
         return 8.0 * self.D * self.N**2, 4.0 * 8 * 2 * self.N * self.D
@@ -155,6 +158,9 @@ EMBEDDINGS = [
 ]
 SWEEP = [Embeddings(N) for N in (128, 256, 512, 1024, 2048, 4096)]
 VIEWS = [Views(256), Views(1024), Views(4096)]
+ROUNDED = [Embeddings(2048), Embeddings(8192), Embeddings(32768), Views(4096)]
+"""Cases on CUDA in less than the accuracy of float32, with those below; views one way are what a cross-entropy over classes computes."""
+ROUNDED += [Views(N, symmetric=symmetric) for symmetric in (True, False) for N in (8192, 32768)]
 Case = Local | Embeddings | Views
 
 
@@ -169,16 +175,20 @@ def our_local(p: LocalProblem) -> Call:
     return run
 
 
-def our_embeddings(p: EmbeddingProblem) -> Call:
-    leaf = p.embeddings.detach().clone().requires_grad_()
-    return lambda: torch.autograd.grad(protokernels.supcon_loss(leaf, p.labels, temperature=p.temperature), leaf)[0]
+def our_embeddings(p: EmbeddingProblem, precision: Any = "highest", dtype: torch.dtype = torch.float32) -> Call:
+    leaf = p.embeddings.detach().to(dtype, copy=True).requires_grad_()
+
+    def run() -> Tensor:
+        loss = protokernels.supcon_loss(leaf, p.labels, temperature=p.temperature, precision=precision)
+        return torch.autograd.grad(loss, leaf)[0]
+
+    return run
 
 
-def our_views(p: ViewsProblem) -> Call:
+def our_views(p: ViewsProblem, precision: Any = "highest") -> Call:
     leaves = [x.detach().clone().requires_grad_() for x in (p.first, p.second)]
-    return lambda: torch.cat(
-        torch.autograd.grad(protokernels.cross_view_loss(*leaves, temperature=p.temperature), leaves)
-    )
+    options: dict[str, Any] = {"temperature": p.temperature, "symmetric": p.symmetric, "precision": precision}
+    return lambda: torch.cat(torch.autograd.grad(protokernels.cross_view_loss(*leaves, **options), leaves))
 
 
 def admit(name: str, ours: Call, peer: Call) -> None:
@@ -284,19 +294,60 @@ def on_cuda(function: Callable[[Any], Call], case: Case) -> Bind:
     return run
 
 
+ON_CUDA = [*LOCAL, *EMBEDDINGS, *VIEWS]
+ON_CUDA += [case for case in ROUNDED if case not in ON_CUDA]
+TF32, BF16, BF16_INPUT = f"{OURS}, tf32", f"{OURS}, bf16", f"{OURS}, bf16 embeddings"
+PRECISIONS = {
+    OURS: ("highest", "3xtf32"),
+    TF32: ("high", "tf32"),
+    BF16: ("medium", "bf16"),
+    BF16_INPUT: ("medium", "bf16"),
+}
+OF_RATE = {"3xtf32": OURS, "tf32": TF32, "bf16": BF16}
+ALLOWED = {"3xtf32": 1e-3, "tf32": 5e-3, "bf16": 2e-2}
+"""How far gradients may be apart in their norm: some ten roundings of an operand."""
+OUR_ROUNDED = [(case, name) for case in ROUNDED for name in (TF32, BF16)] + [(Embeddings(8192), BF16_INPUT)]
+CUDA_PEERS = {Embeddings: peers.CUDA_EMBEDDINGS, Views: peers.CUDA_VIEWS}
+PEERS_ON_CUDA = [
+    (case, name, mode)
+    for case in ROUNDED
+    for name, peer in CUDA_PEERS[type(case)].items()
+    for mode in ((EAGER, GRAPH) if peer.in_graph else (EAGER,))
+]
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """|one - other| relative to the length of the other."""
+    return float((one.float() - other.float()).norm() / other.float().norm())
+
+
+def ours_at(name: str, case: Case) -> Bind:
+    ours = FOR_CASE[type(case)][1]
+    if name != OURS:
+        ours = partial(ours, precision=PRECISIONS[name][0])
+    if name == BF16_INPUT:
+        ours = partial(ours, dtype=torch.bfloat16)
+    return on_cuda(ours, case)
+
+
+def refuse_large(name: str, case: Case, largest: int) -> None:
+    if case.matrix() > largest:
+        pytest.skip(f"{name}: a matrix of {4e-9 * case.matrix():.0f} GB, several times over")
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("case", [*LOCAL, *EMBEDDINGS, *VIEWS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ON_CUDA, ids=lambda case: case.name)
 @pytest.mark.parametrize("mode", [EAGER, GRAPH])
 @pytest.mark.parametrize("name", [OURS, "torch", "torch.compile"])
 def test_on_cuda(cuda_contest: Any, case: Case, mode: str, name: str) -> None:
     """What the classes above measure, on CUDA."""
-    if name != OURS and case.matrix() > 8 * LARGEST_MATRIX:
-        pytest.skip(f"{name}: a matrix of {4e-9 * case.matrix():.0f} GB, several times over")
+    if name != OURS:
+        refuse_large(name, case, 8 * LARGEST_MATRIX)
     torch.compiler.reset()
     table, ours, what = FOR_CASE[type(case)]
 
     def agree(one: Tensor, other: Tensor) -> None:
-        assert ((one - other).norm() / other.norm()).item() <= 1e-3
+        assert apart(one, other) <= ALLOWED["3xtf32"]
 
     cuda_contest(
         on_cuda(ours if name == OURS else table[name][1], case),
@@ -305,5 +356,56 @@ def test_on_cuda(cuda_contest: Any, case: Case, mode: str, name: str) -> None:
         mode=mode,
         limit=(*case.limit(), "3xtf32") if name == OURS else None,
         agree=None if name == OURS else agree,
+        peer=name != OURS,
         **facts(what, case, name),
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("case", "name"), OUR_ROUNDED, ids=lambda x: x if isinstance(x, str) else x.name)
+@pytest.mark.parametrize("mode", [EAGER, GRAPH])
+def test_precision_on_cuda(cuda_contest: Any, case: Case, mode: str, name: str) -> None:
+    """Ours with products in tf32 and in bfloat16, against ours at the accuracy of float32."""
+    rate = PRECISIONS[name][1]
+
+    def agree(highest: Tensor, rounded: Tensor) -> None:
+        assert apart(rounded, highest) <= ALLOWED[rate]
+
+    cuda_contest(
+        ours_at(name, case),
+        ours_at(OURS, case),
+        case.tensors,
+        mode=mode,
+        limit=(*case.limit(), rate),
+        agree=agree,
+        peer=False,
+        **facts(FOR_CASE[type(case)][2], case, name, against=OURS),
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("case", "name", "mode"), PEERS_ON_CUDA, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_peer_on_cuda(cuda_contest: Any, case: Case, name: str, mode: str) -> None:
+    """Peers that work in tf32 or bfloat16, or wait for the device, against ours at the same precision."""
+    peer = CUDA_PEERS[type(case)][name]
+    if find_spec(peer.module) is None:
+        pytest.skip(f"{name}: {peer.module} is not installed")
+    if peer.largest:
+        refuse_large(name, case, peer.largest)
+    torch.compiler.reset()
+
+    def agree(ours: Tensor, theirs: Tensor) -> None:
+        distance = apart(ours, theirs)
+        if not distance <= (peer.allowed or ALLOWED[peer.rate]):
+            pytest.skip(f"{name} gives something else: {distance:.2g} of its length apart")
+
+    against = OF_RATE[peer.rate]
+    cuda_contest(
+        on_cuda(peer.prepare, case),
+        ours_at(against, case),
+        case.tensors,
+        mode=mode,
+        agree=agree if peer.compared else None,
+        peer=True,
+        **facts(FOR_CASE[type(case)][2], case, name, against=against, leaves_out=peer.leaves_out),
     )

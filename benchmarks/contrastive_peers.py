@@ -3,13 +3,14 @@
 
 A function of `LOCAL` takes a `LocalProblem`, one of `EMBEDDINGS` an `EmbeddingProblem`, one of `VIEWS` a `ViewsProblem`, and gives a call
 that runs forward and backward from the features as they come. The first two compute Khosla's L_out with the positives in the denominator,
-mean over the anchors of a block, then over blocks; the third InfoNCE between two views in both directions.
+mean over the anchors of a block, then over blocks; the third InfoNCE between two views, in both directions or from the first to the second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class ViewsProblem:
     first: Tensor  # [N, D]
     second: Tensor  # [N, D]
     temperature: float
+    symmetric: bool = True
 
 
 def masked_losses(
@@ -126,20 +128,92 @@ def metric_learning_supcon(p: EmbeddingProblem) -> Call:
     return of_embeddings(lambda x, labels, _temperature: loss(x, labels))(p)
 
 
-def plain_info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+ViewsLoss = Callable[[Tensor, Tensor, float, bool], Tensor]
+
+
+def plain_info_nce(first: Tensor, second: Tensor, temperature: float, symmetric: bool) -> Tensor:
     """As open_clip has it: one matrix of scores, cross-entropy of its rows and of its columns."""
     scores = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / temperature
     own = torch.arange(len(first), device=first.device)
-    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    one_way = F.cross_entropy(scores, own)
+    return (one_way + F.cross_entropy(scores.T, own)) / 2 if symmetric else one_way
 
 
-def of_views(loss: Callable[[Tensor, Tensor, float], Tensor], compiled: bool = False) -> Callable[[ViewsProblem], Call]:
+def of_views(loss: ViewsLoss, compiled: bool = False) -> Callable[[ViewsProblem], Call]:
     def prepare(p: ViewsProblem) -> Call:
         leaves = [x.detach().clone().requires_grad_() for x in (p.first, p.second)]
         run = torch.compile(loss, dynamic=False) if compiled else loss
-        return lambda: torch.cat(torch.autograd.grad(run(*leaves, p.temperature), leaves))
+        return lambda: torch.cat(torch.autograd.grad(run(*leaves, p.temperature, p.symmetric), leaves))
 
     return prepare
+
+
+# ----------------------------------------------------------------------------------------- less than float32, on CUDA
+
+
+def in_tf32(prepare: Callable[[Any], Call]) -> Callable[[Any], Call]:
+    """Products of torch in tf32, forward and backward."""
+
+    def prepared(p: Any) -> Call:
+        call, settings = prepare(p), torch.backends.cuda.matmul
+
+        def run() -> Any:
+            before, settings.allow_tf32 = settings.allow_tf32, True
+            try:
+                return call()
+            finally:
+                settings.allow_tf32 = before
+
+        return run
+
+    return prepared
+
+
+def in_bf16(prepare: Callable[[Any], Call]) -> Callable[[Any], Call]:
+    """Under autocast, as in mixed-precision training: products in bfloat16, and the scores too."""
+
+    def prepared(p: Any) -> Call:
+        call = prepare(p)
+
+        def run() -> Any:
+            with torch.autocast("cuda", torch.bfloat16):
+                return call()
+
+        return run
+
+    return prepared
+
+
+def inf_cl(p: ViewsProblem) -> Call:
+    """One call for each direction, as in its example. It computes in tf32 whatever the type of its input."""
+    from inf_cl import cal_inf_loss  # type: ignore[import-not-found, unused-ignore]
+
+    own = torch.arange(len(p.first), device=p.first.device)
+    scale = torch.tensor(1 / p.temperature, device=p.first.device)
+
+    def loss(first: Tensor, second: Tensor, _temperature: float, symmetric: bool) -> Tensor:
+        q, k = F.normalize(first, dim=1), F.normalize(second, dim=1)
+        one_way: Tensor = cal_inf_loss(q, k, labels=own, scale=scale, head_dim=q.shape[1])
+        if not symmetric:
+            return one_way
+        return (one_way + cal_inf_loss(k, q, labels=own, scale=scale, head_dim=q.shape[1])) / 2
+
+    return of_views(loss)(p)
+
+
+def cut_cross_entropy(p: ViewsProblem, filter_eps: str | None = None) -> Call:
+    """The one view as embeddings, the other as classifier, and the other way round; it takes bfloat16, so unit vectors are rounded."""
+    from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found, unused-ignore]
+
+    own = torch.arange(len(p.first), device=p.first.device)
+
+    def loss(first: Tensor, second: Tensor, temperature: float, symmetric: bool) -> Tensor:
+        e = (F.normalize(first, dim=1) / temperature).to(torch.bfloat16)
+        c = F.normalize(second, dim=1).to(torch.bfloat16)
+        one_way: Tensor = linear_cross_entropy(e, c, own, filter_eps=filter_eps)
+        return (one_way + linear_cross_entropy(c, e, own, filter_eps=filter_eps)) / 2 if symmetric else one_way
+
+    return of_views(loss)(p)
 
 
 LOCAL: dict[str, tuple[str, Callable[[LocalProblem], Call]]] = {
@@ -155,4 +229,48 @@ EMBEDDINGS: dict[str, tuple[str, Callable[[EmbeddingProblem], Call]]] = {
 VIEWS: dict[str, tuple[str, Callable[[ViewsProblem], Call]]] = {
     "torch": ("torch", of_views(plain_info_nce)),
     "torch.compile": ("torch", of_views(plain_info_nce, compiled=True)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- further ones on CUDA
+
+
+@dataclass(frozen=True)
+class CudaPeer:
+    """A peer that is measured on CUDA alone, against ours at the precision it works in."""
+
+    module: str
+    prepare: Callable[[Any], Call]
+    rate: str  # of `Ceilings.rates`
+    in_graph: bool = True  # False: it waits for the device, which a graph cannot hold
+    allowed: float | None = None  # how far its gradient may be from ours, if not as far as the rate explains
+    compared: bool = True
+    leaves_out: str = ""
+    largest: int = 1 << 30  # numbers in a matrix of all scores, for those who keep several; 0: it keeps none
+
+
+CUDA_EMBEDDINGS = {
+    "torch, tf32": CudaPeer("torch", in_tf32(of_embeddings(plain_supcon)), "tf32"),
+    "torch, bf16": CudaPeer("torch", in_bf16(of_embeddings(plain_supcon)), "bf16"),
+    "pytorch-metric-learning": CudaPeer(
+        "pytorch_metric_learning", metric_learning_supcon, "3xtf32", in_graph=False, largest=1 << 27
+    ),
+}
+CUDA_VIEWS = {
+    "torch, tf32": CudaPeer("torch", in_tf32(of_views(plain_info_nce)), "tf32"),
+    "torch, bf16": CudaPeer("torch", in_bf16(of_views(plain_info_nce)), "bf16"),
+    "inf-cl": CudaPeer("inf_cl", inf_cl, "tf32", largest=0),
+    # Its gradients are sums of hundreds of terms in bfloat16.
+    "cut-cross-entropy": CudaPeer(
+        "cut_cross_entropy", cut_cross_entropy, "bf16", in_graph=False, allowed=0.05, largest=0
+    ),
+    "cut-cross-entropy, filtered": CudaPeer(
+        "cut_cross_entropy",
+        partial(cut_cross_entropy, filter_eps="high"),
+        "bf16",
+        in_graph=False,
+        compared=False,
+        leaves_out="no gradient of blocks of scores whose derivatives are all below 0.00024",
+        largest=0,
+    ),
 }

@@ -30,7 +30,7 @@ CACHE_TURNOVER = 2.5
 MAX_SETS = 256
 MIN_CALLS = 10
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
-PACKAGES = (*measure.PACKAGES, "triton", "flash-kmeans", "flash-sinkhorn", "inf-cl", "kornia", "geomloss", "POT")
+PACKAGES = (*measure.PACKAGES, "triton", "flash-kmeans", "flash-sinkhorn", "inf-cl", "cut-cross-entropy")
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,7 @@ class CudaContest:
         mode: str,
         limit: tuple[float, float, str] | None = None,
         agree: Callable[[Any, Any], None] | None = None,
+        peer: bool | None = None,
         **facts: Any,
     ) -> dict[str, Any]:
         """Measures one row.
@@ -269,6 +270,7 @@ class CudaContest:
             mode: `EAGER`, calls one after the other from Python, or `GRAPH`, all of a sweep in one CUDA graph.
             limit: operations and bytes that cannot be avoided, and the rate in `Ceilings.rates` that counts.
             agree: takes the results of ours and of the contender; raises if they are not the same thing.
+            peer: whether `function` is somebody else's, whose failures are no fault of ours; by default whether it is not `ours`.
             facts: `case`, `what`, `contender`, `order` and anything else the row should say.
         """
         if mode not in (EAGER, GRAPH):
@@ -279,7 +281,8 @@ class CudaContest:
         inputs = [first, *(draw(seed, self.gpu.device) for seed in range(1, sets))]
         expected = ours(*first)()
         self.gpu.synchronize()
-        with blaming(function is not ours):
+        is_peer = function is not ours if peer is None else peer
+        with blaming(is_peer):
             first_call = self.gpu.seconds(
                 function(*first)
             )  # with torch.compile: the compilation, on the host's side too
@@ -288,15 +291,10 @@ class CudaContest:
         if agree is not None:
             agree(expected, result)
         del expected, result
-        row: dict[str, Any] = {"peak_mb": round(self.gpu.peak_bytes(function(*first)) / 1e6, 3)}
-        sweeps = [sweep([bind(*one) for one in inputs]) for bind in (ours, function)]
-        if mode == GRAPH:
-            for run in sweeps:
-                run()  # every set once, so that nothing is compiled or allocated for the first time in the capture
-            self.gpu.synchronize()
-            graph = self.gpu.graph(sweeps[0])
-            with blaming(function is not ours):
-                sweeps = [graph, self.gpu.graph(sweeps[1])]
+        own_sweep = self._sweep(ours, inputs, mode)
+        with blaming(is_peer):
+            row: dict[str, Any] = {"peak_mb": round(self.gpu.peak_bytes(function(*first)) / 1e6, 3)}
+            sweeps = [own_sweep, self._sweep(function, inputs, mode)]
         own, times = alternate(self.gpu, *sweeps, self.seconds)
         calls = calls_in_sweep(sets)
         row |= {**measure.quartiles(t / calls for t in times), "ours": measure.quartiles(t / calls for t in own)}
@@ -311,6 +309,14 @@ class CudaContest:
         if self.results is not None:
             measure.write(self.results, self.run, row)
         return row
+
+    def _sweep(self, function: Bind, inputs: Sequence[Sequence[Tensor]], mode: str) -> Call:
+        run = sweep([function(*one) for one in inputs])
+        if mode == EAGER:
+            return run
+        run()  # every set once, so that nothing is compiled or allocated for the first time in the capture
+        self.gpu.synchronize()
+        return self.gpu.graph(run)
 
     @staticmethod
     def _labelled(mode: str, facts: dict[str, Any]) -> dict[str, Any]:

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Other people's ways to solve a batch of entropic transport problems, each as its users write it.
 
-A function of `PLANS`, `VALUES` and `PLAN_GRADIENTS` takes a problem and gives a call that runs all iterations (no early stop) and
-A function of `PLANS`, `VALUES` and `PLAN_GRADIENTS` takes a problem and gives a call that makes all iterations, no early stop, and
-library is converted before. Masses are uniform over what the masks leave; only the peers in `TAKE_MASKS` can do with masks.
+A function of `PLANS`, `VALUES` and `PLAN_GRADIENTS` takes a problem, one of `FEATURES` clouds of features, and gives a call that makes
+all iterations, no early stop; what a library needs in a form of its own is converted before. Masses are uniform over what the
+masks leave; only the peers in `TAKE_MASKS` can do with masks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Call = Callable[[], Any]
@@ -110,7 +112,7 @@ def pot_loop(p: Problem) -> Call:
     return run
 
 
-# --------------------------------------------------------------------------------------------------- geomloss, OTT
+# ---------------------------------------------------------------------------------------------------------- geomloss
 
 
 def geomloss_values(p: Problem) -> Call:
@@ -120,7 +122,7 @@ def geomloss_values(p: Problem) -> Call:
     diameter = float(p.cost.max())
     leaf = p.cost.detach().clone().requires_grad_()
     scaling = (p.epsilon / diameter) ** (1 / p.num_iters)
-    x, y = torch.zeros(*p.a.shape, 1), torch.ones(*p.b.shape, 1)
+    x, y = torch.zeros(*p.a.shape, 1, device=p.a.device), torch.ones(*p.b.shape, 1, device=p.b.device)
 
     def cost(rows: Tensor, _columns: Tensor) -> Tensor:  # asked for from both sides; either has the whole derivative
         return leaf if float(rows[0, 0, 0]) == 0 else leaf.detach().mT
@@ -129,6 +131,55 @@ def geomloss_values(p: Problem) -> Call:
         p=1, blur=p.epsilon, diameter=diameter, scaling=scaling, debias=False, backend="tensorized", cost=cost
     )
     return lambda: torch.autograd.grad(loss(p.a, x, p.b, y).sum(), leaf)[0]
+
+
+# --------------------------------------------------------------------------------------------- features at cosine cost
+
+
+@dataclass(frozen=True)
+class FeaturesProblem:
+    x: Tensor  # [B, N, D]
+    y: Tensor  # [B, N, D]
+    epsilon: float
+    num_iters: int
+
+    def call(self, value: Callable[[Tensor, Tensor], Tensor], backward: bool) -> Call:
+        """The values [B], or their gradients by x and y."""
+        if not backward:
+            return torch.no_grad()(lambda: value(self.x, self.y))
+        leaves = [cloud.detach().clone().requires_grad_() for cloud in (self.x, self.y)]
+        return lambda: torch.autograd.grad(value(*leaves).sum(), leaves)
+
+
+def torch_features(p: FeaturesProblem, backward: bool) -> Call:
+    """The matrix of costs written out; gradients by the envelope theorem."""
+    masses = p.x.new_full(p.x.shape[:2], 1 / p.x.shape[1])
+
+    def value(x: Tensor, y: Tensor) -> Tensor:
+        cost = 1 - F.normalize(x, dim=2) @ F.normalize(y, dim=2).mT
+        return torch_value(cost, masses, masses, p.epsilon, p.num_iters, False)
+
+    return p.call(value, backward)
+
+
+def flash_sinkhorn(p: FeaturesProblem, backward: bool) -> Call:
+    """Half of the squared distance of unit vectors is the cosine cost, and its alternating updates come in the order of ours. Its value
+    counts the entropy against the product of the masses: a constant away, which is subtracted."""
+    from flash_sinkhorn import SamplesLoss  # type: ignore[import-not-found, unused-ignore]
+
+    loss = SamplesLoss(
+        "sinkhorn", backend="alternating", half_cost=True, eps=p.epsilon, n_iters=p.num_iters, use_epsilon_scaling=False,
+        debias=False, normalize=False, allow_tf32=True, autotune=True,
+    )  # fmt: skip
+    constant = p.epsilon * (2 * math.log(p.x.shape[1]) + 1)
+
+    def value(x: Tensor, y: Tensor) -> Tensor:
+        return loss(F.normalize(x[0], dim=1), F.normalize(y[0], dim=1)).view(1) - constant
+
+    return p.call(value, backward)
+
+
+# ------------------------------------------------------------------------------------------------------------------ OTT
 
 
 def ott_solver(p: Problem) -> tuple[Any, tuple[Any, ...]]:
@@ -189,11 +240,16 @@ PLAN_GRADIENTS: dict[str, tuple[str, Callable[[Problem], Call]]] = {
     "POT solve_batch, unrolled": ("ot", pot_plan_gradients),
     "OTT-JAX, implicit": ("ott", ott_plan_gradients),
 }
+FEATURES: dict[str, tuple[str, Callable[[FeaturesProblem, bool], Call]]] = {
+    "torch, the cost written out": ("torch", torch_features),
+    "flash-sinkhorn": ("flash_sinkhorn", flash_sinkhorn),
+}
 TAKE_MASKS = frozenset({"torch", "torch.compile", "torch, envelope", "POT solve_batch, scaling"})
 """Peers that accept masses of zero."""
 LEAVES_OUT = {
     "POT solve_batch, scaling": "no log domain",
     "geomloss, as many steps": "symmetric updates while epsilon falls",
+    "flash-sinkhorn": "products in tf32, one problem at a time",
 }
 ALLOWED = {
     "geomloss, as many steps": 0.2,
