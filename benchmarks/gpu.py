@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -75,6 +76,12 @@ def pytest_command(*arguments: str) -> list[str]:
     return [str(beside) if beside.exists() else "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
 
+def in_parallel() -> list[str]:
+    """Options that run tests in several processes, half as many as cores and at most eight, where pytest-xdist is installed."""
+    workers = min(8, (os.cpu_count() or 1) // 2)
+    return ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
+
+
 def find_tool(name: str) -> str | None:
     """A program of the CUDA toolkit: on the PATH, in CUDA_HOME or in /usr/local/cuda."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
@@ -91,6 +98,7 @@ def sanitized(out: Path, tool: str) -> list[list[str]]:
         "-k",
         "TestValue and cuda-native and not properties",
         f"--junitxml={out / tool}.xml",
+        *in_parallel(),
         "python_tests",
     )
     return [
@@ -98,6 +106,8 @@ def sanitized(out: Path, tool: str) -> list[list[str]]:
             find_tool("compute-sanitizer") or "compute-sanitizer",
             "--tool",
             tool,
+            "--target-processes",
+            "all",
             *options,
             "--error-exitcode",
             "99",
@@ -117,7 +127,7 @@ STAGES = (
     Stage(
         "build",
         "pip install of this checkout for the GPU found",
-        150,
+        120,
         lambda out: [
             [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", str(measure.ROOT)],
             [sys.executable, "-c", CHECK_BUILD],
@@ -127,8 +137,8 @@ STAGES = (
     Stage(
         "tests",
         "every test marked cuda",
-        80,
-        lambda out: [pytest_command("-m", "cuda", f"--junitxml={out / 'tests.xml'}", "python_tests")],
+        120,
+        lambda out: [pytest_command("-m", "cuda", f"--junitxml={out / 'tests.xml'}", *in_parallel(), "python_tests")],
         lambda out: read_tests(out / "tests.xml"),
     ),
     Stage(
@@ -162,7 +172,7 @@ STAGES = (
     Stage(
         "compiled",
         "kernels against torch.compile, which takes its time",
-        60,
+        50,
         lambda out: benchmarks(out, "compiled", "compile"),
         lambda out: read_rows(out / ROWS, out / "compiled.xml"),
         partial=True,

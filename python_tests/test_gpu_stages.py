@@ -145,7 +145,7 @@ class TestStages:
     def test_limits_are_shared_by_the_commands_of_a_stage_and_can_be_stretched(self, tmp_path: Path) -> None:
         runner = Pretender(tmp_path, build=Outcome(0, 100.0))
         gpu.run(gpu.STAGES, tmp_path, FACTS, runner, patience=2.0)
-        assert runner.limits["build"] == 200.0 and runner.limits["tests"] == 160.0
+        assert runner.limits["build"] == 140.0 and runner.limits["tests"] == 240.0
 
     def test_results_stand_when_a_run_is_cut_off(self, tmp_path: Path) -> None:
         class Unplugged(Pretender):
@@ -272,7 +272,7 @@ class TestCommand:
     def test_the_plan(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert gpu.main(["--dry-run", "tests", "sanitizer"]) == 0
         plan = capsys.readouterr().out
-        assert "tests: every test marked cuda; at most 80 s" in plan
+        assert "tests: every test marked cuda; at most 120 s" in plan
         assert "compute-sanitizer --tool racecheck" in plan and "pip install" not in plan
 
     def test_an_unknown_stage(self) -> None:
