@@ -49,13 +49,13 @@ __device__ __forceinline__ void adjoint_blur_tile(const Program& p, const Tile& 
 // By the tile's values before the stage behind: their gradients at GRAD_AT; what times the value adds up to the gradient by that stage's parameter
 // at DERIVATIVE_AT. Either is read by the thread that wrote it, or behind a barrier.
 template <class T, bool mixed>
-__device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step, const Tile& tile, T* shared) {
+__device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step, Reader reader, const Tile& tile, T* shared) {
   const Array grad = plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image);
-  const Reader reader = step.adjoint;
   if (reader == Reader::blur) return adjoint_blur_tile<T, mixed>(p, tile, grad, shared);
   Turn<T> turn;
   Taps<T> taps;
   if (reader == Reader::rotate) turn = turn_of_sample<T>(p, tile.sample);
+  if (reader == Reader::rotate && turn.on) return adjoint_rotate_tile<T, mixed>(tile, turn, grad, shared);
   if (reader == Reader::blur_x) taps = taps_of_sample<T>(p, tile.sample, 0, p.radius_x);
   if (reader == Reader::blur_y) taps = taps_of_sample<T>(p, tile.sample, p.radius_y, 0);
   for_orbits(tile, [&](const Orbit& orbit) {
@@ -63,9 +63,7 @@ __device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step,
     for (int t = 0; t < 4; ++t) {
       const int x = orbit.x(t), y = orbit.y(t);
       T derivative = 0, g;
-      if (reader == Reader::rotate) {
-        g = gathered_rotation<T, mixed>(grad, tile, turn, x, y, derivative);
-      } else if (reader == Reader::none || taps.is_identity()) {
+      if (reader == Reader::none || reader == Reader::rotate || taps.is_identity()) {
         g = load<T, mixed>(grad, tile.at(x, y));
       } else {
         const bool along_x = reader == Reader::blur_x;
@@ -88,22 +86,23 @@ __device__ __forceinline__ void scale_sums(const Program& p, const Step& step, i
   sums[3] *= static_cast<T>(p.sharpness) * T(p.H);
 }
 
-template <class T, bool mixed>
+template <class T, bool mixed, Work work>
 __device__ __forceinline__ void run_gradient(const Program& p, const Step& step, const Tile& tile, T* shared) {
-  const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
   if (is_void<T>(p, tile.sample)) {
-    if (step.target) fill_with_nan<T, mixed>(target, tile);
+    if (step.target) fill_with_nan<T, mixed>(plane_of<T, mixed>(p, tile, step.target, step.is_target_image), tile);
     return;  // nor are there sums
   }
-  const Local<T> local = local_of_sample<T>(p, tile.sample);
+  constexpr bool alone = work == Work::blur;
+  adjoint_tile<T, mixed>(p, step, gradient_adjoint<work>(step), tile, shared);
   const T* const noise = step.values ? shared + NOISE_AT : nullptr;
-  adjoint_tile<T, mixed>(p, step, tile, shared);
+  if (step.values) read_tile<T, mixed>(p, step, gradient_reader<work>(step), tile, shared);
+  const Local<T> local = local_of_sample<T>(p, tile.sample);
   if (step.values) {
-    read_tile<T, mixed>(p, step, tile, shared, shared + MIDDLE_AT);
-    if (has_stage(step, local, WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
+    if (!alone && has_stage(step, local, WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
   }
   Mask<T> mask;
-  if (has_stage(step, local, WarpStage::crop)) mask = make_mask<T>(p, tile);
+  if (!alone && has_stage(step, local, WarpStage::crop)) mask = make_mask<T>(p, tile);
+  const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
   T sums[SUMS] = {};
   for_orbits(tile, [&](const Orbit& orbit) {
     T before[MOST_LOCAL][4], v[4], g[4];
@@ -113,7 +112,7 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
     for (int i = 0; i < MOST_LOCAL; ++i) {
 #pragma unroll
       for (int t = 0; t < 4; ++t) before[i][t] = v[t];
-      if (step.values && i < step.stages) apply(step.stage[i], local, mask, orbit, noise, v);
+      if (!alone && step.values && i < step.stages) apply(step.stage[i], local, mask, orbit, noise, v);
     }
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -123,7 +122,7 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
     }
 #pragma unroll
     for (int i = MOST_LOCAL - 1; i >= 0; --i)
-      if (i < step.stages) apply_adjoint(step.stage[i], local, mask, orbit, noise, before[i], g, sums);
+      if (!alone && i < step.stages) apply_adjoint(step.stage[i], local, mask, orbit, noise, before[i], g, sums);
     if (step.target) store_orbit<T, mixed>(target, tile, orbit, g);
   });
   if (!step.values) return;
@@ -132,17 +131,18 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
 }
 
 // resources: dynamic shared 73216 bytes
-template <class T, bool mixed>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 2 : 1) warp_backward_kernel(const Program p) {
-  PK_DYNAMIC_SHARED(T, shared);
+template <class T, bool mixed, Work work>
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::any ? 2 : 3) warp_backward_kernel(const Program p) {
+  PK_DYNAMIC_SHARED(T, dynamic);
+  T* const shared = dynamic - GRAD_AT;
   const Tile tile = tile_of_block(p);
   const int64_t blocks = p.C * p.tiles_y * p.tiles_x;
   if (p.clear && blockIdx.x % blocks == 0 && threadIdx.x == 0) p.arrivals[tile.sample] = 0;
   for (int i = p.first; i < p.last; ++i) {
-    if (p.step[i].gradient) {
-      run_gradient<T, mixed>(p, p.step[i], tile, shared);
+    if (work != Work::any || p.step[i].gradient) {
+      run_gradient<T, mixed, work>(p, p.step[i], tile, shared);
     } else {
-      run_pass<T, mixed>(p, p.step[i], tile, shared, shared + MIDDLE_AT);
+      run_pass<T, mixed, Work::any>(p, p.step[i], tile, shared);
     }
     __syncthreads();
   }
@@ -216,8 +216,14 @@ int launch_backward(const WarpBackward& p, void* workspace, void* stream) {
     if (status != 0) return status;
   }
   return launch_steps(program, steps, [&](const Program& part) {
-    return PK_LAUNCH((warp_backward_kernel<T, mixed>), dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
-                     shared_bytes(part, true, sizeof(T)), stream, part);
+    auto* kernel = warp_backward_kernel<T, mixed, Work::any>;
+    if constexpr (sizeof(T) == 4) {
+      const Work work = part.step[part.first].gradient ? work_of(part) : Work::any;
+      if (work == Work::blur) kernel = warp_backward_kernel<T, mixed, Work::blur>;
+      if (work == Work::turn) kernel = warp_backward_kernel<T, mixed, Work::turn>;
+    }
+    return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS), shared_bytes(part, true, sizeof(T)),
+                     stream, part);
   });
 }
 

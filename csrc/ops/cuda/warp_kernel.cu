@@ -18,13 +18,13 @@
 
 namespace {
 
-// resources: dynamic shared 36608 bytes
-template <class T, bool mixed>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 3 : 1) warp_forward_kernel(const Program p) {
+// resources: dynamic shared 37120 bytes
+template <class T, bool mixed, Work work>
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::any ? 3 : 4) warp_forward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, shared);
   const Tile tile = tile_of_block(p);
   for (int i = p.first; i < p.last; ++i) {
-    run_pass<T, mixed>(p, p.step[i], tile, shared, shared + FORWARD_MIDDLE_AT);
+    run_pass<T, mixed, work>(p, p.step[i], tile, shared);
     __syncthreads();  // the next pass reads what the others of this block wrote
   }
 }
@@ -46,8 +46,13 @@ int launch_forward(const WarpForward& p, void* workspace, void* stream) {
     step.is_target_image = i == count - 1;
   }
   return launch_steps(program, count, [&](const Program& part) {
-    return PK_LAUNCH((warp_forward_kernel<T, mixed>), dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
-                     shared_bytes(part, false, sizeof(T)), stream, part);
+    auto* kernel = warp_forward_kernel<T, mixed, Work::any>;
+    if constexpr (sizeof(T) == 4) {
+      if (work_of(part) == Work::blur) kernel = warp_forward_kernel<T, mixed, Work::blur>;
+      if (work_of(part) == Work::turn) kernel = warp_forward_kernel<T, mixed, Work::turn>;
+    }
+    return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS), shared_bytes(part, false, sizeof(T)),
+                     stream, part);
   });
 }
 

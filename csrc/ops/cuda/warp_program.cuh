@@ -58,6 +58,32 @@ struct Program {
   Step step[MOST_STEPS];
 };
 
+// Steps that have a kernel of their own, with fewer registers; `any` takes every step, and those of a whole plane one after the other.
+//   blur: a pass that blurs by tiles; a gradient step that is nothing but the adjoint of that
+//   turn: a pass that is nothing but a rotation; a gradient step with the adjoint of the rotation and values blurred by tiles
+enum class Work : int { any, blur, turn };
+
+inline Work work_of(const Program& p) {
+  if (p.last - p.first > 1) return Work::any;
+  const Step& s = p.step[p.first];
+  if (!s.gradient) return s.reader == Reader::blur ? Work::blur : s.reader == Reader::rotate && s.stages == 0 ? Work::turn : Work::any;
+  if (s.adjoint == Reader::blur && s.reader == Reader::none && s.stages == 0) return Work::blur;
+  return s.adjoint == Reader::rotate && s.reader == Reader::blur ? Work::turn : Work::any;
+}
+
+template <Work work>
+__device__ __forceinline__ Reader pass_reader(const Step& s) {
+  return work == Work::any ? s.reader : work == Work::blur ? Reader::blur : Reader::rotate;
+}
+template <Work work>
+__device__ __forceinline__ Reader gradient_reader(const Step& s) {
+  return work == Work::any ? s.reader : work == Work::blur ? Reader::none : Reader::blur;
+}
+template <Work work>
+__device__ __forceinline__ Reader gradient_adjoint(const Step& s) {
+  return work == Work::any ? s.adjoint : work == Work::blur ? Reader::blur : Reader::rotate;
+}
+
 struct Pass {
   Reader reader;
   int stages;

@@ -17,26 +17,31 @@ constexpr int RUN = 8;                // outputs a thread makes at a time, from 
 static_assert(TILE_H == 2 * RUN && THREADS == 4 * TILE_H / RUN * TILE_W && TILE_W % RUN == 0);
 
 constexpr int VALUES = 4 * TILE_H * VALUE_W, RAWS = 4 * RAW_H * RAW_W, MIDDLES = 4 * RAW_H * MIDDLE_W;
-// Elements of T in dynamic shared memory: the values of the tile, its noise; raw pixels lie there before either is made. Behind them, rows that are
-// filtered, in the forward kernel; in the backward kernel gradients, derivatives by the parameter of the stage behind, and twice filtered rows.
-constexpr int VALUE_AT = 0, NOISE_AT = VALUES, FORWARD_MIDDLE_AT = 2 * VALUES;
-constexpr int GRAD_AT = 2 * VALUES, DERIVATIVE_AT = 3 * VALUES, MIDDLE_AT = 4 * VALUES, SLOPE_MIDDLE_AT = MIDDLE_AT + MIDDLES;
-static_assert(SLOPE_MIDDLE_AT + MIDDLES == BLUR_ELEMENTS && RAWS <= FORWARD_MIDDLE_AT && FORWARD_MIDDLE_AT % 4 == 0 && MIDDLE_AT % 4 == 0 &&
-              SLOPE_MIDDLE_AT % 4 == 0);
+// The box of one mirror image, from which a rotation reads (warp_turn.cuh).
+constexpr int BOX_SIDE = 40, BOX_W = BOX_SIDE + 2, BOXES = 4 * BOX_SIDE * BOX_W;
+// Elements of T in dynamic shared memory: the values of the tile and its noise; raw pixels lie there before either is made, and behind them rows that
+// are filtered. Boxes for values lie behind these, for gradients in their place. In the backward kernel gradients and derivatives by the parameter
+// of the stage behind come before, and rows filtered with slopes after.
+constexpr int GRAD_AT = -2 * VALUES, DERIVATIVE_AT = -VALUES, VALUE_AT = 0, NOISE_AT = VALUES, MIDDLE_AT = 2 * VALUES,
+              SLOPE_MIDDLE_AT = MIDDLE_AT + MIDDLES;
+constexpr int FORWARD_BOX_AT = VALUES, BOX_AT = 0;
+static_assert(SLOPE_MIDDLE_AT + MIDDLES - GRAD_AT == BLUR_ELEMENTS && RAWS <= MIDDLE_AT && MIDDLE_AT % 4 == 0 && SLOPE_MIDDLE_AT % 4 == 0);
 
 // What the steps of a launch need. Passes of a backward program take the place of the backward kernel.
 inline std::size_t shared_bytes(const Program& p, bool backward, std::size_t element) {
-  int elements = backward ? MIDDLE_AT : VALUES;
+  int elements = VALUES;
   for (int i = p.first; i < p.last; ++i) {
     const Step& s = p.step[i];
     int here = 0;
     for (int k = 0; k < s.stages; ++k)
-      if (s.stage[k] == WarpStage::noise) here = FORWARD_MIDDLE_AT;
-    if (s.reader == Reader::blur) here = (backward ? MIDDLE_AT : FORWARD_MIDDLE_AT) + MIDDLES;
+      if (s.stage[k] == WarpStage::noise) here = MIDDLE_AT;
+    if (s.reader == Reader::rotate && element == 4 && FORWARD_BOX_AT + BOXES > here) here = FORWARD_BOX_AT + BOXES;
+    if (s.reader == Reader::blur && MIDDLE_AT + MIDDLES > here) here = MIDDLE_AT + MIDDLES;
+    if (s.gradient && s.adjoint == Reader::rotate && BOX_AT + BOXES > here) here = BOX_AT + BOXES;
     if (s.gradient && s.adjoint == Reader::blur) here = SLOPE_MIDDLE_AT + MIDDLES;
     if (here > elements) elements = here;
   }
-  return static_cast<std::size_t>(elements) * element;
+  return static_cast<std::size_t>(elements - (backward ? GRAD_AT : 0)) * element;
 }
 
 struct Tile {
@@ -61,30 +66,38 @@ __device__ __forceinline__ Tile tile_of_block(const Program& p) {
   return {plane / p.C, plane % p.C, plane * p.H * p.W, x0, y0, min(TILE_W, (p.W + 1) / 2 - x0), min(TILE_H, (p.H + 1) / 2 - y0), p.W, p.H};
 }
 
-// Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything. A thread takes the same
-// place of the four mirror images. Ends with a barrier.
+// Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything. A thread has a column, the same of
+// the four mirror images. Ends with a barrier.
 template <class T, bool mixed>
 __device__ __forceinline__ void load_raw(const Array& source, const Tile& tile, int reach_y, int reach_x, WarpBlurPadding padding, T* raw) {
-  constexpr int PLACES = RAW_H * RAW_W;
-  const int last_x = tile.W - 1, last_row = (tile.H - 1) * tile.W;
-#pragma unroll 1
-  for (int e = threadIdx.x; e < tile.lines() * RAW_W; e += THREADS) {
-    const int column = e % RAW_W - REACH, row = e / RAW_W - REACH;
-    int x = tile.x0 + column, y = tile.y0 + row;
-    bool there = column >= -reach_x && column < tile.w + reach_x && row >= -reach_y && row < tile.h + reach_y;
-    if (there && (static_cast<unsigned>(x) >= static_cast<unsigned>(tile.W) || static_cast<unsigned>(y) >= static_cast<unsigned>(tile.H))) {
-      x = padded_place(x, tile.W, padding);
-      y = padded_place(y, tile.H, padding);
-      there = x >= 0 && y >= 0;
-    }
-    const int near = y * tile.W, far = last_row - near;
-    T v[4] = {};
-    if (there) {
-      v[0] = load<T, mixed>(source, near + x), v[1] = load<T, mixed>(source, near + last_x - x);
-      v[2] = load<T, mixed>(source, far + x), v[3] = load<T, mixed>(source, far + last_x - x);
-    }
+  constexpr int PLACES = RAW_H * RAW_W, LINES_AT_ONCE = THREADS / RAW_W;
+  const int column = threadIdx.x % RAW_W, first = threadIdx.x / RAW_W;
+  if (first < LINES_AT_ONCE) {
+    int x = tile.x0 + column - REACH;
+    const bool column_there = column >= REACH - reach_x && column < REACH + tile.w + reach_x;
+    if (column_there && static_cast<unsigned>(x) >= static_cast<unsigned>(tile.W)) x = padded_place(x, tile.W, padding);
+    const bool seen = column_there && x >= 0;
+    const int far_x = tile.W - 1 - x;
+#pragma unroll 3
+    for (int k = 0; k < (RAW_H + LINES_AT_ONCE - 1) / LINES_AT_ONCE; ++k) {
+      const int line = first + k * LINES_AT_ONCE;
+      int y = tile.y0 + line - REACH;
+      bool there = seen && line >= REACH - reach_y && line < REACH + tile.h + reach_y;
+      if (there && static_cast<unsigned>(y) >= static_cast<unsigned>(tile.H)) {
+        y = padded_place(y, tile.H, padding);
+        there = y >= 0;
+      }
+      const int near = tile.at(0, y), far = tile.at(0, tile.H - 1 - y);
+      T v[4] = {};
+      if (there) {
+        v[0] = load<T, mixed>(source, near + x), v[1] = load<T, mixed>(source, near + far_x);
+        v[2] = load<T, mixed>(source, far + x), v[3] = load<T, mixed>(source, far + far_x);
+      }
+      if (line < RAW_H) {
 #pragma unroll
-    for (int t = 0; t < 4; ++t) raw[t * PLACES + e] = v[t];
+        for (int t = 0; t < 4; ++t) raw[t * PLACES + line * RAW_W + column] = v[t];
+      }
+    }
   }
   __syncthreads();
 }
