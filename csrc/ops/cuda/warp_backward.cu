@@ -46,6 +46,51 @@ __device__ __forceinline__ void adjoint_blur_tile(const Program& p, const Tile& 
   __syncthreads();
 }
 
+// Derivatives of what was summed up by the parameters themselves.
+template <class T>
+__device__ __forceinline__ void scale_sums(const Program& p, const Step& step, int64_t sample, T (&sums)[SUMS]) {
+  const T level = static_cast<const T*>(p.params)[sample * WARP_PARAMS];
+  sums[0] *= step.adjoint == Reader::rotate ? T(6.283185307179586) : static_cast<T>(p.sigma_max) * sign_of(level);
+  sums[1] *= static_cast<T>(p.noise_std);
+  sums[2] *= static_cast<T>(p.sharpness) * T(p.W);
+  sums[3] *= static_cast<T>(p.sharpness) * T(p.H);
+}
+
+// A gradient step that is nothing but the adjoint of a blur: a thread's run of a column needs no other.
+template <class T, bool mixed>
+__device__ __forceinline__ void run_blur_gradient(const Program& p, const Step& step, const Tile& tile, T* shared) {
+  const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
+  if (is_void<T>(p, tile.sample)) {
+    if (step.target) fill_with_nan<T, mixed>(target, tile);
+    return;  // nor are there sums
+  }
+  const Taps<T> taps = taps_of_sample<T>(p, tile.sample, p.radius_y, p.radius_x);
+  const bool slopes = step.values && !taps.is_identity();
+  load_raw<T, mixed>(plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image), tile, taps.reach_y, taps.reach_x, WarpBlurPadding::zeros,
+                     shared);
+  filter_rows_twice(shared, tile, taps, p.padding, shared + MIDDLE_AT, slopes ? shared + SLOPE_MIDDLE_AT : nullptr);
+  const ColumnRun run;
+  T sums[SUMS] = {}, out[RUN] = {}, by_sigma[RUN] = {};
+  filter_column_twice(shared, run, tile, taps, p.padding, slopes, out, by_sigma);
+  // on the middle line of an odd side the last mirror image is the pixel itself
+  const int x = tile.x(run.t, run.column), rows = tile.h - run.row - ((run.t & 2) != 0 && 2 * (tile.y0 + tile.h) > tile.H ? 1 : 0);
+  if (run.column < tile.w && !((run.t & 1) != 0 && x == tile.x0 + run.column)) {
+    const Array source = plane_of<T, mixed>(p, tile, step.source, step.is_source_image);
+    const int first = tile.at(x, tile.y(run.t, run.row)), stride = run.t & 2 ? -tile.W : tile.W;
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) {
+      if (slopes && i < rows && by_sigma[i] != 0) sums[0] = fused(by_sigma[i], load<T, mixed>(source, first + i * stride), sums[0]);
+    }
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) {
+      if (step.target && i < rows) store<T, mixed>(target, first + i * stride, out[i]);
+    }
+  }
+  if (!step.values) return;
+  scale_sums(p, step, tile.sample, sums);
+  write_block_sums(sums, step.sums, step.behind, p.partial + static_cast<int64_t>(blockIdx.x) * COLUMNS);
+}
+
 // By the tile's values before the stage behind: their gradients at GRAD_AT; what times the value adds up to the gradient by that stage's parameter
 // at DERIVATIVE_AT. Either is read by the thread that wrote it, or behind a barrier.
 template <class T, bool mixed>
@@ -76,32 +121,19 @@ __device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step,
   });
 }
 
-// Derivatives of what was summed up by the parameters themselves.
-template <class T>
-__device__ __forceinline__ void scale_sums(const Program& p, const Step& step, int64_t sample, T (&sums)[SUMS]) {
-  const T level = static_cast<const T*>(p.params)[sample * WARP_PARAMS];
-  sums[0] *= step.adjoint == Reader::rotate ? T(6.283185307179586) : static_cast<T>(p.sigma_max) * sign_of(level);
-  sums[1] *= static_cast<T>(p.noise_std);
-  sums[2] *= static_cast<T>(p.sharpness) * T(p.W);
-  sums[3] *= static_cast<T>(p.sharpness) * T(p.H);
-}
-
 template <class T, bool mixed, Work work>
 __device__ __forceinline__ void run_gradient(const Program& p, const Step& step, const Tile& tile, T* shared) {
   if (is_void<T>(p, tile.sample)) {
     if (step.target) fill_with_nan<T, mixed>(plane_of<T, mixed>(p, tile, step.target, step.is_target_image), tile);
     return;  // nor are there sums
   }
-  constexpr bool alone = work == Work::blur;
   adjoint_tile<T, mixed>(p, step, gradient_adjoint<work>(step), tile, shared);
   const T* const noise = step.values ? shared + NOISE_AT : nullptr;
   if (step.values) read_tile<T, mixed>(p, step, gradient_reader<work>(step), tile, shared);
-  const Local<T> local = local_of_sample<T>(p, tile.sample);
-  if (step.values) {
-    if (!alone && has_stage(step, local, WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
-  }
+  const Local<T> local = local_of_sample<T>(p, step, tile.sample);
+  if (step.values && local.on(WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
   Mask<T> mask;
-  if (!alone && has_stage(step, local, WarpStage::crop)) mask = make_mask<T>(p, tile);
+  if (local.on(WarpStage::crop)) mask = make_mask<T>(p, tile);
   const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
   T sums[SUMS] = {};
   for_orbits(tile, [&](const Orbit& orbit) {
@@ -112,7 +144,7 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
     for (int i = 0; i < MOST_LOCAL; ++i) {
 #pragma unroll
       for (int t = 0; t < 4; ++t) before[i][t] = v[t];
-      if (!alone && step.values && i < step.stages) apply(step.stage[i], local, mask, orbit, noise, v);
+      if (step.values && i < stages_of<work>(step, true)) apply(stage_at<work>(step, i), local, mask, orbit, noise, v);
     }
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -122,7 +154,7 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
     }
 #pragma unroll
     for (int i = MOST_LOCAL - 1; i >= 0; --i)
-      if (!alone && i < step.stages) apply_adjoint(step.stage[i], local, mask, orbit, noise, before[i], g, sums);
+      if (i < stages_of<work>(step, true)) apply_adjoint(stage_at<work>(step, i), local, mask, orbit, noise, before[i], g, sums);
     if (step.target) store_orbit<T, mixed>(target, tile, orbit, g);
   });
   if (!step.values) return;
@@ -132,20 +164,25 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
 
 // resources: dynamic shared 73216 bytes
 template <class T, bool mixed, Work work>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::any ? 2 : 3) warp_backward_kernel(const Program p) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::any || work == Work::chain ? 2 : 3) warp_backward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, dynamic);
   T* const shared = dynamic - GRAD_AT;
   const Tile tile = tile_of_block(p);
   const int64_t blocks = p.C * p.tiles_y * p.tiles_x;
   if (p.clear && blockIdx.x % blocks == 0 && threadIdx.x == 0) p.arrivals[tile.sample] = 0;
-  for (int i = p.first; i < p.last; ++i) {
-    if (work != Work::any || p.step[i].gradient) {
-      run_gradient<T, mixed, work>(p, p.step[i], tile, shared);
-    } else {
-      run_pass<T, mixed, Work::any>(p, p.step[i], tile, shared);
+  if constexpr (work == Work::any) {
+    for (int i = p.first; i < p.last; ++i) {
+      if (p.step[i].gradient) {
+        run_gradient<T, mixed, work>(p, p.step[i], tile, shared);
+      } else {
+        run_pass<T, mixed, work>(p, p.step[i], tile, shared);
+      }
+      __syncthreads();
     }
-    __syncthreads();
   }
+  if constexpr (work == Work::turn || work == Work::chain) run_gradient<T, mixed, Work::turn>(p, p.step[p.first], tile, shared);
+  if constexpr (work == Work::chain) __syncthreads();
+  if constexpr (work == Work::blur || work == Work::chain) run_blur_gradient<T, mixed>(p, p.step[p.last - 1], tile, shared);
   if (!p.finish || !arrives_last(p.arrivals + tile.sample, blocks)) return;
   const int column = threadIdx.x / 32;
   if (column >= WARP_PARAMS) return;
@@ -218,9 +255,10 @@ int launch_backward(const WarpBackward& p, void* workspace, void* stream) {
   return launch_steps(program, steps, [&](const Program& part) {
     auto* kernel = warp_backward_kernel<T, mixed, Work::any>;
     if constexpr (sizeof(T) == 4) {
-      const Work work = part.step[part.first].gradient ? work_of(part) : Work::any;
+      const Work work = work_of(part, true);
       if (work == Work::blur) kernel = warp_backward_kernel<T, mixed, Work::blur>;
       if (work == Work::turn) kernel = warp_backward_kernel<T, mixed, Work::turn>;
+      if (work == Work::chain) kernel = warp_backward_kernel<T, mixed, Work::chain>;
     }
     return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS), shared_bytes(part, true, sizeof(T)),
                      stream, part);

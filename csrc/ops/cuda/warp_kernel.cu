@@ -20,12 +20,20 @@ namespace {
 
 // resources: dynamic shared 37120 bytes
 template <class T, bool mixed, Work work>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::any ? 3 : 4) warp_forward_kernel(const Program p) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::any ? 3 : work == Work::chain ? 2 : 4) warp_forward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, shared);
   const Tile tile = tile_of_block(p);
-  for (int i = p.first; i < p.last; ++i) {
-    run_pass<T, mixed, work>(p, p.step[i], tile, shared);
+  if constexpr (work == Work::chain) {
+    run_pass<T, mixed, Work::blur>(p, p.step[0], tile, shared);
     __syncthreads();  // the next pass reads what the others of this block wrote
+    run_pass<T, mixed, Work::turn>(p, p.step[1], tile, shared);
+  } else if constexpr (work == Work::any) {
+    for (int i = p.first; i < p.last; ++i) {
+      run_pass<T, mixed, work>(p, p.step[i], tile, shared);
+      __syncthreads();
+    }
+  } else {
+    run_pass<T, mixed, work>(p, p.step[p.first], tile, shared);
   }
 }
 
@@ -48,8 +56,10 @@ int launch_forward(const WarpForward& p, void* workspace, void* stream) {
   return launch_steps(program, count, [&](const Program& part) {
     auto* kernel = warp_forward_kernel<T, mixed, Work::any>;
     if constexpr (sizeof(T) == 4) {
-      if (work_of(part) == Work::blur) kernel = warp_forward_kernel<T, mixed, Work::blur>;
-      if (work_of(part) == Work::turn) kernel = warp_forward_kernel<T, mixed, Work::turn>;
+      const Work work = work_of(part, false);
+      if (work == Work::blur) kernel = warp_forward_kernel<T, mixed, Work::blur>;
+      if (work == Work::turn) kernel = warp_forward_kernel<T, mixed, Work::turn>;
+      if (work == Work::chain) kernel = warp_forward_kernel<T, mixed, Work::chain>;
     }
     return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS), shared_bytes(part, false, sizeof(T)),
                      stream, part);

@@ -9,7 +9,7 @@ namespace {
 // What such stages need to know of a sample.
 template <class T>
 struct Local {
-  int enabled;
+  int enabled;  // of the step's
   T noise, hflip, vflip;
 
   __device__ __forceinline__ bool on(WarpStage stage) const { return (enabled >> static_cast<int>(stage) & 1) != 0; }
@@ -32,9 +32,9 @@ __device__ __forceinline__ bool is_void(const Program& p, int64_t sample) {
 }
 
 template <class T>
-__device__ __forceinline__ Local<T> local_of_sample(const Program& p, int64_t sample) {
+__device__ __forceinline__ Local<T> local_of_sample(const Program& p, const Step& step, int64_t sample) {
   const T* const params = static_cast<const T*>(p.params) + sample * WARP_PARAMS;
-  return {p.enabled[sample], static_cast<T>(p.noise_std) * params[1], params[4], params[5]};
+  return {p.enabled[sample] & step.local, static_cast<T>(p.noise_std) * params[1], params[4], params[5]};
 }
 
 // A pixel (column, row) of the tile with its mirror images; on the middle line of an odd side an image is the pixel itself.
@@ -78,7 +78,7 @@ __device__ __forceinline__ void make_noise(const Program& p, const Tile& tile, T
     const auto start = static_cast<unsigned long long>((tile.channel * tile.H + tile.y(t, row)) * tile.W + x);  // in the sample
     const int before = static_cast<int>(start % 4);
     T* const target = noise + line * VALUE_W;
-#pragma unroll 1
+#pragma unroll 2
     for (int group = threadIdx.x % 4; 4 * group - before < tile.w; group += 4) {
       T n[4];
       normal_numbers(key, start / 4 + group, n);
@@ -212,14 +212,6 @@ __device__ __forceinline__ void apply_adjoint(WarpStage stage, const Local<T>& l
       break;
     default: break;
   }
-}
-
-// Whether a stage is among the step's and on for the sample: then its noise, its mask must be made.
-template <class T>
-__device__ __forceinline__ bool has_stage(const Step& step, const Local<T>& local, WarpStage stage) {
-  bool found = false;
-  for (int i = 0; i < step.stages; ++i) found |= step.stage[i] == stage;
-  return found && local.on(stage);
 }
 
 }  // namespace

@@ -77,17 +77,17 @@ template <class T, bool mixed, Work work>
 __device__ __forceinline__ void run_pass(const Program& p, const Step& step, const Tile& tile, T* shared) {
   const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
   if (is_void<T>(p, tile.sample)) return fill_with_nan<T, mixed>(target, tile);
-  const Local<T> local = local_of_sample<T>(p, tile.sample);
+  const Local<T> local = local_of_sample<T>(p, step, tile.sample);
   read_tile<T, mixed>(p, step, pass_reader<work>(step), tile, shared);
-  constexpr bool alone = work == Work::turn;
-  if (!alone && has_stage(step, local, WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
+  if (local.on(WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
   Mask<T> mask;
-  if (!alone && has_stage(step, local, WarpStage::crop)) mask = make_mask<T>(p, tile);
+  if (local.on(WarpStage::crop)) mask = make_mask<T>(p, tile);
   for_orbits(tile, [&](const Orbit& orbit) {
     T v[4];
 #pragma unroll
     for (int t = 0; t < 4; ++t) v[t] = shared[VALUE_AT + orbit.at(t)];
-    for (int i = 0; !alone && i < step.stages; ++i) apply(step.stage[i], local, mask, orbit, shared + NOISE_AT, v);
+#pragma unroll(work == Work::any ? 1 : MOST_LOCAL)
+    for (int i = 0; i < stages_of<work>(step, false); ++i) apply(stage_at<work>(step, i), local, mask, orbit, shared + NOISE_AT, v);
     store_orbit<T, mixed>(target, tile, orbit, v);
   });
 }

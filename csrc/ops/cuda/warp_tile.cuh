@@ -75,7 +75,7 @@ __device__ __forceinline__ void load_raw(const Array& source, const Tile& tile, 
   if (first < LINES_AT_ONCE) {
     int x = tile.x0 + column - REACH;
     const bool column_there = column >= REACH - reach_x && column < REACH + tile.w + reach_x;
-    if (column_there && static_cast<unsigned>(x) >= static_cast<unsigned>(tile.W)) x = padded_place(x, tile.W, padding);
+    if (column_there) x = padded_once(x, tile.W, padding);
     const bool seen = column_there && x >= 0;
     const int far_x = tile.W - 1 - x;
 #pragma unroll 3
@@ -83,10 +83,8 @@ __device__ __forceinline__ void load_raw(const Array& source, const Tile& tile, 
       const int line = first + k * LINES_AT_ONCE;
       int y = tile.y0 + line - REACH;
       bool there = seen && line >= REACH - reach_y && line < REACH + tile.h + reach_y;
-      if (there && static_cast<unsigned>(y) >= static_cast<unsigned>(tile.H)) {
-        y = padded_place(y, tile.H, padding);
-        there = y >= 0;
-      }
+      if (there) y = padded_once(y, tile.H, padding);
+      there = there && y >= 0;
       const int near = tile.at(0, y), far = tile.at(0, tile.H - 1 - y);
       T v[4] = {};
       if (there) {
@@ -238,6 +236,72 @@ __device__ __forceinline__ Taps<T> taps_of_sample(const Program& p, int64_t samp
   if (sigma < T(WARP_LEAST_SIGMA)) return {weight, slope, 0, 0};
   make_taps(sigma, max(radius_y, radius_x), weight, slope);
   return {weight, slope, radius_y, radius_x};
+}
+
+// The same inputs with weights and slopes: out and slope_out, from the sums of the two inputs that have a tap. An axis that is not blurred has the weight
+// 1 and the slope 0. at_edge: with what the padding's adjoint adds.
+template <class T>
+__device__ __forceinline__ void filter_twice(const T (&in)[RUN + 2 * REACH], const Taps<T>& taps, int reach, WarpBlurPadding padding,
+                                             bool at_edge, T (&out)[RUN], T (&slope_out)[RUN]) {
+  if (reach == 0) {
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) out[i] = in[REACH + i];
+    return;
+  }
+  T weight[REACH + 1], slope[REACH + 1];
+  read_taps(taps.weight, reach, weight);
+  read_taps(taps.slope, reach, slope);
+#pragma unroll
+  for (int i = 0; i < RUN; ++i) {
+    out[i] = weight[0] * in[REACH + i], slope_out[i] = slope[0] * in[REACH + i];
+#pragma unroll
+    for (int k = 1; k <= REACH; ++k) {
+      const T pair = in[REACH + i - k] + in[REACH + i + k];
+      out[i] = fused(weight[k], pair, out[i]), slope_out[i] = fused(slope[k], pair, slope_out[i]);
+    }
+  }
+  if (at_edge) {
+    fold(in, weight, padding, out);
+    fold(in, slope, padding, slope_out);
+  }
+}
+
+// The adjoint along rows, from raw; without a slope_middle with the weights only. Ends with a barrier.
+template <class T>
+__device__ __forceinline__ void filter_rows_twice(const T* raw, const Tile& tile, const Taps<T>& taps, WarpBlurPadding padding, T* middle,
+                                                  T* slope_middle) {
+#pragma unroll 1
+  for (int e = threadIdx.x; e < 4 * RAW_H * (TILE_W / RUN); e += THREADS) {
+    const int run = e % (TILE_W / RUN), line = e / (TILE_W / RUN);
+    if (run * RUN >= tile.w || line % RAW_H >= tile.lines()) continue;
+    T in[RUN + 2 * REACH], out[RUN] = {}, slope_out[RUN] = {};
+    read_row(raw + line * RAW_W + run * RUN, in);
+    filter_twice(in, taps, taps.reach_x, padding, tile.x0 == 0 && run == 0, out, slope_out);
+    write_row(middle + line * MIDDLE_W + run * RUN, out);
+    if (slope_middle) write_row(slope_middle + line * MIDDLE_W + run * RUN, slope_out);
+  }
+  __syncthreads();
+}
+
+// The adjoint along a thread's run of a column, and its derivative by sigma if slopes.
+template <class T>
+__device__ __forceinline__ void filter_column_twice(const T* shared, const ColumnRun& run, const Tile& tile, const Taps<T>& taps,
+                                                    WarpBlurPadding padding, bool slopes, T (&out)[RUN], T (&by_sigma)[RUN]) {
+  if (run.column >= tile.w || run.row >= tile.h) return;
+  const int at = (run.t * RAW_H + run.row) * MIDDLE_W + run.column;
+  const bool at_edge = tile.y0 == 0 && run.row == 0;
+  T in[RUN + 2 * REACH];
+  read_run(shared + MIDDLE_AT + at, MIDDLE_W, in);
+  filter_twice(in, taps, taps.reach_y, padding, at_edge, out, by_sigma);
+  if (!slopes) return;
+  T weight[REACH + 1], more[RUN] = {};
+  read_taps(taps.weight, taps.reach_y, weight);
+  read_run(shared + SLOPE_MIDDLE_AT + at, MIDDLE_W, in);
+  if (taps.reach_y == 0) weight[0] = 1;
+  filter(in, weight, more);
+  if (at_edge && taps.reach_y > 0) fold(in, weight, padding, more);
+#pragma unroll
+  for (int i = 0; i < RUN; ++i) by_sigma[i] += more[i];
 }
 
 }  // namespace
