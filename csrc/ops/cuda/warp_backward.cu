@@ -162,14 +162,14 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
   write_block_sums(sums, step.sums, step.behind, p.partial + static_cast<int64_t>(blockIdx.x) * COLUMNS);
 }
 
-// resources: dynamic shared 73216 bytes
+// resources: dynamic shared 68352 bytes
 template <class T, bool mixed, Work work>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::any || work == Work::chain ? 2 : 3) warp_backward_kernel(const Program p) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::turn ? 4 : work == Work::blur ? 3 : 2) warp_backward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, dynamic);
   T* const shared = dynamic - GRAD_AT;
   const Tile tile = tile_of_block(p);
   const int64_t blocks = p.C * p.tiles_y * p.tiles_x;
-  if (p.clear && blockIdx.x % blocks == 0 && threadIdx.x == 0) p.arrivals[tile.sample] = 0;
+  if (p.clear && tile.channel == 0 && tile.x0 == 0 && tile.y0 == 0 && threadIdx.x == 0) p.arrivals[tile.sample] = 0;
   if constexpr (work == Work::any) {
     for (int i = p.first; i < p.last; ++i) {
       if (p.step[i].gradient) {

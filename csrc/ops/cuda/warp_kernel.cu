@@ -18,7 +18,7 @@
 
 namespace {
 
-// resources: dynamic shared 37120 bytes
+// resources: dynamic shared 35840 bytes
 template <class T, bool mixed, Work work>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::any ? 3 : work == Work::chain ? 2 : 4) warp_forward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, shared);

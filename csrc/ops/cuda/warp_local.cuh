@@ -21,14 +21,13 @@ __device__ __forceinline__ bool is_used(const Program& p, int64_t sample, int co
   return (p.stages & static_cast<unsigned>(p.enabled[sample]) & 1u << stage) != 0;
 }
 
-// Whether one of these is not finite: then the sample is NaN, output and gradients.
+// Whether one of these is not finite: then the sample is NaN, output and gradients. By whole warps.
 template <class T>
 __device__ __forceinline__ bool is_void(const Program& p, int64_t sample) {
+  const int column = threadIdx.x % 32;
   bool found = false;
-#pragma unroll
-  for (int column = 0; column < WARP_PARAMS; ++column)
-    found = found || (is_used(p, sample, column) && !is_finite(static_cast<const T*>(p.params)[sample * WARP_PARAMS + column]));
-  return found;
+  if (column < WARP_PARAMS && is_used(p, sample, column)) found = !is_finite(static_cast<const T*>(p.params)[sample * WARP_PARAMS + column]);
+  return __any_sync(ALL, found) != 0;
 }
 
 template <class T>
@@ -55,15 +54,13 @@ struct Orbit {
   __device__ __forceinline__ int at(int t) const { return (t * TILE_H + row) * VALUE_W + column; }
 };
 
-// Calls visit(orbit) for the thread's pixels of the tile. A warp has 8 x 4 pixels: turned, they still lie in few lines of memory.
+// Calls visit(orbit) for the thread's pixels of the tile. A warp has a row.
 template <class Visit>
 __device__ __forceinline__ void for_orbits(const Tile& tile, const Visit& visit) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int column = threadIdx.x % TILE_W;
+  if (column >= tile.w) return;
 #pragma unroll 1
-  for (int patch = warp; patch < TILE_W * TILE_H / 32; patch += THREADS / 32) {
-    const int column = patch % (TILE_W / 8) * 8 + lane % 8, row = patch / (TILE_W / 8) * 4 + lane / 8;
-    if (column < tile.w && row < tile.h) visit(Orbit(tile, column, row));
-  }
+  for (int row = threadIdx.x / TILE_W; row < tile.h; row += THREADS / TILE_W) visit(Orbit(tile, column, row));
 }
 
 // The normal numbers of the tile. Four threads make a row of a mirror image, the four numbers of a Philox block at a time, of which some may lie

@@ -142,27 +142,42 @@ __device__ __forceinline__ void normal_numbers(unsigned long long key, unsigned 
   }
 }
 
+template <class V>
+__device__ __forceinline__ V warp_sum(V value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
+  return value;
+}
+
 // ------------------------------------------------------------------------------------------------------------------ taps, padding
 
-// taps[k] = w_k and slopes[k] = dw_k / dsigma, k = 0, ..., reach. By the whole block; ends with a barrier.
+// taps[k] = w_k and slopes[k] = dw_k / dsigma, k = 0, ..., reach: by the block's first warp, a lane has k, k + 32 and k + 64. Ends with a barrier.
 template <class T>
 __device__ __forceinline__ void make_taps(T sigma, int reach, T* taps, T* slopes) {
+  constexpr int EACH = (MOST_TAPS + 31) / 32;
   __syncthreads();
-  for (int k = threadIdx.x; k <= reach; k += THREADS) {
-    const T ratio = T(k) / sigma;
-    taps[k] = exponential(ratio * ratio / T(-2));
-  }
-  __syncthreads();
-  T total = taps[0], squares = 0;
-  for (int k = 1; k <= reach; ++k) {
-    total += 2 * taps[k];
-    squares += 2 * taps[k] * T(k) * T(k);
-  }
-  __syncthreads();
-  for (int k = threadIdx.x; k <= reach; k += THREADS) {
-    const T weight = taps[k] / total;
-    taps[k] = weight;
-    slopes[k] = weight * (T(k) * T(k) - squares / total) / sigma / sigma / sigma;
+  if (threadIdx.x < 32) {
+    T power[EACH], total = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int k = threadIdx.x + 32 * i;
+      power[i] = 0;
+      if (k > reach) continue;
+      const T ratio = T(k) / sigma;
+      power[i] = exponential(ratio * ratio / T(-2));
+      const T both = k == 0 ? power[i] : 2 * power[i];
+      total += both;
+      squares = fused(both, T(k) * T(k), squares);
+    }
+    total = warp_sum(total), squares = warp_sum(squares);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int k = threadIdx.x + 32 * i;
+      if (k > reach) continue;
+      const T weight = power[i] / total;
+      taps[k] = weight;
+      slopes[k] = weight * (T(k) * T(k) - squares / total) / sigma / sigma / sigma;
+    }
   }
   __syncthreads();
 }
@@ -186,13 +201,6 @@ __device__ __forceinline__ int padded_once(int i, int n, WarpBlurPadding padding
 }
 
 // -------------------------------------------------------------------------------------------------------------------------- sums
-
-template <class V>
-__device__ __forceinline__ V warp_sum(V value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
-  return value;
-}
 
 // The block's sums of those values whose bit is set, warps in their order, written by its first threads: value i to column i, value 0 to column `first`.
 template <int count, class T>
@@ -222,9 +230,11 @@ __device__ __forceinline__ bool arrives_last(unsigned* count, int64_t blocks) {
     __syncthreads();
     return true;
   }
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(count, 1u) + 1 == static_cast<unsigned>(blocks);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(count, 1u) + 1 == static_cast<unsigned>(blocks);
+  }
   __syncthreads();
   if (last) __threadfence();
   return last;

@@ -15,7 +15,7 @@ namespace {
 enum class Reader : int { none, blur, rotate, blur_x, blur_y };
 
 constexpr int REACH = 6;              // largest radius of the blur by tiles
-constexpr int BLUR_ELEMENTS = 18304;  // in dynamic shared memory, that its adjoint by tiles takes
+constexpr int BLUR_ELEMENTS = 17088;  // in dynamic shared memory, that its adjoint by tiles takes
 constexpr int MOST_PASSES = 4;
 constexpr int MOST_STEPS = 8;
 constexpr int MOST_LOCAL = 4;  // stages that need no other pixels

@@ -12,9 +12,9 @@ namespace {
 
 constexpr int RAW_W = TILE_W + 2 * REACH, RAW_H = TILE_H + 2 * REACH;
 constexpr int MIDDLE_W = TILE_W + 4;  // with RAW_W: runs of 8 floats in two rows lie in different banks
-constexpr int VALUE_W = TILE_W + 8;   // a warp's 8 x 4 pixels lie in different banks
+constexpr int VALUE_W = TILE_W;       // a warp has a row
 constexpr int RUN = 8;                // outputs a thread makes at a time, from RUN + 2 REACH inputs in registers
-static_assert(TILE_H == 2 * RUN && THREADS == 4 * TILE_H / RUN * TILE_W && TILE_W % RUN == 0);
+static_assert(TILE_W == 32 && TILE_H == 2 * RUN && THREADS == 4 * TILE_H / RUN * TILE_W && TILE_W % RUN == 0);
 
 constexpr int VALUES = 4 * TILE_H * VALUE_W, RAWS = 4 * RAW_H * RAW_W, MIDDLES = 4 * RAW_H * MIDDLE_W;
 // The box of one mirror image, from which a rotation reads (warp_turn.cuh).
@@ -22,10 +22,10 @@ constexpr int BOX_SIDE = 40, BOX_W = BOX_SIDE + 2, BOXES = 4 * BOX_SIDE * BOX_W;
 // Elements of T in dynamic shared memory: the values of the tile and its noise; raw pixels lie there before either is made, and behind them rows that
 // are filtered. Boxes for values lie behind these, for gradients in their place. In the backward kernel gradients and derivatives by the parameter
 // of the stage behind come before, and rows filtered with slopes after.
-constexpr int GRAD_AT = -2 * VALUES, DERIVATIVE_AT = -VALUES, VALUE_AT = 0, NOISE_AT = VALUES, MIDDLE_AT = 2 * VALUES,
+constexpr int GRAD_AT = -2 * VALUES, DERIVATIVE_AT = -VALUES, VALUE_AT = 0, NOISE_AT = VALUES, MIDDLE_AT = RAWS,
               SLOPE_MIDDLE_AT = MIDDLE_AT + MIDDLES;
 constexpr int FORWARD_BOX_AT = VALUES, BOX_AT = 0;
-static_assert(SLOPE_MIDDLE_AT + MIDDLES - GRAD_AT == BLUR_ELEMENTS && RAWS <= MIDDLE_AT && MIDDLE_AT % 4 == 0 && SLOPE_MIDDLE_AT % 4 == 0);
+static_assert(SLOPE_MIDDLE_AT + MIDDLES - GRAD_AT == BLUR_ELEMENTS && 2 * VALUES <= MIDDLE_AT && MIDDLE_AT % 4 == 0 && SLOPE_MIDDLE_AT % 4 == 0);
 
 // What the steps of a launch need. Passes of a backward program take the place of the backward kernel.
 inline std::size_t shared_bytes(const Program& p, bool backward, std::size_t element) {
@@ -59,35 +59,36 @@ struct Tile {
 };
 
 __device__ __forceinline__ Tile tile_of_block(const Program& p) {
-  const int tiles = p.tiles_x * p.tiles_y;
-  const int64_t plane = blockIdx.x / tiles;
-  const int tile = blockIdx.x % tiles;
-  const int x0 = tile % p.tiles_x * TILE_W, y0 = tile / p.tiles_x * TILE_H;
-  return {plane / p.C, plane % p.C, plane * p.H * p.W, x0, y0, min(TILE_W, (p.W + 1) / 2 - x0), min(TILE_H, (p.H + 1) / 2 - y0), p.W, p.H};
+  // the grid has B C tiles_y tiles_x blocks: 32 bits hold them
+  const unsigned tiles_x = p.tiles_x, tiles = tiles_x * p.tiles_y, channels = static_cast<unsigned>(p.C);
+  const unsigned plane = blockIdx.x / tiles, tile = blockIdx.x % tiles, sample = plane / channels;
+  const int x0 = static_cast<int>(tile % tiles_x * TILE_W), y0 = static_cast<int>(tile / tiles_x * TILE_H);
+  return {sample, plane - sample * channels, static_cast<int64_t>(plane) * p.H * p.W, x0, y0, min(TILE_W, (p.W + 1) / 2 - x0), min(TILE_H, (p.H + 1) / 2 - y0), p.W, p.H};
 }
 
 // Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything. A thread has a column, the same of
 // the four mirror images. Ends with a barrier.
 template <class T, bool mixed>
 __device__ __forceinline__ void load_raw(const Array& source, const Tile& tile, int reach_y, int reach_x, WarpBlurPadding padding, T* raw) {
-  constexpr int PLACES = RAW_H * RAW_W, LINES_AT_ONCE = THREADS / RAW_W;
+  constexpr int PLACES = RAW_H * RAW_W, LINES_AT_ONCE = THREADS / RAW_W, ROUNDS = (RAW_H + LINES_AT_ONCE - 1) / LINES_AT_ONCE;
+  PK_SHARED(int, line_at, ROUNDS * LINES_AT_ONCE);  // where a line starts in the plane; -1: it is not seen
   const int column = threadIdx.x % RAW_W, first = threadIdx.x / RAW_W;
+  if (threadIdx.x < ROUNDS * LINES_AT_ONCE) {
+    const int line = threadIdx.x;
+    const bool there = line >= REACH - reach_y && line < REACH + tile.h + reach_y;
+    const int y = there ? padded_once(tile.y0 + line - REACH, tile.H, padding) : -1;
+    line_at[line] = y < 0 ? -1 : tile.at(0, y);
+  }
+  __syncthreads();
   if (first < LINES_AT_ONCE) {
-    int x = tile.x0 + column - REACH;
-    const bool column_there = column >= REACH - reach_x && column < REACH + tile.w + reach_x;
-    if (column_there) x = padded_once(x, tile.W, padding);
-    const bool seen = column_there && x >= 0;
-    const int far_x = tile.W - 1 - x;
-#pragma unroll 3
-    for (int k = 0; k < (RAW_H + LINES_AT_ONCE - 1) / LINES_AT_ONCE; ++k) {
-      const int line = first + k * LINES_AT_ONCE;
-      int y = tile.y0 + line - REACH;
-      bool there = seen && line >= REACH - reach_y && line < REACH + tile.h + reach_y;
-      if (there) y = padded_once(y, tile.H, padding);
-      there = there && y >= 0;
-      const int near = tile.at(0, y), far = tile.at(0, tile.H - 1 - y);
+    const bool there = column >= REACH - reach_x && column < REACH + tile.w + reach_x;
+    const int x = there ? padded_once(tile.x0 + column - REACH, tile.W, padding) : -1;
+    const int far_x = tile.W - 1 - x, last = (tile.H - 1) * tile.W;
+#pragma unroll
+    for (int k = 0; k < ROUNDS; ++k) {
+      const int line = first + k * LINES_AT_ONCE, near = line_at[line], far = last - near;
       T v[4] = {};
-      if (there) {
+      if (near >= 0 && x >= 0) {
         v[0] = load<T, mixed>(source, near + x), v[1] = load<T, mixed>(source, near + far_x);
         v[2] = load<T, mixed>(source, far + x), v[3] = load<T, mixed>(source, far + far_x);
       }
