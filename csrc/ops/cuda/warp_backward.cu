@@ -103,19 +103,24 @@ __device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step,
   if (reader == Reader::rotate && turn.on) return adjoint_rotate_tile<T, mixed>(tile, turn, grad, shared);
   if (reader == Reader::blur_x) taps = taps_of_sample<T>(p, tile.sample, 0, p.radius_x);
   if (reader == Reader::blur_y) taps = taps_of_sample<T>(p, tile.sample, p.radius_y, 0);
+  if (reader == Reader::none || reader == Reader::rotate || taps.is_identity()) {
+    for_orbits(tile, [&](const Orbit& orbit) {
+      T g[4];
+#pragma unroll
+      for (int t = 0; t < 4; ++t) g[t] = load<T, mixed>(grad, tile.at(orbit.x(t), orbit.y(t)));
+#pragma unroll
+      for (int t = 0; t < 4; ++t) shared[GRAD_AT + orbit.at(t)] = g[t], shared[DERIVATIVE_AT + orbit.at(t)] = 0;
+    });
+    return;
+  }
+  const bool along_x = reader == Reader::blur_x;
+  const int reach = along_x ? taps.reach_x : taps.reach_y;
   for_orbits(tile, [&](const Orbit& orbit) {
 #pragma unroll 1
     for (int t = 0; t < 4; ++t) {
-      const int x = orbit.x(t), y = orbit.y(t);
-      T derivative = 0, g;
-      if (reader == Reader::none || reader == Reader::rotate || taps.is_identity()) {
-        g = load<T, mixed>(grad, tile.at(x, y));
-      } else {
-        const bool along_x = reader == Reader::blur_x;
-        g = gathered_blur<T, mixed>(grad, line_through(tile, x, y, along_x), taps, along_x ? taps.reach_x : taps.reach_y, p.padding,
-                                    derivative);
-      }
-      shared[GRAD_AT + orbit.at(t)] = g;
+      T derivative;
+      const Line line = line_through(tile, orbit.x(t), orbit.y(t), along_x);
+      shared[GRAD_AT + orbit.at(t)] = gathered_blur<T, mixed>(grad, line, taps, reach, p.padding, derivative);
       shared[DERIVATIVE_AT + orbit.at(t)] = derivative;
     }
   });

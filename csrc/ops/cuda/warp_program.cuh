@@ -62,7 +62,7 @@ struct Program {
 // Steps that have a kernel of their own, with fewer registers; `any` takes every step, and those of a whole plane one after the other. The others'
 // stages must come in the default order, noise, crop, flips, from which some may be missing:
 //   blur: a pass that blurs by tiles; a gradient step that is nothing but the adjoint of that
-//   turn: a pass that is nothing but a rotation; a gradient step with the adjoint of the rotation and values blurred by tiles
+//   turn: a pass that is nothing but a rotation; a gradient step with the adjoint of the rotation and values that are blurred by tiles or not at all
 //   chain: of a whole plane, blur and turn forward, turn and blur backward, which is the default order
 enum class Work : int { any, blur, turn, chain };
 
@@ -71,7 +71,8 @@ inline Work work_of(const Step& s) {
     if (s.stage[i - 1] > s.stage[i]) return Work::any;
   if (!s.gradient) return s.reader == Reader::blur ? Work::blur : s.reader == Reader::rotate && s.stages == 0 ? Work::turn : Work::any;
   if (s.adjoint == Reader::blur && s.reader == Reader::none && s.stages == 0) return Work::blur;
-  return s.adjoint == Reader::rotate && s.reader == Reader::blur ? Work::turn : Work::any;
+  const bool plain = s.reader == Reader::blur || s.reader == Reader::none;
+  return s.adjoint == Reader::rotate && plain ? Work::turn : Work::any;
 }
 
 // Of the launch's steps, passes or gradient steps.
@@ -91,7 +92,7 @@ __device__ __forceinline__ Reader pass_reader(const Step& s) {
 }
 template <Work work>
 __device__ __forceinline__ Reader gradient_reader(const Step& s) {
-  return work == Work::any ? s.reader : work == Work::blur ? Reader::none : Reader::blur;
+  return work == Work::any ? s.reader : work == Work::turn && s.reader == Reader::blur ? Reader::blur : Reader::none;
 }
 template <Work work>
 __device__ __forceinline__ Reader gradient_adjoint(const Step& s) {

@@ -40,20 +40,24 @@ __device__ __forceinline__ void read_tile(const Program& p, const Step& step, Re
   }
   if (reader == Reader::blur_x) taps = taps_of_sample<T>(p, tile.sample, 0, p.radius_x);
   if (reader == Reader::blur_y) taps = taps_of_sample<T>(p, tile.sample, p.radius_y, 0);
+  if (reader == Reader::none || (reader == Reader::rotate && !turn.on) || (reader != Reader::rotate && taps.is_identity())) {
+    for_orbits(tile, [&](const Orbit& orbit) {
+      T v[4];
+#pragma unroll
+      for (int t = 0; t < 4; ++t) v[t] = load<T, mixed>(source, tile.at(orbit.x(t), orbit.y(t)));
+#pragma unroll
+      for (int t = 0; t < 4; ++t) shared[VALUE_AT + orbit.at(t)] = v[t];
+    });
+    return;
+  }
+  const bool along_x = reader == Reader::blur_x;
   for_orbits(tile, [&](const Orbit& orbit) {
-#pragma unroll 2
+#pragma unroll 1
     for (int t = 0; t < 4; ++t) {
       const int x = orbit.x(t), y = orbit.y(t);
-      T value;
-      if (reader == Reader::rotate && turn.on) {
-        value = rotated<T, mixed>(source, tile, turn, x, y);
-      } else if (reader == Reader::none || reader == Reader::rotate || taps.is_identity()) {
-        value = load<T, mixed>(source, tile.at(x, y));
-      } else {
-        const bool along_x = reader == Reader::blur_x;
-        value = blurred<T, mixed>(source, line_through(tile, x, y, along_x), taps.weight, along_x ? taps.reach_x : taps.reach_y, p.padding);
-      }
-      shared[VALUE_AT + orbit.at(t)] = value;
+      shared[VALUE_AT + orbit.at(t)] = reader == Reader::rotate ? rotated<T, mixed>(source, tile, turn, x, y)
+                                                                : blurred<T, mixed>(source, line_through(tile, x, y, along_x), taps.weight,
+                                                                                    along_x ? taps.reach_x : taps.reach_y, p.padding);
     }
   });
 }
