@@ -169,7 +169,10 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
 
 // resources: dynamic shared 68352 bytes
 template <class T, bool mixed, Work work>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::turn ? 4 : work == Work::blur ? 3 : 2) warp_backward_kernel(const Program p) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8       ? 1
+                                           : work == Work::turn ? 4
+                                           : work == Work::blur ? 3
+                                                                : 2) warp_backward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, dynamic);
   T* const shared = dynamic - GRAD_AT;
   const Tile tile = tile_of_block(p);
@@ -265,8 +268,8 @@ int launch_backward(const WarpBackward& p, void* workspace, void* stream) {
       if (work == Work::turn) kernel = warp_backward_kernel<T, mixed, Work::turn>;
       if (work == Work::chain) kernel = warp_backward_kernel<T, mixed, Work::chain>;
     }
-    return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS), shared_bytes(part, true, sizeof(T)),
-                     stream, part);
+    return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
+                     shared_bytes(part, true, sizeof(T)), stream, part);
   });
 }
 

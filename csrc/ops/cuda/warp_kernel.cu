@@ -20,7 +20,10 @@ namespace {
 
 // resources: dynamic shared 35840 bytes
 template <class T, bool mixed, Work work>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::any ? 3 : work == Work::chain ? 2 : 4) warp_forward_kernel(const Program p) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8        ? 1
+                                           : work == Work::any   ? 3
+                                           : work == Work::chain ? 2
+                                                                 : 4) warp_forward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, shared);
   const Tile tile = tile_of_block(p);
   if constexpr (work == Work::chain) {
@@ -61,8 +64,8 @@ int launch_forward(const WarpForward& p, void* workspace, void* stream) {
       if (work == Work::turn) kernel = warp_forward_kernel<T, mixed, Work::turn>;
       if (work == Work::chain) kernel = warp_forward_kernel<T, mixed, Work::chain>;
     }
-    return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS), shared_bytes(part, false, sizeof(T)),
-                     stream, part);
+    return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
+                     shared_bytes(part, false, sizeof(T)), stream, part);
   });
 }
 

@@ -26,7 +26,8 @@ template <class T>
 __device__ __forceinline__ bool is_void(const Program& p, int64_t sample) {
   const int column = threadIdx.x % 32;
   bool found = false;
-  if (column < WARP_PARAMS && is_used(p, sample, column)) found = !is_finite(static_cast<const T*>(p.params)[sample * WARP_PARAMS + column]);
+  if (column < WARP_PARAMS && is_used(p, sample, column))
+    found = !is_finite(static_cast<const T*>(p.params)[sample * WARP_PARAMS + column]);
   return __any_sync(ALL, found) != 0;
 }
 

@@ -12,8 +12,8 @@ namespace {
 template <class T, bool mixed>
 __device__ __forceinline__ T rotated(const Array& source, const Tile& tile, const Turn<T>& turn, int x, int y) {
   const T dx = T(x) - turn.center_x, dy = T(y) - turn.center_y;
-  const T sx = turn.source_x(dx, turn.row_x(dy)), sy = turn.source_y(dx, turn.row_y(dy)), low_x = floored(sx), low_y = floored(sy), ax = sx - low_x,
-          ay = sy - low_y;
+  const T sx = turn.source_x(dx, turn.row_x(dy)), sy = turn.source_y(dx, turn.row_y(dy)), low_x = floored(sx), low_y = floored(sy),
+          ax = sx - low_x, ay = sy - low_y;
   const int x0 = static_cast<int>(low_x), y0 = static_cast<int>(low_y);
   const bool left = x0 >= 0 && x0 < tile.W, right = x0 >= -1 && x0 < tile.W - 1;
   const bool top = y0 >= 0 && y0 < tile.H, bottom = y0 >= -1 && y0 < tile.H - 1;

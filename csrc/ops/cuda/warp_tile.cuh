@@ -25,7 +25,8 @@ constexpr int BOX_SIDE = 40, BOX_W = BOX_SIDE + 2, BOXES = 4 * BOX_SIDE * BOX_W;
 constexpr int GRAD_AT = -2 * VALUES, DERIVATIVE_AT = -VALUES, VALUE_AT = 0, NOISE_AT = VALUES, MIDDLE_AT = RAWS,
               SLOPE_MIDDLE_AT = MIDDLE_AT + MIDDLES;
 constexpr int FORWARD_BOX_AT = VALUES, BOX_AT = 0;
-static_assert(SLOPE_MIDDLE_AT + MIDDLES - GRAD_AT == BLUR_ELEMENTS && 2 * VALUES <= MIDDLE_AT && MIDDLE_AT % 4 == 0 && SLOPE_MIDDLE_AT % 4 == 0);
+static_assert(SLOPE_MIDDLE_AT + MIDDLES - GRAD_AT == BLUR_ELEMENTS && 2 * VALUES <= MIDDLE_AT && MIDDLE_AT % 4 == 0 &&
+              SLOPE_MIDDLE_AT % 4 == 0);
 
 // What the steps of a launch need. Passes of a backward program take the place of the backward kernel.
 inline std::size_t shared_bytes(const Program& p, bool backward, std::size_t element) {
@@ -63,7 +64,9 @@ __device__ __forceinline__ Tile tile_of_block(const Program& p) {
   const unsigned tiles_x = p.tiles_x, tiles = tiles_x * p.tiles_y, channels = static_cast<unsigned>(p.C);
   const unsigned plane = blockIdx.x / tiles, tile = blockIdx.x % tiles, sample = plane / channels;
   const int x0 = static_cast<int>(tile % tiles_x * TILE_W), y0 = static_cast<int>(tile / tiles_x * TILE_H);
-  return {sample, plane - sample * channels, static_cast<int64_t>(plane) * p.H * p.W, x0, y0, min(TILE_W, (p.W + 1) / 2 - x0), min(TILE_H, (p.H + 1) / 2 - y0), p.W, p.H};
+  return {sample, plane - sample * channels,       static_cast<int64_t>(plane) * p.H * p.W, x0,
+          y0,     min(TILE_W, (p.W + 1) / 2 - x0), min(TILE_H, (p.H + 1) / 2 - y0),         p.W,
+          p.H};
 }
 
 // Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything. A thread has a column, the same of
@@ -71,7 +74,7 @@ __device__ __forceinline__ Tile tile_of_block(const Program& p) {
 template <class T, bool mixed>
 __device__ __forceinline__ void load_raw(const Array& source, const Tile& tile, int reach_y, int reach_x, WarpBlurPadding padding, T* raw) {
   constexpr int PLACES = RAW_H * RAW_W, LINES_AT_ONCE = THREADS / RAW_W, ROUNDS = (RAW_H + LINES_AT_ONCE - 1) / LINES_AT_ONCE;
-  PK_SHARED(int, line_at, ROUNDS * LINES_AT_ONCE);  // where a line starts in the plane; -1: it is not seen
+  PK_SHARED(int, line_at, ROUNDS* LINES_AT_ONCE);  // where a line starts in the plane; -1: it is not seen
   const int column = threadIdx.x % RAW_W, first = threadIdx.x / RAW_W;
   if (threadIdx.x < ROUNDS * LINES_AT_ONCE) {
     const int line = threadIdx.x;

@@ -70,8 +70,7 @@ __device__ __forceinline__ void load_box(const Array& source, const Tile& tile, 
 #pragma unroll
     for (int i = 0; i < COLUMNS_AT_ONCE; ++i) v[i] = row_inside && inside[i] ? load<T, mixed>(source, at + 8 * i) : T(0);
 #pragma unroll
-    for (int i = 0; i < COLUMNS_AT_ONCE; ++i)
-      target[8 * i] = v[i];
+    for (int i = 0; i < COLUMNS_AT_ONCE; ++i) target[8 * i] = v[i];
   }
 }
 
@@ -132,8 +131,8 @@ struct Corners {
 // Of the box, for cells: outputs are counted from its corner.
 template <class T>
 struct CellFrame {
-  T middle_x, middle_y;    // of the mirror image's cells, from their middle: where turning back puts it in the box
-  T from_x, from_y;        // the box's corner from the plane's centre
+  T middle_x, middle_y;  // of the mirror image's cells, from their middle: where turning back puts it in the box
+  T from_x, from_y;      // the box's corner from the plane's centre
   const T* box;
 };
 
@@ -212,14 +211,16 @@ __device__ __forceinline__ void adjoint_rotate_tile(const Tile& tile, const Turn
 #pragma unroll 1
     for (int k = 0; k <= rows; ++k) {
       const int row = first - 1 + k;
-      const Corners<T> c = corners_of_cell(turn, frame, T(column) + 1 - half_x, T(row) + 1 - half_y, T(quarter.x + column), T(quarter.y + row));
+      const Corners<T> c =
+          corners_of_cell(turn, frame, T(column) + 1 - half_x, T(row) + 1 - half_y, T(quarter.x + column), T(quarter.y + row));
       if (k > 0) {
         T left_grad = __shfl_up_sync(ALL, c.grad[1] + upper_grad[1], 1);
         T left_derivative = __shfl_up_sync(ALL, c.derivative[1] + upper_derivative[1], 1);
         const T edge = __shfl_sync(ALL, edge_grad, k), derivative = __shfl_sync(ALL, edge_derivative, k);
         if (lane == 0) left_grad = edge, left_derivative = derivative;
         if (lane < tile.w) {
-          const int at = (quarter.t * TILE_H + (quarter.t & 2 ? tile.h - 1 - row : row)) * VALUE_W + (quarter.t & 1 ? tile.w - 1 - lane : lane);
+          const int at =
+              (quarter.t * TILE_H + (quarter.t & 2 ? tile.h - 1 - row : row)) * VALUE_W + (quarter.t & 1 ? tile.w - 1 - lane : lane);
           shared[GRAD_AT + at] = c.grad[0] + upper_grad[0] + left_grad;
           shared[DERIVATIVE_AT + at] = c.derivative[0] + upper_derivative[0] + left_derivative;
         }
