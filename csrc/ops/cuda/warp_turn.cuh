@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The rotation by tiles, and its adjoint. A rectangle of the tile reads, turned, a rectangle that stands aslant; the upright box around that one is copied to
-// shared memory in rows, zeros beyond the plane, and read there: straight from memory 32 pixels along a slanting line would be 20 accesses.
+// The rotation by tiles, and its adjoint. A rectangle of the tile reads, turned, a rectangle that stands aslant; the upright box around that
+// one is copied to shared memory in rows, zeros beyond the plane, and read there: straight from memory 32 pixels along a slanting line would be 20 accesses.
 #pragma once
 
 #include "ops/cuda/warp_tile.cuh"
