@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protokernels.reference import warp as reference
 from python_tests.prototypes_oracle import PLACES, Place, as_numpy, compute_dtype, needs_native, unit_roundoff
 
 __all__ = ["PLACES", "Place", "needs_native"]
@@ -219,3 +220,53 @@ def check(actual: Tensor, expected: Array, error: float | Array) -> None:
     allowed = error + unit_roundoff(actual.dtype) * 1.001 * (np.abs(expected) + error) + torch.finfo(actual.dtype).tiny
     difference = np.abs(as_numpy(actual) - expected)
     assert (difference <= allowed).all(), f"off by {(difference / allowed).max():.2f} times what rounding explains"
+
+
+# --------------------------------------------------------------------------------------------------------- kinks of affine maps
+
+
+def kinks(
+    images: Tensor,  # [B, C, H, W] or [B, C, D, H, W] float64
+    matrix: Tensor,  # [B, dims, dims + 1] float64
+    grad: Tensor,  # [B, C, *size] float64
+    padding: int,
+) -> Tensor:  # [B, dims, dims + 1]
+    """How far float32 may be off in the gradient of an affine map by its matrix.
+
+    The derivative by a coordinate jumps where it is a whole number, and at the edges. A float32 coordinate is known to four roundings of
+    the longest side: an output nearer than that to a jump may have the derivative of either side, and counts with all of its jump, the
+    others with the roundings of their term.
+    """
+    size, axes = grad.shape[2:], grad.dim() - 2
+    sides = images.shape[2:]
+    near = 4 * 2**-24 * max(*sides, *size)
+    offsets = [
+        (torch.arange(length, dtype=torch.float64) - (length - 1) / 2).view(-1, *(1,) * i)
+        for i, length in enumerate(reversed(size))
+    ]
+    levers = [offset.abs().expand(size) for offset in offsets] + [torch.ones(size, dtype=torch.float64)]
+    places = []
+    for i in range(axes):
+        row = matrix[:, i].view(-1, axes + 1, *(1,) * axes)
+        place = sum((row[:, j] * offsets[j] for j in range(axes)), row[:, axes] + (sides[axes - 1 - i] - 1) / 2)
+        places.append(place.expand(-1, *size))
+    slopes = []
+    for signs in product((-near, near), repeat=axes):
+        moved = [(place + sign).requires_grad_() for place, sign in zip(places, signs, strict=True)]
+        slopes.append(torch.stack(torch.autograd.grad(reference.interpolate(images, moved, padding), moved, grad), 1))
+    every = torch.stack(slopes)  # [2^axes, B, axes, *size]
+    error = every.amax(0) - every.amin(0) + 8 * 2**-24 * every.abs().amax(0)
+    return torch.stack([(error * lever).flatten(2).sum(2) for lever in levers], 2)
+
+
+def rotation_kinks(
+    images: Tensor,  # [B, C, H, W] float64
+    turns: Tensor,  # [B] float64
+    grad: Tensor,  # [B, C, H, W] float64
+) -> Tensor:  # [B]
+    """The same for a rotation and its angle in turns."""
+    cos, sin = reference.cos_sin(turns)
+    zero = torch.zeros_like(cos)
+    matrix = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+    by_angle = torch.stack([torch.stack([sin, cos, zero], 1), torch.stack([cos, sin, zero], 1)], 1).abs()
+    return 2 * math.pi * (kinks(images, matrix, grad, 0) * by_angle).sum((1, 2))

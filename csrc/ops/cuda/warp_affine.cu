@@ -9,7 +9,7 @@
 // no sum can overflow: with N outputs a part is rounded at 2^-62 N of that gradient, 2^-46 of it at 256 x 256, far below float32. Three launches,
 // one fill and 8 bytes of workspace per image element. A sample with a gradient that is not finite gets NaN.
 // Gradients of the matrix: registers, warps, block, then the blocks of a sample in their order, in float64, by the one that comes last.
-// Limit: atomics in the L2 cache, 4 or 8 an output element; by an estimate of 150 G a second 65 us at 16 x 3 x 224 x 224. Not yet run on a GPU.
+// Limit: atomics in the L2 cache, 4 or 8 an output element; by an estimate of 150 G a second 65 us at 16 x 3 x 224 x 224. Not yet timed.
 
 #include "common/simt.cuh"
 #include "ops/cuda/warp_math.cuh"

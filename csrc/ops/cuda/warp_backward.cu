@@ -1,19 +1,17 @@
 // SPDX-License-Identifier: MIT
 // Differentiable transformations on the GPU, backward. The cut of a chain into steps stands in warp_program.cuh.
 //
-// In the default order two launches, with one intermediate gradient. The first gathers the adjoint of the rotation from the gradient, makes the blurred
-// tile and the noise again, and walks back through flips, crop and noise in registers; the second is the adjoint blur, once with the taps and once
-// with their slopes, so that sigma's gradient needs no more than the image's own pixels. The angle's gradient comes out of the same
-// gather: a pixel times the derivatives of the weights with which outputs read it. Chains of other orders take up to seven launches; where a
+// In the default order two launches, with one intermediate gradient. The first takes the adjoint of the rotation (warp_turn.cuh), makes the blurred tile
+// and the noise again, and walks back through flips, crop and noise in registers; the second is the adjoint blur, once with the taps and once with
+// their slopes, so that sigma's gradient needs no more than the image's own pixels. The angle's gradient comes with the rotation's adjoint: a
+// pixel times the derivatives of the weights with which outputs read it. Chains of other orders take up to seven launches; where a
 // block holds the whole plane it is one.
 // Sums of parameters: registers, warps, block, then the blocks of a sample in their order, in float64, by the one that comes last. No float atomics.
 //
-// Limit: instructions. By the assembly (sm_90) a pixel takes about 440 in the first launch (gather 245, to shared memory 33, blur 47, noise 60, the
-// rest 55) and 170 in the second. An H200 issues 33 T a second: 10 us at 32 x 1 x 128 x 128 and 44 us at 16 x 3 x 224 x 224 at the least, beside 1 to 2 us
-// a launch; 64 x 1 x 28 x 28 is bound by latency, 4 to 6 us. Estimates: not yet run on a GPU; runs in the emulator.
-//
-// The gather could find the outputs of a cell of four pixels, 4 candidates instead of 9; but then rounding decides which cell has an output whose
-// source lies on an edge, where it has its full weight. Around a pixel an output that is missed or taken twice has no weight.
+// Limit: instructions and their latency. Measured on an NVIDIA H200 (profiler, float32): 63 and 38 us for the two launches at
+// 16 x 3 x 224 x 224, 16 and 10 us at 32 x 1 x 128 x 128, 18 us for the one at 64 x 1 x 28 x 28, which is bound by latency. By the assembly the adjoint of the rotation is a third of the
+// first launch's instructions, 150 a cell: each of four candidates has its coordinates and tests. Outputs that are sorted into their cells
+// once would take fewer, but two of them share a place where rounding decides, next to quarter turns.
 
 #include "common/simt.cuh"
 #include "ops/cuda/warp_step.cuh"
@@ -46,38 +44,6 @@ __device__ __forceinline__ void adjoint_blur_tile(const Program& p, const Tile& 
   __syncthreads();
 }
 
-// By the tile's values before the stage behind: their gradients at GRAD_AT; what times the value adds up to the gradient by that stage's parameter
-// at DERIVATIVE_AT. Either is read by the thread that wrote it, or behind a barrier.
-template <class T, bool mixed>
-__device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step, const Tile& tile, T* shared) {
-  const Array grad = plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image);
-  const Reader reader = step.adjoint;
-  if (reader == Reader::blur) return adjoint_blur_tile<T, mixed>(p, tile, grad, shared);
-  Turn<T> turn;
-  Taps<T> taps;
-  if (reader == Reader::rotate) turn = turn_of_sample<T>(p, tile.sample);
-  if (reader == Reader::blur_x) taps = taps_of_sample<T>(p, tile.sample, 0, p.radius_x);
-  if (reader == Reader::blur_y) taps = taps_of_sample<T>(p, tile.sample, p.radius_y, 0);
-  for_orbits(tile, [&](const Orbit& orbit) {
-#pragma unroll 1
-    for (int t = 0; t < 4; ++t) {
-      const int x = orbit.x(t), y = orbit.y(t);
-      T derivative = 0, g;
-      if (reader == Reader::rotate) {
-        g = gathered_rotation<T, mixed>(grad, tile, turn, x, y, derivative);
-      } else if (reader == Reader::none || taps.is_identity()) {
-        g = load<T, mixed>(grad, tile.at(x, y));
-      } else {
-        const bool along_x = reader == Reader::blur_x;
-        g = gathered_blur<T, mixed>(grad, line_through(tile, x, y, along_x), taps, along_x ? taps.reach_x : taps.reach_y, p.padding,
-                                    derivative);
-      }
-      shared[GRAD_AT + orbit.at(t)] = g;
-      shared[DERIVATIVE_AT + orbit.at(t)] = derivative;
-    }
-  });
-}
-
 // Derivatives of what was summed up by the parameters themselves.
 template <class T>
 __device__ __forceinline__ void scale_sums(const Program& p, const Step& step, int64_t sample, T (&sums)[SUMS]) {
@@ -88,22 +54,90 @@ __device__ __forceinline__ void scale_sums(const Program& p, const Step& step, i
   sums[3] *= static_cast<T>(p.sharpness) * T(p.H);
 }
 
+// A gradient step that is nothing but the adjoint of a blur: a thread's run of a column needs no other.
 template <class T, bool mixed>
-__device__ __forceinline__ void run_gradient(const Program& p, const Step& step, const Tile& tile, T* shared) {
+__device__ __forceinline__ void run_blur_gradient(const Program& p, const Step& step, const Tile& tile, T* shared) {
   const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
   if (is_void<T>(p, tile.sample)) {
     if (step.target) fill_with_nan<T, mixed>(target, tile);
     return;  // nor are there sums
   }
-  const Local<T> local = local_of_sample<T>(p, tile.sample);
-  const T* const noise = step.values ? shared + NOISE_AT : nullptr;
-  adjoint_tile<T, mixed>(p, step, tile, shared);
-  if (step.values) {
-    read_tile<T, mixed>(p, step, tile, shared, shared + MIDDLE_AT);
-    if (has_stage(step, local, WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
+  const Taps<T> taps = taps_of_sample<T>(p, tile.sample, p.radius_y, p.radius_x);
+  const bool slopes = step.values && !taps.is_identity();
+  load_raw<T, mixed>(plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image), tile, taps.reach_y, taps.reach_x, WarpBlurPadding::zeros,
+                     shared);
+  filter_rows_twice(shared, tile, taps, p.padding, shared + MIDDLE_AT, slopes ? shared + SLOPE_MIDDLE_AT : nullptr);
+  const ColumnRun run;
+  T sums[SUMS] = {}, out[RUN] = {}, by_sigma[RUN] = {};
+  filter_column_twice(shared, run, tile, taps, p.padding, slopes, out, by_sigma);
+  // on the middle line of an odd side the last mirror image is the pixel itself
+  const int x = tile.x(run.t, run.column), rows = tile.h - run.row - ((run.t & 2) != 0 && 2 * (tile.y0 + tile.h) > tile.H ? 1 : 0);
+  if (run.column < tile.w && !((run.t & 1) != 0 && x == tile.x0 + run.column)) {
+    const Array source = plane_of<T, mixed>(p, tile, step.source, step.is_source_image);
+    const int first = tile.at(x, tile.y(run.t, run.row)), stride = run.t & 2 ? -tile.W : tile.W;
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) {
+      if (slopes && i < rows && by_sigma[i] != 0) sums[0] = fused(by_sigma[i], load<T, mixed>(source, first + i * stride), sums[0]);
+    }
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) {
+      if (step.target && i < rows) store<T, mixed>(target, first + i * stride, out[i]);
+    }
   }
+  if (!step.values) return;
+  scale_sums(p, step, tile.sample, sums);
+  write_block_sums(sums, step.sums, step.behind, p.partial + static_cast<int64_t>(blockIdx.x) * COLUMNS);
+}
+
+// By the tile's values before the stage behind: their gradients at GRAD_AT; what times the value adds up to the gradient by that stage's parameter
+// at DERIVATIVE_AT. Either is read by the thread that wrote it, or behind a barrier.
+template <class T, bool mixed>
+__device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step, Reader reader, const Tile& tile, T* shared) {
+  const Array grad = plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image);
+  if (reader == Reader::blur) return adjoint_blur_tile<T, mixed>(p, tile, grad, shared);
+  Turn<T> turn;
+  Taps<T> taps;
+  if (reader == Reader::rotate) turn = turn_of_sample<T>(p, tile.sample);
+  if (reader == Reader::rotate && turn.on) return adjoint_rotate_tile<T, mixed>(tile, turn, grad, shared);
+  if (reader == Reader::blur_x) taps = taps_of_sample<T>(p, tile.sample, 0, p.radius_x);
+  if (reader == Reader::blur_y) taps = taps_of_sample<T>(p, tile.sample, p.radius_y, 0);
+  if (reader == Reader::none || reader == Reader::rotate || taps.is_identity()) {
+    for_orbits(tile, [&](const Orbit& orbit) {
+      T g[4];
+#pragma unroll
+      for (int t = 0; t < 4; ++t) g[t] = load<T, mixed>(grad, tile.at(orbit.x(t), orbit.y(t)));
+#pragma unroll
+      for (int t = 0; t < 4; ++t) shared[GRAD_AT + orbit.at(t)] = g[t], shared[DERIVATIVE_AT + orbit.at(t)] = 0;
+    });
+    return;
+  }
+  const bool along_x = reader == Reader::blur_x;
+  const int reach = along_x ? taps.reach_x : taps.reach_y;
+  for_orbits(tile, [&](const Orbit& orbit) {
+#pragma unroll 1
+    for (int t = 0; t < 4; ++t) {
+      T derivative;
+      const Line line = line_through(tile, orbit.x(t), orbit.y(t), along_x);
+      shared[GRAD_AT + orbit.at(t)] = gathered_blur<T, mixed>(grad, line, taps, reach, p.padding, derivative);
+      shared[DERIVATIVE_AT + orbit.at(t)] = derivative;
+    }
+  });
+}
+
+template <class T, bool mixed, Work work>
+__device__ __forceinline__ void run_gradient(const Program& p, const Step& step, const Tile& tile, T* shared) {
+  if (is_void<T>(p, tile.sample)) {
+    if (step.target) fill_with_nan<T, mixed>(plane_of<T, mixed>(p, tile, step.target, step.is_target_image), tile);
+    return;  // nor are there sums
+  }
+  adjoint_tile<T, mixed>(p, step, gradient_adjoint<work>(step), tile, shared);
+  const T* const noise = step.values ? shared + NOISE_AT : nullptr;
+  if (step.values) read_tile<T, mixed>(p, step, gradient_reader<work>(step), tile, shared);
+  const Local<T> local = local_of_sample<T>(p, step, tile.sample);
+  if (step.values && local.on(WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
   Mask<T> mask;
-  if (has_stage(step, local, WarpStage::crop)) mask = make_mask<T>(p, tile);
+  if (local.on(WarpStage::crop)) mask = make_mask<T>(p, tile);
+  const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
   T sums[SUMS] = {};
   for_orbits(tile, [&](const Orbit& orbit) {
     T before[MOST_LOCAL][4], v[4], g[4];
@@ -113,7 +147,7 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
     for (int i = 0; i < MOST_LOCAL; ++i) {
 #pragma unroll
       for (int t = 0; t < 4; ++t) before[i][t] = v[t];
-      if (step.values && i < step.stages) apply(step.stage[i], local, mask, orbit, noise, v);
+      if (step.values && i < stages_of<work>(step, true)) apply(stage_at<work>(step, i), local, mask, orbit, noise, v);
     }
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -123,7 +157,7 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
     }
 #pragma unroll
     for (int i = MOST_LOCAL - 1; i >= 0; --i)
-      if (i < step.stages) apply_adjoint(step.stage[i], local, mask, orbit, noise, before[i], g, sums);
+      if (i < stages_of<work>(step, true)) apply_adjoint(stage_at<work>(step, i), local, mask, orbit, noise, before[i], g, sums);
     if (step.target) store_orbit<T, mixed>(target, tile, orbit, g);
   });
   if (!step.values) return;
@@ -131,21 +165,30 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
   write_block_sums(sums, step.sums, step.behind, p.partial + static_cast<int64_t>(blockIdx.x) * COLUMNS);
 }
 
-// resources: dynamic shared 73216 bytes
-template <class T, bool mixed>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 2 : 1) warp_backward_kernel(const Program p) {
-  PK_DYNAMIC_SHARED(T, shared);
+// resources: dynamic shared 68352 bytes
+template <class T, bool mixed, Work work>
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8       ? 1
+                                           : work == Work::turn ? 4
+                                           : work == Work::blur ? 3
+                                                                : 2) warp_backward_kernel(const Program p) {
+  PK_DYNAMIC_SHARED(T, dynamic);
+  T* const shared = dynamic - GRAD_AT;
   const Tile tile = tile_of_block(p);
   const int64_t blocks = p.C * p.tiles_y * p.tiles_x;
-  if (p.clear && blockIdx.x % blocks == 0 && threadIdx.x == 0) p.arrivals[tile.sample] = 0;
-  for (int i = p.first; i < p.last; ++i) {
-    if (p.step[i].gradient) {
-      run_gradient<T, mixed>(p, p.step[i], tile, shared);
-    } else {
-      run_pass<T, mixed>(p, p.step[i], tile, shared, shared + MIDDLE_AT);
+  if (p.clear && tile.channel == 0 && tile.x0 == 0 && tile.y0 == 0 && threadIdx.x == 0) p.arrivals[tile.sample] = 0;
+  if constexpr (work == Work::any) {
+    for (int i = p.first; i < p.last; ++i) {
+      if (p.step[i].gradient) {
+        run_gradient<T, mixed, work>(p, p.step[i], tile, shared);
+      } else {
+        run_pass<T, mixed, work>(p, p.step[i], tile, shared);
+      }
+      __syncthreads();
     }
-    __syncthreads();
   }
+  if constexpr (work == Work::turn || work == Work::chain) run_gradient<T, mixed, Work::turn>(p, p.step[p.first], tile, shared);
+  if constexpr (work == Work::chain) __syncthreads();
+  if constexpr (work == Work::blur || work == Work::chain) run_blur_gradient<T, mixed>(p, p.step[p.last - 1], tile, shared);
   if (!p.finish || !arrives_last(p.arrivals + tile.sample, blocks)) return;
   const int column = threadIdx.x / 32;
   if (column >= WARP_PARAMS) return;
@@ -216,7 +259,14 @@ int launch_backward(const WarpBackward& p, void* workspace, void* stream) {
     if (status != 0) return status;
   }
   return launch_steps(program, steps, [&](const Program& part) {
-    return PK_LAUNCH((warp_backward_kernel<T, mixed>), dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
+    auto* kernel = warp_backward_kernel<T, mixed, Work::any>;
+    if constexpr (sizeof(T) == 4) {
+      const Work work = work_of(part, true);
+      if (work == Work::blur) kernel = warp_backward_kernel<T, mixed, Work::blur>;
+      if (work == Work::turn) kernel = warp_backward_kernel<T, mixed, Work::turn>;
+      if (work == Work::chain) kernel = warp_backward_kernel<T, mixed, Work::chain>;
+    }
+    return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
                      shared_bytes(part, true, sizeof(T)), stream, part);
   });
 }

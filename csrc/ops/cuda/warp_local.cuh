@@ -9,7 +9,7 @@ namespace {
 // What such stages need to know of a sample.
 template <class T>
 struct Local {
-  int enabled;
+  int enabled;  // of the step's
   T noise, hflip, vflip;
 
   __device__ __forceinline__ bool on(WarpStage stage) const { return (enabled >> static_cast<int>(stage) & 1) != 0; }
@@ -21,20 +21,20 @@ __device__ __forceinline__ bool is_used(const Program& p, int64_t sample, int co
   return (p.stages & static_cast<unsigned>(p.enabled[sample]) & 1u << stage) != 0;
 }
 
-// Whether one of these is not finite: then the sample is NaN, output and gradients.
+// Whether one of these is not finite: then the sample is NaN, output and gradients. By whole warps.
 template <class T>
 __device__ __forceinline__ bool is_void(const Program& p, int64_t sample) {
+  const int column = threadIdx.x % 32;
   bool found = false;
-#pragma unroll
-  for (int column = 0; column < WARP_PARAMS; ++column)
-    found = found || (is_used(p, sample, column) && !is_finite(static_cast<const T*>(p.params)[sample * WARP_PARAMS + column]));
-  return found;
+  if (column < WARP_PARAMS && is_used(p, sample, column))
+    found = !is_finite(static_cast<const T*>(p.params)[sample * WARP_PARAMS + column]);
+  return __any_sync(ALL, found) != 0;
 }
 
 template <class T>
-__device__ __forceinline__ Local<T> local_of_sample(const Program& p, int64_t sample) {
+__device__ __forceinline__ Local<T> local_of_sample(const Program& p, const Step& step, int64_t sample) {
   const T* const params = static_cast<const T*>(p.params) + sample * WARP_PARAMS;
-  return {p.enabled[sample], static_cast<T>(p.noise_std) * params[1], params[4], params[5]};
+  return {p.enabled[sample] & step.local, static_cast<T>(p.noise_std) * params[1], params[4], params[5]};
 }
 
 // A pixel (column, row) of the tile with its mirror images; on the middle line of an odd side an image is the pixel itself.
@@ -55,15 +55,13 @@ struct Orbit {
   __device__ __forceinline__ int at(int t) const { return (t * TILE_H + row) * VALUE_W + column; }
 };
 
-// Calls visit(orbit) for the thread's pixels of the tile. A warp has 8 x 4 pixels: turned, they still lie in few lines of memory.
+// Calls visit(orbit) for the thread's pixels of the tile. A warp has a row.
 template <class Visit>
 __device__ __forceinline__ void for_orbits(const Tile& tile, const Visit& visit) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int column = threadIdx.x % TILE_W;
+  if (column >= tile.w) return;
 #pragma unroll 1
-  for (int patch = warp; patch < TILE_W * TILE_H / 32; patch += THREADS / 32) {
-    const int column = patch % (TILE_W / 8) * 8 + lane % 8, row = patch / (TILE_W / 8) * 4 + lane / 8;
-    if (column < tile.w && row < tile.h) visit(Orbit(tile, column, row));
-  }
+  for (int row = threadIdx.x / TILE_W; row < tile.h; row += THREADS / TILE_W) visit(Orbit(tile, column, row));
 }
 
 // The normal numbers of the tile. Four threads make a row of a mirror image, the four numbers of a Philox block at a time, of which some may lie
@@ -78,7 +76,7 @@ __device__ __forceinline__ void make_noise(const Program& p, const Tile& tile, T
     const auto start = static_cast<unsigned long long>((tile.channel * tile.H + tile.y(t, row)) * tile.W + x);  // in the sample
     const int before = static_cast<int>(start % 4);
     T* const target = noise + line * VALUE_W;
-#pragma unroll 1
+#pragma unroll 2
     for (int group = threadIdx.x % 4; 4 * group - before < tile.w; group += 4) {
       T n[4];
       normal_numbers(key, start / 4 + group, n);
@@ -212,14 +210,6 @@ __device__ __forceinline__ void apply_adjoint(WarpStage stage, const Local<T>& l
       break;
     default: break;
   }
-}
-
-// Whether a stage is among the step's and on for the sample: then its noise, its mask must be made.
-template <class T>
-__device__ __forceinline__ bool has_stage(const Step& step, const Local<T>& local, WarpStage stage) {
-  bool found = false;
-  for (int i = 0; i < step.stages; ++i) found |= step.stage[i] == stage;
-  return found && local.on(stage);
 }
 
 }  // namespace

@@ -90,27 +90,20 @@ __device__ __forceinline__ Words philox(unsigned long long key, unsigned long lo
   return {{c0, c1, c2, c3}};
 }
 
-// sqrt(-2 ln u), u = (word + 1/2) 2^-32. Near u = 1 a float holds 1 - u, and not u, to its last bit: there ln(1 + f) is taken of f = -(1 - u). The
-// polynomial is that of the logarithm in S. Moshier's Cephes.
+// sqrt(-2 ln u), u = (word + 1/2) 2^-32. The fast logarithm is known to 2^-22, absolutely or of itself, which above u = 0.7 is too little: there f = 1 - u,
+// which a float holds to its last bit also near u = 1, and -ln(1 - f) / f - 1 by a polynomial, to 2^-27 of the logarithm up to f = 0.303.
 __device__ __forceinline__ float pair_length(float, unsigned word) {
-  const float u = (static_cast<float>(word) + 0.5f) * 0x1p-32f;
-  const int shifted = __float_as_int(u) - 0x3f3504f3, exponent = shifted >> 23;  // 0: u is between sqrt 1/2 and 1
-  float f = __int_as_float(__float_as_int(u) - (exponent << 23)) - 1.0f;
-  if (exponent == 0) f = -(static_cast<float>(~word) + 0.5f) * 0x1p-32f;
-  const float square = f * f, e = static_cast<float>(exponent);
-  float log = 7.0376836292e-2f;
-  log = fmaf(log, f, -1.1514610310e-1f);
-  log = fmaf(log, f, 1.1676998740e-1f);
-  log = fmaf(log, f, -1.2420140846e-1f);
-  log = fmaf(log, f, 1.4249322787e-1f);
-  log = fmaf(log, f, -1.6668057665e-1f);
-  log = fmaf(log, f, 2.0000714765e-1f);
-  log = fmaf(log, f, -2.4999993993e-1f);
-  log = fmaf(log, f, 3.3333331174e-1f) * square * f;
-  log = fmaf(-2.12194440e-4f, e, log);
-  log = fmaf(-0.5f, square, log) + f;
-  log = fmaf(0.693359375f, e, log);
-  const float twice = -2.0f * log;
+  const float f = (static_cast<float>(~word) + 0.5f) * 0x1p-32f;
+  float p = 0.4188677668571472f;
+  p = fmaf(p, f, -0.034077346324920654f);
+  p = fmaf(p, f, 0.21639513969421387f);
+  p = fmaf(p, f, 0.19259408116340637f);
+  p = fmaf(p, f, 0.2505837678909302f);
+  p = fmaf(p, f, 0.3333112299442291f);
+  p = fmaf(p, f, 0.5000002980232239f);
+  const float near = 2.0f * fmaf(p * f, f, f);
+  const float far = -1.3862943611198906f * __log2f((static_cast<float>(word) + 0.5f) * 0x1p-32f);
+  const float twice = f < 0.3f ? near : far;
   return twice * rsqrtf(twice);
 }
 __device__ __forceinline__ double pair_length(double, unsigned word) {
@@ -149,27 +142,42 @@ __device__ __forceinline__ void normal_numbers(unsigned long long key, unsigned 
   }
 }
 
+template <class V>
+__device__ __forceinline__ V warp_sum(V value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
+  return value;
+}
+
 // ------------------------------------------------------------------------------------------------------------------ taps, padding
 
-// taps[k] = w_k and slopes[k] = dw_k / dsigma, k = 0, ..., reach. By the whole block; ends with a barrier.
+// taps[k] = w_k and slopes[k] = dw_k / dsigma, k = 0, ..., reach: by the block's first warp, a lane has k, k + 32 and k + 64. Ends with a barrier.
 template <class T>
 __device__ __forceinline__ void make_taps(T sigma, int reach, T* taps, T* slopes) {
+  constexpr int EACH = (MOST_TAPS + 31) / 32;
   __syncthreads();
-  for (int k = threadIdx.x; k <= reach; k += THREADS) {
-    const T ratio = T(k) / sigma;
-    taps[k] = exponential(ratio * ratio / T(-2));
-  }
-  __syncthreads();
-  T total = taps[0], squares = 0;
-  for (int k = 1; k <= reach; ++k) {
-    total += 2 * taps[k];
-    squares += 2 * taps[k] * T(k) * T(k);
-  }
-  __syncthreads();
-  for (int k = threadIdx.x; k <= reach; k += THREADS) {
-    const T weight = taps[k] / total;
-    taps[k] = weight;
-    slopes[k] = weight * (T(k) * T(k) - squares / total) / sigma / sigma / sigma;
+  if (threadIdx.x < 32) {
+    T power[EACH], total = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int k = threadIdx.x + 32 * i;
+      power[i] = 0;
+      if (k > reach) continue;
+      const T ratio = T(k) / sigma;
+      power[i] = exponential(ratio * ratio / T(-2));
+      const T both = k == 0 ? power[i] : 2 * power[i];
+      total += both;
+      squares = fused(both, T(k) * T(k), squares);
+    }
+    total = warp_sum(total), squares = warp_sum(squares);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int k = threadIdx.x + 32 * i;
+      if (k > reach) continue;
+      const T weight = power[i] / total;
+      taps[k] = weight;
+      slopes[k] = weight * (T(k) * T(k) - squares / total) / sigma / sigma / sigma;
+    }
   }
   __syncthreads();
 }
@@ -185,14 +193,14 @@ __device__ __forceinline__ int padded_place(int i, int n, WarpBlurPadding paddin
   return i < n ? i : period - i;
 }
 
-// -------------------------------------------------------------------------------------------------------------------------- sums
-
-template <class V>
-__device__ __forceinline__ V warp_sum(V value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
-  return value;
+// The same where a radius is less than the axis.
+__device__ __forceinline__ int padded_once(int i, int n, WarpBlurPadding padding) {
+  if (padding == WarpBlurPadding::reflect) return i < 0 ? -i : i < n ? i : 2 * (n - 1) - i;
+  if (padding == WarpBlurPadding::replicate) return i < 0 ? 0 : i < n ? i : n - 1;
+  return i < n ? i : -1;
 }
+
+// -------------------------------------------------------------------------------------------------------------------------- sums
 
 // The block's sums of those values whose bit is set, warps in their order, written by its first threads: value i to column i, value 0 to column `first`.
 template <int count, class T>
@@ -222,9 +230,11 @@ __device__ __forceinline__ bool arrives_last(unsigned* count, int64_t blocks) {
     __syncthreads();
     return true;
   }
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(count, 1u) + 1 == static_cast<unsigned>(blocks);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(count, 1u) + 1 == static_cast<unsigned>(blocks);
+  }
   __syncthreads();
   if (last) __threadfence();
   return last;

@@ -15,7 +15,7 @@ namespace {
 enum class Reader : int { none, blur, rotate, blur_x, blur_y };
 
 constexpr int REACH = 6;              // largest radius of the blur by tiles
-constexpr int BLUR_ELEMENTS = 18304;  // in dynamic shared memory, that its adjoint by tiles takes
+constexpr int BLUR_ELEMENTS = 17088;  // in dynamic shared memory, that its adjoint by tiles takes
 constexpr int MOST_PASSES = 4;
 constexpr int MOST_STEPS = 8;
 constexpr int MOST_LOCAL = 4;  // stages that need no other pixels
@@ -31,6 +31,7 @@ struct Step {
   unsigned sums;   // bits of what the step sums up, if values: bit 0 that parameter, bits 1 to 5 these columns
   int stages;      // entries of stage
   WarpStage stage[MOST_LOCAL];
+  int local;    // bits of these stages
   bool values;  // gradients of parameters are wanted: values are needed
   bool is_source_image, is_grad_image, is_target_image;
   const void* source;  // [B, C, H, W]
@@ -57,6 +58,56 @@ struct Program {
   int first, last;     // steps of the launch
   Step step[MOST_STEPS];
 };
+
+// Steps that have a kernel of their own, with fewer registers; `any` takes every step, and those of a whole plane one after the other. The others'
+// stages must come in the default order, noise, crop, flips, from which some may be missing:
+//   blur: a pass that blurs by tiles; a gradient step that is nothing but the adjoint of that
+//   turn: a pass that is nothing but a rotation; a gradient step with the adjoint of the rotation and values that are blurred by tiles or not at all
+//   chain: of a whole plane, blur and turn forward, turn and blur backward, which is the default order
+enum class Work : int { any, blur, turn, chain };
+
+inline Work work_of(const Step& s) {
+  for (int i = 1; i < s.stages; ++i)
+    if (s.stage[i - 1] > s.stage[i]) return Work::any;
+  if (!s.gradient) return s.reader == Reader::blur ? Work::blur : s.reader == Reader::rotate && s.stages == 0 ? Work::turn : Work::any;
+  if (s.adjoint == Reader::blur && s.reader == Reader::none && s.stages == 0) return Work::blur;
+  const bool plain = s.reader == Reader::blur || s.reader == Reader::none;
+  return s.adjoint == Reader::rotate && plain ? Work::turn : Work::any;
+}
+
+// Of the launch's steps, passes or gradient steps.
+inline Work work_of(const Program& p, bool gradient) {
+  const int steps = p.last - p.first;
+  const Step* const s = p.step + p.first;
+  for (int i = 0; i < steps; ++i)
+    if (s[i].gradient != gradient) return Work::any;
+  if (steps == 1) return work_of(s[0]);
+  const bool chain = steps == 2 && work_of(s[gradient ? 1 : 0]) == Work::blur && work_of(s[gradient ? 0 : 1]) == Work::turn;
+  return chain ? Work::chain : Work::any;
+}
+
+template <Work work>
+__device__ __forceinline__ Reader pass_reader(const Step& s) {
+  return work == Work::any ? s.reader : work == Work::blur ? Reader::blur : Reader::rotate;
+}
+template <Work work>
+__device__ __forceinline__ Reader gradient_reader(const Step& s) {
+  return work == Work::any ? s.reader : work == Work::turn && s.reader == Reader::blur ? Reader::blur : Reader::none;
+}
+template <Work work>
+__device__ __forceinline__ Reader gradient_adjoint(const Step& s) {
+  return work == Work::any ? s.adjoint : work == Work::blur ? Reader::blur : Reader::rotate;
+}
+
+// The step's stages are stage_at(0), ..., stage_at(stages_of - 1), as far as they are among its bits.
+template <Work work>
+__device__ __forceinline__ int stages_of(const Step& s, bool gradient) {
+  return work == Work::any ? s.stages : work == (gradient ? Work::blur : Work::turn) ? 0 : MOST_LOCAL;
+}
+template <Work work>
+__device__ __forceinline__ WarpStage stage_at(const Step& s, int i) {
+  return work == Work::any ? s.stage[i] : static_cast<WarpStage>(i + static_cast<int>(WarpStage::noise));
+}
 
 struct Pass {
   Reader reader;
@@ -98,7 +149,10 @@ inline Step step_of(const Pass& pass) {
   Step step{};
   step.reader = pass.reader;
   step.stages = pass.stages;
-  for (int i = 0; i < pass.stages; ++i) step.stage[i] = pass.stage[i];
+  for (int i = 0; i < pass.stages; ++i) {
+    step.stage[i] = pass.stage[i];
+    step.local |= 1 << static_cast<int>(pass.stage[i]);
+  }
   return step;
 }
 

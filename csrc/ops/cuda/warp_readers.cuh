@@ -1,40 +1,19 @@
 // SPDX-License-Identifier: MIT
-// Values of single pixels straight from memory: rotation, blur along one axis with any radius, and their adjoints as gathers.
+// Values of single pixels straight from memory: rotation, and blur along one axis with any radius and its adjoint as a gather.
 #pragma once
 
-#include "ops/cuda/warp_tile.cuh"
+#include "ops/cuda/warp_turn.cuh"
 
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------- rotation
 
-template <class T>
-struct Turn {
-  T cosine, sine, center_x, center_y;
-  bool on;
-
-  // Of the output pixel (dx, dy) from the centre.
-  __device__ __forceinline__ T source_x(T dx, T dy) const { return fused(cosine, dx, -(sine * dy)) + center_x; }
-  __device__ __forceinline__ T source_y(T dx, T dy) const { return fused(sine, dx, cosine * dy) + center_y; }
-};
-
-template <class T>
-__device__ __forceinline__ Turn<T> turn_of_sample(const Program& p, int64_t sample) {
-  Turn<T> turn;
-  turn.on = (p.enabled[sample] >> static_cast<int>(WarpStage::rotate) & 1) != 0;
-  const T turns = static_cast<const T*>(p.params)[sample * WARP_PARAMS + WARP_COLUMN[static_cast<int>(WarpStage::rotate)]];
-  sine_cosine_pi(2 * (turns - rounded(turns)), turn.sine, turn.cosine);
-  turn.center_x = T(p.W - 1) / 2, turn.center_y = T(p.H - 1) / 2;
-  return turn;
-}
-
 // Bilinear, every tap outside is 0.
 template <class T, bool mixed>
 __device__ __forceinline__ T rotated(const Array& source, const Tile& tile, const Turn<T>& turn, int x, int y) {
-  if (!turn.on) return load<T, mixed>(source, tile.at(x, y));
   const T dx = T(x) - turn.center_x, dy = T(y) - turn.center_y;
-  const T sx = turn.source_x(dx, dy), sy = turn.source_y(dx, dy), low_x = floored(sx), low_y = floored(sy), ax = sx - low_x,
-          ay = sy - low_y;
+  const T sx = turn.source_x(dx, turn.row_x(dy)), sy = turn.source_y(dx, turn.row_y(dy)), low_x = floored(sx), low_y = floored(sy),
+          ax = sx - low_x, ay = sy - low_y;
   const int x0 = static_cast<int>(low_x), y0 = static_cast<int>(low_y);
   const bool left = x0 >= 0 && x0 < tile.W, right = x0 >= -1 && x0 < tile.W - 1;
   const bool top = y0 >= 0 && y0 < tile.H, bottom = y0 >= -1 && y0 < tile.H - 1;
@@ -43,55 +22,6 @@ __device__ __forceinline__ T rotated(const Array& source, const Tile& tile, cons
   const T q10 = bottom && left ? load<T, mixed>(source, at + tile.W) : T(0);
   const T q11 = bottom && right ? load<T, mixed>(source, at + tile.W + 1) : T(0);
   return (1 - ay) * ((1 - ax) * q00 + ax * q01) + ay * ((1 - ax) * q10 + ax * q11);
-}
-
-// value, negated where `sign` is below 0. A difference that is 0 is +0.
-__device__ __forceinline__ float with_sign_of(float sign, float value) {
-  return __uint_as_float(__float_as_uint(value) ^ (__float_as_uint(sign) & 0x80000000u));
-}
-__device__ __forceinline__ double with_sign_of(double sign, double value) { return sign < 0 ? -value : value; }
-
-// x + i step, i = -1, 0 or 1.
-template <class T>
-__device__ __forceinline__ T plus(T x, T step, int i) {
-  return i < 0 ? x - step : i > 0 ? x + step : x;
-}
-
-// The gradient by pixel (x, y) before the rotation, and the derivative of its part of the sum by the angle in radians.
-//
-// The outputs that read a pixel lie, turned back, in a square of side 2 about it, whose corners are at most sqrt 2 away along an axis: among the 3 x 3
-// around the rounded place. An output at t = source - pixel has the weight (1 - |t_x|) (1 - |t_y|); t = -1 has no weight but a derivative. t of the
-// nine is exact at quarter turns, where it decides.
-template <class T, bool mixed>
-__device__ __forceinline__ T gathered_rotation(const Array& grad, const Tile& tile, const Turn<T>& turn, int x, int y, T& by_angle) {
-  by_angle = 0;
-  if (!turn.on) return load<T, mixed>(grad, tile.at(x, y));
-  const T px = T(x), py = T(y), dx = px - turn.center_x, dy = py - turn.center_y;
-  const int near_x = static_cast<int>(rounded(turn.cosine * dx + turn.sine * dy + turn.center_x));
-  const int near_y = static_cast<int>(rounded(turn.cosine * dy - turn.sine * dx + turn.center_y));
-  const T from_x = T(near_x) - turn.center_x, from_y = T(near_y) - turn.center_y;
-  const T base_x = turn.source_x(from_x, from_y) - px, base_y = turn.source_y(from_x, from_y) - py;
-  T sum = 0, derivative = 0;
-#pragma unroll
-  for (int j = -1; j <= 1; ++j) {
-    const int oy = near_y + j;
-    const bool row_inside = static_cast<unsigned>(oy) < static_cast<unsigned>(tile.H);
-    const T row_x = plus(base_x, -turn.sine, j), row_y = plus(base_y, turn.cosine, j);
-#pragma unroll
-    for (int i = -1; i <= 1; ++i) {
-      const int ox = near_x + i;
-      const T tx = plus(row_x, turn.cosine, i), ty = plus(row_y, turn.sine, i);
-      const bool inside = row_inside && static_cast<unsigned>(ox) < static_cast<unsigned>(tile.W);
-      const T g = inside && tx >= -1 && tx < 1 && ty >= -1 && ty < 1 ? load<T, mixed>(grad, tile.at(ox, oy)) : T(0);
-      const T minus_x = magnitude(tx) - 1, along_x = g * (1 - magnitude(ty));
-      sum = fused(along_x, -minus_x, sum);
-      // the source moves by (-(s_y - c_y), s_x - c_x)
-      derivative = fused(with_sign_of(tx, along_x), ty + dy, derivative);
-      derivative = fused(with_sign_of(ty, g * minus_x), tx + dx, derivative);
-    }
-  }
-  by_angle = derivative;
-  return sum;
 }
 
 // --------------------------------------------------------------------------------------------------------------- blur of one axis

@@ -15,43 +15,49 @@ __device__ __forceinline__ Array plane_of(const Program& p, const Tile& tile, co
 
 // The values of the blur by tiles, at VALUE_AT. Ends with a barrier.
 template <class T, bool mixed>
-__device__ __forceinline__ void blur_tile(const Program& p, const Tile& tile, const Array& source, T* shared, T* middle) {
+__device__ __forceinline__ void blur_tile(const Program& p, const Tile& tile, const Array& source, T* shared) {
   const Taps<T> taps = taps_of_sample<T>(p, tile.sample, p.radius_y, p.radius_x);
   load_raw<T, mixed>(source, tile, taps.reach_y, taps.reach_x, p.padding, shared);
-  filter_rows<T, false>(shared, tile, taps.reach_x, p.padding, taps.weight, T(1), middle);
+  filter_rows<T, false>(shared, tile, taps.reach_x, p.padding, taps.weight, T(1), shared + MIDDLE_AT);
   const ColumnRun run;
   T weight[REACH + 1], out[RUN] = {};
   read_taps(taps.weight, taps.reach_y, weight);
-  filter_column<T, false>(middle, run, tile, taps.reach_y, p.padding, weight, T(1), out);
+  filter_column<T, false>(shared + MIDDLE_AT, run, tile, taps.reach_y, p.padding, weight, T(1), out);
   write_column(shared + VALUE_AT, run, tile, out);
   __syncthreads();
 }
 
 // The values of the tile after the reading stage of a pass, at VALUE_AT. Either is read by the thread that wrote it, or behind a barrier.
 template <class T, bool mixed>
-__device__ __forceinline__ void read_tile(const Program& p, const Step& step, const Tile& tile, T* shared, T* middle) {
+__device__ __forceinline__ void read_tile(const Program& p, const Step& step, Reader reader, const Tile& tile, T* shared) {
   const Array source = plane_of<T, mixed>(p, tile, step.source, step.is_source_image);
-  const Reader reader = step.reader;
-  if (reader == Reader::blur) return blur_tile<T, mixed>(p, tile, source, shared, middle);
+  if (reader == Reader::blur) return blur_tile<T, mixed>(p, tile, source, shared);
   Turn<T> turn;
   Taps<T> taps;
   if (reader == Reader::rotate) turn = turn_of_sample<T>(p, tile.sample);
+  if constexpr (sizeof(T) == 4) {  // boxes of float64 would not fit everywhere
+    if (reader == Reader::rotate && turn.on) return rotate_tile<T, mixed>(tile, turn, source, shared);
+  }
   if (reader == Reader::blur_x) taps = taps_of_sample<T>(p, tile.sample, 0, p.radius_x);
   if (reader == Reader::blur_y) taps = taps_of_sample<T>(p, tile.sample, p.radius_y, 0);
+  if (reader == Reader::none || (reader == Reader::rotate && !turn.on) || (reader != Reader::rotate && taps.is_identity())) {
+    for_orbits(tile, [&](const Orbit& orbit) {
+      T v[4];
+#pragma unroll
+      for (int t = 0; t < 4; ++t) v[t] = load<T, mixed>(source, tile.at(orbit.x(t), orbit.y(t)));
+#pragma unroll
+      for (int t = 0; t < 4; ++t) shared[VALUE_AT + orbit.at(t)] = v[t];
+    });
+    return;
+  }
+  const bool along_x = reader == Reader::blur_x;
   for_orbits(tile, [&](const Orbit& orbit) {
-#pragma unroll 2
+#pragma unroll 1
     for (int t = 0; t < 4; ++t) {
       const int x = orbit.x(t), y = orbit.y(t);
-      T value;
-      if (reader == Reader::rotate) {
-        value = rotated<T, mixed>(source, tile, turn, x, y);
-      } else if (reader == Reader::none || taps.is_identity()) {
-        value = load<T, mixed>(source, tile.at(x, y));
-      } else {
-        const bool along_x = reader == Reader::blur_x;
-        value = blurred<T, mixed>(source, line_through(tile, x, y, along_x), taps.weight, along_x ? taps.reach_x : taps.reach_y, p.padding);
-      }
-      shared[VALUE_AT + orbit.at(t)] = value;
+      shared[VALUE_AT + orbit.at(t)] = reader == Reader::rotate ? rotated<T, mixed>(source, tile, turn, x, y)
+                                                                : blurred<T, mixed>(source, line_through(tile, x, y, along_x), taps.weight,
+                                                                                    along_x ? taps.reach_x : taps.reach_y, p.padding);
     }
   });
 }
@@ -71,20 +77,21 @@ __device__ __forceinline__ void fill_with_nan(const Array& target, const Tile& t
   });
 }
 
-template <class T, bool mixed>
-__device__ __forceinline__ void run_pass(const Program& p, const Step& step, const Tile& tile, T* shared, T* middle) {
+template <class T, bool mixed, Work work>
+__device__ __forceinline__ void run_pass(const Program& p, const Step& step, const Tile& tile, T* shared) {
   const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
   if (is_void<T>(p, tile.sample)) return fill_with_nan<T, mixed>(target, tile);
-  const Local<T> local = local_of_sample<T>(p, tile.sample);
-  read_tile<T, mixed>(p, step, tile, shared, middle);
-  if (has_stage(step, local, WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
+  const Local<T> local = local_of_sample<T>(p, step, tile.sample);
+  read_tile<T, mixed>(p, step, pass_reader<work>(step), tile, shared);
+  if (local.on(WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
   Mask<T> mask;
-  if (has_stage(step, local, WarpStage::crop)) mask = make_mask<T>(p, tile);
+  if (local.on(WarpStage::crop)) mask = make_mask<T>(p, tile);
   for_orbits(tile, [&](const Orbit& orbit) {
     T v[4];
 #pragma unroll
     for (int t = 0; t < 4; ++t) v[t] = shared[VALUE_AT + orbit.at(t)];
-    for (int i = 0; i < step.stages; ++i) apply(step.stage[i], local, mask, orbit, shared + NOISE_AT, v);
+#pragma unroll(work == Work::any ? 1 : MOST_LOCAL)
+    for (int i = 0; i < stages_of<work>(step, false); ++i) apply(stage_at<work>(step, i), local, mask, orbit, shared + NOISE_AT, v);
     store_orbit<T, mixed>(target, tile, orbit, v);
   });
 }

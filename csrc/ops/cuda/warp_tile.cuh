@@ -12,31 +12,37 @@ namespace {
 
 constexpr int RAW_W = TILE_W + 2 * REACH, RAW_H = TILE_H + 2 * REACH;
 constexpr int MIDDLE_W = TILE_W + 4;  // with RAW_W: runs of 8 floats in two rows lie in different banks
-constexpr int VALUE_W = TILE_W + 8;   // a warp's 8 x 4 pixels lie in different banks
+constexpr int VALUE_W = TILE_W;       // a warp has a row
 constexpr int RUN = 8;                // outputs a thread makes at a time, from RUN + 2 REACH inputs in registers
-static_assert(TILE_H == 2 * RUN && THREADS == 4 * TILE_H / RUN * TILE_W && TILE_W % RUN == 0);
+static_assert(TILE_W == 32 && TILE_H == 2 * RUN && THREADS == 4 * TILE_H / RUN * TILE_W && TILE_W % RUN == 0);
 
 constexpr int VALUES = 4 * TILE_H * VALUE_W, RAWS = 4 * RAW_H * RAW_W, MIDDLES = 4 * RAW_H * MIDDLE_W;
-// Elements of T in dynamic shared memory: the values of the tile, its noise; raw pixels lie there before either is made. Behind them, rows that are
-// filtered, in the forward kernel; in the backward kernel gradients, derivatives by the parameter of the stage behind, and twice filtered rows.
-constexpr int VALUE_AT = 0, NOISE_AT = VALUES, FORWARD_MIDDLE_AT = 2 * VALUES;
-constexpr int GRAD_AT = 2 * VALUES, DERIVATIVE_AT = 3 * VALUES, MIDDLE_AT = 4 * VALUES, SLOPE_MIDDLE_AT = MIDDLE_AT + MIDDLES;
-static_assert(SLOPE_MIDDLE_AT + MIDDLES == BLUR_ELEMENTS && RAWS <= FORWARD_MIDDLE_AT && FORWARD_MIDDLE_AT % 4 == 0 && MIDDLE_AT % 4 == 0 &&
+// The box of one mirror image, from which a rotation reads (warp_turn.cuh).
+constexpr int BOX_SIDE = 40, BOX_W = BOX_SIDE + 2, BOXES = 4 * BOX_SIDE * BOX_W;
+// Elements of T in dynamic shared memory: the values of the tile and its noise; raw pixels lie there before either is made, and behind them rows that
+// are filtered. Boxes for values lie behind these, for gradients in their place. In the backward kernel gradients and derivatives by the parameter
+// of the stage behind come before, and rows filtered with slopes after.
+constexpr int GRAD_AT = -2 * VALUES, DERIVATIVE_AT = -VALUES, VALUE_AT = 0, NOISE_AT = VALUES, MIDDLE_AT = RAWS,
+              SLOPE_MIDDLE_AT = MIDDLE_AT + MIDDLES;
+constexpr int FORWARD_BOX_AT = VALUES, BOX_AT = 0;
+static_assert(SLOPE_MIDDLE_AT + MIDDLES - GRAD_AT == BLUR_ELEMENTS && 2 * VALUES <= MIDDLE_AT && MIDDLE_AT % 4 == 0 &&
               SLOPE_MIDDLE_AT % 4 == 0);
 
 // What the steps of a launch need. Passes of a backward program take the place of the backward kernel.
 inline std::size_t shared_bytes(const Program& p, bool backward, std::size_t element) {
-  int elements = backward ? MIDDLE_AT : VALUES;
+  int elements = VALUES;
   for (int i = p.first; i < p.last; ++i) {
     const Step& s = p.step[i];
     int here = 0;
     for (int k = 0; k < s.stages; ++k)
-      if (s.stage[k] == WarpStage::noise) here = FORWARD_MIDDLE_AT;
-    if (s.reader == Reader::blur) here = (backward ? MIDDLE_AT : FORWARD_MIDDLE_AT) + MIDDLES;
+      if (s.stage[k] == WarpStage::noise) here = MIDDLE_AT;
+    if (s.reader == Reader::rotate && element == 4 && FORWARD_BOX_AT + BOXES > here) here = FORWARD_BOX_AT + BOXES;
+    if (s.reader == Reader::blur && MIDDLE_AT + MIDDLES > here) here = MIDDLE_AT + MIDDLES;
+    if (s.gradient && s.adjoint == Reader::rotate && BOX_AT + BOXES > here) here = BOX_AT + BOXES;
     if (s.gradient && s.adjoint == Reader::blur) here = SLOPE_MIDDLE_AT + MIDDLES;
     if (here > elements) elements = here;
   }
-  return static_cast<std::size_t>(elements) * element;
+  return static_cast<std::size_t>(elements - (backward ? GRAD_AT : 0)) * element;
 }
 
 struct Tile {
@@ -54,37 +60,46 @@ struct Tile {
 };
 
 __device__ __forceinline__ Tile tile_of_block(const Program& p) {
-  const int tiles = p.tiles_x * p.tiles_y;
-  const int64_t plane = blockIdx.x / tiles;
-  const int tile = blockIdx.x % tiles;
-  const int x0 = tile % p.tiles_x * TILE_W, y0 = tile / p.tiles_x * TILE_H;
-  return {plane / p.C, plane % p.C, plane * p.H * p.W, x0, y0, min(TILE_W, (p.W + 1) / 2 - x0), min(TILE_H, (p.H + 1) / 2 - y0), p.W, p.H};
+  // the grid has B C tiles_y tiles_x blocks: 32 bits hold them
+  const unsigned tiles_x = p.tiles_x, tiles = tiles_x * p.tiles_y, channels = static_cast<unsigned>(p.C);
+  const unsigned plane = blockIdx.x / tiles, tile = blockIdx.x % tiles, sample = plane / channels;
+  const int x0 = static_cast<int>(tile % tiles_x * TILE_W), y0 = static_cast<int>(tile / tiles_x * TILE_H);
+  return {sample, plane - sample * channels,       static_cast<int64_t>(plane) * p.H * p.W, x0,
+          y0,     min(TILE_W, (p.W + 1) / 2 - x0), min(TILE_H, (p.H + 1) / 2 - y0),         p.W,
+          p.H};
 }
 
-// Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything. A thread takes the same
-// place of the four mirror images. Ends with a barrier.
+// Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything. A thread has a column, the same of
+// the four mirror images. Ends with a barrier.
 template <class T, bool mixed>
 __device__ __forceinline__ void load_raw(const Array& source, const Tile& tile, int reach_y, int reach_x, WarpBlurPadding padding, T* raw) {
-  constexpr int PLACES = RAW_H * RAW_W;
-  const int last_x = tile.W - 1, last_row = (tile.H - 1) * tile.W;
-#pragma unroll 1
-  for (int e = threadIdx.x; e < tile.lines() * RAW_W; e += THREADS) {
-    const int column = e % RAW_W - REACH, row = e / RAW_W - REACH;
-    int x = tile.x0 + column, y = tile.y0 + row;
-    bool there = column >= -reach_x && column < tile.w + reach_x && row >= -reach_y && row < tile.h + reach_y;
-    if (there && (static_cast<unsigned>(x) >= static_cast<unsigned>(tile.W) || static_cast<unsigned>(y) >= static_cast<unsigned>(tile.H))) {
-      x = padded_place(x, tile.W, padding);
-      y = padded_place(y, tile.H, padding);
-      there = x >= 0 && y >= 0;
-    }
-    const int near = y * tile.W, far = last_row - near;
-    T v[4] = {};
-    if (there) {
-      v[0] = load<T, mixed>(source, near + x), v[1] = load<T, mixed>(source, near + last_x - x);
-      v[2] = load<T, mixed>(source, far + x), v[3] = load<T, mixed>(source, far + last_x - x);
-    }
+  constexpr int PLACES = RAW_H * RAW_W, LINES_AT_ONCE = THREADS / RAW_W, ROUNDS = (RAW_H + LINES_AT_ONCE - 1) / LINES_AT_ONCE;
+  PK_SHARED(int, line_at, ROUNDS* LINES_AT_ONCE);  // where a line starts in the plane; -1: it is not seen
+  const int column = threadIdx.x % RAW_W, first = threadIdx.x / RAW_W;
+  if (threadIdx.x < ROUNDS * LINES_AT_ONCE) {
+    const int line = threadIdx.x;
+    const bool there = line >= REACH - reach_y && line < REACH + tile.h + reach_y;
+    const int y = there ? padded_once(tile.y0 + line - REACH, tile.H, padding) : -1;
+    line_at[line] = y < 0 ? -1 : tile.at(0, y);
+  }
+  __syncthreads();
+  if (first < LINES_AT_ONCE) {
+    const bool there = column >= REACH - reach_x && column < REACH + tile.w + reach_x;
+    const int x = there ? padded_once(tile.x0 + column - REACH, tile.W, padding) : -1;
+    const int far_x = tile.W - 1 - x, last = (tile.H - 1) * tile.W;
 #pragma unroll
-    for (int t = 0; t < 4; ++t) raw[t * PLACES + e] = v[t];
+    for (int k = 0; k < ROUNDS; ++k) {
+      const int line = first + k * LINES_AT_ONCE, near = line_at[line], far = last - near;
+      T v[4] = {};
+      if (near >= 0 && x >= 0) {
+        v[0] = load<T, mixed>(source, near + x), v[1] = load<T, mixed>(source, near + far_x);
+        v[2] = load<T, mixed>(source, far + x), v[3] = load<T, mixed>(source, far + far_x);
+      }
+      if (line < RAW_H) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t) raw[t * PLACES + line * RAW_W + column] = v[t];
+      }
+    }
   }
   __syncthreads();
 }
@@ -225,6 +240,72 @@ __device__ __forceinline__ Taps<T> taps_of_sample(const Program& p, int64_t samp
   if (sigma < T(WARP_LEAST_SIGMA)) return {weight, slope, 0, 0};
   make_taps(sigma, max(radius_y, radius_x), weight, slope);
   return {weight, slope, radius_y, radius_x};
+}
+
+// The same inputs with weights and slopes: out and slope_out, from the sums of the two inputs that have a tap. An axis that is not blurred has the weight
+// 1 and the slope 0. at_edge: with what the padding's adjoint adds.
+template <class T>
+__device__ __forceinline__ void filter_twice(const T (&in)[RUN + 2 * REACH], const Taps<T>& taps, int reach, WarpBlurPadding padding,
+                                             bool at_edge, T (&out)[RUN], T (&slope_out)[RUN]) {
+  if (reach == 0) {
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) out[i] = in[REACH + i];
+    return;
+  }
+  T weight[REACH + 1], slope[REACH + 1];
+  read_taps(taps.weight, reach, weight);
+  read_taps(taps.slope, reach, slope);
+#pragma unroll
+  for (int i = 0; i < RUN; ++i) {
+    out[i] = weight[0] * in[REACH + i], slope_out[i] = slope[0] * in[REACH + i];
+#pragma unroll
+    for (int k = 1; k <= REACH; ++k) {
+      const T pair = in[REACH + i - k] + in[REACH + i + k];
+      out[i] = fused(weight[k], pair, out[i]), slope_out[i] = fused(slope[k], pair, slope_out[i]);
+    }
+  }
+  if (at_edge) {
+    fold(in, weight, padding, out);
+    fold(in, slope, padding, slope_out);
+  }
+}
+
+// The adjoint along rows, from raw; without a slope_middle with the weights only. Ends with a barrier.
+template <class T>
+__device__ __forceinline__ void filter_rows_twice(const T* raw, const Tile& tile, const Taps<T>& taps, WarpBlurPadding padding, T* middle,
+                                                  T* slope_middle) {
+#pragma unroll 1
+  for (int e = threadIdx.x; e < 4 * RAW_H * (TILE_W / RUN); e += THREADS) {
+    const int run = e % (TILE_W / RUN), line = e / (TILE_W / RUN);
+    if (run * RUN >= tile.w || line % RAW_H >= tile.lines()) continue;
+    T in[RUN + 2 * REACH], out[RUN] = {}, slope_out[RUN] = {};
+    read_row(raw + line * RAW_W + run * RUN, in);
+    filter_twice(in, taps, taps.reach_x, padding, tile.x0 == 0 && run == 0, out, slope_out);
+    write_row(middle + line * MIDDLE_W + run * RUN, out);
+    if (slope_middle) write_row(slope_middle + line * MIDDLE_W + run * RUN, slope_out);
+  }
+  __syncthreads();
+}
+
+// The adjoint along a thread's run of a column, and its derivative by sigma if slopes.
+template <class T>
+__device__ __forceinline__ void filter_column_twice(const T* shared, const ColumnRun& run, const Tile& tile, const Taps<T>& taps,
+                                                    WarpBlurPadding padding, bool slopes, T (&out)[RUN], T (&by_sigma)[RUN]) {
+  if (run.column >= tile.w || run.row >= tile.h) return;
+  const int at = (run.t * RAW_H + run.row) * MIDDLE_W + run.column;
+  const bool at_edge = tile.y0 == 0 && run.row == 0;
+  T in[RUN + 2 * REACH];
+  read_run(shared + MIDDLE_AT + at, MIDDLE_W, in);
+  filter_twice(in, taps, taps.reach_y, padding, at_edge, out, by_sigma);
+  if (!slopes) return;
+  T weight[REACH + 1], more[RUN] = {};
+  read_taps(taps.weight, taps.reach_y, weight);
+  read_run(shared + SLOPE_MIDDLE_AT + at, MIDDLE_W, in);
+  if (taps.reach_y == 0) weight[0] = 1;
+  filter(in, weight, more);
+  if (at_edge && taps.reach_y > 0) fold(in, weight, padding, more);
+#pragma unroll
+  for (int i = 0; i < RUN; ++i) by_sigma[i] += more[i];
 }
 
 }  // namespace
