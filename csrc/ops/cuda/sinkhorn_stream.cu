@@ -6,8 +6,10 @@
 // then on: the host never waits. 1.13 exponentials per entry and half-step (the largest of 8 entries is taken out at a time).
 // Limit at 4096 x 4096 on an H200: memory, 31 us an iteration. Not yet run on a GPU; runs in the emulator.
 
+#include <type_traits>
+
 #include "common/simt.cuh"
-#include "ops/cuda/sinkhorn_stream_solve.cuh"
+#include "ops/cuda/sinkhorn_stream_fused.cuh"
 
 namespace {
 
@@ -64,7 +66,7 @@ struct CostPasses {
 };
 
 template <class T>
-int64_t forward(const SinkhornForward& p, void* workspace, void* stream, int* status) {
+int64_t general_forward(const SinkhornForward& p, void* workspace, void* stream, int* status) {
   Pieces pieces(workspace);
   const Solve<T> solve(p, static_cast<T*>(p.history), pieces);
   CostPasses<T> passes{Streamer<T>(p.B, p.N, p.M, p.cost, LogSum<T>::PARTS, pieces, stream)};
@@ -76,17 +78,66 @@ int64_t forward(const SinkhornForward& p, void* workspace, void* stream, int* st
   return pieces.used();
 }
 
+template <class Action>
+int with_fused_shape(int64_t M, const Action& action) {
+  if (M <= 128) return action(FusedShape<32, 4>());
+  if (M <= 512) return action(FusedShape<128, 4>());
+  if (M <= 1024) return action(FusedShape<256, 4>());
+  if (M <= 2048) return action(FusedShape<512, 4>());
+  if (M <= 4096) return action(FusedShape<1024, 4>());
+  return action(FusedShape<1024, 8>());
+}
+
+int64_t fused_forward(const SinkhornForward& p, void* workspace, void* stream, int* status) {
+  Pieces pieces(workspace);
+  Solve<float> solve(p, static_cast<float*>(p.history), pieces);
+  solve.by_turns = true;
+  const int64_t rows = fused_chunk_rows(p.N), chunks = (p.N + rows - 1) / rows;
+  float* const partial = pieces.take<float>(p.B * chunks * p.M);
+  float* const errors = pieces.take<float>(p.B * chunks);
+  if (!status) return pieces.used();
+  const bool aligned = p.M % 4 == 0 && reinterpret_cast<std::uintptr_t>(p.cost) % 16 == 0;
+  FusedStep step{solve,  static_cast<const float*>(p.cost), static_cast<int>(rows), static_cast<int>(chunks), aligned, nullptr, nullptr,
+                 partial, errors};
+  const auto problems = [&](const auto& op) {
+    using Op = std::remove_cvref_t<decltype(op)>;
+    if (*status == 0)
+      *status = PK_LAUNCH((problem_kernel<float, Op>), dim3(static_cast<unsigned>(p.B)), dim3(STREAM_THREADS), 0, stream, op);
+  };
+  float* const u[2] = {solve.u, solve.u_next};
+  const dim3 threads(FUSED_THREADS);
+  const int panels = static_cast<int>((p.M + COLUMNS_PER_BLOCK - 1) / COLUMNS_PER_BLOCK);
+  problems(StartOp<float>{solve});
+  for (int t = 0; t < p.num_iters; ++t) {
+    step.p.t = t, step.before = u[t % 2], step.after = u[(t + 1) % 2];
+    if (*status == 0)
+      *status = with_fused_shape(p.M, [&](auto shape) {
+        return PK_LAUNCH((fused_kernel<decltype(shape)>), dim3(static_cast<unsigned>(p.B * chunks)), threads, 0, stream, step);
+      });
+    if (*status == 0)
+      *status = PK_LAUNCH(fused_columns_kernel, dim3(static_cast<unsigned>(p.B * panels)), threads, 0, stream, step, panels);
+  }
+  const int64_t blocks = (p.N + VALUE_ROWS * STREAM_WARPS - 1) / (VALUE_ROWS * STREAM_WARPS);
+  if (*status == 0)
+    *status = PK_LAUNCH(fused_values_kernel, dim3(static_cast<unsigned>(p.B * blocks)), dim3(STREAM_THREADS), 0, stream, step, blocks);
+  problems(FinishOp<float>{solve});
+  return pieces.used();
+}
+
+int64_t forward(const SinkhornForward& p, void* workspace, void* stream, int* status) {
+  if (p.kind == Kind::f64) return general_forward<double>(p, workspace, stream, status);
+  return p.M <= MOST_FUSED_COLUMNS ? fused_forward(p, workspace, stream, status) : general_forward<float>(p, workspace, stream, status);
+}
+
 }  // namespace
 
 namespace protokernels {
 
-int64_t stream_forward_workspace(const SinkhornForward& p) {
-  return p.kind == Kind::f64 ? forward<double>(p, nullptr, nullptr, nullptr) : forward<float>(p, nullptr, nullptr, nullptr);
-}
+int64_t stream_forward_workspace(const SinkhornForward& p) { return forward(p, nullptr, nullptr, nullptr); }
 
 int launch_stream_forward(const SinkhornForward& p, void* workspace, void* stream) {
   int status = 0;
-  p.kind == Kind::f64 ? forward<double>(p, workspace, stream, &status) : forward<float>(p, workspace, stream, &status);
+  forward(p, workspace, stream, &status);
   return status;
 }
 
