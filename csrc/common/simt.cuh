@@ -22,6 +22,12 @@
 //     pk::mma_m16n8k16_f16(d, a, b)                         // fragments as for bf16
 //     pk::exp2_fast(x)                                      // 2^x in one instruction: to 2^-22, and 0 below 2^-126
 //
+// Where PK_BLOCKS_WAIT is defined (a GPU, not the emulator) blocks of one launch may wait for each other:
+//
+//     int blocks = pk::blocks_together(kernel, threads, dynamic_shared_bytes)     // host: so many are on the device at once
+//     int status = pk::launch_together(kernel, grid, block, dynamic_shared_bytes, stream, arguments...)   // all at once, or an error
+//     pk::arrive(count); pk::wait_for(count, target)                              // by one thread, between two __syncthreads()
+//
 // Fragments, with group = lane / 4 and member = lane % 4 (PTX ISA, "Matrix fragments for mma"):
 //     D, C [16, 8]:        d[0..3] = (group, 2 member), (group, 2 member + 1), (group + 8, 2 member), (group + 8, 2 member + 1)
 //     A [16, 8]  tf32:     a[0..3] = (group, member), (group + 8, member), (group, member + 4), (group + 8, member + 4)
@@ -84,6 +90,36 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dyn
   return static_cast<int>(cudaGetLastError());
 }
 
+#define PK_BLOCKS_WAIT 1
+template <typename... Parameters>
+int blocks_together(void (*kernel)(Parameters...), int threads, std::size_t dynamic_shared_bytes) {
+  int device = 0, multiprocessors = 0, each = 0, cooperative = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  const void* const code = reinterpret_cast<const void*>(kernel);
+  const int bytes = static_cast<int>(dynamic_shared_bytes);
+  if (!cooperative || cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, code, threads, dynamic_shared_bytes) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return each * multiprocessors;
+}
+template <typename... Parameters, typename... Arguments>
+int launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared_bytes, void* stream,
+                    Arguments&&... arguments) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = dynamic_shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream), config.attrs = &attribute, config.numAttrs = 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error != cudaSuccess) cudaGetLastError();
+  return static_cast<int>(error);
+}
+
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0;
   int value = 0;
@@ -144,6 +180,16 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
+}
+
+// What the block wrote before its barrier is visible to whoever waits.
+__device__ __forceinline__ void arrive(unsigned* count) {
+  asm volatile("fence.acq_rel.gpu;\n\tred.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+__device__ __forceinline__ void wait_for(const unsigned* count, unsigned target) {
+  unsigned arrived;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(count) : "memory");
+  while (arrived < target);
 }
 
 // d += a b, all 32 lanes of the warp together.

@@ -79,13 +79,31 @@ int64_t general_forward(const SinkhornForward& p, void* workspace, void* stream,
 }
 
 template <class Action>
-int with_fused_shape(int64_t M, const Action& action) {
+auto with_fused_shape(int64_t M, const Action& action) {
   if (M <= 128) return action(FusedShape<32, 4>());
   if (M <= 512) return action(FusedShape<128, 4>());
   if (M <= 1024) return action(FusedShape<256, 4>());
   if (M <= 2048) return action(FusedShape<512, 4>());
   if (M <= 4096) return action(FusedShape<1024, 4>());
   return action(FusedShape<1024, 8>());
+}
+
+// All iterations at once, if every block finds a place; false if not.
+template <class S>
+bool launch_resident(S, const FusedStep& step, unsigned* arrivals, int panels, void* stream, int* status) {
+#if defined(PK_BLOCKS_WAIT)
+  const int64_t row_bytes = step.p.M * sizeof(float), room = static_cast<int64_t>(pk::shared_memory_limit()) - SHARED_BESIDE;
+  const int64_t kept = row_bytes * step.chunk_rows <= room ? step.chunk_rows : room / row_bytes, blocks = step.p.B * step.chunks;
+  const std::size_t bytes = kept * row_bytes;
+  if (blocks > pk::blocks_together(resident_kernel<S>, FUSED_THREADS, bytes)) return false;
+  if (*status == 0) *status = pk::memset_async(arrivals, 0, sizeof(unsigned) * static_cast<std::size_t>(step.p.B), stream);
+  if (*status == 0)
+    *status = pk::launch_together(resident_kernel<S>, dim3(static_cast<unsigned>(blocks)), dim3(FUSED_THREADS), bytes, stream, step,
+                                  arrivals, static_cast<int>(kept), panels);
+  return true;
+#else
+  return false;
+#endif
 }
 
 int64_t fused_forward(const SinkhornForward& p, void* workspace, void* stream, int* status) {
@@ -95,21 +113,21 @@ int64_t fused_forward(const SinkhornForward& p, void* workspace, void* stream, i
   const int64_t rows = fused_chunk_rows(p.N), chunks = (p.N + rows - 1) / rows;
   float* const partial = pieces.take<float>(p.B * chunks * p.M);
   float* const errors = pieces.take<float>(p.B * chunks);
+  unsigned* const arrivals = pieces.take<unsigned>(p.B);
   if (!status) return pieces.used();
   const bool aligned = p.M % 4 == 0 && reinterpret_cast<std::uintptr_t>(p.cost) % 16 == 0;
-  FusedStep step{solve,  static_cast<const float*>(p.cost), static_cast<int>(rows), static_cast<int>(chunks), aligned, nullptr, nullptr,
-                 partial, errors};
+  FusedStep step{solve,  static_cast<const float*>(p.cost), static_cast<int>(rows), static_cast<int>(chunks), aligned, partial, errors};
   const auto problems = [&](const auto& op) {
     using Op = std::remove_cvref_t<decltype(op)>;
     if (*status == 0)
       *status = PK_LAUNCH((problem_kernel<float, Op>), dim3(static_cast<unsigned>(p.B)), dim3(STREAM_THREADS), 0, stream, op);
   };
-  float* const u[2] = {solve.u, solve.u_next};
   const dim3 threads(FUSED_THREADS);
   const int panels = static_cast<int>((p.M + COLUMNS_PER_BLOCK - 1) / COLUMNS_PER_BLOCK);
   problems(StartOp<float>{solve});
-  for (int t = 0; t < p.num_iters; ++t) {
-    step.p.t = t, step.before = u[t % 2], step.after = u[(t + 1) % 2];
+  const bool resident = with_fused_shape(p.M, [&](auto shape) { return launch_resident(shape, step, arrivals, panels, stream, status); });
+  for (int t = 0; t < p.num_iters && !resident; ++t) {
+    step.p.t = t;
     if (*status == 0)
       *status = with_fused_shape(p.M, [&](auto shape) {
         return PK_LAUNCH((fused_kernel<decltype(shape)>), dim3(static_cast<unsigned>(p.B * chunks)), threads, 0, stream, step);

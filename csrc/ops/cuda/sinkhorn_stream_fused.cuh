@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // An iteration of a streamed Sinkhorn that reads the cost once, in single precision, for up to 8192 columns.
 //
-// A block has a chunk of the rows. A team of threads, 4 or 8 columns each, takes 4 or 2 rows at a time: exponentials with the potentials
+// A block has a chunk of the rows. A team of threads, 4 or 8 columns each, takes 2 rows or 1 at a time: exponentials with the potentials
 // from before, e_ij = exp(u_i + v_j - C_ij / epsilon), stay in registers while their row sums go round; then the new row potentials are
 // known and (new / old factor)_i e_ij is added to the column sums at once. Chunks are added up in their order.
 //
@@ -18,11 +18,12 @@ constexpr int FUSED_THREADS = 1024, FUSED_WARPS = FUSED_THREADS / 32;
 constexpr int MOST_CHUNK_ROWS = 64;
 constexpr int COLUMNS_PER_BLOCK = 32;
 constexpr int64_t MOST_FUSED_COLUMNS = 8192;
+constexpr int64_t SHARED_BESIDE = 19456;  // of a block, beside the rows that stay in shared memory
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 template <int TEAM_, int E_>
 struct FusedShape {
-  static constexpr int TEAM = TEAM_, E = E_, R = 16 / E_;
+  static constexpr int TEAM = TEAM_, E = E_, R = 8 / E_;
   static constexpr int TEAMS = FUSED_THREADS / TEAM_, WARPS = TEAM_ / 32, LANES = 32 / R;  // LANES look after a row
 };
 
@@ -32,13 +33,13 @@ struct FusedStep {
   Solve<float> p;
   const float* cost;  // [B, N, M]
   int chunk_rows, chunks;
-  bool aligned;         // rows begin on 16 bytes
-  const float* before;  // [B, N]: u; unknown at t = 0
-  float* after;         // [B, N]
-  float* partial;       // [B, chunks, M]
-  float* errors;        // [B, chunks]
+  bool aligned;    // rows begin on 16 bytes
+  float* partial;  // [B, chunks, M]
+  float* errors;   // [B, chunks]
 
-  __device__ __forceinline__ bool tested() const { return p.tolerance > 0 && p.t > 0; }
+  // u after t iterations, [B, N]
+  __device__ __forceinline__ float* u(int t) const { return t % 2 ? p.u_next : p.u; }
+  __device__ __forceinline__ bool tested(int t) const { return p.tolerance > 0 && t > 0; }
 };
 
 struct FusedShared {
@@ -53,15 +54,16 @@ struct FusedShared {
   };
 };
 
+static_assert(sizeof(FusedShared) <= SHARED_BESIDE);
+
 // Sums over the warp of `count` values; lane l returns that of values[l / (32 / count)].
 template <int count>
 __device__ __forceinline__ float reduce_values(const float (&values)[count]) {
   const int lane = threadIdx.x % 32;
   float one;
-  if constexpr (count == 4) {
-    const float first = (lane & 16 ? values[2] : values[0]) + __shfl_xor_sync(ALL, lane & 16 ? values[0] : values[2], 16);
-    const float second = (lane & 16 ? values[3] : values[1]) + __shfl_xor_sync(ALL, lane & 16 ? values[1] : values[3], 16);
-    one = (lane & 8 ? second : first) + __shfl_xor_sync(ALL, lane & 8 ? first : second, 8);
+  if constexpr (count == 1) {
+    one = values[0] + __shfl_xor_sync(ALL, values[0], 16);
+    one += __shfl_xor_sync(ALL, one, 8);
   } else {
     static_assert(count == 2);
     one = (lane & 16 ? values[1] : values[0]) + __shfl_xor_sync(ALL, lane & 16 ? values[0] : values[1], 16);
@@ -77,40 +79,42 @@ template <class S>
 struct FusedBlock {
   const FusedStep& step;
   FusedShared& shared;
+  const float* costs;     // of the chunk, [rows, M]
   const float* resident;  // the first rows of the chunk, [resident_rows, M]; in shared memory
   int resident_rows;
-  int64_t b;
-  int chunk, rows, lane, warp, thread, team;
+  int b, chunk, rows;
+  const int lane, warp, thread, team;
   float scale;
 
   __device__ __forceinline__ FusedBlock(const FusedStep& all, FusedShared& memory, const float* kept, int kept_rows)
-      : step(all), shared(memory), resident(kept), resident_rows(kept_rows), b(blockIdx.x / all.chunks),
+      : step(all), shared(memory), resident(kept), resident_rows(kept_rows), b(static_cast<int>(blockIdx.x / all.chunks)),
         chunk(static_cast<int>(blockIdx.x % all.chunks)), lane(threadIdx.x % 32), warp(threadIdx.x / 32), thread(threadIdx.x % S::TEAM),
         team(threadIdx.x / S::TEAM), scale(LOG2_E * all.p.inverse_epsilon(blockIdx.x / all.chunks)) {
     const int left = all.p.N - chunk * all.chunk_rows;
     rows = left < all.chunk_rows ? left : all.chunk_rows;
+    costs = all.cost + row_at(0) * all.p.M;
   }
   __device__ __forceinline__ int column(int k) const { return (k / 4 * S::TEAM + thread) * 4 + k % 4; }
-  __device__ __forceinline__ int64_t row_at(int row) const { return b * step.p.N + chunk * step.chunk_rows + row; }
+  __device__ __forceinline__ int64_t row_at(int row) const { return static_cast<int64_t>(b) * step.p.N + chunk * step.chunk_rows + row; }
 
   // Potentials and masses of the chunk's rows; a barrier must follow.
-  __device__ __forceinline__ void load_rows(bool first) {
+  __device__ __forceinline__ void load_rows(int t) {
     const int row = threadIdx.x;
     if (row >= MOST_CHUNK_ROWS) return;
     shared.mass[row] = row < rows ? step.p.a[row_at(row)] : 0.0f;
-    shared.u[row] = row < rows && !first ? step.before[row_at(row)] : -INFINITY;
+    shared.u[row] = row < rows && t > 0 ? step.u(t)[row_at(row)] : -INFINITY;
     shared.stray[row] = 0;
   }
   __device__ __forceinline__ void load_columns(float (&v)[S::E]) const {
 #pragma unroll
-    for (int k = 0; k < S::E; ++k) v[k] = column(k) < step.p.M ? __ldcg(step.p.v + b * step.p.M + column(k)) * LOG2_E : -INFINITY;
+    for (int k = 0; k < S::E; ++k) v[k] = column(k) < step.p.M ? __ldcg(step.p.v + static_cast<int64_t>(b) * step.p.M + column(k)) * LOG2_E : -INFINITY;
   }
   __device__ __forceinline__ void load_costs(int first, float (&c)[S::R][S::E]) const {
     const int M = step.p.M;
 #pragma unroll
     for (int r = 0; r < S::R; ++r) {
       const int row = first + r;
-      const float* const from = row < resident_rows ? resident + row * M : step.cost + row_at(row) * M;
+      const float* const from = (row < resident_rows ? resident : costs) + row * M;
 #pragma unroll
       for (int q = 0; q < S::E / 4; ++q) {
         const int j = column(4 * q);
@@ -137,11 +141,13 @@ struct FusedBlock {
     const Solve<float>& p = step.p;
     const int groups = (rows + S::TEAMS * R - 1) / (S::TEAMS * R), own = lane / S::LANES, sub = lane % S::LANES;
     float error = 0, c[R][E];
-    load_costs(team * R, c);
+    constexpr bool AHEAD = E == 4 && !SAFE;  // there are registers for the next rows
+    if (AHEAD) load_costs(team * R, c);
 #pragma unroll 1
     for (int g = 0; g < groups; ++g) {
       const int first = (g * S::TEAMS + team) * R, row = first + own;
       float sum[R], next[R][E], shift[R];
+      if (!AHEAD) load_costs(first, c);
 #pragma unroll
       for (int r = 0; r < R; ++r) shift[r] = SAFE || first + r >= rows ? 0.0f : shared.u[first + r] * LOG2_E;
       if constexpr (SAFE) {
@@ -172,7 +178,7 @@ struct FusedBlock {
           sum[r] += c[r][k];
         }
       }
-      load_costs(g + 1 < groups ? first + S::TEAMS * R : rows, next);
+      if (AHEAD) load_costs(g + 1 < groups ? first + S::TEAMS * R : rows, next);
       const float of_warp = reduce_values(sum);
       auto& exchange = shared.sums[g % 2];
       if (sub == 0) exchange[warp][own] = of_warp;
@@ -222,14 +228,15 @@ struct FusedBlock {
           for (int k = 0; k < E; ++k) sums[k] += of_row * c[r][k];
         }
 #pragma unroll
-        for (int k = 0; k < E; ++k) c[r][k] = next[r][k];
+        for (int k = 0; AHEAD && k < E; ++k) c[r][k] = next[r][k];
       }
     }
     return error;
   }
 
   // The rows of the chunk: u_next, the chunk's column sums, its part of the error.
-  __device__ __forceinline__ void run_rows(bool first) {
+  __device__ __forceinline__ void run_rows(int t) {
+    const bool first = t == 0;
     float v[S::E], sums[S::E] = {};
     load_columns(v);
     float error = first ? sweep<true>(v, sums, false) : sweep<false>(v, sums, false);
@@ -238,7 +245,7 @@ struct FusedBlock {
       error += sweep<true>(v, sums, true);
       __syncthreads();
     }
-    float* const partial = step.partial + (b * step.chunks + chunk) * step.p.M;
+    float* const partial = step.partial + (static_cast<int64_t>(b) * step.chunks + chunk) * step.p.M;
     if constexpr (S::TEAMS > 1) {
 #pragma unroll
       for (int k = 0; k < S::E; ++k) shared.teams[team * S::TEAM * S::E + column(k)] = sums[k];
@@ -256,24 +263,24 @@ struct FusedBlock {
     }
     if (static_cast<int>(threadIdx.x) < rows) {
       const float u = shared.u_next[threadIdx.x];
-      step.after[row_at(threadIdx.x)] = u;
-      if (step.p.history) step.p.kept(b, step.p.t)[chunk * step.chunk_rows + threadIdx.x] = u;
+      step.u(t + 1)[row_at(threadIdx.x)] = u;
+      if (step.p.history) step.p.kept(b, t)[chunk * step.chunk_rows + threadIdx.x] = u;
     }
-    if (!step.tested()) return;
+    if (!step.tested(t)) return;
     error = warp_sum(error);
     if (lane == 0) shared.errors[warp] = error;
     __syncthreads();
     if (threadIdx.x != 0) return;
     float total = 0;
     for (int w = 0; w < FUSED_WARPS; ++w) total += shared.errors[w];
-    __stcg(step.errors + b * step.chunks + chunk, total);
+    __stcg(step.errors + static_cast<int64_t>(b) * step.chunks + chunk, total);
   }
 };
 
 // Whether the iterate before is the result; the same in every block, from the errors of the chunks, which stay as they are once a problem
 // is done. leads: this block says so.
-__device__ __forceinline__ bool fused_stops(const FusedStep& step, int64_t b, bool leads) {
-  if (!step.tested()) return false;
+__device__ __forceinline__ bool fused_stops(const FusedStep& step, int t, int64_t b, bool leads) {
+  if (!step.tested(t)) return false;
   float error = 0;
   for (int c = threadIdx.x % 32; c < step.chunks; c += 32) error += __ldcg(step.errors + b * step.chunks + c);
   error = warp_sum(error);
@@ -281,13 +288,13 @@ __device__ __forceinline__ bool fused_stops(const FusedStep& step, int64_t b, bo
   if (leads && threadIdx.x == 0 && step.p.done[b] == 0) {
     step.p.done[b] = 1;
     step.p.marginal_error[b] = error;
-    step.p.iterations[b] = step.p.t;
+    step.p.iterations[b] = t;
   }
   return true;
 }
 
 // New potentials of 32 columns from the chunks' sums, by a block.
-__device__ __forceinline__ void run_columns(const FusedStep& step, FusedShared& shared, int64_t b, int panel) {
+__device__ __forceinline__ void run_columns(const FusedStep& step, int t, FusedShared& shared, int64_t b, int panel) {
   const Solve<float>& p = step.p;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, j = panel * COLUMNS_PER_BLOCK + lane;
   float sum = 0;
@@ -315,7 +322,7 @@ __device__ __forceinline__ void run_columns(const FusedStep& step, FusedShared& 
     const float inverse = p.inverse_epsilon(b);
 #pragma unroll 1
     for (int i = warp; i < p.N && j < p.M; i += FUSED_WARPS)
-      exact.merge(__ldcg(step.after + b * p.N + i) - step.cost[(b * p.N + i) * p.M + j] * inverse, 1);
+      exact.merge(__ldcg(step.u(t + 1) + b * p.N + i) - step.cost[(b * p.N + i) * p.M + j] * inverse, 1);
     shared.columns[0][warp][lane] = exact.part[0], shared.columns[1][warp][lane] = exact.part[1];
     __syncthreads();
     if (warp == 0) {
@@ -328,7 +335,7 @@ __device__ __forceinline__ void run_columns(const FusedStep& step, FusedShared& 
   if (warp != 0 || j >= p.M) return;
   const float v = p.half_step(b, 1, mass, log_sum);
   __stcg(p.v + at, v);
-  if (p.history) p.kept(b, p.t)[p.N + j] = v;
+  if (p.history) p.kept(b, t)[p.N + j] = v;
 }
 
 template <class S>
@@ -336,17 +343,58 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1) fused_kernel(const FusedStep
   PK_SHARED(FusedShared, shared);
   FusedBlock<S> block(step, shared, nullptr, 0);
   if (step.p.done[block.b] != 0) return;
-  block.load_rows(step.p.t == 0);
+  block.load_rows(step.p.t);
   __syncthreads();
-  block.run_rows(step.p.t == 0);
+  block.run_rows(step.p.t);
 }
 
 __global__ void __launch_bounds__(FUSED_THREADS, 1) fused_columns_kernel(const FusedStep step, int panels) {
   PK_SHARED(FusedShared, shared);
   const int64_t b = blockIdx.x / panels;
   const int panel = static_cast<int>(blockIdx.x % panels);
-  if (!fused_stops(step, b, panel == 0)) run_columns(step, shared, b, panel);
+  if (!fused_stops(step, step.p.t, b, panel == 0)) run_columns(step, step.p.t, shared, b, panel);
 }
+
+#if defined(PK_BLOCKS_WAIT)
+// All iterations in one launch: the blocks of a problem wait for each other twice in an iteration. The first rows of a chunk stay in shared
+// memory; the rest comes through the L2 cache.
+// resources: dynamic shared 212992 bytes
+template <class S>
+__global__ void __launch_bounds__(FUSED_THREADS, 1) resident_kernel(const FusedStep step, unsigned* arrivals, int resident_rows, int panels) {
+  PK_SHARED(FusedShared, shared);
+  PK_DYNAMIC_SHARED(float, kept);
+  FusedBlock<S> block(step, shared, kept, 0);
+  const int M = step.p.M, filled = (resident_rows < block.rows ? resident_rows : block.rows) * M;
+  if (step.aligned) {
+    for (int k = threadIdx.x * 4; k < filled; k += FUSED_THREADS * 4) pk::store_vector(kept + k, pk::load_vector<float4>(block.costs + k));
+  } else {
+    for (int k = threadIdx.x; k < filled; k += FUSED_THREADS) kept[k] = block.costs[k];
+  }
+  block.resident_rows = resident_rows;
+  block.load_rows(0);
+  __syncthreads();
+  unsigned* const count = arrivals + block.b;
+  unsigned target = 0;
+  const auto meet = [&] {
+    target += step.chunks;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      pk::arrive(count);
+      pk::wait_for(count, target);
+    }
+    __syncthreads();
+  };
+#pragma unroll 1
+  for (int t = 0; t < step.p.num_iters; ++t) {
+    block.run_rows(t);
+    meet();
+    if (fused_stops(step, t, block.b, block.chunk == 0)) break;
+    for (int panel = block.chunk; panel < panels; panel += step.chunks) run_columns(step, t, shared, block.b, panel);
+    if (threadIdx.x < MOST_CHUNK_ROWS) shared.u[threadIdx.x] = shared.u_next[threadIdx.x];
+    meet();
+  }
+}
+#endif
 
 // Sums along the rows of P, P C, P (u + v - 1); a warp takes two rows.
 constexpr int VALUE_ROWS = 2;
