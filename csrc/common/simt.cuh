@@ -22,6 +22,12 @@
 //     pk::mma_m16n8k16_f16(d, a, b)                         // fragments as for bf16
 //     pk::exp2_fast(x)                                      // 2^x in one instruction: to 2^-22, and 0 below 2^-126
 //
+// A kernel launched behind another on the same stream may begin before that one ends (compute capability 9.0; elsewhere it waits):
+//
+//     PK_LAUNCH_BEHIND((kernel), grid, block, dynamic_shared_bytes, stream, arguments...)
+//     pk::let_next_begin()       // device: the launch behind this one may begin; nothing it reads before its wait may be written from here on
+//     pk::wait_for_previous()    // device: all launches before this one have ended and what they wrote is visible
+//
 // Where PK_BLOCKS_WAIT is defined (a GPU, not the emulator) blocks of one launch may wait for each other:
 //
 //     int blocks = pk::blocks_together(kernel, threads, dynamic_shared_bytes)     // host: so many are on the device at once
@@ -70,6 +76,8 @@ using array_of = typename Array<T, extents...>::type;
   type* const name = reinterpret_cast<type*>(pk_dynamic_shared)
 #define PK_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...) \
   ::pk::launch(kernel, grid, block, dynamic_shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
+#define PK_LAUNCH_BEHIND(kernel, grid, block, dynamic_shared_bytes, stream, ...) \
+  ::pk::launch_behind(kernel, grid, block, dynamic_shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
 #define PK_SET_CONSTANT(symbol, host_pointer, bytes, stream) \
   static_cast<int>(cudaMemcpyToSymbolAsync(symbol, host_pointer, bytes, 0, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)))
 
@@ -90,6 +98,30 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dyn
   return static_cast<int>(cudaGetLastError());
 }
 
+template <typename... Parameters, typename... Arguments>
+int launch_behind(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared_bytes, void* stream,
+                  Arguments&&... arguments) {
+  if (dynamic_shared_bytes > 16 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(dynamic_shared_bytes));
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return static_cast<int>(error);
+    }
+  }
+  int device = 0, capability = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = dynamic_shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream), config.attrs = &attribute, config.numAttrs = capability >= 9 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error != cudaSuccess) cudaGetLastError();
+  return static_cast<int>(error);
+}
 #define PK_BLOCKS_WAIT 1
 template <typename... Parameters>
 int blocks_together(void (*kernel)(Parameters...), int threads, std::size_t dynamic_shared_bytes) {
@@ -180,6 +212,17 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
+}
+
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // What the block wrote before its barrier is visible to whoever waits.

@@ -247,7 +247,7 @@ struct SplitSolver {
     const int64_t tiles = (step.rows.count + rows_of_tile - 1) / rows_of_tile;
     constexpr std::size_t bytes = HALF_STAGES * STAGE_UNITS<STEPS> * sizeof(uint4);
     if (status == 0)
-      status = PK_LAUNCH((half_kernel<STEPS, FRAGMENTS, walk>), dim3(static_cast<unsigned>(p.B * tiles * shares.count)), dim3(HALF_THREADS),
+      status = PK_LAUNCH_BEHIND((half_kernel<STEPS, FRAGMENTS, walk>), dim3(static_cast<unsigned>(p.B * tiles * shares.count)), dim3(HALF_THREADS),
                          bytes, stream, step);
   }
 

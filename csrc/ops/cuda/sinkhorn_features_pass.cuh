@@ -4,7 +4,7 @@
 // half_kernel: 8 warps have 16 FRAGMENTS rows each, in registers, and walk over a share of the columns, which come through shared memory in
 // three stages. An exponent is bias_i + bias_j + factor_i scale_j <x_i, y_j>, base 2. How the terms are added up is a Walk:
 //
-//   logs     the largest exponent so far is taken out of each four; for the first iteration and unbalanced problems
+//   logs     the largest exponent so far is taken out of each two; for the first iteration and unbalanced problems
 //   sums     nothing is taken out: with the potential from before, an exponential is an entry of a plan whose column sums are the masses. A
 //            row whose sum is not within [1e-25, 1e25] is done again by exact_log_sum
 //   values   sums of P, P C and P v
@@ -141,47 +141,56 @@ template <int STEPS, int FRAGMENTS, Walk walk>
 __global__ void __launch_bounds__(HALF_THREADS, walk == Walk::values ? 1 : 2) half_kernel(const HalfStep step) {
   using Total = RowTotal<walk>;
   constexpr int panel = PANEL<STEPS>, tile_rows = HALF_ROWS<FRAGMENTS>;
-  constexpr int AT_ONCE = walk == Walk::logs ? 1 : 2;  // times 8 columns whose products a thread holds
+  constexpr int AT_ONCE = STEPS == 8 ? 1 : 2;  // times 8 columns whose products a thread holds
   PK_DYNAMIC_SHARED(uint4, stages);  // [HALF_STAGES, STAGE_UNITS]
   PK_SHARED(float, shared, HALF_THREADS / 32, 2);
   const int N = step.rows.count, M = step.columns.count, tiles = (N + tile_rows - 1) / tile_rows;
-  const int64_t b = blockIdx.x / (tiles * step.shares);
+  const int b = static_cast<int>(blockIdx.x / (tiles * step.shares));
   const int place = static_cast<int>(blockIdx.x % (tiles * step.shares)), share = place % step.shares, tile = place / step.shares;
-  if (walk != Walk::values && step.p.done[b] != 0) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, member = lane % 4;
   const int warp_row = tile * tile_rows + warp * 16 * FRAGMENTS;
   const bool active = warp_row < N;  // of the whole warp
   const int first = share * step.share_columns, left = step.columns.padded - first;
   const int panels = ((left < step.share_columns ? left : step.share_columns) + panel - 1) / panel;
-  const uint4* const vectors = step.columns.split + (b * step.columns.padded + first) * STEPS * 4;
-  const float2* const terms = step.columns.terms + b * step.columns.padded + first;
+  const uint4* const vectors = step.columns.split + (static_cast<int64_t>(b) * step.columns.padded + first) * STEPS * 4;
+  const float2* const terms = step.columns.terms + static_cast<int64_t>(b) * step.columns.padded + first;
 
-  const auto fetch = [&](int which) {
-    if (which < panels) {
-      uint4* const stage = stages + which % HALF_STAGES * STAGE_UNITS<STEPS>;
-      for (int u = threadIdx.x; u < PANEL_UNITS<STEPS>; u += HALF_THREADS)
-        pk::copy_async_16(stage + u, vectors + which * PANEL_UNITS<STEPS> + u);
-      for (int u = threadIdx.x; u < panel / 2; u += HALF_THREADS)
-        pk::copy_async_16(stage + PANEL_UNITS<STEPS> + u, terms + which * panel + 2 * u);
-    }
+  const auto fetch_vectors = [&](int which) {
+    uint4* const stage = stages + which % HALF_STAGES * STAGE_UNITS<STEPS>;
+#pragma unroll 1
+    for (int u = threadIdx.x; u < PANEL_UNITS<STEPS> && which < panels; u += HALF_THREADS)
+      pk::copy_async_16(stage + u, vectors + which * PANEL_UNITS<STEPS> + u);
+  };
+  const auto fetch_terms = [&](int which) {
+    uint4* const stage = stages + which % HALF_STAGES * STAGE_UNITS<STEPS> + PANEL_UNITS<STEPS>;
+    for (int u = threadIdx.x; u < panel / 2 && which < panels; u += HALF_THREADS)
+      pk::copy_async_16(stage + u, terms + which * panel + 2 * u);
     pk::copy_async_commit();
   };
-  fetch(0);
-  fetch(1);
-
+  // What does not depend on the half-step before comes first.
+  pk::let_next_begin();
+  fetch_vectors(0);
+  fetch_vectors(1);
   RowFragments<STEPS, FRAGMENTS> fragments;
   float bias[FRAGMENTS][2], factor[FRAGMENTS][2];
   Total totals[FRAGMENTS][2];
-  const float scale = step.scale(b);
   fragments.load(step.rows, b, warp_row);
+  pk::wait_for_previous();
+  if (walk != Walk::values && step.p.done[b] != 0) {
+    pk::copy_async_wait<0>();
+    return;
+  }
+  fetch_terms(0);
+  fetch_terms(1);
+  const float scale = step.scale(b);
 #pragma unroll
   for (int m = 0; m < FRAGMENTS; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row + m * 16 + h * 8 + group, i = row < N ? row : N - 1;
-      const float2 of_row = step.rows.terms[b * step.rows.padded + i];
+      const float2 of_row = step.rows.terms[static_cast<int64_t>(b) * step.rows.padded + i];
       // logs: the potential is not among the terms
-      const float norm = step.cosine ? 0.0f : step.rows.norms[b * N + i];
+      const float norm = step.cosine ? 0.0f : step.rows.norms[static_cast<int64_t>(b) * N + i];
       bias[m][h] = (walk == Walk::logs ? -scale * norm : of_row.x) - (step.cosine ? scale : 0.0f);
       factor[m][h] = (step.cosine ? scale : 2 * scale) * of_row.y;
     }
@@ -190,7 +199,8 @@ __global__ void __launch_bounds__(HALF_THREADS, walk == Walk::values ? 1 : 2) ha
   for (int which = 0; which < panels; ++which) {
     pk::copy_async_wait<1>();
     __syncthreads();
-    fetch(which + 2);
+    fetch_vectors(which + 2);
+    fetch_terms(which + 2);
     const uint4* const stage = stages + which % HALF_STAGES * STAGE_UNITS<STEPS>;
     const float4* const stage_terms = reinterpret_cast<const float4*>(stage + PANEL_UNITS<STEPS>);
     if (!active) continue;
@@ -198,42 +208,41 @@ __global__ void __launch_bounds__(HALF_THREADS, walk == Walk::values ? 1 : 2) ha
     for (int c = 0; c < panel; c += 8 * AT_ONCE) {
       float products[AT_ONCE][FRAGMENTS][4];
       multiply_columns(fragments, stage + c * STEPS * 4, products);
-      float column_bias[AT_ONCE][2], column_scale[AT_ONCE][2];
 #pragma unroll
       for (int f = 0; f < AT_ONCE; ++f) {
         const float4 pair = pk::load_vector<float4>(stage_terms + c / 2 + f * 4 + member);
-        column_bias[f][0] = pair.x, column_scale[f][0] = pair.y, column_bias[f][1] = pair.z, column_scale[f][1] = pair.w;
-      }
+        const float column_bias[2] = {pair.x, pair.z}, column_scale[2] = {pair.y, pair.w};
 #pragma unroll
-      for (int m = 0; m < FRAGMENTS; ++m)
+        for (int m = 0; m < FRAGMENTS; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float x[2 * AT_ONCE];
+          for (int h = 0; h < 2; ++h) {
+            float x[2];
 #pragma unroll
-          for (int k = 0; k < 2 * AT_ONCE; ++k)
-            x[k] = factor[m][h] * (column_scale[k / 2][k % 2] * products[k / 2][m][h * 2 + k % 2]) + (bias[m][h] + column_bias[k / 2][k % 2]);
-          if constexpr (walk != Walk::values) {
-            totals[m][h].add(x);
-          } else {
-            const int row = warp_row + m * 16 + h * 8 + group, i = row < N ? row : N - 1;
-            const float row_scale = step.rows.terms[b * step.rows.padded + i].y, row_norm = step.rows.norms[b * N + i];
+            for (int k = 0; k < 2; ++k)
+              x[k] = factor[m][h] * (column_scale[k] * products[f][m][h * 2 + k]) + (bias[m][h] + column_bias[k]);
+            if constexpr (walk != Walk::values) {
+              totals[m][h].add(x);
+            } else {
+              const int row = warp_row + m * 16 + h * 8 + group, i = row < N ? row : N - 1;
+              const float row_scale = step.rows.terms[static_cast<int64_t>(b) * step.rows.padded + i].y;
+              const float row_norm = step.rows.norms[static_cast<int64_t>(b) * N + i];
 #pragma unroll
-            for (int k = 0; k < 2 * AT_ONCE; ++k) {
-              const int j = first + which * panel + c + k / 2 * 8 + member * 2 + k % 2;
-              const float plan = pk::exp2_fast(x[k]);
-              if (plan == 0 || j >= M) continue;
-              const float product = row_scale * (column_scale[k / 2][k % 2] * products[k / 2][m][h * 2 + k % 2]);
-              totals[m][h].part[0] += plan;
-              totals[m][h].part[1] += plan * step.cost(product, row_norm, step.columns.norms[b * M + j]);
-              totals[m][h].part[2] += plan * step.other[b * M + j];
+              for (int k = 0; k < 2; ++k) {
+                const int j = first + which * panel + c + f * 8 + member * 2 + k;
+                const float plan = pk::exp2_fast(x[k]), product = row_scale * (column_scale[k] * products[f][m][h * 2 + k]);
+                if (plan == 0 || j >= M) continue;
+                totals[m][h].part[0] += plan;
+                totals[m][h].part[1] += plan * step.cost(product, row_norm, step.columns.norms[static_cast<int64_t>(b) * M + j]);
+                totals[m][h].part[2] += plan * step.other[static_cast<int64_t>(b) * M + j];
+              }
             }
           }
-        }
+      }
     }
   }
   pk::copy_async_wait<0>();
 
-  float* const partial = step.partial + b * step.shares * MOST_PARTS * N;
+  float* const partial = step.partial + static_cast<int64_t>(b) * step.shares * MOST_PARTS * N;
 #pragma unroll
   for (int m = 0; m < FRAGMENTS; ++m)
 #pragma unroll
@@ -245,10 +254,10 @@ __global__ void __launch_bounds__(HALF_THREADS, walk == Walk::values ? 1 : 2) ha
 #pragma unroll
         for (int k = 0; k < Total::PARTS; ++k) partial[(static_cast<int64_t>(share) * MOST_PARTS + k) * N + row] = totals[m][h].part[k];
     }
-  if (!arrives_last(step.tile_arrivals + b * tiles + tile, step.shares)) return;
+  if (!arrives_last(step.tile_arrivals + static_cast<int64_t>(b) * tiles + tile, step.shares)) return;
 
   const int i = tile * tile_rows + static_cast<int>(threadIdx.x);
-  const int64_t at = b * N + i;
+  const int64_t at = static_cast<int64_t>(b) * N + i;
   const bool speaks = threadIdx.x < tile_rows && i < N;
   Total total;
   if (speaks) {
@@ -263,9 +272,9 @@ __global__ void __launch_bounds__(HALF_THREADS, walk == Walk::values ? 1 : 2) ha
   if constexpr (walk == Walk::values) {
     if (!speaks) return;
     const float u = step.p.result(b)[i];
-    step.p.values[b * 3 * N + i] = total.part[0];
-    step.p.values[(b * 3 + 1) * N + i] = total.part[1];
-    step.p.values[(b * 3 + 2) * N + i] = total.part[0] == 0 ? 0.0f : total.part[0] * (u - 1) + total.part[2];
+    step.p.values[static_cast<int64_t>(b) * 3 * N + i] = total.part[0];
+    step.p.values[(static_cast<int64_t>(b) * 3 + 1) * N + i] = total.part[1];
+    step.p.values[(static_cast<int64_t>(b) * 3 + 2) * N + i] = total.part[0] == 0 ? 0.0f : total.part[0] * (u - 1) + total.part[2];
   } else {
     float error = 0, log_sum = -INFINITY;
     bool strays = false;
@@ -295,10 +304,10 @@ __global__ void __launch_bounds__(HALF_THREADS, walk == Walk::values ? 1 : 2) ha
     }
     if (!step.tested) return;
     error = problem_sum(error, &shared[0][0]);
-    if (threadIdx.x == 0) step.errors[b * tiles + tile] = error;
+    if (threadIdx.x == 0) step.errors[static_cast<int64_t>(b) * tiles + tile] = error;
     if (!arrives_last(step.problem_arrivals + b, tiles) || threadIdx.x != 0) return;
     float sum = 0;
-    for (int t = 0; t < tiles; ++t) sum += step.errors[b * tiles + t];
+    for (int t = 0; t < tiles; ++t) sum += step.errors[static_cast<int64_t>(b) * tiles + t];
     if (sum > step.p.tolerance || sum != sum) return;
     step.p.done[b] = 1;
     step.p.marginal_error[b] = sum;
