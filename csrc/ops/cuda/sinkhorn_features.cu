@@ -199,18 +199,18 @@ int64_t general_forward(const SinkhornFeatures& p, void* workspace, void* stream
   return pieces.used();
 }
 
-// The fewest rounds of 264 blocks (two on each of 132 multiprocessors; the number is fixed so that results do not depend on the GPU),
+// The fewest rounds of 396 blocks (three on each of 132 multiprocessors; the number is fixed so that results do not depend on the GPU),
 // counted in panels, with what a block costs besides.
 struct HalfShares {
   int64_t columns, count;
   HalfShares(int64_t B, int64_t N, int64_t M, int64_t tile_rows, int64_t panel) {
-    constexpr int64_t slots = 264, most = 32;
+    constexpr int64_t slots = 396, most = 64;
     const int64_t panels = (M + panel - 1) / panel, tiles = B * ((N + tile_rows - 1) / tile_rows);
     int64_t best = -1;
     columns = panels * panel, count = 1;
     for (int64_t wanted = 1; wanted <= most && wanted <= panels; ++wanted) {
       const int64_t each = (panels + wanted - 1) / wanted, shares = (panels + each - 1) / each;
-      const int64_t time = (tiles * shares + slots - 1) / slots * (each + 2);
+      const int64_t time = (tiles * shares + slots - 1) / slots * (each + 3);
       if (best < 0 || time < best) best = time, columns = each * panel, count = shares;
     }
   }
@@ -230,7 +230,7 @@ struct SplitSolver {
   static int64_t padded(int64_t count) { return (count + PAD - 1) / PAD * PAD; }
   template <class Op>
   void problems(const Op& op) {
-    if (status == 0) status = PK_LAUNCH((problem_kernel<float, Op>), dim3(static_cast<unsigned>(p.B)), dim3(STREAM_THREADS), 0, stream, op);
+    if (status == 0) status = PK_LAUNCH((wide_kernel<float, Op>), dim3(static_cast<unsigned>(p.B)), dim3(WIDE_THREADS), 0, stream, op);
   }
   void split(const SplitSide& side) {
     const int64_t vectors = p.B * side.padded, blocks = (vectors + STREAM_WARPS - 1) / STREAM_WARPS;

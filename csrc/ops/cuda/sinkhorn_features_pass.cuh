@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Half-steps of Sinkhorn between features of up to 128 dimensions, in single precision.
 //
-// half_kernel: 8 warps have 16 FRAGMENTS rows each, in registers, and walk over a share of the columns, which come through shared memory in
+// half_kernel: 4 warps have 16 FRAGMENTS rows each, in registers, and walk over a share of the columns, which come through shared memory in
 // three stages. An exponent is bias_i + bias_j + factor_i scale_j <x_i, y_j>, base 2. How the terms are added up is a Walk:
 //
 //   logs     the largest exponent so far is taken out of each two; for the first iteration and unbalanced problems
@@ -20,12 +20,12 @@ namespace {
 
 enum class Walk { logs, sums, values };
 
-constexpr int HALF_THREADS = 256, HALF_STAGES = 3;
+constexpr int HALF_THREADS = 128, HALF_STAGES = 3;
 constexpr int MOST_PARTS = 3;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 template <int STEPS>
-constexpr int PANEL = STEPS == 8 ? 32 : 64;  // columns of a stage
+constexpr int PANEL = 32;  // columns of a stage
 template <int STEPS>
 constexpr int PANEL_UNITS = PANEL<STEPS> * STEPS * 4;  // of 16 bytes
 template <int STEPS>
@@ -136,12 +136,12 @@ __device__ __forceinline__ float finish_row(const HalfStep& step, int64_t b, int
   return row_sum >= 0 ? magnitude(row_sum - mass) : mass * magnitude(exponential(before - potential) - 1);
 }
 
-// resources: dynamic shared 50688 bytes
+// resources: dynamic shared 49920 bytes
 template <int STEPS, int FRAGMENTS, Walk walk>
-__global__ void __launch_bounds__(HALF_THREADS, walk == Walk::values ? 1 : 2) half_kernel(const HalfStep step) {
+__global__ void __launch_bounds__(HALF_THREADS, 3) half_kernel(const HalfStep step) {
   using Total = RowTotal<walk>;
   constexpr int panel = PANEL<STEPS>, tile_rows = HALF_ROWS<FRAGMENTS>;
-  constexpr int AT_ONCE = STEPS == 8 ? 1 : 2;  // times 8 columns whose products a thread holds
+  constexpr int AT_ONCE = FRAGMENTS == 1 ? 4 : 2;  // times 8 columns whose products a thread holds
   PK_DYNAMIC_SHARED(uint4, stages);  // [HALF_STAGES, STAGE_UNITS]
   PK_SHARED(float, shared, HALF_THREADS / 32, 2);
   const int N = step.rows.count, M = step.columns.count, tiles = (N + tile_rows - 1) / tile_rows;
@@ -325,7 +325,7 @@ struct BiasOp {
   __device__ __forceinline__ bool skip(int64_t) const { return false; }
   __device__ __forceinline__ void run(int64_t b, float*) const {
     const float* const here = result ? p.result(b) : potentials + b * vectors.count;
-    for (int i = threadIdx.x; i < vectors.count; i += STREAM_THREADS)
+    for (int i = threadIdx.x; i < vectors.count; i += blockDim.x)
       vectors.terms[b * vectors.padded + i].x =
           here[i] * LOG2_E - (cosine ? 0.0f : LOG2_E * p.inverse_epsilon(b) * vectors.norms[b * vectors.count + i]);
   }

@@ -82,10 +82,10 @@ template <class Action>
 auto with_fused_shape(int64_t M, const Action& action) {
   if (M <= 128) return action(FusedShape<32, 4>());
   if (M <= 512) return action(FusedShape<128, 4>());
-  if (M <= 1024) return action(FusedShape<256, 4>());
-  if (M <= 2048) return action(FusedShape<512, 4>());
-  if (M <= 4096) return action(FusedShape<1024, 4>());
-  return action(FusedShape<1024, 8>());
+  if (M <= 1024) return action(FusedShape<128, 8>());
+  if (M <= 2048) return action(FusedShape<256, 8>());
+  if (M <= 4096) return action(FusedShape<512, 8>());
+  return action(FusedShape<512, 16>());
 }
 
 // All iterations at once, if every block finds a place; false if not.
@@ -120,7 +120,7 @@ int64_t fused_forward(const SinkhornForward& p, void* workspace, void* stream, i
   const auto problems = [&](const auto& op) {
     using Op = std::remove_cvref_t<decltype(op)>;
     if (*status == 0)
-      *status = PK_LAUNCH((problem_kernel<float, Op>), dim3(static_cast<unsigned>(p.B)), dim3(STREAM_THREADS), 0, stream, op);
+      *status = PK_LAUNCH((wide_kernel<float, Op>), dim3(static_cast<unsigned>(p.B)), dim3(WIDE_THREADS), 0, stream, op);
   };
   const dim3 threads(FUSED_THREADS);
   const int panels = static_cast<int>((p.M + COLUMNS_PER_BLOCK - 1) / COLUMNS_PER_BLOCK);

@@ -120,7 +120,7 @@ __device__ __forceinline__ T problem_sum(T value, T* shared) {
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
   T total = 0;
-  for (int w = 0; w < STREAM_WARPS; ++w) total += shared[w];
+  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) total += shared[w];
   return total;
 }
 
@@ -199,6 +199,14 @@ __global__ void __launch_bounds__(STREAM_COLUMNS, sizeof(T) == 4 ? 8 : 4) column
 template <class T, class Op>
 __global__ void __launch_bounds__(STREAM_THREADS) problem_kernel(const Op op) {
   PK_SHARED(T, shared, STREAM_WARPS);
+  if (!op.skip(blockIdx.x)) op.run(blockIdx.x, shared);
+}
+
+// The same with more threads, for an Op that goes by blockDim.
+constexpr int WIDE_THREADS = 1024;
+template <class T, class Op>
+__global__ void __launch_bounds__(WIDE_THREADS) wide_kernel(const Op op) {
+  PK_SHARED(T, shared, WIDE_THREADS / 32);
   if (!op.skip(blockIdx.x)) op.run(blockIdx.x, shared);
 }
 

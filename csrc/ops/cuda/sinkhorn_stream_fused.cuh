@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // An iteration of a streamed Sinkhorn that reads the cost once, in single precision, for up to 8192 columns.
 //
-// A block has a chunk of the rows. A team of threads, 4 or 8 columns each, takes 2 rows or 1 at a time: exponentials with the potentials
+// A block has a chunk of the rows. A team of threads, 4, 8 or 16 columns each, takes 4 or 2 rows at a time: exponentials with the potentials
 // from before, e_ij = exp(u_i + v_j - C_ij / epsilon), stay in registers while their row sums go round; then the new row potentials are
 // known and (new / old factor)_i e_ij is added to the column sums at once. Chunks are added up in their order.
 //
@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int FUSED_THREADS = 1024, FUSED_WARPS = FUSED_THREADS / 32;
+constexpr int FUSED_THREADS = 512, FUSED_WARPS = FUSED_THREADS / 32;
 constexpr int MOST_CHUNK_ROWS = 64;
 constexpr int COLUMNS_PER_BLOCK = 32;
 constexpr int64_t MOST_FUSED_COLUMNS = 8192;
@@ -23,7 +23,7 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 template <int TEAM_, int E_>
 struct FusedShape {
-  static constexpr int TEAM = TEAM_, E = E_, R = 8 / E_;
+  static constexpr int TEAM = TEAM_, E = E_, R = E_ == 16 ? 2 : 4;
   static constexpr int TEAMS = FUSED_THREADS / TEAM_, WARPS = TEAM_ / 32, LANES = 32 / R;  // LANES look after a row
 };
 
@@ -46,10 +46,11 @@ struct FusedShared {
   float sums[2][FUSED_WARPS][4];
   float tops[FUSED_WARPS][4];
   float mass[MOST_CHUNK_ROWS], u[MOST_CHUNK_ROWS], u_next[MOST_CHUNK_ROWS];
+  float total[MOST_CHUNK_ROWS], shift[MOST_CHUNK_ROWS];  // of the exponentials of a row; what they are multiplied by, log2
   int stray[MOST_CHUNK_ROWS];
   float errors[FUSED_WARPS];
   union {
-    float teams[FUSED_THREADS * 4];
+    float teams[FUSED_THREADS * 8];
     float columns[2][FUSED_WARPS][COLUMNS_PER_BLOCK + 1];
   };
 };
@@ -61,9 +62,10 @@ template <int count>
 __device__ __forceinline__ float reduce_values(const float (&values)[count]) {
   const int lane = threadIdx.x % 32;
   float one;
-  if constexpr (count == 1) {
-    one = values[0] + __shfl_xor_sync(ALL, values[0], 16);
-    one += __shfl_xor_sync(ALL, one, 8);
+  if constexpr (count == 4) {
+    const float first = (lane & 16 ? values[2] : values[0]) + __shfl_xor_sync(ALL, lane & 16 ? values[0] : values[2], 16);
+    const float second = (lane & 16 ? values[3] : values[1]) + __shfl_xor_sync(ALL, lane & 16 ? values[1] : values[3], 16);
+    one = (lane & 8 ? second : first) + __shfl_xor_sync(ALL, lane & 8 ? first : second, 8);
   } else {
     static_assert(count == 2);
     one = (lane & 16 ? values[1] : values[0]) + __shfl_xor_sync(ALL, lane & 16 ? values[0] : values[1], 16);
@@ -134,14 +136,14 @@ struct FusedBlock {
     }
   }
 
-  // All rows, or those that strayed. SAFE: the largest exponent of a row is taken out. Returns this thread's part of the error.
+  // All rows, or those that strayed. SAFE: the largest exponent of a row is taken out.
   template <bool SAFE>
-  __device__ __forceinline__ float sweep(const float (&v)[S::E], float (&sums)[S::E], bool only_strays) {
+  __device__ __forceinline__ void sweep(const float (&v)[S::E], float (&sums)[S::E], bool only_strays) {
     constexpr int R = S::R, E = S::E;
     const Solve<float>& p = step.p;
     const int groups = (rows + S::TEAMS * R - 1) / (S::TEAMS * R), own = lane / S::LANES, sub = lane % S::LANES;
-    float error = 0, c[R][E];
-    constexpr bool AHEAD = E == 4 && !SAFE;  // there are registers for the next rows
+    float c[R][E];
+    constexpr bool AHEAD = E <= 8 && !SAFE;  // there are registers for the next rows
     if (AHEAD) load_costs(team * R, c);
 #pragma unroll 1
     for (int g = 0; g < groups; ++g) {
@@ -190,34 +192,26 @@ struct FusedBlock {
 #pragma unroll
       for (int lanes = S::LANES / 2; lanes > 0; lanes /= 2) total += __shfl_xor_sync(ALL, total, lanes);
 
-      const bool there = row < rows && (!only_strays || shared.stray[row] != 0);
       float mine = shift[0];
 #pragma unroll
       for (int r = 1; r < R; ++r)
         if (own == r) mine = shift[r];
       float factor = 0;
-      bool strays = false;
-      if (there) {
-        const float mass = shared.mass[row], before = shared.u[row];
-        const float after = p.half_step(b, 0, mass, total == 0 ? -INFINITY : logarithm(total) - mine * LN_2);
-        const bool alive = mass != 0 && after != -INFINITY;
-        factor = !alive ? 0.0f : p.balanced ? mass / total : pk::exp2_fast(after * LOG2_E - mine);
-        strays = !SAFE && mass != 0 && !(p.balanced ? factor >= 1e-13f && factor <= 1e10f : total >= 1e-13f && total <= 1e13f);
+      if (row < rows && (!only_strays || shared.stray[row] != 0)) {
+        const float mass = shared.mass[row];
+        factor = mass == 0 || (SAFE && total == 0) ? 0.0f : quotient(mass, total);
+        if (!p.balanced && factor != 0) {
+          const float after = p.half_step(b, 0, mass, logarithm(total) - mine * LN_2);
+          factor = pk::exp2_fast(after * LOG2_E - mine);
+        }
+        const bool strays = !SAFE && mass != 0 && !(total >= 1e-13f && total <= 1e13f && factor >= 1e-13f && factor <= 1e10f);
         if (strays)
           factor = 0;
         else if (factor > 1e10f)
           factor = NAN;  // what got lost beside the largest entry counts in the column sums: they are made again
         if (sub == 0 && warp % S::WARPS == 0) {
           if (!SAFE) shared.stray[row] = strays;
-          if (!strays) {
-            shared.u_next[row] = after;
-            if (before == -INFINITY)
-              error += p.balanced ? mass : 0.0f;
-            else if (!p.balanced)
-              error += mass * magnitude(before - after);
-            else
-              error += SAFE ? mass * magnitude(exponential(before - after) - 1) : magnitude(total - mass);
-          }
+          shared.total[row] = total, shared.shift[row] = mine;
         }
       }
 #pragma unroll
@@ -231,7 +225,6 @@ struct FusedBlock {
         for (int k = 0; AHEAD && k < E; ++k) c[r][k] = next[r][k];
       }
     }
-    return error;
   }
 
   // The rows of the chunk: u_next, the chunk's column sums, its part of the error.
@@ -239,11 +232,30 @@ struct FusedBlock {
     const bool first = t == 0;
     float v[S::E], sums[S::E] = {};
     load_columns(v);
-    float error = first ? sweep<true>(v, sums, false) : sweep<false>(v, sums, false);
+    if (first)
+      sweep<true>(v, sums, false);
+    else
+      sweep<false>(v, sums, false);
     __syncthreads();
-    if (!first && __syncthreads_or(threadIdx.x < MOST_CHUNK_ROWS && shared.stray[threadIdx.x % MOST_CHUNK_ROWS] != 0)) {
-      error += sweep<true>(v, sums, true);
+    const int row = static_cast<int>(threadIdx.x);
+    const bool strays = !first && row < rows && shared.stray[row] != 0;
+    if (!first && __syncthreads_or(strays)) {
+      sweep<true>(v, sums, true);
       __syncthreads();
+    }
+    float error = 0;
+    if (row < rows) {
+      const float mass = shared.mass[row], before = shared.u[row], total = shared.total[row];
+      const float u = step.p.half_step(b, 0, mass, total == 0 ? -INFINITY : logarithm(total) - shared.shift[row] * LN_2);
+      if (before == -INFINITY)
+        error = step.p.balanced ? mass : 0.0f;
+      else if (!step.p.balanced)
+        error = mass * magnitude(before - u);
+      else
+        error = first || strays ? mass * magnitude(exponential(before - u) - 1) : magnitude(total - mass);
+      shared.u_next[row] = u;
+      step.u(t + 1)[row_at(row)] = u;
+      if (step.p.history) step.p.kept(b, t)[chunk * step.chunk_rows + row] = u;
     }
     float* const partial = step.partial + (static_cast<int64_t>(b) * step.chunks + chunk) * step.p.M;
     if constexpr (S::TEAMS > 1) {
@@ -260,11 +272,6 @@ struct FusedBlock {
 #pragma unroll
       for (int k = 0; k < S::E; ++k)
         if (column(k) < step.p.M) __stcg(partial + column(k), sums[k]);
-    }
-    if (static_cast<int>(threadIdx.x) < rows) {
-      const float u = shared.u_next[threadIdx.x];
-      step.u(t + 1)[row_at(threadIdx.x)] = u;
-      if (step.p.history) step.p.kept(b, t)[chunk * step.chunk_rows + threadIdx.x] = u;
     }
     if (!step.tested(t)) return;
     error = warp_sum(error);
@@ -299,7 +306,7 @@ __device__ __forceinline__ void run_columns(const FusedStep& step, int t, FusedS
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, j = panel * COLUMNS_PER_BLOCK + lane;
   float sum = 0;
   if (j < p.M) {
-#pragma unroll 4
+#pragma unroll 8
     for (int c = warp; c < step.chunks; c += FUSED_WARPS) sum += __ldcg(step.partial + (b * step.chunks + c) * p.M + j);
   }
   __syncthreads();

@@ -137,7 +137,7 @@ struct StartOp {
 
   __device__ __forceinline__ bool skip(int64_t) const { return false; }
   __device__ __forceinline__ void run(int64_t problem, T*) const {
-    for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
+    for (int j = threadIdx.x; j < p.M; j += blockDim.x) {
       const int64_t at = problem * p.M + j;
       p.v[at] = p.b[at] == 0 ? -T(INFINITY) : p.g_init ? p.g_init[at] / p.epsilon[problem] : T(0);
     }
@@ -162,7 +162,7 @@ struct FinishOp {
     const bool open = p.by_turns && p.done[problem] == 0;  // the error of the last iterate is not known yet
     T transported = 0, value = 0, mass_a = 0, mass_b = 0, dead = 0, dead_mass = 0, error = 0;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < p.N; i += STREAM_THREADS) {
+    for (int i = threadIdx.x; i < p.N; i += blockDim.x) {
       const T mass = p.a[problem * p.N + i], u = u_of[i];
       const T sum = p.values[problem * 3 * p.N + i];
       if (open) error += p.row_error(problem, mass, u, sum);
@@ -174,7 +174,7 @@ struct FinishOp {
       p.f[problem * p.N + i] = u * eps;
     }
 #pragma unroll 4
-    for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
+    for (int j = threadIdx.x; j < p.M; j += blockDim.x) {
       const T mass = p.b[problem * p.M + j], v = p.v[problem * p.M + j];
       const bool missing = mass != 0 && v == -T(INFINITY);
       if (p.rho_b != T(INFINITY) && mass != 0) {  // q_j = b_j exp(-g_j / rho_b): columns come last
