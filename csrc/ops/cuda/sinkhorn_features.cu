@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: MIT
 // Sinkhorn between features on the GPU: the cost is made anew, tile by tile, in every half-step. The equations stand in ops/sinkhorn.h.
 //
-// pass_kernel: a block takes 64 rows and a share of the columns, 128 at a time; products stay in registers as they come from the tensor
+// Single precision, up to 128 dimensions (SplitSolver): sinkhorn_features_pass.cuh. Everything else (general_forward) by pass_kernel:
+// a block takes 64 rows and a share of the columns, 128 at a time; products stay in registers as they come from the tensor
 // cores, and every thread keeps the log-sum of its part of two rows, the largest of 8 entries taken out at a time. The threads of a row
 // meet once, at the end. The last share of a tile to arrive adds them up in their order; their number depends on the shape alone. The last
 // tile of a problem looks at the error.
-// Limit at 4096 x 4096, D = 64 on an H200: 2 passes of 4.4 us of tf32 products, times 3, and 4 us of exponentials. Not yet run on a GPU;
-// runs in the emulator.
 
 #include "common/simt.cuh"
 #include "ops/cuda/sinkhorn_features_pass.cuh"

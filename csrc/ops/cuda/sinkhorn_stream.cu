@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: MIT
 // Sinkhorn on the GPU, problems of any size: the cost is read in every half-step, in the log domain. The equations stand in ops/sinkhorn.h.
 //
-// An iteration is two launches: rows, the last block of a problem looking at the error; columns by chunks of rows, the last block of a
-// panel adding up its chunks. A problem that has reached the tolerance, or its last iteration, is marked on the device and skipped from
-// then on: the host never waits. 1.13 exponentials per entry and half-step (the largest of 8 entries is taken out at a time).
-// Limit at 4096 x 4096 on an H200: memory, 31 us an iteration. Not yet run on a GPU; runs in the emulator.
+// Single precision, up to 8192 columns (fused_forward): an iteration reads the cost once, see sinkhorn_stream_fused.cuh. Where all blocks find
+// a place on the GPU at the same time they run all iterations in one launch, with part of the cost in shared memory; else, and in the
+// emulator, an iteration is two launches.
+// Everything else (general_forward): an iteration is two launches that read the cost: rows, the last block of a problem looking at the
+// error; columns by chunks of rows, the last block of a panel adding up its chunks; 1.13 exponentials per entry and half-step.
+// A problem that has reached the tolerance, or its last iteration, is marked on the device: the host never waits.
 
 #include <type_traits>
 
 #include "common/simt.cuh"
-#include "ops/cuda/sinkhorn_stream_fused.cuh"
+#include "ops/cuda/sinkhorn_stream_kernels.cuh"
 
 namespace {
 

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(STREAM_THREADS, sizeof(T) == 4 ? 4 : 2) row_ke
 }
 
 template <class T, class Op>
-__global__ void __launch_bounds__(STREAM_COLUMNS, sizeof(T) == 4 ? 8 : 4) column_kernel(const Matrix<T> matrix, const Op op) {
+__global__ void __launch_bounds__(STREAM_COLUMNS, sizeof(T) == 4 ? 6 : 4) column_kernel(const Matrix<T> matrix, const Op op) {
   constexpr int parts = Op::Sum::PARTS;
   const int panels = (matrix.M + STREAM_COLUMNS - 1) / STREAM_COLUMNS, chunks = (matrix.N + matrix.chunk - 1) / matrix.chunk;
   const int64_t b = blockIdx.x / matrix.blocks_per_problem;
