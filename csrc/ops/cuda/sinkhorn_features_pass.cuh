@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(HALF_THREADS, 3) half_kernel(const HalfStep st
     const uint4* const stage = stages + which % HALF_STAGES * STAGE_UNITS<STEPS>;
     const float4* const stage_terms = reinterpret_cast<const float4*>(stage + PANEL_UNITS<STEPS>);
     if (!active) continue;
-#pragma unroll 1
+#pragma unroll
     for (int c = 0; c < panel; c += 8 * AT_ONCE) {
       float products[AT_ONCE][FRAGMENTS][4];
       multiply_columns(fragments, stage + c * STEPS * 4, products);

@@ -149,6 +149,7 @@ struct FusedBlock {
     for (int g = 0; g < groups; ++g) {
       const int first = (g * S::TEAMS + team) * R, row = first + own;
       float sum[R], next[R][E], shift[R];
+      if (AHEAD) load_costs(g + 1 < groups ? first + S::TEAMS * R : rows, next);
       if (!AHEAD) load_costs(first, c);
 #pragma unroll
       for (int r = 0; r < R; ++r) shift[r] = SAFE || first + r >= rows ? 0.0f : shared.u[first + r] * LOG2_E;
@@ -180,7 +181,6 @@ struct FusedBlock {
           sum[r] += c[r][k];
         }
       }
-      if (AHEAD) load_costs(g + 1 < groups ? first + S::TEAMS * R : rows, next);
       const float of_warp = reduce_values(sum);
       auto& exchange = shared.sums[g % 2];
       if (sub == 0) exchange[warp][own] = of_warp;
@@ -304,6 +304,9 @@ __device__ __forceinline__ bool fused_stops(const FusedStep& step, int t, int64_
 __device__ __forceinline__ void run_columns(const FusedStep& step, int t, FusedShared& shared, int64_t b, int panel) {
   const Solve<float>& p = step.p;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, j = panel * COLUMNS_PER_BLOCK + lane;
+  const int64_t at = b * p.M + j;
+  const bool speaks = warp == 0 && j < p.M;
+  const float mass = speaks ? p.b[at] : 0.0f, before = speaks ? __ldcg(p.v + at) : 0.0f;
   float sum = 0;
   if (j < p.M) {
 #pragma unroll 8
@@ -312,15 +315,12 @@ __device__ __forceinline__ void run_columns(const FusedStep& step, int t, FusedS
   __syncthreads();
   shared.columns[0][warp][lane] = sum;
   __syncthreads();
-  const int64_t at = b * p.M + j;
-  float mass = 0, log_sum = -INFINITY;
+  float log_sum = -INFINITY;
   bool strays = false;
-  if (warp == 0 && j < p.M) {
+  if (speaks) {
     float total = 0;
 #pragma unroll
     for (int w = 0; w < FUSED_WARPS; ++w) total += shared.columns[0][w][lane];
-    mass = p.b[at];
-    const float before = __ldcg(p.v + at);
     strays = mass != 0 && !(total >= 1e-16f && total <= 1e16f && before != -INFINITY);
     log_sum = logarithm(total) - before;
   }
@@ -339,7 +339,7 @@ __device__ __forceinline__ void run_columns(const FusedStep& step, int t, FusedS
       log_sum = total.value();
     }
   }
-  if (warp != 0 || j >= p.M) return;
+  if (!speaks) return;
   const float v = p.half_step(b, 1, mass, log_sum);
   __stcg(p.v + at, v);
   if (p.history) p.kept(b, t)[p.N + j] = v;
