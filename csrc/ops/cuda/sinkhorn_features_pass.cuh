@@ -11,6 +11,9 @@
 //
 // The last share of a tile to arrive adds the shares up in their order and gives the potentials; the last tile of a problem looks at the
 // error. u after t iterations lies in one of two arrays, by turns, so that a problem that stops keeps the one before.
+//
+// Limit at 4096 x 4096, D = 64 on an H200: latency of the tensor cores. A half-step takes 23 us, of which 10 us are products at the rate that
+// mma.sync is said to reach and 4 us exponentials; 12 warps of a multiprocessor issue in 35 % of the cycles (Nsight Compute).
 #pragma once
 
 #include "ops/cuda/sinkhorn_features_split.cuh"
