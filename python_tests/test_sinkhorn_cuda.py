@@ -156,3 +156,27 @@ class TestDeterminism:
         for _ in range(19):
             for a, b in zip(first, TestLarge().work(*inputs), strict=True):
                 assert torch.equal(a, b)
+
+    @pytest.mark.parametrize(("N", "M"), [(1024, 700), (1024, 1024), (300, 3000), (1100, 4097)])
+    def test_all_iterations_in_one_launch_or_not_to_the_bit(self, N: int, M: int) -> None:
+        """A single problem finds a place on the GPU as a whole; sixteen together do not and go iteration by iteration."""
+        cost, a, b = (x.cuda() for x in draw(16, N, M, dtype=torch.float32))
+        epsilon = torch.linspace(0.02, 0.3, 16, device="cuda")
+        whole = sinkhorn(cost, a, b, epsilon=epsilon, num_iters=30, tol=1e-3)
+        for index in (0, 7, 15):
+            part = slice(index, index + 1)
+            alone = sinkhorn(cost[part], a[part], b[part], epsilon=epsilon[part], num_iters=30, tol=1e-3)
+            for name in ("f", "g", "transport_cost", "entropic_value", "marginal_error", "iterations"):
+                assert torch.equal(getattr(alone, name), getattr(whole, name)[part]), name
+        assert whole.iterations.min() < whole.iterations.max()
+
+    def test_streamed_against_float64_where_sums_leave_their_range(self) -> None:
+        """Small epsilon, tiny masses and unbalanced problems: rows and columns whose sums are made again in the log domain."""
+        cost, a, b = draw(2, 700, 900, dtype=torch.float32)
+        b[:, ::7] *= 1e-18
+        b /= b.sum(1, keepdim=True)
+        for eps, options in ((0.0005, {}), (0.05, {}), (0.02, {"marginal_penalty": (0.3, 0.2)})):
+            rho = options.get("marginal_penalty", (math.inf, math.inf))
+            result = sinkhorn(cost.cuda(), a.cuda(), b.cuda(), epsilon=eps, num_iters=12, **options)  # type: ignore[arg-type]
+            epsilon = torch.full((2,), eps)
+            check(result, solve_batch(cost, a, b, epsilon, 12, rho=rho), cost, epsilon, a)

@@ -342,6 +342,7 @@ class TestFeatures:
 
     @pytest.mark.parametrize("cosine", [False, True], ids=["sqeuclidean", "cosine"])
     @pytest.mark.parametrize(("kind", "N", "M", "D"), [("f32", 1, 1, 3), ("f32", 5, 140, 33), ("f32", 70, 33, 70),
+                                                       ("f32", 9, 131, 17), ("f32", 65, 30, 140),
                                                        ("f64", 65, 34, 3), ("f64", 2, 1, 40)])  # fmt: skip
     def test_matches_the_dense_problem(self, kind: str, N: int, M: int, D: int, cosine: bool) -> None:
         emulator = load("sinkhorn")

@@ -19,7 +19,20 @@
 //     float4 v = pk::load_vector<float4>(pointer);   pk::store_vector(pointer, v);     // aligned, in global or shared memory
 //     pk::copy_async_16(shared, global, valid); pk::copy_async_commit(); pk::copy_async_wait<pending_groups>();
 //     pk::to_tf32(x), pk::pack_bf16(low, high), pk::mma_m16n8k8_tf32(d, a, b), pk::mma_m16n8k16_bf16(d, a, b)
+//     pk::mma_m16n8k16_f16(d, a, b)                         // fragments as for bf16
 //     pk::exp2_fast(x)                                      // 2^x in one instruction: to 2^-22, and 0 below 2^-126
+//
+// A kernel launched behind another on the same stream may begin before that one ends (compute capability 9.0; elsewhere it waits):
+//
+//     PK_LAUNCH_BEHIND((kernel), grid, block, dynamic_shared_bytes, stream, arguments...)
+//     pk::let_next_begin()       // device: the launch behind this one may begin; nothing it reads before its wait may be written from here on
+//     pk::wait_for_previous()    // device: all launches before this one have ended and what they wrote is visible
+//
+// Where PK_BLOCKS_WAIT is defined (a GPU, not the emulator) blocks of one launch may wait for each other:
+//
+//     int blocks = pk::blocks_together(kernel, threads, dynamic_shared_bytes)     // host: so many are on the device at once
+//     int status = pk::launch_together(kernel, grid, block, dynamic_shared_bytes, stream, arguments...)   // all at once, or an error
+//     pk::arrive(count); pk::wait_for(count, target)                              // by one thread, between two __syncthreads()
 //
 // Fragments, with group = lane / 4 and member = lane % 4 (PTX ISA, "Matrix fragments for mma"):
 //     D, C [16, 8]:        d[0..3] = (group, 2 member), (group, 2 member + 1), (group + 8, 2 member), (group + 8, 2 member + 1)
@@ -63,6 +76,8 @@ using array_of = typename Array<T, extents...>::type;
   type* const name = reinterpret_cast<type*>(pk_dynamic_shared)
 #define PK_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...) \
   ::pk::launch(kernel, grid, block, dynamic_shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
+#define PK_LAUNCH_BEHIND(kernel, grid, block, dynamic_shared_bytes, stream, ...) \
+  ::pk::launch_behind(kernel, grid, block, dynamic_shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
 #define PK_SET_CONSTANT(symbol, host_pointer, bytes, stream) \
   static_cast<int>(cudaMemcpyToSymbolAsync(symbol, host_pointer, bytes, 0, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)))
 
@@ -81,6 +96,60 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dyn
   }
   kernel<<<grid, block, dynamic_shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
   return static_cast<int>(cudaGetLastError());
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch_behind(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared_bytes, void* stream,
+                  Arguments&&... arguments) {
+  if (dynamic_shared_bytes > 16 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(dynamic_shared_bytes));
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return static_cast<int>(error);
+    }
+  }
+  int device = 0, capability = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = dynamic_shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream), config.attrs = &attribute, config.numAttrs = capability >= 9 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error != cudaSuccess) cudaGetLastError();
+  return static_cast<int>(error);
+}
+#define PK_BLOCKS_WAIT 1
+template <typename... Parameters>
+int blocks_together(void (*kernel)(Parameters...), int threads, std::size_t dynamic_shared_bytes) {
+  int device = 0, multiprocessors = 0, each = 0, cooperative = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  const void* const code = reinterpret_cast<const void*>(kernel);
+  const int bytes = static_cast<int>(dynamic_shared_bytes);
+  if (!cooperative || cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, code, threads, dynamic_shared_bytes) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return each * multiprocessors;
+}
+template <typename... Parameters, typename... Arguments>
+int launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_shared_bytes, void* stream,
+                    Arguments&&... arguments) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = dynamic_shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream), config.attrs = &attribute, config.numAttrs = 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error != cudaSuccess) cudaGetLastError();
+  return static_cast<int>(error);
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -145,6 +214,27 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return power;
 }
 
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// What the block wrote before its barrier is visible to whoever waits.
+__device__ __forceinline__ void arrive(unsigned* count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+__device__ __forceinline__ void wait_for(const unsigned* count, unsigned target) {
+  unsigned arrived;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(count) : "memory");
+  while (arrived < target);
+}
+
 // d += a b, all 32 lanes of the warp together.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -153,6 +243,11 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (
 }
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

@@ -44,6 +44,7 @@ inline constexpr int warpSize = 32;
 #define PK_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::pk::emulator::dynamic_shared())
 #define PK_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...) \
   ::pk::launch(#kernel, kernel, grid, block, dynamic_shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
+#define PK_LAUNCH_BEHIND PK_LAUNCH  // one launch after the other
 #define PK_SET_CONSTANT(symbol, host_pointer, bytes, stream) (std::memcpy(&(symbol), host_pointer, bytes), 0)
 
 // Barriers and fences.
@@ -212,6 +213,9 @@ inline int memset_async(void* pointer, int byte, std::size_t count, void*) {
   std::memset(pointer, byte, count);
   return 0;
 }
+
+inline void let_next_begin() {}
+inline void wait_for_previous() {}
 
 template <typename Vector, typename T>
 inline Vector load_vector(const T* pointer) {

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: MIT
 // Sinkhorn between features on the GPU: the cost is made anew, tile by tile, in every half-step. The equations stand in ops/sinkhorn.h.
 //
-// pass_kernel: a block takes 64 rows and a share of the columns, 128 at a time; products stay in registers as they come from the tensor
+// Single precision, up to 128 dimensions (SplitSolver): sinkhorn_features_pass.cuh. Everything else (general_forward) by pass_kernel:
+// a block takes 64 rows and a share of the columns, 128 at a time; products stay in registers as they come from the tensor
 // cores, and every thread keeps the log-sum of its part of two rows, the largest of 8 entries taken out at a time. The threads of a row
 // meet once, at the end. The last share of a tile to arrive adds them up in their order; their number depends on the shape alone. The last
 // tile of a problem looks at the error.
-// Limit at 4096 x 4096, D = 64 on an H200: 2 passes of 4.4 us of tf32 products, times 3, and 4 us of exponentials. Not yet run on a GPU;
-// runs in the emulator.
 
 #include "common/simt.cuh"
-#include "ops/cuda/sinkhorn_features.cuh"
-#include "ops/cuda/sinkhorn_stream_solve.cuh"
+#include "ops/cuda/sinkhorn_features_pass.cuh"
 
 namespace {
 
@@ -174,8 +172,9 @@ struct FeaturePasses {
   }
 };
 
+// Any type and number of dimensions.
 template <class T>
-int64_t forward(const SinkhornFeatures& p, void* workspace, void* stream, int* status) {
+int64_t general_forward(const SinkhornFeatures& p, void* workspace, void* stream, int* status) {
   Pieces pieces(workspace);
   const Solve<T> solve(p, nullptr, pieces);
   T* const x_norms = pieces.take<T>(p.B * p.N);
@@ -199,17 +198,127 @@ int64_t forward(const SinkhornFeatures& p, void* workspace, void* stream, int* s
   return pieces.used();
 }
 
+// The fewest rounds of 396 blocks (three on each of 132 multiprocessors; the number is fixed so that results do not depend on the GPU),
+// counted in panels, with what a block costs besides.
+struct HalfShares {
+  int64_t columns, count;
+  HalfShares(int64_t B, int64_t N, int64_t M, int64_t tile_rows, int64_t panel) {
+    constexpr int64_t slots = 396, most = 64;
+    const int64_t panels = (M + panel - 1) / panel, tiles = B * ((N + tile_rows - 1) / tile_rows);
+    int64_t best = -1;
+    columns = panels * panel, count = 1;
+    for (int64_t wanted = 1; wanted <= most && wanted <= panels; ++wanted) {
+      const int64_t each = (panels + wanted - 1) / wanted, shares = (panels + each - 1) / each;
+      const int64_t time = (tiles * shares + slots - 1) / slots * (each + 3);
+      if (best < 0 || time < best) best = time, columns = each * panel, count = shares;
+    }
+  }
+};
+
+// STEPS times 16 dimensions at most.
+template <int STEPS>
+struct SplitSolver {
+  static constexpr int FRAGMENTS = STEPS == 8 ? 1 : 2;
+  static constexpr int64_t rows_of_tile = HALF_ROWS<FRAGMENTS>, panel = PANEL<STEPS>;
+  const SinkhornFeatures& p;
+  SplitSide x, y;
+  void* stream;
+  int status;
+
+  SplitSolver(const SinkhornFeatures& problem, void* on) : p(problem), stream(on), status(0) {}
+  static int64_t padded(int64_t count) { return (count + PAD - 1) / PAD * PAD; }
+  template <class Op>
+  void problems(const Op& op) {
+    if (status == 0) status = PK_LAUNCH((wide_kernel<float, Op>), dim3(static_cast<unsigned>(p.B)), dim3(WIDE_THREADS), 0, stream, op);
+  }
+  void split(const SplitSide& side) {
+    const int64_t vectors = p.B * side.padded, blocks = (vectors + STREAM_WARPS - 1) / STREAM_WARPS;
+    if (status == 0)
+      status = PK_LAUNCH((split_kernel<STEPS>), dim3(static_cast<unsigned>(blocks)), dim3(STREAM_THREADS), 0, stream, vectors,
+                         static_cast<int>(p.D), p.cosine, side, const_cast<float*>(side.norms));
+  }
+  template <Walk walk>
+  void half(HalfStep step, int side, const float* before, const float* other, float* after, bool tested) {
+    step.side = side, step.rows = side == 0 ? x : y, step.columns = side == 0 ? y : x;
+    step.before = before, step.other = other, step.after = after, step.tested = tested;
+    const HalfShares shares(p.B, step.rows.count, step.columns.count, rows_of_tile, panel);
+    step.shares = static_cast<int>(shares.count), step.share_columns = static_cast<int>(shares.columns);
+    const int64_t tiles = (step.rows.count + rows_of_tile - 1) / rows_of_tile;
+    constexpr std::size_t bytes = HALF_STAGES * STAGE_UNITS<STEPS> * sizeof(uint4);
+    if (status == 0)
+      status = PK_LAUNCH_BEHIND((half_kernel<STEPS, FRAGMENTS, walk>), dim3(static_cast<unsigned>(p.B * tiles * shares.count)), dim3(HALF_THREADS),
+                         bytes, stream, step);
+  }
+
+  int64_t run(void* workspace) {
+    Pieces pieces(workspace);
+    Solve<float> solve(p, nullptr, pieces);
+    solve.by_turns = true;
+    const int64_t N = p.N, M = p.M, B = p.B, longer = N > M ? N : M, tiles = (longer + rows_of_tile - 1) / rows_of_tile;
+    const auto side = [&](int64_t count, const void* vectors) {
+      float* const norms = pieces.take<float>(B * count);
+      uint4* const split = pieces.take<uint4>(B * padded(count) * STEPS * 4);
+      return SplitSide{static_cast<int>(count), static_cast<int>(padded(count)), static_cast<const float*>(vectors), norms, split,
+                       pieces.take<float2>(B * padded(count))};
+    };
+    x = side(N, p.x), y = side(M, p.y);
+    const int64_t of_rows = HalfShares(B, N, M, rows_of_tile, panel).count * N, of_columns = HalfShares(B, M, N, rows_of_tile, panel).count * M;
+    float* const partial = pieces.take<float>(B * MOST_PARTS * (of_rows > of_columns ? of_rows : of_columns));
+    float* const errors = pieces.take<float>(B * tiles);
+    unsigned* const arrivals = pieces.take<unsigned>(B * (1 + tiles));
+    if (!workspace) return pieces.used();
+
+    HalfStep step{solve, x, y, static_cast<int>(p.D), 0, 0, 0, p.cosine, false, nullptr, nullptr, nullptr, partial, errors, arrivals + B, arrivals};
+    status = pk::memset_async(arrivals, 0, sizeof(unsigned) * static_cast<std::size_t>(B * (1 + tiles)), stream);
+    split(x);
+    split(y);
+    problems(StartOp<float>{solve});
+    problems(BiasOp{solve, y, p.cosine, false, solve.v});
+    float* const u[2] = {solve.u, solve.u_next};
+    for (int t = 0; t < p.num_iters; ++t) {
+      step.p.t = t;
+      const bool tested = t > 0 && p.tolerance > 0;
+      if (t == 0 || !solve.balanced) {
+        half<Walk::logs>(step, 0, u[t % 2], solve.v, u[(t + 1) % 2], tested);
+        half<Walk::logs>(step, 1, solve.v, u[(t + 1) % 2], solve.v, false);
+      } else {
+        half<Walk::sums>(step, 0, u[t % 2], solve.v, u[(t + 1) % 2], tested);
+        half<Walk::sums>(step, 1, solve.v, u[(t + 1) % 2], solve.v, false);
+      }
+    }
+    if (p.tolerance > 0) problems(BiasOp{solve, x, p.cosine, true, nullptr});
+    half<Walk::values>(step, 0, nullptr, solve.v, nullptr, false);
+    problems(FinishOp<float>{solve});
+    return pieces.used();
+  }
+};
+
+template <int STEPS>
+int64_t split_forward(const SinkhornFeatures& p, void* workspace, void* stream, int* status) {
+  SplitSolver<STEPS> solver(p, stream);
+  const int64_t bytes = solver.run(workspace);
+  if (status) *status = solver.status;
+  return bytes;
+}
+
+int64_t forward(const SinkhornFeatures& p, void* workspace, void* stream, int* status) {
+  if (p.kind == Kind::f64) return general_forward<double>(p, workspace, stream, status);
+  if (p.D <= 16) return split_forward<1>(p, workspace, stream, status);
+  if (p.D <= 32) return split_forward<2>(p, workspace, stream, status);
+  if (p.D <= 64) return split_forward<4>(p, workspace, stream, status);
+  if (p.D <= 128) return split_forward<8>(p, workspace, stream, status);
+  return general_forward<float>(p, workspace, stream, status);
+}
+
 }  // namespace
 
 namespace protokernels {
 
-int64_t sinkhorn_features_workspace(const SinkhornFeatures& p) {
-  return p.kind == Kind::f64 ? forward<double>(p, nullptr, nullptr, nullptr) : forward<float>(p, nullptr, nullptr, nullptr);
-}
+int64_t sinkhorn_features_workspace(const SinkhornFeatures& p) { return forward(p, nullptr, nullptr, nullptr); }
 
 int launch_sinkhorn_features(const SinkhornFeatures& p, void* workspace, void* stream) {
   int status = 0;
-  if (p.B > 0) p.kind == Kind::f64 ? forward<double>(p, workspace, stream, &status) : forward<float>(p, workspace, stream, &status);
+  if (p.B > 0) forward(p, workspace, stream, &status);
   return status;
 }
 

@@ -5,7 +5,7 @@
 // of 128 columns gives a tile of P in registers, which is at once the left factor of P Y: the accumulator of one product is the operand of
 // the next when k is numbered 2 member, 2 member + 1 instead of member, member + 4. Row sums of P and P (log P - 1) come along. The
 // gradient of y is the same with roles exchanged. finish_kernel turns P Y into the gradient of a squared distance or of a cosine.
-// Limit at 4096 x 4096, D = 64 on an H200: twice 27 us of tf32 products. Not yet run on a GPU; runs in the emulator.
+// Limit at 4096 x 4096, D = 64 on an H200: twice 27 us of tf32 products. Tested on an H200 and in the emulator.
 
 #include "common/simt.cuh"
 #include "ops/cuda/sinkhorn_features.cuh"

@@ -120,25 +120,31 @@ __device__ __forceinline__ T problem_sum(T value, T* shared) {
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
   T total = 0;
-  for (int w = 0; w < STREAM_WARPS; ++w) total += shared[w];
+  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) total += shared[w];
   return total;
 }
 
 template <class T, class Op>
-__global__ void __launch_bounds__(STREAM_THREADS, 2) row_kernel(const Matrix<T> matrix, const Op op) {
+__global__ void __launch_bounds__(STREAM_THREADS, sizeof(T) == 4 ? 4 : 2) row_kernel(const Matrix<T> matrix, const Op op) {
   const int64_t b = blockIdx.x / matrix.blocks_per_problem;
   const int i = static_cast<int>(blockIdx.x % matrix.blocks_per_problem) * STREAM_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (op.skip(b)) return;
   if (i < matrix.N) {
     const T* const cost = matrix.cost + (b * matrix.N + i) * matrix.M;
     typename Op::Sum sum;
+    T c[STEP], next[STEP];  // the next entries are on their way while these are added
+    const auto load = [&](int64_t j, T (&values)[STEP]) {
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) values[k] = j + 32 * k < matrix.M ? cost[j + 32 * k] : T(0);
+    };
+    load(lane, c);
     for (int64_t j = lane; j < matrix.M; j += 32 * STEP) {
       const int64_t left = (matrix.M - j + 31) / 32;
       const int n = left < STEP ? static_cast<int>(left) : STEP;
-      T c[STEP];
-#pragma unroll
-      for (int k = 0; k < STEP; ++k) c[k] = k < n ? cost[j + 32 * k] : T(0);
+      load(j + 32 * STEP, next);
       op.add(sum, b, i, static_cast<int>(j), 0, 32, n, c);
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) c[k] = next[k];
     }
     sum.reduce();
     if (lane == 0) op.row(b, i, sum);
@@ -150,7 +156,7 @@ __global__ void __launch_bounds__(STREAM_THREADS, 2) row_kernel(const Matrix<T> 
 }
 
 template <class T, class Op>
-__global__ void __launch_bounds__(STREAM_COLUMNS, 2) column_kernel(const Matrix<T> matrix, const Op op) {
+__global__ void __launch_bounds__(STREAM_COLUMNS, sizeof(T) == 4 ? 6 : 4) column_kernel(const Matrix<T> matrix, const Op op) {
   constexpr int parts = Op::Sum::PARTS;
   const int panels = (matrix.M + STREAM_COLUMNS - 1) / STREAM_COLUMNS, chunks = (matrix.N + matrix.chunk - 1) / matrix.chunk;
   const int64_t b = blockIdx.x / matrix.blocks_per_problem;
@@ -162,12 +168,18 @@ __global__ void __launch_bounds__(STREAM_COLUMNS, 2) column_kernel(const Matrix<
     const int first = chunk * matrix.chunk, last = matrix.N - first < matrix.chunk ? matrix.N : first + matrix.chunk;
     const T* const cost = matrix.cost + b * matrix.N * matrix.M + j;
     typename Op::Sum sum;
+    T c[STEP], next[STEP];
+    const auto load = [&](int i, T (&values)[STEP]) {
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) values[k] = i < last - k ? cost[static_cast<int64_t>(i + k) * matrix.M] : T(0);
+    };
+    load(first, c);
     for (int i = first; i < last; i += STEP) {
       const int n = last - i < STEP ? last - i : STEP;
-      T c[STEP];
-#pragma unroll
-      for (int k = 0; k < STEP; ++k) c[k] = k < n ? cost[static_cast<int64_t>(i + k) * matrix.M] : T(0);
+      load(i + STEP, next);
       op.add(sum, b, i, j, 1, 0, n, c);
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) c[k] = next[k];
     }
 #pragma unroll
     for (int k = 0; k < parts; ++k) partial[(static_cast<int64_t>(chunk) * parts + k) * matrix.M] = sum.part[k];
@@ -187,6 +199,14 @@ __global__ void __launch_bounds__(STREAM_COLUMNS, 2) column_kernel(const Matrix<
 template <class T, class Op>
 __global__ void __launch_bounds__(STREAM_THREADS) problem_kernel(const Op op) {
   PK_SHARED(T, shared, STREAM_WARPS);
+  if (!op.skip(blockIdx.x)) op.run(blockIdx.x, shared);
+}
+
+// The same with more threads, for an Op that goes by blockDim.
+constexpr int WIDE_THREADS = 1024;
+template <class T, class Op>
+__global__ void __launch_bounds__(WIDE_THREADS) wide_kernel(const Op op) {
+  PK_SHARED(T, shared, WIDE_THREADS / 32);
   if (!op.skip(blockIdx.x)) op.run(blockIdx.x, shared);
 }
 

@@ -14,6 +14,7 @@ struct Solve {
   int64_t B;
   int N, M, num_iters;
   bool balanced;
+  bool by_turns;  // u after t iterations lies in u or u_next, t even or odd, and the last error comes from the values; else in u
   T tolerance, rho_a, rho_b;
   const T* a;        // [B, N]
   const T* b;        // [B, M]
@@ -38,7 +39,7 @@ struct Solve {
   template <class Problem>
   Solve(const Problem& p, T* kept, Pieces& pieces)
       : B(p.B), N(static_cast<int>(p.N)), M(static_cast<int>(p.M)), num_iters(static_cast<int>(p.num_iters)),
-        balanced(p.rho_a == INFINITY && p.rho_b == INFINITY), tolerance(static_cast<T>(p.tolerance)), rho_a(static_cast<T>(p.rho_a)),
+        balanced(p.rho_a == INFINITY && p.rho_b == INFINITY), by_turns(false), tolerance(static_cast<T>(p.tolerance)), rho_a(static_cast<T>(p.rho_a)),
         rho_b(static_cast<T>(p.rho_b)), a(static_cast<const T*>(p.a)), b(static_cast<const T*>(p.b)),
         epsilon(static_cast<const T*>(p.epsilon)), g_init(static_cast<const T*>(p.g_init)), f(static_cast<T*>(p.f)),
         g(static_cast<T*>(p.g)), transport_cost(static_cast<T*>(p.transport_cost)), entropic_value(static_cast<T*>(p.entropic_value)),
@@ -48,7 +49,16 @@ struct Solve {
         factors(pieces.take<T>(p.B * 3)), done(pieces.take<int>(p.B)), t(0) {}
 
   __device__ __forceinline__ T* kept(int64_t problem, int iteration) const { return history + (problem * num_iters + iteration) * (N + M); }
+  __device__ __forceinline__ const T* result(int64_t problem) const {
+    return (by_turns && iterations[problem] % 2 ? u_next : u) + problem * N;
+  }
   __device__ __forceinline__ T inverse_epsilon(int64_t problem) const { return factors[problem]; }
+  // What a row adds to the error of an iterate whose plan has this row sum.
+  __device__ __forceinline__ T row_error(int64_t problem, T mass, T potential, T sum) const {
+    if (potential == -T(INFINITY)) return balanced ? mass : T(0);
+    if (balanced) return magnitude(sum - mass);
+    return sum == 0 ? T(0) : mass * magnitude(potential - half_step(problem, 0, mass, logarithm(sum) - potential));
+  }
   // A half-step from its log-sum; side 0: rows.
   __device__ __forceinline__ T half_step(int64_t problem, int side, T mass, T log_sum) const {
     return mass == 0 || log_sum == -T(INFINITY) ? -T(INFINITY) : factors[(1 + side) * B + problem] * (logarithm(mass) - log_sum);
@@ -127,13 +137,14 @@ struct StartOp {
 
   __device__ __forceinline__ bool skip(int64_t) const { return false; }
   __device__ __forceinline__ void run(int64_t problem, T*) const {
-    for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
+    for (int j = threadIdx.x; j < p.M; j += blockDim.x) {
       const int64_t at = problem * p.M + j;
       p.v[at] = p.b[at] == 0 ? -T(INFINITY) : p.g_init ? p.g_init[at] / p.epsilon[problem] : T(0);
     }
     if (threadIdx.x != 0) return;
     const T eps = p.epsilon[problem];
     p.done[problem] = 0;
+    p.iterations[problem] = p.num_iters;
     p.factors[problem] = T(1) / eps;
     p.factors[p.B + problem] = p.rho_a == T(INFINITY) ? T(1) : p.rho_a / (p.rho_a + eps);
     p.factors[2 * p.B + problem] = p.rho_b == T(INFINITY) ? T(1) : p.rho_b / (p.rho_b + eps);
@@ -147,10 +158,14 @@ struct FinishOp {
   __device__ __forceinline__ bool skip(int64_t) const { return false; }
   __device__ __forceinline__ void run(int64_t problem, T* shared) const {
     const T eps = p.epsilon[problem];
-    T transported = 0, value = 0, mass_a = 0, mass_b = 0, dead = 0, dead_mass = 0;
-    for (int i = threadIdx.x; i < p.N; i += STREAM_THREADS) {
-      const T mass = p.a[problem * p.N + i], u = p.u[problem * p.N + i];
+    const T* const u_of = p.result(problem);
+    const bool open = p.by_turns && p.done[problem] == 0;  // the error of the last iterate is not known yet
+    T transported = 0, value = 0, mass_a = 0, mass_b = 0, dead = 0, dead_mass = 0, error = 0;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < p.N; i += blockDim.x) {
+      const T mass = p.a[problem * p.N + i], u = u_of[i];
       const T sum = p.values[problem * 3 * p.N + i];
+      if (open) error += p.row_error(problem, mass, u, sum);
       transported += p.values[(problem * 3 + 1) * p.N + i];
       value += eps * p.values[(problem * 3 + 2) * p.N + i];
       if (p.rho_a != T(INFINITY) && mass != 0) value += p.rho_a * ((sum == 0 ? T(0) : sum * logarithm(sum / mass)) - sum + mass);
@@ -158,7 +173,8 @@ struct FinishOp {
       if (mass != 0 && u == -T(INFINITY)) dead += 1;
       p.f[problem * p.N + i] = u * eps;
     }
-    for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
+#pragma unroll 4
+    for (int j = threadIdx.x; j < p.M; j += blockDim.x) {
       const T mass = p.b[problem * p.M + j], v = p.v[problem * p.M + j];
       const bool missing = mass != 0 && v == -T(INFINITY);
       if (p.rho_b != T(INFINITY) && mass != 0) {  // q_j = b_j exp(-g_j / rho_b): columns come last
@@ -175,9 +191,11 @@ struct FinishOp {
     mass_b = problem_sum(mass_b, shared);
     dead = problem_sum(dead, shared);
     dead_mass = problem_sum(dead_mass, shared);
+    if (open) error = problem_sum(error, shared);
     if (threadIdx.x != 0) return;
     p.transport_cost[problem] = transported;
     p.entropic_value[problem] = value;
+    if (open) p.marginal_error[problem] = error;
     if (p.balanced) p.marginal_error[problem] += dead_mass;
     p.feasible[problem] =
         dead == 0 && (!p.balanced || magnitude(mass_a - mass_b) <= static_cast<T>(SINKHORN_MASS_TOLERANCE) * larger(mass_a, mass_b));
