@@ -184,14 +184,15 @@ __global__ void __launch_bounds__(S::THREADS, 1) solve_kernel(const Forward<type
       Side<T> row = rows.get(batch);
       rows.keep(batch, row);
       const T old = row.base;
-      T product = 0;
+      bool strays = false;
       if (!in_log) {
         tile.fetch(batch);
-        product = tile.times_columns(z);
+        const T product = tile.times_columns(z);
         error += row.present() ? magnitude(row.weight * product - row.mass) : row.mass;
+        strays = row.strays(product);  // before the weight goes: over an infinite product it would be 0, an absent row's
         row.weight = row.present() ? quotient(row.mass, product) : T(0);
       }
-      if (in_log || __any_sync(ALL, row.strays(product))) {
+      if (in_log || __any_sync(ALL, strays)) {
         T v[S::E], beta[S::E];
 #pragma unroll
         for (int e = 0; e < S::E; ++e) v[e] = columns[e].potential(), beta[e] = columns[e].base;
