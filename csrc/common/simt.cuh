@@ -19,6 +19,7 @@
 //     float4 v = pk::load_vector<float4>(pointer);   pk::store_vector(pointer, v);     // aligned, in global or shared memory
 //     pk::copy_async_16(shared, global, valid); pk::copy_async_commit(); pk::copy_async_wait<pending_groups>();
 //     pk::to_tf32(x), pk::pack_bf16(low, high), pk::mma_m16n8k8_tf32(d, a, b), pk::mma_m16n8k16_bf16(d, a, b)
+//     pk::reciprocal_fast(x)                                // 1 / x in one instruction: to 2^-23, and denormals are 0
 //     pk::exp2_fast(x)                                      // 2^x in one instruction: to 2^-22, and 0 below 2^-126
 //
 // Fragments, with group = lane / 4 and member = lane % 4 (PTX ISA, "Matrix fragments for mma"):
@@ -143,6 +144,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
+}
+
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  return reciprocal;
 }
 
 // d += a b, all 32 lanes of the warp together.

@@ -18,7 +18,7 @@ template <class T>
 constexpr T DRIFT = T(30);
 
 template <class T>
-struct Adjoint {  // of a row
+struct Adjoint {               // of a row
   T base, gradient, log_mass;  // alpha; u_bar before the first step back; gradient of log a
 };
 
@@ -58,12 +58,17 @@ struct Walk {
   T v[S::E], v_bar[S::E], b_bar[S::E], log_b[S::E], beta[S::E];
 
   __device__ __forceinline__ Walk(const Backward<T>& problem, T* dynamic, Exchange<S, Row>& exchange)
-      : p(problem), tile(p.N, p.M, p.cost + blockIdx.x * static_cast<int64_t>(p.N) * p.M, p.epsilon[blockIdx.x], dynamic, &exchange),
-        rows(exchange), accumulator(p.N, p.M, p.grad_cost + blockIdx.x * static_cast<int64_t>(p.N) * p.M),
-        steps(static_cast<int>(p.iterations[blockIdx.x])), epsilon(p.epsilon[blockIdx.x]),
+      : p(problem),
+        tile(p.N, p.M, p.cost + blockIdx.x * static_cast<int64_t>(p.N) * p.M, p.epsilon[blockIdx.x], dynamic, &exchange),
+        rows(exchange),
+        accumulator(p.N, p.M, p.grad_cost + blockIdx.x * static_cast<int64_t>(p.N) * p.M),
+        steps(static_cast<int>(p.iterations[blockIdx.x])),
+        epsilon(p.epsilon[blockIdx.x]),
         damping_a(p.rho_a == T(INFINITY) ? T(1) : p.rho_a / (p.rho_a + epsilon)),
-        damping_b(p.rho_b == T(INFINITY) ? T(1) : p.rho_b / (p.rho_b + epsilon)), epsilon_bar(0),
-        u_ahead(u_at(steps - 1, 0)), own_log_mass(load_log_mass(0)) {}
+        damping_b(p.rho_b == T(INFINITY) ? T(1) : p.rho_b / (p.rho_b + epsilon)),
+        epsilon_bar(0),
+        u_ahead(u_at(steps - 1, 0)),
+        own_log_mass(load_log_mass(0)) {}
 
   __device__ __forceinline__ const T* potentials(int t) const {
     return p.history + (static_cast<int64_t>(blockIdx.x) * p.num_iters + t) * (p.N + p.M);
@@ -312,6 +317,9 @@ int launch_sinkhorn_backward(const SinkhornBackward& p, void* workspace, void* s
   if (p.B == 0) return 0;
   const SinkhornTier tier = sinkhorn_tier(p.N, p.M, p.kind, pk::shared_memory_limit());
   if (p.implicit && tier != SinkhornTier::stream) return launch_on_chip_implicit(p, stream);
+  const bool balanced = p.rho_a == INFINITY && p.rho_b == INFINITY;
+  if (sinkhorn_scaled(p.N, p.M, p.kind, balanced) && p.N <= SINKHORN_SCALED_UNROLLED_SIDE && p.M <= SINKHORN_SCALED_UNROLLED_SIDE)
+    return launch_scaled_unrolled(p, stream);
   return with_shape(tier, p.kind, LaunchUnrolled{p, workspace, stream});
 }
 
