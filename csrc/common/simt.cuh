@@ -148,7 +148,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 __device__ __forceinline__ float reciprocal_fast(float x) {
   float reciprocal;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  asm volatile("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
   return reciprocal;
 }
 

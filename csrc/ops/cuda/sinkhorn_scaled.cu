@@ -8,7 +8,6 @@
 // the loop together, take the whole iteration again in the log domain, and make K anew from its log-sums. The stop test is free:
 // sum_i |w_i (K z)_i - a_i| of the last iterate falls out of the next row product.
 
-#include <cstdlib>
 #include "common/simt.cuh"
 #include "ops/cuda/sinkhorn_scaled.cuh"
 
@@ -44,7 +43,6 @@ __device__ __forceinline__ bool stops(float error, float tolerance, float (&sums
 
 template <class Layout>
 __device__ __forceinline__ void record(const Forward<float>& p, const Layout& layout, const Mine& row, const Mine& column, int t) {
-  if (!p.history) return;
   float* const out = p.history + (static_cast<int64_t>(blockIdx.x) * p.num_iters + t) * (p.N + p.M);
   if (layout.speaks_for_row()) out[layout.own_row] = row.potential();
   if (layout.speaks_for_column()) out[p.N + layout.own_column] = column.potential();
@@ -70,9 +68,9 @@ __device__ __forceinline__ void write_solution(const Forward<float>& p, Layout& 
   __syncthreads();  // K may have been made just now
   layout.put_row_base(u);
   layout.put_column_base(v);
-  layout.each([&](int i, int j, float c) {
-    const float of_row = layout.shared.row_base[i], of_column = layout.shared.column_base[j];
-    const float plan = expf(scaled(of_column, c, layout.inverse_epsilon) + of_row);
+  layout.put_row(row.weight);
+  layout.put_column(column.weight);
+  layout.each([&](float plan, float of_row, float of_column, float c) {
     if (plan == 0) return;
     values.transported += plan * c;
     values.value += plan * epsilon * (of_row + of_column - 1);
@@ -80,7 +78,7 @@ __device__ __forceinline__ void write_solution(const Forward<float>& p, Layout& 
   write_values(p, values, iterations, sums);
 }
 
-template <class Layout>
+template <class Layout, bool RECORD>
 __global__ void __launch_bounds__(Layout::THREADS, 1) scaled_kernel(const Forward<float> p) {
   constexpr int WARPS = Layout::THREADS / 32;
   using Shared = typename Layout::Shared;
@@ -124,18 +122,20 @@ __global__ void __launch_bounds__(Layout::THREADS, 1) scaled_kernel(const Forwar
       layout.fill();
       layout.exponentiate();
       fresh = true;
-      record(p, layout, row, column, t - 1);
+      if (RECORD) record(p, layout, row, column, t - 1);
       continue;
     }
-    error = !speaks_for_row ? 0.0f : row.alive() ? fabsf(row.weight * product - row.mass) : row.mass;
-    if (t == p.num_iters) break;
+    const bool last = t == p.num_iters;
+    if (tested || last) error = !speaks_for_row ? 0.0f : row.alive() ? fabsf(row.weight * product - row.mass) : row.mass;
+    if (last) break;
     const float weight = row.step(product);
     layout.put_row(weight);
     if (tested && t > 0 && stops(error, p.tolerance, sums[0])) break;
     row.weight = weight, before = column.weight;
     column.weight = column.step(layout.column_product());
     layout.put_column(column.weight);
-    record(p, layout, row, column, t++);
+    if (RECORD) record(p, layout, row, column, t);
+    ++t;
     fresh = false;
   }
   write_solution(p, layout, row, column, error, t, sums);
@@ -143,7 +143,9 @@ __global__ void __launch_bounds__(Layout::THREADS, 1) scaled_kernel(const Forwar
 
 template <class Layout>
 int solve(const SinkhornForward& p, void* stream) {
-  return PK_LAUNCH((scaled_kernel<Layout>), dim3(static_cast<unsigned>(p.B)), dim3(Layout::THREADS), 0, stream, Forward<float>(p));
+  const dim3 blocks(static_cast<unsigned>(p.B)), threads(Layout::THREADS);
+  if (p.history) return PK_LAUNCH((scaled_kernel<Layout, true>), blocks, threads, 0, stream, Forward<float>(p));
+  return PK_LAUNCH((scaled_kernel<Layout, false>), blocks, threads, 0, stream, Forward<float>(p));
 }
 
 }  // namespace
@@ -153,29 +155,8 @@ namespace protokernels {
 int launch_scaled_forward(const SinkhornForward& p, void* stream) {
   const int64_t side = p.N > p.M ? p.N : p.M;
   if (side <= 32) return solve<Twice<32, 32, 1, 1>>(p, stream);
-  const char* const v = getenv("PK_TWICE");
-  switch (v ? atoi(v) : 0) {
-    case 1:
-      if (side <= 56) return solve<Twice<64, 56, 1, 2>>(p, stream);
-      break;
-    case 2:
-      if (side <= 56) return solve<Twice<64, 56, 2, 2>>(p, stream);
-      break;
-    case 3:
-      if (side <= 64) return solve<Twice<64, 64, 2, 4>>(p, stream);
-      break;
-    case 4:
-      if (side <= 64) return solve<Twice<64, 64, 1, 4>>(p, stream);
-      break;
-    case 5:
-      if (side <= 64) return solve<Twice<64, 64, 2, 8>>(p, stream);
-      break;
-    case 6:
-      if (side <= 64) return solve<Twice<64, 64, 1, 2>>(p, stream);
-      break;
-  }
-  if (side <= 56) return solve<Twice<64, 56, 1, 1>>(p, stream);
-  if (side <= 64) return solve<Twice<64, 64, 1, 1>>(p, stream);
+  if (side <= 56) return solve<Twice<64, 56, 1, 2>>(p, stream);
+  if (side <= 64) return solve<Twice<64, 64, 1, 2>>(p, stream);
   if (side <= 128) return solve<Grid<8, 8>>(p, stream);
   return solve<Grid<13, 13>>(p, stream);
 }

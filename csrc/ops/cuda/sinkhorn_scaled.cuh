@@ -8,7 +8,7 @@
 //   row_product()        (K z)_i of the own row; put_row(w): the weight that the columns will see
 //   column_product()     (K^T w)_j of the own column; put_column(z)
 //   row_log_sum(), column_log_sum()     log sum exp(base of the other side - C / eps)
-//   each(action)         action(i, j, C_ij) for the entries of a thread
+//   each(action)         action(w_i K_ij z_j, base of row, base of column, C_ij) for the entries of a thread
 //
 // A barrier stands before whatever reads what another thread has put; the bases are the caller's to guard.
 #pragma once
@@ -113,12 +113,13 @@ struct Twice {
   }
   template <class Action>
   __device__ __forceinline__ void each(const Action& action) const {
-#pragma unroll 1
+#pragma unroll
     for (int r = 0; r < R; ++r)
-#pragma unroll 4
+#pragma unroll
       for (int x = 0; x < 4 * CHUNKS; ++x) {
         const int i = first + r, j = across(x / 4) + x % 4;
-        if (i < N && j < M) action(i, j, shared.cost[i * STRIDE + j]);
+        action(shared.row_weight[i] * by_rows[r][x] * shared.column_weight[j], shared.row_base[i], shared.column_base[j],
+               shared.cost[i * STRIDE + j]);
       }
   }
 
@@ -220,10 +221,16 @@ struct Grid {
   __device__ __forceinline__ float cost_at(int i, int j) const { return i < N && j < M ? cost[i * M + j] : INFINITY; }
 
   __device__ __forceinline__ void fill() {
-#pragma unroll
+#pragma unroll  // all of them in flight
     for (int r = 0; r < R; ++r)
 #pragma unroll
-      for (int c = 0; c < C; ++c) k[r][c] = scaled(shared.column_base[16 * c + q], cost_at(g * R + r, 16 * c + q), inverse_epsilon);
+      for (int c = 0; c < C; ++c) k[r][c] = cost_at(g * R + r, 16 * c + q);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const float base = shared.column_base[16 * c + q];
+#pragma unroll
+      for (int r = 0; r < R; ++r) k[r][c] = scaled(base, k[r][c], inverse_epsilon);
+    }
   }
   __device__ __forceinline__ float row_top() {
 #pragma unroll
@@ -251,11 +258,16 @@ struct Grid {
       z[c] = x.x, z[c + 1] = x.y, z[c + 2] = x.z, z[c + 3] = x.w;
     }
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      float sum = k[r][0] * z[0];
+    for (int r = 0; r < R; r += 4) {  // four sums at a time hide each other's latency
+      float sum[4] = {};
 #pragma unroll
-      for (int c = 1; c < C; ++c) sum += k[r][c] * z[c];
-      put_part(r, sum);
+      for (int c = 0; c < C; ++c)
+#pragma unroll
+        for (int d = 0; d < 4; ++d)
+          if (r + d < R) sum[d] += k[r + d][c] * z[c];
+#pragma unroll
+      for (int d = 0; d < 4; ++d)
+        if (r + d < R) put_part(r + d, sum[d]);
     }
     return over_lanes<false>();
   }
@@ -341,13 +353,15 @@ struct Grid {
   }
   template <class Action>
   __device__ __forceinline__ void each(const Action& action) const {
-#pragma unroll 1
-    for (int r = 0; r < R; ++r)
+    float z[C], v[C];
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const int i = g * R + r, j = 16 * c + q;
-        if (i < N && j < M) action(i, j, cost[i * M + j]);
-      }
+    for (int c = 0; c < C; ++c) z[c] = shared.column_weight[q * LINE + c], v[c] = shared.column_base[16 * c + q];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const float w = shared.row_weight[g * 16 + r], u = shared.row_base[g * R + r];
+#pragma unroll
+      for (int c = 0; c < C; ++c) action(w * k[r][c] * z[c], u, v[c], cost_at(g * R + r, 16 * c + q));
+    }
   }
 
  private:

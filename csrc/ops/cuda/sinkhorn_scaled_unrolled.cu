@@ -133,7 +133,7 @@ struct Back {
       before[j] = rc;
     }
     const bool far_for_r = __syncthreads_or(both && far(next.v, log_b, beta));
-    const float sr = row_alive ? expf(now.u - alpha) : 0.0f, z = row_alive ? u_bar - sr * layout.row_product() : 0.0f;
+    const float sr = row_alive ? expf(now.u - alpha) : 0.0f, product = layout.row_product(), z = row_alive ? u_bar - sr * product : 0.0f;
     a_bar += z, u_bar = 0;
     add(sr, shared.layout.column_weight);
     if (far_for_r) {
