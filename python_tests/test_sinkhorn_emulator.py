@@ -221,6 +221,14 @@ class TestForward:
         assert [emulator.tier(N, M, False, small) for N, M in shapes] == [0, 1, 1, 2, 3, 4, 4, 4, 4]
         assert [emulator.tier(N, M, True, large) for N, M in shapes[:4]] == [1, 1, 1, 4]
 
+    @pytest.mark.parametrize(("N", "M"), [(131, 196), (208, 40)])
+    def test_wide_problems_on_sm_90(self, N: int, M: int) -> None:
+        emulator = load("sinkhorn")
+        emulator.configure(seed=1, architecture="sm_90")
+        for epsilon in (0.05, 0.005):
+            Case("f32", N, M, epsilon=epsilon, num_iters=3).check_values(emulator)
+        emulator.configure(seed=1)
+
     def test_the_largest_problem_on_chip_launches(self) -> None:
         emulator = load("sinkhorn")
         emulator.configure(seed=1, architecture="sm_90")

@@ -210,13 +210,14 @@ struct LaunchForward {
 namespace protokernels {
 
 int64_t sinkhorn_forward_workspace(const SinkhornForward& p) {
-  if (sinkhorn_scaled(p.N, p.M, p.kind, p.rho_a == INFINITY && p.rho_b == INFINITY)) return 0;
+  if (sinkhorn_scaled(p.N, p.M, p.kind, p.rho_a == INFINITY && p.rho_b == INFINITY, pk::shared_memory_limit())) return 0;
   return sinkhorn_tier(p.N, p.M, p.kind, pk::shared_memory_limit()) == SinkhornTier::stream ? stream_forward_workspace(p) : 0;
 }
 
 int launch_sinkhorn_forward(const SinkhornForward& p, void* workspace, void* stream) {
   if (p.B == 0) return 0;
-  if (sinkhorn_scaled(p.N, p.M, p.kind, p.rho_a == INFINITY && p.rho_b == INFINITY)) return launch_scaled_forward(p, stream);
+  if (sinkhorn_scaled(p.N, p.M, p.kind, p.rho_a == INFINITY && p.rho_b == INFINITY, pk::shared_memory_limit()))
+    return launch_scaled_forward(p, stream);
   return with_shape(sinkhorn_tier(p.N, p.M, p.kind, pk::shared_memory_limit()), p.kind, LaunchForward{p, workspace, stream});
 }
 

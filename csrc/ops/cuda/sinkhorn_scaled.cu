@@ -15,13 +15,13 @@ namespace {
 
 // The row or column that a thread looks after. Weight 0: no mass, or no partner for it.
 struct Mine {
-  float mass, base, weight, share, stray;  // share: the mass if there is a partner; stray: what the weight becomes outside of the range
+  float mass, base, weight, share;  // share: the mass, if there is a partner
 
-  __device__ __forceinline__ void live(bool alive) { share = alive ? mass : 0.0f, stray = alive ? NAN : 0.0f; }
+  __device__ __forceinline__ void live(bool alive) { share = alive ? mass : 0.0f; }
   __device__ __forceinline__ bool alive() const { return share != 0; }
   __device__ __forceinline__ float potential() const { return alive() ? base + logf(weight) : -INFINITY; }
   __device__ __forceinline__ float step(float product) const {
-    return product >= LOW<float> && product <= HIGH<float> ? share * pk::reciprocal_fast(product) : stray;
+    return product >= LOW<float> && product <= HIGH<float> ? share * pk::reciprocal_fast(product) : alive() ? NAN : 0.0f;
   }
   __device__ __forceinline__ void take_log_sum(float log_sum) {
     live(mass != 0 && log_sum != -INFINITY);
@@ -79,7 +79,7 @@ __device__ __forceinline__ void write_solution(const Forward<float>& p, Layout& 
 }
 
 template <class Layout, bool RECORD>
-__global__ void __launch_bounds__(Layout::THREADS, 1) scaled_kernel(const Forward<float> p) {
+__device__ __forceinline__ void solve_problem(const Forward<float>& p) {
   constexpr int WARPS = Layout::THREADS / 32;
   using Shared = typename Layout::Shared;
   PK_SHARED(Shared, shared);
@@ -90,7 +90,6 @@ __global__ void __launch_bounds__(Layout::THREADS, 1) scaled_kernel(const Forwar
   const bool speaks_for_row = layout.speaks_for_row(), speaks_for_column = layout.speaks_for_column(), tested = p.tolerance > 0;
   const int i = layout.own_row, j = layout.own_column;
   Mine row{}, column{};
-  row.mass = i < p.N ? p.a[problem * p.N + i] : 0.0f;
   column.mass = j < p.M ? p.b[problem * p.M + j] : 0.0f;
   column.live(column.mass != 0);
   column.base = !column.alive() ? -INFINITY : p.g_init ? p.g_init[problem * p.M + j] / epsilon : 0.0f;
@@ -100,6 +99,7 @@ __global__ void __launch_bounds__(Layout::THREADS, 1) scaled_kernel(const Forwar
   layout.put_column(column.weight);
   layout.fill();
   const float top = layout.row_top();
+  row.mass = i < p.N ? p.a[problem * p.N + i] : 0.0f;
   row.live(row.mass != 0 && top != -INFINITY);
   row.base = row.alive() ? -top : -INFINITY;
   layout.put_row_base(row.base);
@@ -139,6 +139,18 @@ __global__ void __launch_bounds__(Layout::THREADS, 1) scaled_kernel(const Forwar
     fresh = false;
   }
   write_solution(p, layout, row, column, error, t, sums);
+}
+
+// Before sm_90 the assembler spills the widest layout; sinkhorn_scaled() knows.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool WIDE_FITS = false;
+#else
+constexpr bool WIDE_FITS = true;
+#endif
+
+template <class Layout, bool RECORD>
+__global__ void __launch_bounds__(Layout::THREADS, 1) scaled_kernel(const Forward<float> p) {
+  if constexpr (Layout::SIDE <= SINKHORN_SCALED_NARROW || WIDE_FITS) solve_problem<Layout, RECORD>(p);
 }
 
 template <class Layout>

@@ -22,9 +22,9 @@ __device__ __forceinline__ float scaled(float base, float cost, float inverse_ep
 // Up to SIDE x SIDE. Groups of P lanes with R rows and R columns each, LINES in all; K is held twice, by rows and by columns, so that a
 // product needs the weights from shared memory and log2 P shuffles. Lane part of a group has the entries 4 (P t + part) + c, c < 4, of its
 // rows (columns).
-template <int LINES_, int SIDE, int R, int P>
+template <int LINES_, int SIDE_, int R, int P>
 struct Twice {
-  static constexpr int LINES = LINES_, THREADS = LINES / R * P, CHUNKS = SIDE / (4 * P), STRIDE = LINES + 1;
+  static constexpr int LINES = LINES_, SIDE = SIDE_, THREADS = LINES / R * P, CHUNKS = SIDE / (4 * P), STRIDE = LINES + 1;
   static_assert(SIDE <= LINES && SIDE % (4 * P) == 0 && R <= P && THREADS % 32 == 0);
   struct Shared {
     float cost[LINES * STRIDE];
@@ -188,7 +188,7 @@ struct Twice {
 // sums meet in shared memory that nobody else uses; column sums meet over all groups.
 template <int R, int C>
 struct Grid {
-  static constexpr int THREADS = 256, GROUPS = 16, ROWS = GROUPS * R, COLUMNS = 16 * C;
+  static constexpr int THREADS = 256, GROUPS = 16, ROWS = GROUPS * R, COLUMNS = 16 * C, SIDE = ROWS > COLUMNS ? ROWS : COLUMNS;
   static constexpr int LINE = 20, GROUP = 16 * LINE + 16;  // floats of a line of up to 16, of a group: vectors without bank conflicts
   static_assert(R <= 16 && C <= 16);
   struct Shared {
@@ -221,15 +221,11 @@ struct Grid {
   __device__ __forceinline__ float cost_at(int i, int j) const { return i < N && j < M ? cost[i * M + j] : INFINITY; }
 
   __device__ __forceinline__ void fill() {
-#pragma unroll  // all of them in flight
-    for (int r = 0; r < R; ++r)
 #pragma unroll
-      for (int c = 0; c < C; ++c) k[r][c] = cost_at(g * R + r, 16 * c + q);
+    for (int r = 0; r < R; ++r) {
+      if (r % 4 == 0) __syncwarp();  // the loads of four rows in flight: more do not fit the registers
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const float base = shared.column_base[16 * c + q];
-#pragma unroll
-      for (int r = 0; r < R; ++r) k[r][c] = scaled(base, k[r][c], inverse_epsilon);
+      for (int c = 0; c < C; ++c) k[r][c] = scaled(shared.column_base[16 * c + q], cost_at(g * R + r, 16 * c + q), inverse_epsilon);
     }
   }
   __device__ __forceinline__ float row_top() {
@@ -353,14 +349,15 @@ struct Grid {
   }
   template <class Action>
   __device__ __forceinline__ void each(const Action& action) const {
-    float z[C], v[C];
-#pragma unroll
-    for (int c = 0; c < C; ++c) z[c] = shared.column_weight[q * LINE + c], v[c] = shared.column_base[16 * c + q];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
+      __syncwarp();  // what stands in shared memory is read again: kept over the rows it would not fit the registers
       const float w = shared.row_weight[g * 16 + r], u = shared.row_base[g * R + r];
 #pragma unroll
-      for (int c = 0; c < C; ++c) action(w * k[r][c] * z[c], u, v[c], cost_at(g * R + r, 16 * c + q));
+      for (int c = 0; c < C; ++c) {
+        const int j = 16 * c + q;
+        action(w * k[r][c] * shared.column_weight[q * LINE + c], u, shared.column_base[j], cost_at(g * R + r, j));
+      }
     }
   }
 

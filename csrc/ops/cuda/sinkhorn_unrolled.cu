@@ -318,7 +318,8 @@ int launch_sinkhorn_backward(const SinkhornBackward& p, void* workspace, void* s
   const SinkhornTier tier = sinkhorn_tier(p.N, p.M, p.kind, pk::shared_memory_limit());
   if (p.implicit && tier != SinkhornTier::stream) return launch_on_chip_implicit(p, stream);
   const bool balanced = p.rho_a == INFINITY && p.rho_b == INFINITY;
-  if (sinkhorn_scaled(p.N, p.M, p.kind, balanced) && p.N <= SINKHORN_SCALED_UNROLLED_SIDE && p.M <= SINKHORN_SCALED_UNROLLED_SIDE)
+  if (sinkhorn_scaled(p.N, p.M, p.kind, balanced, pk::shared_memory_limit()) && p.N <= SINKHORN_SCALED_UNROLLED_SIDE &&
+      p.M <= SINKHORN_SCALED_UNROLLED_SIDE)
     return launch_scaled_unrolled(p, stream);
   return with_shape(tier, p.kind, LaunchUnrolled{p, workspace, stream});
 }
