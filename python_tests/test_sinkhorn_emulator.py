@@ -27,7 +27,15 @@ pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_
 BALANCED = (math.inf, math.inf)
 TYPES = {"f32": torch.float32, "f64": torch.float64}
 # Sizes by the kernels that serve them: K twice in registers (up to 32, 56 and 64), once (up to 128 and 208), in shared memory, streamed
-ON_CHIP = [("f32", 1, 1), ("f32", 2, 1), ("f32", 31, 32), ("f32", 33, 2), ("f32", 49, 49), ("f32", 57, 64), ("f32", 65, 127)]
+ON_CHIP = [
+    ("f32", 1, 1),
+    ("f32", 2, 1),
+    ("f32", 31, 32),
+    ("f32", 33, 2),
+    ("f32", 49, 49),
+    ("f32", 57, 64),
+    ("f32", 65, 127),
+]
 ON_CHIP += [("f32", 129, 40), ("f32", 3, 240), ("f64", 1, 2), ("f64", 33, 31), ("f64", 64, 49)]
 STREAMED = [("f32", 300, 3), ("f32", 5, 261), ("f32", 33, 258), ("f64", 66, 33), ("f64", 1, 70)]
 

@@ -6,8 +6,8 @@
 // softmaxes are S = K sr_i sc_j and R = K rr_i rc_j, whose four factors cost an exponential per row and column, not per entry. K follows
 // the potentials of the iteration when they have moved by more than 30; a step whose two ends lie further apart than that (the first ones
 // of a small epsilon), and every step of an unbalanced problem, takes S and R entry by entry. A warp decides for itself: only column sums
-// meet. The gradient of C / eps is kept by the thread that owns the entry, in registers, or in grad_cost where they do not suffice. Limit
-// at 64 x 49 x 49, 100 iterations on an H200: latency, about 450 cycles a step. Not yet run on a GPU; runs in the emulator.
+// meet. The gradient of C / eps is kept by the thread that owns the entry, in registers, or in grad_cost where they do not suffice.
+// Limited by latency. Balanced problems in float of up to 64 x 64 have a kernel of their own (sinkhorn_scaled_unrolled.cu).
 
 #include "common/simt.cuh"
 #include "ops/cuda/sinkhorn_adjoint.cuh"
