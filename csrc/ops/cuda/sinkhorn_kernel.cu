@@ -7,8 +7,8 @@
 // stay near 1; one that leaves [1e-13, 1e13] has its half-step done again in the log domain and K made anew: a warp does that for its own
 // rows, the block for columns. Unbalanced problems always take the log domain: their weights have no bound. The first iteration does too,
 // for everyone. The stop test is free: sum_i |w_i (K z)_i - a_i| of the last iterate falls out of the next row pass.
-// Balanced problems in float that fit registers have kernels of their own (sinkhorn_scaled.cu); here are the others: double, unbalanced, up to
-// 256 x 256. Limited by latency.
+// Balanced problems in float that fit registers have kernels of their own (sinkhorn_scaled.cu); here are the others: double, unbalanced, up
+// to 256 x 256. Limited by latency.
 
 #include "common/simt.cuh"
 #include "ops/cuda/sinkhorn_forward.cuh"

@@ -3,14 +3,14 @@
 // stand in ops/sinkhorn.h.
 //
 // Iterated is w_i = a_i / (K z)_i, z_j = b_j / (K^T w)_j on K = exp(alpha_i + beta_j - C_ij / eps), u_i being alpha_i + log w_i and v_j
-// beta_j + log z_j: four operations per entry and no exponential. At the start beta is v and alpha makes the largest entry of every row 1. A product
-// outside of [1e-13, 1e13] makes its weight NaN, which the next product hands to every thread: no vote is needed for all of them to leave
-// the loop together, take the whole iteration again in the log domain, and make K anew from its log-sums. The stop test is free:
-// sum_i |w_i (K z)_i - a_i| of the last iterate falls out of the next row product.
+// being beta_j + log z_j: four operations per entry and no exponential. At the start beta is v, and alpha makes the largest entry of every
+// row 1. A product outside of [1e-13, 1e13] makes its weight NaN, which the next product hands to every thread: no vote is needed for all
+// of them to leave the loop together, take the whole iteration again in the log domain, and make K anew from its log-sums. The stop test
+// is free: sum_i |w_i (K z)_i - a_i| of the last iterate falls out of the next row product.
 //
-// Limit on an H200 (measured): latency. 64 x 49 x 49, 100 iterations: 29 us, about 220 cycles a half-step, of which a product takes 150 (the
-// weights arrive at 128 bytes a cycle in all lanes together, then a shuffle), quotient, store and barrier the rest. 16 x 196 x 196: 100 us,
-// about 1700 cycles an iteration, of which the multiprocessor's 128 units need 680; the exchange between groups takes 250 to 400.
+// Limit on an H200 (measured): latency. 64 x 49 x 49, 100 iterations: 29 us, about 220 cycles a half-step, of which a product takes 150
+// (weights arrive at 128 bytes a cycle for all lanes together, then a shuffle), quotient, store and barrier the rest. 16 x 196 x 196: 100
+// us, about 1700 cycles an iteration, of which the multiprocessor's 128 units need 680.
 
 #include "common/simt.cuh"
 #include "ops/cuda/sinkhorn_grid.cuh"
