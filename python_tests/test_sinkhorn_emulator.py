@@ -26,8 +26,16 @@ pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_
 
 BALANCED = (math.inf, math.inf)
 TYPES = {"f32": torch.float32, "f64": torch.float64}
-# Sizes by the kernels that serve them: 4 warps, 8 warps, 16 warps, K in shared memory, streamed
-ON_CHIP = [("f32", 1, 1), ("f32", 2, 1), ("f32", 31, 32), ("f32", 33, 2), ("f32", 49, 49), ("f32", 65, 127)]
+# Sizes by the kernels that serve them: K twice in registers (up to 32, 56 and 64), once (up to 128 and 208), in shared memory, streamed
+ON_CHIP = [
+    ("f32", 1, 1),
+    ("f32", 2, 1),
+    ("f32", 31, 32),
+    ("f32", 33, 2),
+    ("f32", 49, 49),
+    ("f32", 57, 64),
+    ("f32", 65, 127),
+]
 ON_CHIP += [("f32", 129, 40), ("f32", 3, 240), ("f64", 1, 2), ("f64", 33, 31), ("f64", 64, 49)]
 STREAMED = [("f32", 300, 3), ("f32", 5, 261), ("f32", 33, 258), ("f64", 66, 33), ("f64", 1, 70)]
 
@@ -220,6 +228,14 @@ class TestForward:
         assert [emulator.tier(N, M, False, large) for N, M in shapes] == [0, 1, 1, 2, 3, 3, 3, 4, 4]
         assert [emulator.tier(N, M, False, small) for N, M in shapes] == [0, 1, 1, 2, 3, 4, 4, 4, 4]
         assert [emulator.tier(N, M, True, large) for N, M in shapes[:4]] == [1, 1, 1, 4]
+
+    @pytest.mark.parametrize(("N", "M"), [(131, 196), (208, 40)])
+    def test_wide_problems_on_sm_90(self, N: int, M: int) -> None:
+        emulator = load("sinkhorn")
+        emulator.configure(seed=1, architecture="sm_90")
+        for epsilon in (0.05, 0.005):
+            Case("f32", N, M, epsilon=epsilon, num_iters=3).check_values(emulator)
+        emulator.configure(seed=1)
 
     def test_the_largest_problem_on_chip_launches(self) -> None:
         emulator = load("sinkhorn")

@@ -20,6 +20,7 @@
 //     pk::copy_async_16(shared, global, valid); pk::copy_async_commit(); pk::copy_async_wait<pending_groups>();
 //     pk::to_tf32(x), pk::pack_bf16(low, high), pk::mma_m16n8k8_tf32(d, a, b), pk::mma_m16n8k16_bf16(d, a, b)
 //     pk::mma_m16n8k16_f16(d, a, b)                         // fragments as for bf16
+//     pk::reciprocal_fast(x)                                // 1 / x in one instruction: to 2^-23, and denormals are 0
 //     pk::exp2_fast(x)                                      // 2^x in one instruction: to 2^-22, and 0 below 2^-126
 //
 // A kernel launched behind another on the same stream may begin before that one ends (compute capability 9.0; elsewhere it waits):
@@ -233,6 +234,12 @@ __device__ __forceinline__ void wait_for(const unsigned* count, unsigned target)
   unsigned arrived;
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(count) : "memory");
   while (arrived < target);
+}
+
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float reciprocal;
+  asm volatile("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  return reciprocal;
 }
 
 // d += a b, all 32 lanes of the warp together.

@@ -244,6 +244,11 @@ inline float exp2_fast(float x) {
   return power < 0x1p-126f ? 0.0f : power;
 }
 
+inline float reciprocal_fast(float x) {
+  const float reciprocal = 1.0f / (::fabsf(x) < 0x1p-126f ? ::copysignf(0.0f, x) : x);
+  return ::fabsf(reciprocal) < 0x1p-126f ? ::copysignf(0.0f, reciprocal) : reciprocal;
+}
+
 inline unsigned pack_bf16(float low, float high) {
   return emulator::float_to_bfloat16_bits(low) | static_cast<unsigned>(emulator::float_to_bfloat16_bits(high)) << 16;
 }

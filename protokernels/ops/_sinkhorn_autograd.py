@@ -8,6 +8,7 @@ the fixed point, which for the entropic value alone is the envelope's.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def _backward(
             to_cost, to_epsilon = _calls.call(
                 "sinkhorn_envelope_backward", cost, f, g, epsilon, grad_value.contiguous()
             )
-        to_a, to_b = _envelope_masses(ctx, grad_value, f, g)
+        to_a, to_b = _envelope_masses(ctx, grad_value, f, g, ctx.needs_input_grad[1:3])
     else:
         grads = (None if x is None else x.contiguous() for x in (grad_f, grad_g, grad_cost, grad_value))
         to_cost, to_a, to_b, to_epsilon = _calls.call(
@@ -91,12 +92,14 @@ def _backward(
     return *wanted, *(None,) * 6
 
 
-def _envelope_masses(ctx: Any, grad_value: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    return _envelope_mass(grad_value, f, ctx.rho_a), _envelope_mass(grad_value, g, ctx.rho_b)
+def _envelope_masses(ctx: Any, grad_value: Tensor, f: Tensor, g: Tensor, wanted: Sequence[bool]) -> tuple[Grad, Grad]:
+    return _envelope_mass(grad_value, f, ctx.rho_a, wanted[0]), _envelope_mass(grad_value, g, ctx.rho_b, wanted[1])
 
 
-def _envelope_mass(grad_value: Tensor, potential: Tensor, rho: float) -> Tensor:
+def _envelope_mass(grad_value: Tensor, potential: Tensor, rho: float, wanted: bool) -> Grad:
     """e f, or e rho (1 - exp(-f / rho)) where the marginal may be missed; 0 for absent rows."""
+    if not wanted:
+        return None
     finite = torch.where(potential == -math.inf, 0.0, potential)
     return grad_value.unsqueeze(-1) * (finite if rho == math.inf else -rho * torch.expm1(-finite / rho))
 
@@ -134,7 +137,8 @@ def _features_backward(
     to_x, to_y, to_epsilon = _calls.call(
         "sinkhorn_features_backward", x, y, f, g, epsilon, grad_value.contiguous(), ctx.cosine
     )
-    found = (to_x, to_y, *_envelope_masses(ctx, grad_value, f, g), to_epsilon)
+    masses = _envelope_masses(ctx, grad_value, f, g, ctx.needs_input_grad[2:4])
+    found = (to_x, to_y, *masses, to_epsilon)
     return *(v if needed else None for v, needed in zip(found, ctx.needs_input_grad[:5], strict=True)), *(None,) * 6
 
 

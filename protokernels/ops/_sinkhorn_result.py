@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import sinkhorn as reference
+from ..reference.precision import without_autocast
 from . import _calls, _checks
 from ._sinkhorn_problem import Problem
 
@@ -79,13 +79,8 @@ class SinkhornResult:
             raise ValueError(
                 f"SinkhornResult.apply: y must have shape {shape} with {known} = {list(self.g.shape)}; got {_checks.describe(y)}"
             )
-        device_type = y.device.type
         y = y.to(self.f.dtype)
-        with (
-            torch.autocast(device_type, enabled=False)
-            if torch.amp.is_autocast_available(device_type)
-            else nullcontext()
-        ):
+        with without_autocast(y.device.type):
             if self._kind == "dense" or "plan" in self._kept:
                 return self.plan @ y
             x, points = self._source

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from .precision import without_autocast
 from .prototypes import compute_dtype, unit_vectors
 
 FORMS = ("supcon", "in", "paper", "negout")
@@ -151,8 +151,7 @@ def pair_losses(
     temperature: float,
     form: str,
 ) -> tuple[Tensor, Tensor]:  # losses [R], which of them are anchors [R]
-    device_type = rows.device.type
-    with torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext():
+    with without_autocast(rows.device.type):
         s = rows @ columns.T / temperature
     p, n = masked_logsumexp(s, positive), masked_logsumexp(s, negative)
     linear = torch.where(positive, s, 0.0).sum(1)

@@ -11,10 +11,10 @@ Half-precision inputs are computed in float32. Everything is differentiable by a
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
+
+from .precision import without_autocast
 
 NORM_FLOOR = 1e-12
 """Vectors no longer than this count as zero: uniform assignment, zero gradient."""
@@ -45,8 +45,7 @@ def scores(
         z, prototypes = unit_vectors(z), unit_vectors(prototypes)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).reshape(())
-    device_type = z.device.type
-    with torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext():
+    with without_autocast(z.device.type):
         return z @ prototypes.T / temperature
 
 

@@ -20,12 +20,12 @@ gives a NaN, in values or in gradients.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .precision import without_autocast
 from .prototypes import unit_vectors
 
 FEASIBLE_MASS = 1e-4
@@ -271,8 +271,7 @@ def cost_matrix(
     cost: str,
 ) -> Tensor:  # [B, N, M] or [N, M]
     """``cosine``: 1 - cos(x_i, y_j), a zero vector having cosine 0 with everything; ``sqeuclidean``: |x_i - y_j|^2."""
-    device_type = x.device.type
-    with torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext():
+    with without_autocast(x.device.type):
         if cost == "cosine":
             return 1 - unit_vectors(x) @ unit_vectors(y).mT
         squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)

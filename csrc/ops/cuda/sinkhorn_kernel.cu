@@ -7,21 +7,16 @@
 // stay near 1; one that leaves [1e-13, 1e13] has its half-step done again in the log domain and K made anew: a warp does that for its own
 // rows, the block for columns. Unbalanced problems always take the log domain: their weights have no bound. The first iteration does too,
 // for everyone. The stop test is free: sum_i |w_i (K z)_i - a_i| of the last iterate falls out of the next row pass.
-// Limit at 64 x 49 x 49, 100 iterations on an H200: latency, about 400 cycles an iteration (8 warps: 5 shuffles, a barrier, 16 loads, 2
-// divisions). Not yet run on a GPU; runs in the emulator.
+// Balanced problems in float that fit registers have kernels of their own (sinkhorn_scaled.cu); here are the others: double, unbalanced, up
+// to 256 x 256. Limited by latency.
 
 #include "common/simt.cuh"
+#include "ops/cuda/sinkhorn_forward.cuh"
 #include "ops/cuda/sinkhorn_tile.cuh"
-#include "ops/sinkhorn.h"
 
 namespace {
 
 using namespace protokernels;
-
-template <class T>
-constexpr T LOW = T(1e-13);
-template <class T>
-constexpr T HIGH = T(1e13);
 
 // What a lane knows of a row or of a column: the potential is base + log weight. Weight 0: no mass, or no partner for it.
 template <class T>
@@ -40,57 +35,28 @@ struct Side {
   }
 };
 
-// The parts of a problem a kernel needs.
-template <class T>
-struct Forward {
-  int N, M, num_iters;
-  bool balanced;
-  T tolerance, rho_a, rho_b;
-  const T* cost;     // [B, N, M]
-  const T* a;        // [B, N]
-  const T* b;        // [B, M]
-  const T* epsilon;  // [B]
-  const T* g_init;   // [B, M] or null
-  T* f;              // [B, N]
-  T* g;              // [B, M]
-  T* transport_cost;
-  T* entropic_value;
-  T* marginal_error;
-  int64_t* iterations;
-  bool* feasible;
-  T* history;  // [B, num_iters, N + M] or null
-
-  explicit Forward(const SinkhornForward& p)
-      : N(static_cast<int>(p.N)), M(static_cast<int>(p.M)), num_iters(static_cast<int>(p.num_iters)),
-        balanced(p.rho_a == INFINITY && p.rho_b == INFINITY), tolerance(static_cast<T>(p.tolerance)), rho_a(static_cast<T>(p.rho_a)),
-        rho_b(static_cast<T>(p.rho_b)), cost(static_cast<const T*>(p.cost)), a(static_cast<const T*>(p.a)), b(static_cast<const T*>(p.b)),
-        epsilon(static_cast<const T*>(p.epsilon)), g_init(static_cast<const T*>(p.g_init)), f(static_cast<T*>(p.f)),
-        g(static_cast<T*>(p.g)), transport_cost(static_cast<T*>(p.transport_cost)), entropic_value(static_cast<T*>(p.entropic_value)),
-        marginal_error(static_cast<T*>(p.marginal_error)), iterations(p.iterations), feasible(p.feasible),
-        history(static_cast<T*>(p.history)) {}
-};
-
-// P and what is summed over it, from the potentials; the block's sums end in thread 0.
+// The potentials, P and what is summed over it.
 template <class S, class T>
-__device__ __forceinline__ void write_values(const Forward<T>& p, Tile<S, Side<T>>& tile, const Rows<S, Side<T>>& rows,
-                                             const Side<T> (&columns)[S::E], T error, int iterations, T (&sums)[5][S::W]) {
+__device__ __forceinline__ void write_solution(const Forward<T>& p, Tile<S, Side<T>>& tile, const Rows<S, Side<T>>& rows,
+                                               const Side<T> (&columns)[S::E], T error, int iterations, T (&sums)[6][S::W]) {
   const T epsilon = p.epsilon[blockIdx.x];
   const int64_t problem = blockIdx.x;
-  T transported = 0, value = 0, mass_a = 0, mass_b = 0, bad = 0, v[S::E];
+  Values<T> values;
+  T v[S::E];
+  values.error = error;
 #pragma unroll
   for (int e = 0; e < S::E; ++e) {
     v[e] = columns[e].potential();
-    mass_b += columns[e].mass;
-    const bool first = tile.warp == 0 && tile.column(e) < tile.M;
-    if (columns[e].dead()) bad += 1;
-    if (first && columns[e].dead() && p.balanced) error += columns[e].mass;
-    if (first && p.rho_b != T(INFINITY) && columns[e].mass != 0) {  // q_j = b_j exp(-g_j / rho_b): columns come last
+    if (tile.warp != 0 || tile.column(e) >= tile.M) continue;
+    values.mass_b += columns[e].mass;
+    if (columns[e].dead()) values.dead += 1;
+    if (columns[e].dead() && p.balanced) values.error += columns[e].mass;
+    if (p.rho_b != T(INFINITY) && columns[e].mass != 0) {  // q_j = b_j exp(-g_j / rho_b): columns come last
       const T q = columns[e].dead() ? T(0) : columns[e].mass * exponential(-v[e] * epsilon / p.rho_b);
-      value += p.rho_b * ((q == 0 ? T(0) : -q * v[e] * epsilon / p.rho_b) - q + columns[e].mass);
+      values.value += p.rho_b * ((q == 0 ? T(0) : -q * v[e] * epsilon / p.rho_b) - q + columns[e].mass);
     }
-    if (first) p.g[problem * tile.M + tile.column(e)] = v[e] * epsilon;
+    p.g[problem * tile.M + tile.column(e)] = v[e] * epsilon;
   }
-  mass_b = warp_sum(mass_b);
 #pragma unroll 1
   for (int batch = 0; batch < S::BATCHES; ++batch) {
     const Side<T> row = rows.get(batch);
@@ -107,8 +73,8 @@ __device__ __forceinline__ void write_values(const Forward<T>& p, Tile<S, Side<T
         const T c = tile.cost_at(i, e), plan = exponential(u + v[e] - c * tile.inverse_epsilon);
         if (plan == 0) continue;
         sum += plan;
-        transported += plan * c;
-        value += plan * epsilon * (u + v[e] - 1);
+        values.transported += plan * c;
+        values.value += plan * epsilon * (u + v[e] - 1);
       }
       if (p.rho_a != T(INFINITY)) {
         sum = warp_sum(sum);
@@ -116,29 +82,14 @@ __device__ __forceinline__ void write_values(const Forward<T>& p, Tile<S, Side<T
       }
     }
     if (first) {
-      mass_a += row.mass;
-      if (row.dead()) bad += 1;
+      values.mass_a += row.mass;
+      if (row.dead()) values.dead += 1;
       if (p.rho_a != T(INFINITY) && row.mass != 0)
-        value += p.rho_a * ((own_sum == 0 ? T(0) : own_sum * logarithm(own_sum / row.mass)) - own_sum + row.mass);
+        values.value += p.rho_a * ((own_sum == 0 ? T(0) : own_sum * logarithm(own_sum / row.mass)) - own_sum + row.mass);
       p.f[problem * tile.N + tile.own_row(batch)] = own_u * epsilon;
     }
   }
-  const T all[5] = {warp_sum(transported), warp_sum(value), warp_sum(mass_a), warp_sum(bad), warp_sum(tile.warp == 0 ? error : T(0))};
-  if (tile.lane == 0)
-#pragma unroll
-    for (int k = 0; k < 5; ++k) sums[k][tile.warp] = all[k];
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  T total[5] = {};
-  for (int w = 0; w < S::W; ++w)
-#pragma unroll
-    for (int k = 0; k < 5; ++k) total[k] += sums[k][w];
-  const T difference = magnitude(total[2] - mass_b), largest = larger(total[2], mass_b);
-  p.transport_cost[problem] = total[0];
-  p.entropic_value[problem] = total[1];
-  p.marginal_error[problem] = total[4];
-  p.iterations[problem] = iterations;
-  p.feasible[problem] = total[3] == 0 && (!p.balanced || difference <= static_cast<T>(SINKHORN_MASS_TOLERANCE) * largest);
+  write_values<S::W>(p, values, iterations, sums);
 }
 
 // resources: dynamic shared 147456 bytes
@@ -149,7 +100,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) solve_kernel(const Forward<type
   using Row = Side<T>;
   using Shared = Exchange<S, Row>;
   PK_SHARED(Shared, exchange);
-  PK_SHARED(T, sums, 5, S::W);
+  PK_SHARED(T, sums, 6, S::W);
   const int64_t problem = blockIdx.x;
   const T epsilon = p.epsilon[problem];
   Tile<S, Row> tile(p.N, p.M, p.cost + problem * p.N * p.M, epsilon, dynamic, &exchange);
@@ -184,14 +135,15 @@ __global__ void __launch_bounds__(S::THREADS, 1) solve_kernel(const Forward<type
       Side<T> row = rows.get(batch);
       rows.keep(batch, row);
       const T old = row.base;
-      T product = 0;
+      bool strays = false;
       if (!in_log) {
         tile.fetch(batch);
-        product = tile.times_columns(z);
+        const T product = tile.times_columns(z);
         error += row.present() ? magnitude(row.weight * product - row.mass) : row.mass;
+        strays = row.strays(product);  // before the weight goes: over an infinite product it would be 0, an absent row's
         row.weight = row.present() ? quotient(row.mass, product) : T(0);
       }
-      if (in_log || __any_sync(ALL, row.strays(product))) {
+      if (in_log || __any_sync(ALL, strays)) {
         T v[S::E], beta[S::E];
 #pragma unroll
         for (int e = 0; e < S::E; ++e) v[e] = columns[e].potential(), beta[e] = columns[e].base;
@@ -238,7 +190,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) solve_kernel(const Forward<type
     }
   }
   rows.restore();
-  write_values(p, tile, rows, columns, tile.lane == 0 ? error : T(0), t, sums);
+  write_solution(p, tile, rows, columns, threadIdx.x == 0 ? error : T(0), t, sums);
 }
 
 struct LaunchForward {
@@ -258,11 +210,14 @@ struct LaunchForward {
 namespace protokernels {
 
 int64_t sinkhorn_forward_workspace(const SinkhornForward& p) {
+  if (sinkhorn_scaled(p.N, p.M, p.kind, p.rho_a == INFINITY && p.rho_b == INFINITY, pk::shared_memory_limit())) return 0;
   return sinkhorn_tier(p.N, p.M, p.kind, pk::shared_memory_limit()) == SinkhornTier::stream ? stream_forward_workspace(p) : 0;
 }
 
 int launch_sinkhorn_forward(const SinkhornForward& p, void* workspace, void* stream) {
   if (p.B == 0) return 0;
+  if (sinkhorn_scaled(p.N, p.M, p.kind, p.rho_a == INFINITY && p.rho_b == INFINITY, pk::shared_memory_limit()))
+    return launch_scaled_forward(p, stream);
   return with_shape(sinkhorn_tier(p.N, p.M, p.kind, pk::shared_memory_limit()), p.kind, LaunchForward{p, workspace, stream});
 }
 

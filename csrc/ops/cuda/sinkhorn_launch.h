@@ -29,6 +29,15 @@ constexpr SinkhornTier sinkhorn_tier(int64_t N, int64_t M, Kind kind, std::size_
   return side <= 256 && bytes <= static_cast<int64_t>(shared_limit) ? SinkhornTier::shared : SinkhornTier::stream;
 }
 
+// Balanced problems in float whose kernel fits the registers of a block; the wide ones from sm_90 on, known by its shared memory.
+constexpr int64_t SINKHORN_SCALED_NARROW = 128, SINKHORN_SCALED_WIDE = 208;
+constexpr bool sinkhorn_scaled(int64_t N, int64_t M, Kind kind, bool balanced, std::size_t shared_limit) {
+  const int64_t side = shared_limit > 200 * 1024 ? SINKHORN_SCALED_WIDE : SINKHORN_SCALED_NARROW;
+  return kind == Kind::f32 && balanced && N <= side && M <= side;
+}
+int launch_scaled_forward(const SinkhornForward&, void* stream);  // sinkhorn_scaled.cu
+constexpr int64_t SINKHORN_SCALED_UNROLLED_SIDE = 64;
+int launch_scaled_unrolled(const SinkhornBackward&, void* stream);   // sinkhorn_scaled_unrolled.cu
 int launch_on_chip_implicit(const SinkhornBackward&, void* stream);  // sinkhorn_implicit.cu
 
 // The streaming kernels (sinkhorn_stream*.cu).

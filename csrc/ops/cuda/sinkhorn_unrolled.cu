@@ -6,8 +6,8 @@
 // softmaxes are S = K sr_i sc_j and R = K rr_i rc_j, whose four factors cost an exponential per row and column, not per entry. K follows
 // the potentials of the iteration when they have moved by more than 30; a step whose two ends lie further apart than that (the first ones
 // of a small epsilon), and every step of an unbalanced problem, takes S and R entry by entry. A warp decides for itself: only column sums
-// meet. The gradient of C / eps is kept by the thread that owns the entry, in registers, or in grad_cost where they do not suffice. Limit
-// at 64 x 49 x 49, 100 iterations on an H200: latency, about 450 cycles a step. Not yet run on a GPU; runs in the emulator.
+// meet. The gradient of C / eps is kept by the thread that owns the entry, in registers, or in grad_cost where they do not suffice.
+// Limited by latency. Balanced problems in float of up to 64 x 64 have a kernel of their own (sinkhorn_scaled_unrolled.cu).
 
 #include "common/simt.cuh"
 #include "ops/cuda/sinkhorn_adjoint.cuh"
@@ -18,7 +18,7 @@ template <class T>
 constexpr T DRIFT = T(30);
 
 template <class T>
-struct Adjoint {  // of a row
+struct Adjoint {               // of a row
   T base, gradient, log_mass;  // alpha; u_bar before the first step back; gradient of log a
 };
 
@@ -58,12 +58,17 @@ struct Walk {
   T v[S::E], v_bar[S::E], b_bar[S::E], log_b[S::E], beta[S::E];
 
   __device__ __forceinline__ Walk(const Backward<T>& problem, T* dynamic, Exchange<S, Row>& exchange)
-      : p(problem), tile(p.N, p.M, p.cost + blockIdx.x * static_cast<int64_t>(p.N) * p.M, p.epsilon[blockIdx.x], dynamic, &exchange),
-        rows(exchange), accumulator(p.N, p.M, p.grad_cost + blockIdx.x * static_cast<int64_t>(p.N) * p.M),
-        steps(static_cast<int>(p.iterations[blockIdx.x])), epsilon(p.epsilon[blockIdx.x]),
+      : p(problem),
+        tile(p.N, p.M, p.cost + blockIdx.x * static_cast<int64_t>(p.N) * p.M, p.epsilon[blockIdx.x], dynamic, &exchange),
+        rows(exchange),
+        accumulator(p.N, p.M, p.grad_cost + blockIdx.x * static_cast<int64_t>(p.N) * p.M),
+        steps(static_cast<int>(p.iterations[blockIdx.x])),
+        epsilon(p.epsilon[blockIdx.x]),
         damping_a(p.rho_a == T(INFINITY) ? T(1) : p.rho_a / (p.rho_a + epsilon)),
-        damping_b(p.rho_b == T(INFINITY) ? T(1) : p.rho_b / (p.rho_b + epsilon)), epsilon_bar(0),
-        u_ahead(u_at(steps - 1, 0)), own_log_mass(load_log_mass(0)) {}
+        damping_b(p.rho_b == T(INFINITY) ? T(1) : p.rho_b / (p.rho_b + epsilon)),
+        epsilon_bar(0),
+        u_ahead(u_at(steps - 1, 0)),
+        own_log_mass(load_log_mass(0)) {}
 
   __device__ __forceinline__ const T* potentials(int t) const {
     return p.history + (static_cast<int64_t>(blockIdx.x) * p.num_iters + t) * (p.N + p.M);
@@ -312,6 +317,10 @@ int launch_sinkhorn_backward(const SinkhornBackward& p, void* workspace, void* s
   if (p.B == 0) return 0;
   const SinkhornTier tier = sinkhorn_tier(p.N, p.M, p.kind, pk::shared_memory_limit());
   if (p.implicit && tier != SinkhornTier::stream) return launch_on_chip_implicit(p, stream);
+  const bool balanced = p.rho_a == INFINITY && p.rho_b == INFINITY;
+  if (sinkhorn_scaled(p.N, p.M, p.kind, balanced, pk::shared_memory_limit()) && p.N <= SINKHORN_SCALED_UNROLLED_SIDE &&
+      p.M <= SINKHORN_SCALED_UNROLLED_SIDE)
+    return launch_scaled_unrolled(p, stream);
   return with_shape(tier, p.kind, LaunchUnrolled{p, workspace, stream});
 }
 
