@@ -99,7 +99,7 @@ class Case:
         np.testing.assert_array_equal(out["counts"], counts)
         scale = float(z.abs().sum(0).max()) if self.B else 1.0
         np.testing.assert_allclose(
-            out["sums"], sums, rtol=0, atol=(1e-15 if self.kind == "f64" else 2.0**-23) * scale * 4
+            out["sums"], sums, rtol=0, atol=4e-15 * scale
         )
         expected = reference.blend(q, torch.from_numpy(out["sums"]), counts, 0.95)
         # two terms that may cancel: the error is one rounding of each, and of the result
@@ -221,7 +221,7 @@ class TestAccumulate:
             getattr(emulator, f"accumulate_{kind}")(as_numpy(z), labels.numpy(), 21, 21, skip, sums, counts)
             expected, expected_counts = reference.accumulate(z, labels, 6, skip)
             np.testing.assert_array_equal(counts, expected_counts)
-            np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-13 if kind == "f64" else 2.0**-20)
+            np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-13)
             assert np.isnan(sums[2]).any() == (not skip)
 
     def test_label_too_large_traps(self) -> None:

@@ -52,7 +52,7 @@ struct Assign {
   T* assignment;            // [B, K]
   int64_t* labels;          // [B] or null
   T* entropy;               // [B] or null
-  T* partial_sums;          // [blocks, K, D] or null
+  double* partial_sums;     // [blocks, K, D] or null
   int64_t* partial_counts;  // [blocks, K]
 };
 
@@ -262,7 +262,7 @@ int launch_assign(const PrototypesForward& p, void* workspace, void* stream) {
   const int64_t score_bytes = ROWS * p.K * static_cast<int64_t>(sizeof(T));
   const bool in_shared = score_bytes <= SCORE_BYTES;
   int64_t* const counts = p.sums ? static_cast<int64_t*>(workspace) : nullptr;
-  T* const sums = p.sums ? reinterpret_cast<T*>(counts + grid.blocks * p.K) : nullptr;
+  double* const sums = p.sums ? reinterpret_cast<double*>(counts + grid.blocks * p.K) : nullptr;
   if (grid.blocks > 0) {
     const Assign<T, Z> assign{p.B,
                               static_cast<int>(p.K),
@@ -287,7 +287,7 @@ int launch_assign(const PrototypesForward& p, void* workspace, void* stream) {
   }
   if (!p.sums) return 0;
   const PrototypesBlend blend{p.K, p.D, p.blend_source, p.blend_kind, nullptr, nullptr, p.new_weight, p.updated};
-  return launch_finish<T>(blend, grid.blocks, workspace, p.sums, p.counts, stream);
+  return launch_finish(blend, grid.blocks, workspace, p.sums, p.counts, stream);
 }
 
 }  // namespace
@@ -295,7 +295,7 @@ int launch_assign(const PrototypesForward& p, void* workspace, void* stream) {
 namespace protokernels {
 
 int64_t prototypes_forward_workspace(const PrototypesForward& p) {
-  return p.sums ? partial_bytes(p.B, p.K, p.D, p.double_compute ? sizeof(double) : sizeof(float)) : 0;
+  return p.sums ? partial_bytes(p.B, p.K, p.D) : 0;
 }
 
 int launch_prototypes_forward(const PrototypesForward& p, void* workspace, void* stream) {

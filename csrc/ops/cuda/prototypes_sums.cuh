@@ -49,9 +49,9 @@ __device__ __forceinline__ void sort_rows(const int (&label)[ROWS], int (&order)
 }
 
 // Adds the members of each cluster to the block's partial sums. A cluster belongs to one group of threads, a dimension to one thread of it.
-template <class T, class Z>
+template <class Z>
 __device__ __forceinline__ void add_members(const Z* z, int64_t z_stride, int K, int D, const int (&label)[ROWS], const int (&order)[ROWS],
-                                            T* sums, int64_t* counts) {
+                                            double* sums, int64_t* counts) {
   const int width = D >= THREADS ? THREADS : (D + 31) / 32 * 32, groups = THREADS / width;
   const int group = threadIdx.x / width;
   if (group >= groups) return;
@@ -62,17 +62,16 @@ __device__ __forceinline__ void add_members(const Z* z, int64_t z_stride, int K,
         ++i;
         continue;
       }
-      T sum = 0;
+      double sum = 0;
       const int begin = i;
-      for (; i < ROWS && label[order[i]] == cluster; ++i) sum += static_cast<T>(widen(z[order[i] * z_stride + d]));
+      for (; i < ROWS && label[order[i]] == cluster; ++i) sum += static_cast<double>(widen(z[order[i] * z_stride + d]));
       sums[static_cast<int64_t>(cluster) * D + d] += sum;
       if (d == 0) counts[cluster] += i - begin;
     }
   }
 }
 
-template <class T>
-__device__ __forceinline__ void clear_partial(T* sums, int64_t* counts, int K, int D) {
+__device__ __forceinline__ void clear_partial(double* sums, int64_t* counts, int K, int D) {
   for (int64_t i = threadIdx.x; i < static_cast<int64_t>(K) * D; i += THREADS) sums[i] = 0;
   for (int k = threadIdx.x; k < K; k += THREADS) counts[k] = 0;
   __syncthreads();
@@ -104,16 +103,15 @@ __device__ __forceinline__ void blend_element(const PrototypesBlend& p, int64_t 
 }
 
 // One thread per element of [K, D]: the partial sums of the blocks in order, then the blend (if there is somewhere to put it).
-template <class T>
 __global__ void __launch_bounds__(THREADS)
-    finish_kernel(const T* partial_sums, const int64_t* partial_counts, int blocks, PrototypesBlend p, double* sums, int64_t* counts) {
+    finish_kernel(const double* partial_sums, const int64_t* partial_counts, int blocks, PrototypesBlend p, double* sums, int64_t* counts) {
   const int64_t size = p.K * p.D, i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (i >= size) return;
   const int64_t k = i / p.D;
   double sum = 0;
   int64_t count = 0;
   for (int b = 0; b < blocks; ++b) {
-    sum += static_cast<double>(partial_sums[b * size + i]);
+    sum += partial_sums[b * size + i];
     count += partial_counts[b * p.K + k];
   }
   sums[i] = sum;
@@ -132,16 +130,15 @@ Grid grid_of(int64_t B) {
   return {static_cast<int>((tiles + per_block - 1) / per_block), static_cast<int>(per_block)};
 }
 
-int64_t partial_bytes(int64_t B, int64_t K, int64_t D, size_t element) {
-  return grid_of(B).blocks * (K * D * static_cast<int64_t>(element) + K * static_cast<int64_t>(sizeof(int64_t))) + 16;
+int64_t partial_bytes(int64_t B, int64_t K, int64_t D) {
+  return grid_of(B).blocks * (K * D * static_cast<int64_t>(sizeof(double)) + K * static_cast<int64_t>(sizeof(int64_t))) + 16;
 }
 
 // The workspace: counts first, for their alignment.
-template <class T>
 int launch_finish(const PrototypesBlend& p, int blocks, void* workspace, double* sums, int64_t* counts, void* stream) {
   const int64_t* const partial_counts = static_cast<const int64_t*>(workspace);
-  const T* const partial_sums = reinterpret_cast<const T*>(partial_counts + blocks * p.K);
-  return PK_LAUNCH((finish_kernel<T>), dim3(static_cast<unsigned>((p.K * p.D + THREADS - 1) / THREADS)), dim3(THREADS), 0, stream,
+  const double* const partial_sums = reinterpret_cast<const double*>(partial_counts + blocks * p.K);
+  return PK_LAUNCH(finish_kernel, dim3(static_cast<unsigned>((p.K * p.D + THREADS - 1) / THREADS)), dim3(THREADS), 0, stream,
                    partial_sums, partial_counts, blocks, p, sums, counts);
 }
 

@@ -6,7 +6,7 @@
 
 namespace {
 
-template <class T, class Z>
+template <class Z>
 struct Accumulate {
   int64_t B;
   int K, D, tiles_per_block;
@@ -14,15 +14,15 @@ struct Accumulate {
   const Z* z;             // [B, D]
   const int64_t* labels;  // [B]
   bool skip_nonfinite;
-  T* partial_sums;          // [blocks, K, D]
+  double* partial_sums;     // [blocks, K, D]
   int64_t* partial_counts;  // [blocks, K]
 };
 
-template <class T, class Z>
-__global__ void __launch_bounds__(THREADS) accumulate_kernel(const Accumulate<T, Z> p) {
+template <class Z>
+__global__ void __launch_bounds__(THREADS) accumulate_kernel(const Accumulate<Z> p) {
   PK_SHARED(int, label, ROWS);
   PK_SHARED(int, order, ROWS);
-  T* const sums = p.partial_sums + static_cast<int64_t>(blockIdx.x) * p.K * p.D;
+  double* const sums = p.partial_sums + static_cast<int64_t>(blockIdx.x) * p.K * p.D;
   int64_t* const counts = p.partial_counts + static_cast<int64_t>(blockIdx.x) * p.K;
   clear_partial(sums, counts, p.K, p.D);
   for (int t = 0; t < p.tiles_per_block; ++t) {
@@ -46,13 +46,13 @@ __global__ void __launch_bounds__(THREADS) blend_kernel(PrototypesBlend p) {
   if (i < p.K * p.D) blend_element(p, i, p.sums[i], p.counts[i / p.D]);
 }
 
-template <class T, class Z>
+template <class Z>
 int launch_accumulate(const PrototypesAccumulate& p, void* workspace, void* stream) {
   const Grid grid = grid_of(p.B);
   int64_t* const counts = static_cast<int64_t*>(workspace);
-  T* const sums = reinterpret_cast<T*>(counts + grid.blocks * p.K);
+  double* const sums = reinterpret_cast<double*>(counts + grid.blocks * p.K);
   if (grid.blocks > 0) {
-    const Accumulate<T, Z> accumulate{p.B,
+    const Accumulate<Z> accumulate{p.B,
                                       static_cast<int>(p.K),
                                       static_cast<int>(p.D),
                                       grid.tiles_per_block,
@@ -62,11 +62,11 @@ int launch_accumulate(const PrototypesAccumulate& p, void* workspace, void* stre
                                       p.skip_nonfinite,
                                       sums,
                                       counts};
-    const int status = PK_LAUNCH((accumulate_kernel<T, Z>), dim3(grid.blocks), dim3(THREADS), 0, stream, accumulate);
+    const int status = PK_LAUNCH((accumulate_kernel<Z>), dim3(grid.blocks), dim3(THREADS), 0, stream, accumulate);
     if (status != 0) return status;
   }
   const PrototypesBlend none{p.K, p.D, nullptr, Kind::f32, nullptr, nullptr, 0.0, nullptr};
-  return launch_finish<T>(none, grid.blocks, workspace, p.sums, p.counts, stream);
+  return launch_finish(none, grid.blocks, workspace, p.sums, p.counts, stream);
 }
 
 }  // namespace
@@ -74,15 +74,15 @@ int launch_accumulate(const PrototypesAccumulate& p, void* workspace, void* stre
 namespace protokernels {
 
 int64_t prototypes_accumulate_workspace(const PrototypesAccumulate& p) {
-  return partial_bytes(p.B, p.K, p.D, p.z_kind == Kind::f64 ? sizeof(double) : sizeof(float));
+  return partial_bytes(p.B, p.K, p.D);
 }
 
 int launch_prototypes_accumulate(const PrototypesAccumulate& p, void* workspace, void* stream) {
   switch (p.z_kind) {
-    case Kind::f32: return launch_accumulate<float, float>(p, workspace, stream);
-    case Kind::f64: return launch_accumulate<double, double>(p, workspace, stream);
-    case Kind::bf16: return launch_accumulate<float, __nv_bfloat16>(p, workspace, stream);
-    default: return launch_accumulate<float, __half>(p, workspace, stream);
+    case Kind::f32: return launch_accumulate<float>(p, workspace, stream);
+    case Kind::f64: return launch_accumulate<double>(p, workspace, stream);
+    case Kind::bf16: return launch_accumulate<__nv_bfloat16>(p, workspace, stream);
+    default: return launch_accumulate<__half>(p, workspace, stream);
   }
 }
 
