@@ -135,25 +135,29 @@ __global__ void pipeline_kernel(const float* in, float* out, int rows, int colum
   if (column < columns) out[column] = sum;
 }
 
-__global__ void mma_kernel(const float* a, const float* b, float* out, int depth, bool bf16) {
+__global__ void mma_kernel(const float* a, const float* b, float* out, int depth, MmaKind kind) {
   const int group = threadIdx.x / 4;
   const int member = threadIdx.x % 4;
   float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   const auto a_at = [&](int row, int k) { return a[row * depth + k]; };
   const auto b_at = [&](int k, int column) { return b[k * 8 + column]; };
-  for (int k = 0; k < depth; k += bf16 ? 16 : 8) {
-    if (bf16) {
+  for (int k = 0; k < depth; k += kind == MmaKind::tf32 ? 8 : 16) {
+    if (kind != MmaKind::tf32) {
+      const auto pack = [&](float low, float high) { return kind == MmaKind::bf16 ? pk::pack_bf16(low, high) : pk::pack_f16(low, high); };
       unsigned a_bits[4], b_bits[2];
       for (int i = 0; i < 4; ++i) {
         const int row = group + 8 * (i % 2);
         const int column = k + 2 * member + 8 * (i / 2);
-        a_bits[i] = pk::pack_bf16(a_at(row, column), a_at(row, column + 1));
+        a_bits[i] = pack(a_at(row, column), a_at(row, column + 1));
       }
       for (int i = 0; i < 2; ++i) {
         const int row = k + 2 * member + 8 * i;
-        b_bits[i] = pk::pack_bf16(b_at(row, group), b_at(row + 1, group));
+        b_bits[i] = pack(b_at(row, group), b_at(row + 1, group));
       }
-      pk::mma_m16n8k16_bf16(d, a_bits, b_bits);
+      if (kind == MmaKind::bf16)
+        pk::mma_m16n8k16_bf16(d, a_bits, b_bits);
+      else
+        pk::mma_m16n8k16_f16(d, a_bits, b_bits);
     } else {
       const unsigned a_bits[4] = {pk::to_tf32(a_at(group, k + member)), pk::to_tf32(a_at(group + 8, k + member)),
                                   pk::to_tf32(a_at(group, k + member + 4)), pk::to_tf32(a_at(group + 8, k + member + 4))};
@@ -295,8 +299,8 @@ int launch_pipeline(const float* in, float* out, int rows, int columns, int widt
   return PK_LAUNCH(pipeline_kernel, (columns + 63) / 64, 64, 0, stream, in, out, rows, columns, width);
 }
 
-int launch_mma(const float* a, const float* b, float* out, int depth, bool bf16, void* stream) {
-  return PK_LAUNCH(mma_kernel, 1, 32, 0, stream, a, b, out, depth, bf16);
+int launch_mma(const float* a, const float* b, float* out, int depth, MmaKind kind, void* stream) {
+  return PK_LAUNCH(mma_kernel, 1, 32, 0, stream, a, b, out, depth, kind);
 }
 
 int launch_rounding(const float* in, unsigned* tf32, std::uint16_t* bf16, std::uint16_t* half, float* back, int size, void* stream) {
