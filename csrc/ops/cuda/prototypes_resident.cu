@@ -41,7 +41,7 @@ __device__ __forceinline__ void add_rows(const Resident<Z>& p, const Z* tile, co
 
 // resources: dynamic shared 160768 bytes
 template <class Z, int F>
-__global__ void __launch_bounds__(MAX_WARPS * 32, F > 16 ? 1 : 2) resident_kernel(const Resident<Z> p) {
+__global__ void __launch_bounds__(MAX_WARPS * 32, F > 8 ? 1 : 2) resident_kernel(const Resident<Z> p) {
   PK_DYNAMIC_SHARED(uint4, fragments);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, member = lane % 4, warps = blockDim.x / 32;
   float* const factor = reinterpret_cast<float*>(fragments + p.steps * F * 32);
@@ -61,7 +61,6 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, F > 16 ? 1 : 2) resident_kerne
     for (int i = threadIdx.x; i < warps * p.K; i += blockDim.x) counts[i] = 0;
   }
   prepare_prototypes<F>(p, fragments, factor, bias);
-  const float to_log2 = static_cast<float>(1.4426950408889634 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
   __syncthreads();
 
   for (int buffer = 0; t < p.tiles; t += stride, buffer ^= p.buffers - 1) {
@@ -83,8 +82,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, F > 16 ? 1 : 2) resident_kerne
       __syncwarp();
       copy_tile(p, next * TILE, mine);
     }
-    const float row_factor[2] = {rows.factor[0] * to_log2, rows.factor[1] * to_log2};
-    const Softmax softmax = softmax_rows<F>(s, row_factor, factor, bias, p.entropy != nullptr);
+    const Softmax softmax = softmax_rows<F>(s, rows.factor, factor, bias, p.entropy != nullptr);
     int label[2] = {softmax.label[0], softmax.label[1]};
     if (p.uniform) {
       const int64_t row = row0 + lane / 4;
@@ -96,7 +94,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, F > 16 ? 1 : 2) resident_kerne
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int64_t row = row0 + lane / 4 + r * 8;
-      if (row >= p.B || (p.skip_nonfinite && !rows.finite[r])) label[r] = -1;
+      if (row >= p.B || (p.skip_nonfinite && rows.up[r] < 0)) label[r] = -1;
       if (row >= p.B) continue;
       write_weights<F>(p.assignment + row * p.K, 0, p.K, s, r, 1.0f / softmax.sum[r]);
       if (member == 0 && p.labels) p.labels[row] = label[r];

@@ -16,7 +16,6 @@ namespace {
 
 constexpr int TILE = 16;       // rows of z a warp has at a time
 constexpr int MAX_WARPS = 8;   // of a block
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
 __device__ __forceinline__ unsigned magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
@@ -85,11 +84,18 @@ struct Resident {
 
 // ----------------------------------------------------------------------------------------------------------------- prototypes
 
+// log2(e) / temperature: scores to the base 2.
+template <class Z>
+__device__ __forceinline__ float inverse_temperature(const Resident<Z>& p) {
+  return static_cast<float>(1.4426950408889634 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
+}
+
 // Splits the prototypes into fragments [steps, F, 32] of (high, high, low, low) and, for each column, a factor that undoes the scale (and
-// normalises) and a bias: 0, or -infinity where there is no prototype.
+// normalises), with log2(e) / temperature, and a bias: 0, or -infinity where there is no prototype.
 template <int F, class Z>
 __device__ __forceinline__ void prepare_prototypes(const Resident<Z>& p, uint4* fragments, float* factor, float* bias) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, member = lane % 4, column = lane / 4;
+  const float to_log2 = inverse_temperature(p);
   for (int f = warp; f < F; f += blockDim.x / 32) {
     const int k = f / 2 * 16 + column / 2 * 4 + f % 2 * 2 + column % 2;
     const float* const q = p.prototypes + static_cast<int64_t>(k) * p.D;
@@ -122,7 +128,7 @@ __device__ __forceinline__ void prepare_prototypes(const Resident<Z>& p, uint4* 
     }
     squared = quad_sum(squared);
     if (member == 0) {
-      factor[k] = p.cosine ? inverse_norm(squared, scale) : scale.down;
+      factor[k] = (p.cosine ? inverse_norm(squared, scale) : scale.down) * to_log2;
       bias[k] = k < p.K ? 0.0f : -INFINITY;
     }
   }
@@ -155,10 +161,9 @@ __device__ __forceinline__ void copy_tile(const Resident<Z>& p, int64_t row0, Z*
   pk::copy_async_commit();
 }
 
-struct RowPair {  // rows lane / 4 and lane / 4 + 8 of a tile
-  Scale scale[2];
-  float factor[2];
-  bool finite[2];
+struct RowPair {    // rows lane / 4 and lane / 4 + 8 of a tile
+  float up[2];      // a power of two (Scale); negative for a row with NaN or infinity, whose scores are NaN with either sign
+  float factor[2];  // takes scaled scores back, and normalises
 };
 
 template <class Z>
@@ -177,12 +182,13 @@ __device__ __forceinline__ RowPair measure_rows(const Resident<Z>& p, const Z* t
       for (int i = 0; i < 4; ++i) largest[r] = max(largest[r], magnitude_bits(x[i]));
     }
   RowPair rows;
+  Scale scale[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     largest[r] = quad_max(largest[r]);
-    rows.scale[r] = scale_of(largest[r]);
-    rows.finite[r] = largest[r] < INFINITE_BITS;
-    rows.factor[r] = rows.scale[r].down;
+    scale[r] = scale_of(largest[r]);
+    rows.up[r] = largest[r] < INFINITE_BITS ? scale[r].up : -scale[r].up;
+    rows.factor[r] = scale[r].down;
   }
   if (!p.cosine) return rows;
 #pragma unroll 2
@@ -192,10 +198,10 @@ __device__ __forceinline__ RowPair measure_rows(const Resident<Z>& p, const Z* t
       float x[4];
       load_four(row + r * 8 * p.stride + step * 16, x);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) squared[r] += x[i] * rows.scale[r].up * (x[i] * rows.scale[r].up);
+      for (int i = 0; i < 4; ++i) squared[r] += x[i] * rows.up[r] * (x[i] * rows.up[r]);
     }
 #pragma unroll
-  for (int r = 0; r < 2; ++r) rows.factor[r] = inverse_norm(quad_sum(squared[r]), rows.scale[r]);
+  for (int r = 0; r < 2; ++r) rows.factor[r] = inverse_norm(quad_sum(squared[r]), scale[r]);
   return rows;
 }
 
@@ -218,7 +224,7 @@ __device__ __forceinline__ void multiply(const Resident<Z>& p, const Z* tile, co
         float x[4];
         load_four(row + (h * 16 + r * 8) * p.stride + step * 16, x);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] *= rows[h].scale[r].up;
+        for (int i = 0; i < 4; ++i) x[i] *= rows[h].up[r];
         split(x[0], x[1], high[h][r], low[h][r]);
         split(x[2], x[3], high[h][r + 2], low[h][r + 2]);
       }
@@ -250,7 +256,7 @@ struct Softmax {
   int label[2];
 };
 
-// s: sums of products on entry; row factors carry log2(e) / temperature.
+// s: sums of products on entry.
 template <int F>
 __device__ __forceinline__ Softmax softmax_rows(float (&s)[F][4], const float (&row_factor)[2], const float* factor, const float* bias,
                                                 bool with_entropy) {

@@ -148,27 +148,24 @@ __global__ void __launch_bounds__(THREADS) wide_kernel(const Resident<Z> p) {
   Z* const tile = reinterpret_cast<Z*>(reinterpret_cast<Partial*>(bias + TOTAL * 8) + 2 * ROWS * SPLIT) + group * ROWS * p.stride;
   Z* const rows_of_pair = tile + pair * HALVES * TILE * p.stride;
 
-  const int64_t groups = static_cast<int64_t>(gridDim.x) * 2, first = static_cast<int64_t>(group) * gridDim.x + blockIdx.x;
-  const int64_t of_first = (p.tiles - blockIdx.x + groups - 1) / groups;  // tiles of the block's first group, never fewer than of its second
-  const int64_t of_second = p.tiles > gridDim.x + blockIdx.x ? (p.tiles - gridDim.x - blockIdx.x + groups - 1) / groups : 0;
-  const int64_t of_first_end = of_first * 4, of_second_end = of_second > 0 ? of_second * 4 + 2 : 0;
-  const int64_t phases = of_first_end > of_second_end ? of_first_end : of_second_end;
-  const auto copy = [&](int64_t t) {  // 16 rows of the tile by each of its first warps
-    if (t < p.tiles && warp < ROWS / TILE) copy_tile(p, t * ROWS + warp * TILE, tile + warp * TILE * p.stride);
+  const int tiles = static_cast<int>(p.tiles), groups = gridDim.x * 2, first = group * gridDim.x + blockIdx.x;
+  const int of_first = (tiles - static_cast<int>(blockIdx.x) + groups - 1) / groups, left = tiles - groups / 2 - static_cast<int>(blockIdx.x);
+  const int of_second = left > 0 ? (left + groups - 1) / groups : 0;  // tiles of the block's second group
+  const int phases = max(of_first * 4, of_second > 0 ? of_second * 4 + 2 : 0);
+  const auto copy = [&](int t) {  // 16 rows of the tile by each of its first warps
+    if (t < tiles && warp < ROWS / TILE) copy_tile(p, static_cast<int64_t>(t) * ROWS + warp * TILE, tile + warp * TILE * p.stride);
   };
 
   copy(first);
   prepare_prototypes<TOTAL>(p, fragments, factor, bias);
-  const double temperature = p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature;
-  const float to_log2 = static_cast<float>(1.4426950408889634 / temperature);
   pk::copy_async_wait<0>();
   __syncthreads();
 
   float s[HALVES][F][4] = {};
   RowPair rows[HALVES];
-  for (int64_t phase = 0; phase < phases; ++phase) {
-    const int64_t mine = phase - 2 * group, t = first + mine / 4 * groups;
-    if (mine >= 0 && t < p.tiles) {
+  for (int phase = 0; phase < phases; ++phase) {
+    const int mine = phase - 2 * group, t = first + mine / 4 * groups;
+    if (mine >= 0 && t < tiles) {
       if (mine % 4 < 2) {
         const int middle = (p.steps + 1) / 2;
         if (mine % 4 == 0) {
@@ -187,12 +184,11 @@ __global__ void __launch_bounds__(THREADS) wide_kernel(const Resident<Z> p) {
         copy(t + groups);
 #pragma unroll
         for (int h = 0; h < HALVES; ++h) {
-          const float row_factor[2] = {rows[h].factor[0] * to_log2, rows[h].factor[1] * to_log2};
           Partial* const to = partials + (pair * HALVES + h) * TILE * SPLIT + split;
           if (p.entropy)
-            weigh<true>(s[h], row_factor, factor + split * F * 8, bias + split * F * 8, split * F * 8, to, SPLIT);
+            weigh<true>(s[h], rows[h].factor, factor + split * F * 8, bias + split * F * 8, split * F * 8, to, SPLIT);
           else
-            weigh<false>(s[h], row_factor, factor + split * F * 8, bias + split * F * 8, split * F * 8, to, SPLIT);
+            weigh<false>(s[h], rows[h].factor, factor + split * F * 8, bias + split * F * 8, split * F * 8, to, SPLIT);
         }
       } else {
 #pragma unroll
@@ -200,7 +196,7 @@ __global__ void __launch_bounds__(THREADS) wide_kernel(const Resident<Z> p) {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             const int in_tile = (pair * HALVES + h) * TILE + lane / 4 + r * 8;
-            const int64_t row = t * ROWS + in_tile;
+            const int64_t row = static_cast<int64_t>(t) * ROWS + in_tile;
             const float* const uniform = p.uniform && row < p.B ? p.uniform + row : nullptr;
             const Whole whole = combine<SPLIT>(partials + in_tile * SPLIT, split, uniform);
             int label = whole.label;
@@ -211,7 +207,7 @@ __global__ void __launch_bounds__(THREADS) wide_kernel(const Resident<Z> p) {
               if (whole.sum == whole.sum) label = drawn, writes = split == whole.owner;
             }
             if (row >= p.B) continue;
-            if (p.skip_nonfinite && !rows[h].finite[r]) label = -1;
+            if (p.skip_nonfinite && rows[h].up[r] < 0) label = -1;
             write_weights<F>(p.assignment + row * p.K, split * F * 8, p.K, s[h], r, whole.mine / whole.sum);
             if (member == 0 && writes && p.labels) p.labels[row] = label;
             if (member == 0 && split == 0 && p.entropy) p.entropy[row] = whole.entropy;
@@ -241,7 +237,7 @@ Plan plan_of(const PrototypesForward& p) {
   const int64_t element = p.z_kind == Kind::f32 ? 4 : 2;
   plan.bytes = static_cast<std::size_t>(plan.split * F * (steps_of(p.D) * 512 + 64) +
                                         2 * plan.rows * (plan.split * static_cast<int64_t>(sizeof(Partial)) + stride_of(p.D) * element));
-  plan.fits = plan.bytes <= pk::shared_memory_limit();
+  plan.fits = plan.bytes <= pk::shared_memory_limit() && plan.tiles < (int64_t{1} << 29);  // phases are counted in int
   return plan;
 }
 
