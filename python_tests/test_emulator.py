@@ -278,23 +278,26 @@ def _round_f16(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float16).astype(np.float32)
 
 
+KINDS = {"tf32": (0, _round_tf32), "bf16": (1, _round_bf16), "f16": (2, _round_f16)}
+
+
 class TestTensorCores:
-    @pytest.mark.parametrize("kind", ["tf32", "bf16", "f16"])
+    @pytest.mark.parametrize("kind", KINDS)
     def test_fragment_layout(self, emulator: Any, kind: str, generator: np.random.Generator) -> None:
         a = generator.integers(-9, 10, (16, 32)).astype(np.float32)
         b = generator.integers(-9, 10, (32, 8)).astype(np.float32)
         out = poisoned((16, 8))
         emulator.configure(seed=1)
-        emulator.mma(a, b, out, kind)
+        emulator.mma(a, b, out, KINDS[kind][0])
         np.testing.assert_array_equal(out, a @ b)
 
-    @pytest.mark.parametrize("kind", ["tf32", "bf16", "f16"])
+    @pytest.mark.parametrize("kind", KINDS)
     def test_inputs_are_rounded(self, emulator: Any, kind: str, generator: np.random.Generator) -> None:
         a = generator.standard_normal((16, 16)).astype(np.float32)
         b = generator.standard_normal((16, 8)).astype(np.float32)
         out = poisoned((16, 8))
-        emulator.mma(a, b, out, kind)
-        rounded = {"tf32": _round_tf32, "bf16": _round_bf16, "f16": _round_f16}[kind]
+        emulator.mma(a, b, out, KINDS[kind][0])
+        rounded = KINDS[kind][1]
         expected = rounded(a).astype(np.float64) @ rounded(b).astype(np.float64)
         np.testing.assert_allclose(out, expected, atol=1e-6)
         assert np.abs(out - a.astype(np.float64) @ b).max() > 1e-4

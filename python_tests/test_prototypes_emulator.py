@@ -21,9 +21,12 @@ from .emulator.build import SEEDS, load, missing_tools, poisoned
 pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
 
 KINDS = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
-# (B, D, K): odd sizes, one row, one prototype, several tiles, several panels, K too large for scores in shared memory,
-# D above the block width
-SHAPES = [(1, 1, 1), (2, 31, 2), (33, 33, 31), (129, 32, 10), (65, 7, 130), (70, 260, 5), (20, 5, 400), (0, 4, 3)]
+# (B, D, K): odd sizes, one row, one prototype, several tiles, no rows; sums on the way (K D <= 1024) and from labels;
+# every number of fragments; K and D too large for shared memory, K too large for scores in shared memory
+SHAPES = [
+    (1, 1, 1), (2, 31, 2), (33, 33, 31), (129, 32, 10), (65, 7, 130), (70, 260, 5), (0, 4, 3), (0, 40, 30),
+    (50, 40, 45), (35, 16, 100), (37, 20, 190), (33, 130, 250), (20, 5, 400), (18, 600, 100),
+]  # fmt: skip
 
 
 def as_numpy(x: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -98,9 +101,7 @@ class Case:
         sums, counts = reference.accumulate(z, torch.from_numpy(out["labels"]), self.K, False)
         np.testing.assert_array_equal(out["counts"], counts)
         scale = float(z.abs().sum(0).max()) if self.B else 1.0
-        np.testing.assert_allclose(
-            out["sums"], sums, rtol=0, atol=(1e-15 if self.kind == "f64" else 2.0**-23) * scale * 4
-        )
+        np.testing.assert_allclose(out["sums"], sums, rtol=0, atol=4e-15 * scale)
         expected = reference.blend(q, torch.from_numpy(out["sums"]), counts, 0.95)
         # two terms that may cancel: the error is one rounding of each, and of the result
         atol = (2.0**-52 if self.kind == "f64" else 2.0**-24) * float(
@@ -127,11 +128,12 @@ class TestForward:
             for name, value in out.items():
                 np.testing.assert_array_equal(value, first[name], err_msg=f"{name} depends on the order of threads")
 
+    @pytest.mark.parametrize("shape", [(67, 35, 12), (35, 64, 17), (20, 5, 400)])
     @pytest.mark.parametrize("kind", ["f16", "bf16"])
-    def test_half_precision_rows(self, kind: str) -> None:
+    def test_half_precision_rows(self, kind: str, shape: tuple[int, int, int]) -> None:
         emulator = load("prototypes", "watched")
         emulator.configure(seed=3)
-        case = Case(kind, (67, 35, 12), "cosine")
+        case = Case(kind, shape, "cosine")
         case.check(case.run(emulator))
 
     def test_row_stride_and_temperature_on_device(self) -> None:
@@ -140,9 +142,10 @@ class TestForward:
         case = Case("f32", (40, 17, 9), "dot", stride=5)
         case.check(case.run(emulator, temperature_on_device=True))
 
-    def test_many_tiles_in_one_block(self) -> None:
+    @pytest.mark.parametrize("shape", [(16 * 264 * 8 + 70, 3, 4), (16 * 132 * 8 + 70, 8, 129)])
+    def test_a_warp_takes_several_tiles(self, shape: tuple[int, int, int]) -> None:
         emulator = load("prototypes", "plain")
-        case = Case("f32", (64 * 256 + 70, 3, 4), "cosine")  # more tiles than blocks: a block takes two
+        case = Case("f32", shape, "cosine")
         case.check(case.run(emulator))
 
     def test_all_seeds_agree_bit_for_bit(self) -> None:
@@ -165,6 +168,33 @@ class TestForward:
         assert case.uniform is not None
         c = torch.from_numpy(out["assignment"])
         np.testing.assert_array_equal(out["labels"], reference.sample_labels(c, case.uniform))
+
+    @pytest.mark.parametrize("shape", [(129, 6, 70), (40, 6, 10)])
+    def test_sampling_from_float32_weights(self, shape: tuple[int, int, int]) -> None:
+        emulator = load("prototypes", "watched")
+        emulator.configure(seed=2)
+        case = Case("f32", shape, "cosine", sample=True)
+        out = case.run(emulator)
+        case.check(out)
+        assert case.uniform is not None
+        cumulative = torch.from_numpy(out["assignment"]).double().cumsum(1)
+        label, u = torch.from_numpy(out["labels"])[:, None], case.uniform.double()
+        after = cumulative.gather(1, label)[:, 0]
+        before = torch.where(label[:, 0] > 0, cumulative.gather(1, (label - 1).clamp(min=0))[:, 0], 0.0)
+        rounding = 2.0**-23 * (shape[2] + 16)  # of the sum, the cumulative sums and the threshold
+        assert bool(((before <= u + rounding) & (u <= after + rounding)).all())
+
+    def test_rows_of_any_length(self) -> None:
+        emulator = load("prototypes", "watched")
+        for similarity, exponents in (("cosine", (-120, -36, 0, 60, 120)), ("dot", (-140, -60, 0, 5))):
+            case = Case("f32", (40, 19, 20), similarity)
+            scale = torch.tensor(exponents, dtype=torch.float64)[torch.arange(40) % len(exponents)]
+            case.storage[:] = (case.storage.double() * 2.0 ** scale[:, None]).float()
+            out = case.run(emulator)
+            c, _, _ = reference.soft_assign(case.z.double(), case.prototypes.double(), case.temperature, similarity)
+            largest = (case.z.double().abs() @ case.prototypes.double().abs().T).max(1, keepdim=True).values
+            error = 2.0**-20 * (1 + (1.0 if similarity == "cosine" else largest)) / case.temperature
+            assert bool(((torch.from_numpy(out["assignment"]) - c).abs() <= error).all())
 
     def test_sampling_never_returns_an_impossible_label(self) -> None:
         emulator = load("prototypes", "plain")
@@ -221,8 +251,30 @@ class TestAccumulate:
             getattr(emulator, f"accumulate_{kind}")(as_numpy(z), labels.numpy(), 21, 21, skip, sums, counts)
             expected, expected_counts = reference.accumulate(z, labels, 6, skip)
             np.testing.assert_array_equal(counts, expected_counts)
-            np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-13 if kind == "f64" else 2.0**-20)
+            np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-13)
             assert np.isnan(sums[2]).any() == (not skip)
+
+    @pytest.mark.parametrize(
+        ("B", "K", "D", "share"),
+        [(9000, 300, 3, 0.0), (2000, 700, 18, 0.9), (5000, 3, 5, 0.0), (700, 2, 4, 0.999), (130, 40, 33, 0.0)],
+        ids=["sorted three times", "three ranges of clusters", "many chunks", "one cluster", "few rows"],
+    )
+    def test_chunks_segments_and_ranges(self, B: int, K: int, D: int, share: float) -> None:
+        emulator = load("prototypes", "plain")
+        generator = torch.Generator().manual_seed(B)
+        z = torch.randn(B, D, generator=generator)
+        labels = torch.randint(-1, K, (B,), generator=generator)
+        labels[torch.rand(B, generator=generator) < share] = K - 1
+        first = None
+        for seed in SEEDS[:2]:
+            emulator.configure(seed=seed)
+            sums, counts = poisoned((K, D), np.float64), poisoned((K,), np.int64)
+            emulator.accumulate_f32(as_numpy(z), labels.numpy(), D, D, False, sums, counts)
+            expected, expected_counts = reference.accumulate(z, labels, K, False)
+            np.testing.assert_array_equal(counts, expected_counts)
+            np.testing.assert_allclose(sums, expected, rtol=0, atol=2e-16 * float(z.abs().sum()))
+            first = sums if first is None else first
+            np.testing.assert_array_equal(sums, first)
 
     def test_label_too_large_traps(self) -> None:
         emulator = load("prototypes", "plain")

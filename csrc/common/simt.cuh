@@ -18,8 +18,8 @@
 //
 //     float4 v = pk::load_vector<float4>(pointer);   pk::store_vector(pointer, v);     // aligned, in global or shared memory
 //     pk::copy_async_16(shared, global, valid); pk::copy_async_commit(); pk::copy_async_wait<pending_groups>();
-//     pk::to_tf32(x), pk::pack_bf16(low, high), pk::mma_m16n8k8_tf32(d, a, b), pk::mma_m16n8k16_bf16(d, a, b)
-//     pk::mma_m16n8k16_f16(d, a, b)                         // fragments as for bf16
+//     pk::to_tf32(x), pk::pack_bf16(low, high), pk::pack_f16(low, high)
+//     pk::mma_m16n8k8_tf32(d, a, b), pk::mma_m16n8k16_bf16(d, a, b), pk::mma_m16n8k16_f16(d, a, b)
 //     pk::reciprocal_fast(x)                                // 1 / x in one instruction: to 2^-23, and denormals are 0
 //     pk::exp2_fast(x)                                      // 2^x in one instruction: to 2^-22, and 0 below 2^-126
 //
@@ -39,8 +39,8 @@
 //     D, C [16, 8]:        d[0..3] = (group, 2 member), (group, 2 member + 1), (group + 8, 2 member), (group + 8, 2 member + 1)
 //     A [16, 8]  tf32:     a[0..3] = (group, member), (group + 8, member), (group, member + 4), (group + 8, member + 4)
 //     B [8, 8]   tf32:     b[0..1] = (member, group), (member + 4, group)
-//     A [16, 16] bf16:     a[0..3] = pairs at (group, 2 member), (group + 8, 2 member), (group, 2 member + 8), (group + 8, 2 member + 8)
-//     B [16, 8]  bf16:     b[0..1] = pairs at (2 member, group), (2 member + 8, group); a pair runs along k, low half first
+//     A [16, 16] bf16, f16: a[0..3] = pairs at (group, 2 member), (group + 8, 2 member), (group, 2 member + 8), (group + 8, 2 member + 8)
+//     B [16, 8]  bf16, f16: b[0..1] = pairs at (2 member, group), (2 member + 8, group); a pair runs along k, low half first
 #pragma once
 
 #include <cstddef>
@@ -206,6 +206,11 @@ __device__ __forceinline__ unsigned to_tf32(float value) {
 __device__ __forceinline__ unsigned pack_bf16(float low, float high) {
   unsigned bits;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ unsigned pack_f16(float low, float high) {
+  unsigned bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
 

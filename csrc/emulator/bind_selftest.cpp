@@ -60,12 +60,11 @@ PK_EMULATOR_MODULE(module) {
     check(launch_pipeline(source.data(), target.data(), static_cast<int>(source.shape(0)), static_cast<int>(source.shape(1)), width,
                           nullptr));
   });
-  module.def("mma", [](const Array& a, const Array& b, const Array& out, const std::string& kind) {
+  module.def("mma", [](const Array& a, const Array& b, const Array& out, int kind) {
     const Input<float> left(a, "a");
     const Input<float> right(b, "b");
     const Output<float> product(out, "out");
-    check(launch_mma(left.data(), right.data(), product.data(), static_cast<int>(left.shape(1)),
-                     kind == "tf32" ? 0 : kind == "bf16" ? 1 : 2, nullptr));
+    check(launch_mma(left.data(), right.data(), product.data(), static_cast<int>(left.shape(1)), static_cast<MmaKind>(kind), nullptr));
   });
   module.def("rounding", [](const Array& in, const Array& tf32, const Array& bf16, const Array& half, const Array& back) {
     const Input<float> source(in, "in");

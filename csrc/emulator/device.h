@@ -252,5 +252,8 @@ inline float reciprocal_fast(float x) {
 inline unsigned pack_bf16(float low, float high) {
   return emulator::float_to_bfloat16_bits(low) | static_cast<unsigned>(emulator::float_to_bfloat16_bits(high)) << 16;
 }
+inline unsigned pack_f16(float low, float high) {
+  return emulator::float_to_half_bits(low) | static_cast<unsigned>(emulator::float_to_half_bits(high)) << 16;
+}
 
 }  // namespace pk

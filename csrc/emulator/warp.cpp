@@ -136,33 +136,33 @@ void combine_mma_tf32(unsigned participants, void* const* operands) {
       });
 }
 
-double from_bf16(unsigned bits) { return bfloat16_bits_to_float(static_cast<std::uint16_t>(bits)); }
-double from_f16(unsigned bits) { return half_bits_to_float(static_cast<std::uint16_t>(bits)); }
+struct BFloat16 {
+  static constexpr const char* name = "mma_m16n8k16_bf16";
+  static double value(unsigned bits) { return bfloat16_bits_to_float(static_cast<std::uint16_t>(bits)); }
+};
+struct Float16 {
+  static constexpr const char* name = "mma_m16n8k16_f16";
+  static double value(unsigned bits) { return half_bits_to_float(static_cast<std::uint16_t>(bits)); }
+};
 
-template <double (*convert)(unsigned)>
-void combine_mma_16_bits(unsigned participants, void* const* operands, const char* name) {
+template <typename Kind>
+void combine_mma_16_bits(unsigned participants, void* const* operands) {
   multiply<16>(
-      participants, operands, name,
+      participants, operands, Kind::name,
       [](unsigned group, unsigned member, const unsigned* bits, auto& a) {
         for (unsigned i = 0; i < 4; ++i) {
           auto& row = a[group + 8 * (i % 2)];
           const unsigned column = 2 * member + 8 * (i / 2);
-          row[column] = convert(bits[i] & 0xffffu);
-          row[column + 1] = convert(bits[i] >> 16);
+          row[column] = Kind::value(bits[i] & 0xffffu);
+          row[column + 1] = Kind::value(bits[i] >> 16);
         }
       },
       [](unsigned group, unsigned member, const unsigned* bits, auto& b) {
         for (unsigned i = 0; i < 2; ++i) {
-          b[group][2 * member + 8 * i] = convert(bits[i] & 0xffffu);
-          b[group][2 * member + 8 * i + 1] = convert(bits[i] >> 16);
+          b[group][2 * member + 8 * i] = Kind::value(bits[i] & 0xffffu);
+          b[group][2 * member + 8 * i + 1] = Kind::value(bits[i] >> 16);
         }
       });
-}
-void combine_mma_bf16(unsigned participants, void* const* operands) {
-  combine_mma_16_bits<from_bf16>(participants, operands, "mma_m16n8k16_bf16");
-}
-void combine_mma_f16(unsigned participants, void* const* operands) {
-  combine_mma_16_bits<from_f16>(participants, operands, "mma_m16n8k16_f16");
 }
 
 }  // namespace
@@ -223,12 +223,12 @@ void mma_tf32(float* d, const unsigned* a, const unsigned* b, const Location& lo
 
 void mma_bf16(float* d, const unsigned* a, const unsigned* b, const Location& location) {
   MatrixOperand operand{d, a, b};
-  warp_collective(~0u, &operand, combine_mma_bf16, "mma_m16n8k16_bf16", location);
+  warp_collective(~0u, &operand, combine_mma_16_bits<BFloat16>, BFloat16::name, location);
 }
 
 void mma_f16(float* d, const unsigned* a, const unsigned* b, const Location& location) {
   MatrixOperand operand{d, a, b};
-  warp_collective(~0u, &operand, combine_mma_f16, "mma_m16n8k16_f16", location);
+  warp_collective(~0u, &operand, combine_mma_16_bits<Float16>, Float16::name, location);
 }
 
 }  // namespace pk::emulator

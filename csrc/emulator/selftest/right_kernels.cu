@@ -135,18 +135,15 @@ __global__ void pipeline_kernel(const float* in, float* out, int rows, int colum
   if (column < columns) out[column] = sum;
 }
 
-__global__ void mma_kernel(const float* a, const float* b, float* out, int depth, int kind) {
+__global__ void mma_kernel(const float* a, const float* b, float* out, int depth, MmaKind kind) {
   const int group = threadIdx.x / 4;
   const int member = threadIdx.x % 4;
   float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   const auto a_at = [&](int row, int k) { return a[row * depth + k]; };
   const auto b_at = [&](int k, int column) { return b[k * 8 + column]; };
-  const auto pack = [&](float low, float high) {
-    if (kind == 1) return pk::pack_bf16(low, high);
-    return __half_as_ushort(__float2half_rn(low)) | static_cast<unsigned>(__half_as_ushort(__float2half_rn(high))) << 16;
-  };
-  for (int k = 0; k < depth; k += kind != 0 ? 16 : 8) {
-    if (kind != 0) {
+  for (int k = 0; k < depth; k += kind == MmaKind::tf32 ? 8 : 16) {
+    if (kind != MmaKind::tf32) {
+      const auto pack = [&](float low, float high) { return kind == MmaKind::bf16 ? pk::pack_bf16(low, high) : pk::pack_f16(low, high); };
       unsigned a_bits[4], b_bits[2];
       for (int i = 0; i < 4; ++i) {
         const int row = group + 8 * (i % 2);
@@ -157,7 +154,7 @@ __global__ void mma_kernel(const float* a, const float* b, float* out, int depth
         const int row = k + 2 * member + 8 * i;
         b_bits[i] = pack(b_at(row, group), b_at(row + 1, group));
       }
-      if (kind == 1)
+      if (kind == MmaKind::bf16)
         pk::mma_m16n8k16_bf16(d, a_bits, b_bits);
       else
         pk::mma_m16n8k16_f16(d, a_bits, b_bits);
@@ -302,7 +299,7 @@ int launch_pipeline(const float* in, float* out, int rows, int columns, int widt
   return PK_LAUNCH(pipeline_kernel, (columns + 63) / 64, 64, 0, stream, in, out, rows, columns, width);
 }
 
-int launch_mma(const float* a, const float* b, float* out, int depth, int kind, void* stream) {
+int launch_mma(const float* a, const float* b, float* out, int depth, MmaKind kind, void* stream) {
   return PK_LAUNCH(mma_kernel, 1, 32, 0, stream, a, b, out, depth, kind);
 }
 

@@ -26,8 +26,9 @@ int launch_atomics(const int* in, int size, int bins, int* counts, float* sum_fl
                    unsigned* compare_swap_sum, unsigned* tickets, void* stream);
 // out[column] = sum over rows of in [rows, columns], rows fetched two stages ahead by asynchronous copies of 4 * width bytes.
 int launch_pipeline(const float* in, float* out, int rows, int columns, int width, void* stream);
-// out [16, 8] = a [16, depth] b [depth, 8] on the tensor cores; depth a multiple of 8 (tf32) or 16 (bf16).
-int launch_mma(const float* a, const float* b, float* out, int depth, int kind, void* stream);  // tf32, bf16, f16
+// out [16, 8] = a [16, depth] b [depth, 8] on the tensor cores; depth a multiple of 8 (tf32) or 16 (bf16, f16).
+enum class MmaKind { tf32, bf16, f16 };
+int launch_mma(const float* a, const float* b, float* out, int depth, MmaKind kind, void* stream);
 // Bits of the rounded values: tf32 [size], bf16 [size], half [size], and the floats they stand for [2, size].
 int launch_rounding(const float* in, unsigned* tf32, std::uint16_t* bf16, std::uint16_t* half, float* back, int size, void* stream);
 // out[i] = 2^in[i] by the fast instruction.

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: MIT
-// Prototypes on the GPU. The equations stand in ops/prototypes.h.
+// Soft assignment on the GPU for any K and D, and in float64. The equations stand in ops/prototypes.h. Where the prototypes fit into shared memory,
+// prototypes_resident.cu is several times as fast; sums of clusters come from the labels (prototypes_update.cu).
 //
-// assign_kernel: a block takes tiles of 64 rows of z. Scores come from tensor cores as three tf32 products (high x high, high x low, low x high:
-// float32 accuracy), 64 x 128 at a time, and wait in shared memory (in the output itself where K is too large) until the row is complete; a warp
-// turns a row into softmax, label and entropy. The tile's rows are then put in order of their labels and every thread adds up its own dimensions
-// into the block's partial sums: no atomics, a fixed order.
-// finish_kernel: adds the blocks' partial sums in order, in float64, and blends. A second launch, not a last-block tail: at K D = 32,768 one block
-// would have to read 32 MB alone.
-// Limit at B = 65536, D = 128, K = 256 on an H200: 26 us of tf32 products, 23 us of memory. Not yet run on a GPU; runs in the emulator.
+// A block takes tiles of 64 rows of z. Scores come from tensor cores as three tf32 products (high x high, high x low, low x high: float32 accuracy),
+// 64 x 128 at a time, and wait in shared memory (in the output itself where K is too large) until the row is complete; a warp turns a row into
+// softmax, label and entropy. What limits it: every product waits for its operands to come to shared memory.
 
 #include "common/simt.cuh"
 #include "ops/cuda/prototypes_sums.cuh"
 
 namespace {
 
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+constexpr int ROWS = 64;                // rows of z in a tile
+constexpr int64_t MAX_BLOCKS = 1 << 20;
 constexpr int DEPTH = 32;               // dimensions in shared memory at a time
 constexpr int STRIDE = DEPTH + 4;       // 4 group + member: the fragments of a warp touch 32 different banks
 constexpr int SCORE_BYTES = 96 * 1024;  // scores of a tile stay in shared memory up to this size
@@ -48,12 +49,10 @@ struct Assign {
   const T* temperature_pointer;
   double temperature;
   bool cosine, skip_nonfinite, scores_in_shared;
-  const float* uniform;     // [B] or null
-  T* assignment;            // [B, K]
-  int64_t* labels;          // [B] or null
-  T* entropy;               // [B] or null
-  T* partial_sums;          // [blocks, K, D] or null
-  int64_t* partial_counts;  // [blocks, K]
+  const float* uniform;  // [B] or null
+  T* assignment;        // [B, K]
+  int64_t* labels;      // [B] or null
+  T* entropy;           // [B] or null
 };
 
 // --------------------------------------------------------------------------------------------------------- products of a tile
@@ -192,13 +191,9 @@ __global__ void __launch_bounds__(THREADS) assign_kernel(const Assign<T, Z> p) {
   PK_SHARED(T, q_tile, COLUMNS<T>, STRIDE);
   PK_SHARED(T, z_scale, ROWS);
   PK_SHARED(T, q_scale, COLUMNS<T>);
-  PK_SHARED(int, label, ROWS);
-  PK_SHARED(int, order, ROWS);
   PK_DYNAMIC_SHARED(T, shared_scores);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const T inverse_t = static_cast<T>(1.0 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
-  const int64_t first_prototype = static_cast<int64_t>(blockIdx.x) * p.K;
-  if (p.partial_sums) clear_partial(p.partial_sums + first_prototype * p.D, p.partial_counts + first_prototype, p.K, p.D);
 
   for (int t = 0; t < p.tiles_per_block; ++t) {
     const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * p.tiles_per_block + t) * ROWS;
@@ -232,23 +227,15 @@ __global__ void __launch_bounds__(THREADS) assign_kernel(const Assign<T, Z> p) {
       __syncthreads();
     }
 
-    for (int r = warp; r < ROWS; r += WARPS) {
-      int chosen = -1;
-      if (r < rows) {
-        T* const s = scores + static_cast<int64_t>(r) * p.K;
-        const RowResult<T> row = softmax_row(s, p.K);
-        chosen = p.uniform && row.sum == row.sum ? draw_label(s, p.K, row.sum, p.uniform[row0 + r]) : row.label;
-        const T scale = T(1) / row.sum;
-        for (int k = lane; k < p.K; k += 32) p.assignment[(row0 + r) * p.K + k] = s[k] * scale;
-        if (p.skip_nonfinite && !is_finite_row(z + r * p.z_stride, p.D)) chosen = -1;
-        if (lane == 0 && p.entropy) p.entropy[row0 + r] = row.entropy;
-        if (lane == 0 && p.labels) p.labels[row0 + r] = chosen;
-      }
-      if (lane == 0) label[r] = chosen;
-    }
-    if (p.partial_sums) {
-      sort_rows(label, order);
-      add_members(z, p.z_stride, p.K, p.D, label, order, p.partial_sums + first_prototype * p.D, p.partial_counts + first_prototype);
+    for (int r = warp; r < rows; r += WARPS) {
+      T* const s = scores + static_cast<int64_t>(r) * p.K;
+      const RowResult<T> row = softmax_row(s, p.K);
+      int chosen = p.uniform && row.sum == row.sum ? draw_label(s, p.K, row.sum, p.uniform[row0 + r]) : row.label;
+      const T scale = T(1) / row.sum;
+      for (int k = lane; k < p.K; k += 32) p.assignment[(row0 + r) * p.K + k] = s[k] * scale;
+      if (p.skip_nonfinite && !is_finite_row(z + r * p.z_stride, p.D)) chosen = -1;
+      if (lane == 0 && p.entropy) p.entropy[row0 + r] = row.entropy;
+      if (lane == 0 && p.labels) p.labels[row0 + r] = chosen;
     }
     __syncthreads();
   }
@@ -257,37 +244,28 @@ __global__ void __launch_bounds__(THREADS) assign_kernel(const Assign<T, Z> p) {
 // ------------------------------------------------------------------------------------------------------------------- launch
 
 template <class T, class Z>
-int launch_assign(const PrototypesForward& p, void* workspace, void* stream) {
-  const Grid grid = grid_of(p.B);
+int launch_assign(const PrototypesForward& p, void* stream) {
+  const int64_t tiles = (p.B + ROWS - 1) / ROWS, blocks = tiles < MAX_BLOCKS ? tiles : MAX_BLOCKS;
+  if (blocks == 0) return 0;
   const int64_t score_bytes = ROWS * p.K * static_cast<int64_t>(sizeof(T));
   const bool in_shared = score_bytes <= SCORE_BYTES;
-  int64_t* const counts = p.sums ? static_cast<int64_t*>(workspace) : nullptr;
-  T* const sums = p.sums ? reinterpret_cast<T*>(counts + grid.blocks * p.K) : nullptr;
-  if (grid.blocks > 0) {
-    const Assign<T, Z> assign{p.B,
-                              static_cast<int>(p.K),
-                              static_cast<int>(p.D),
-                              grid.tiles_per_block,
-                              p.z_stride,
-                              static_cast<const Z*>(p.z),
-                              static_cast<const T*>(p.prototypes),
-                              static_cast<const T*>(p.temperature_pointer),
-                              p.temperature,
-                              p.cosine,
-                              p.skip_nonfinite,
-                              in_shared,
-                              p.uniform,
-                              static_cast<T*>(p.assignment),
-                              p.labels,
-                              static_cast<T*>(p.entropy),
-                              sums,
-                              counts};
-    const int status = PK_LAUNCH((assign_kernel<T, Z>), dim3(grid.blocks), dim3(THREADS), in_shared ? score_bytes : 0, stream, assign);
-    if (status != 0) return status;
-  }
-  if (!p.sums) return 0;
-  const PrototypesBlend blend{p.K, p.D, p.blend_source, p.blend_kind, nullptr, nullptr, p.new_weight, p.updated};
-  return launch_finish<T>(blend, grid.blocks, workspace, p.sums, p.counts, stream);
+  const Assign<T, Z> assign{p.B,
+                            static_cast<int>(p.K),
+                            static_cast<int>(p.D),
+                            static_cast<int>((tiles + blocks - 1) / blocks),
+                            p.z_stride,
+                            static_cast<const Z*>(p.z),
+                            static_cast<const T*>(p.prototypes),
+                            static_cast<const T*>(p.temperature_pointer),
+                            p.temperature,
+                            p.cosine,
+                            p.skip_nonfinite,
+                            in_shared,
+                            p.uniform,
+                            static_cast<T*>(p.assignment),
+                            p.labels,
+                            static_cast<T*>(p.entropy)};
+  return PK_LAUNCH((assign_kernel<T, Z>), dim3(static_cast<unsigned>(blocks)), dim3(THREADS), in_shared ? score_bytes : 0, stream, assign);
 }
 
 }  // namespace
@@ -295,16 +273,22 @@ int launch_assign(const PrototypesForward& p, void* workspace, void* stream) {
 namespace protokernels {
 
 int64_t prototypes_forward_workspace(const PrototypesForward& p) {
-  return p.sums ? partial_bytes(p.B, p.K, p.D, p.double_compute ? sizeof(double) : sizeof(float)) : 0;
+  if (prototypes_resident(p)) return prototypes_resident_workspace(p);
+  return p.sums ? prototypes_sums_workspace(p.B, p.K, p.D) : 0;
 }
 
 int launch_prototypes_forward(const PrototypesForward& p, void* workspace, void* stream) {
+  const PrototypesBlend blend{p.K, p.D, p.blend_source, p.blend_kind, nullptr, nullptr, p.new_weight, p.updated};
+  if (prototypes_resident(p)) return launch_prototypes_resident(p, blend, workspace, stream);
+  int status = 0;
   switch (p.z_kind) {
-    case Kind::f32: return launch_assign<float, float>(p, workspace, stream);
-    case Kind::f64: return launch_assign<double, double>(p, workspace, stream);
-    case Kind::bf16: return launch_assign<float, __nv_bfloat16>(p, workspace, stream);
-    default: return launch_assign<float, __half>(p, workspace, stream);
+    case Kind::f32: status = launch_assign<float, float>(p, stream); break;
+    case Kind::f64: status = launch_assign<double, double>(p, stream); break;
+    case Kind::bf16: status = launch_assign<float, __nv_bfloat16>(p, stream); break;
+    default: status = launch_assign<float, __half>(p, stream);
   }
+  if (status != 0 || !p.sums) return status;
+  return launch_prototypes_sums({p.B, p.K, p.D, p.z, p.z_kind, p.z_stride, p.labels, false, p.sums, p.counts}, blend, workspace, stream);
 }
 
 }  // namespace protokernels

@@ -1,25 +1,75 @@
 // SPDX-License-Identifier: MIT
-// Sums of clusters and the blend on the GPU, shared by the kernels of prototypes: rows of a tile in the order of their labels, every thread its own
-// dimensions, partial sums of a block in global memory, then the blocks in order. No atomics.
+// What the CUDA kernels of prototypes share: types of z, reductions of a warp, the blend, and the two launches that make sums of clusters from
+// labels (prototypes_update.cu).
 #pragma once
 
 #include "common/simt.cuh"
 #include "ops/prototypes.h"
 
+namespace protokernels {
+
+// The parts a kernel left of the sums: float64 [parts, K, D] and their counts [parts, K].
+struct PrototypesParts {
+  int64_t parts;
+  const double* sums;
+  const int* counts;
+};
+
+// Adds up the parts in order, blends if blend.updated is not null. Writes sums [K, D] and counts [K].
+int launch_prototypes_finish(const PrototypesParts&, const PrototypesBlend& blend, double* sums, int64_t* counts, void* stream);
+
+// Sums and counts of the clusters from labels, then the blend if there is somewhere to put it; skip_nonfinite is ignored (labels say it already).
+int64_t prototypes_sums_workspace(int64_t B, int64_t K, int64_t D);
+int launch_prototypes_sums(const PrototypesAccumulate&, const PrototypesBlend& blend, void* workspace, void* stream);
+
+// Forward where the prototypes stay in shared memory (prototypes_resident.cu), sums and blend included; the first says whether they do.
+bool prototypes_resident(const PrototypesForward&);
+int64_t prototypes_resident_workspace(const PrototypesForward&);
+int launch_prototypes_resident(const PrototypesForward&, const PrototypesBlend& blend, void* workspace, void* stream);
+
+// The same for more than 64 prototypes, without sums (prototypes_wide.cu).
+bool prototypes_wide(const PrototypesForward&);
+int launch_prototypes_wide(const PrototypesForward&, void* stream);
+
+}  // namespace protokernels
+
 namespace {
 
 using namespace protokernels;
 
-constexpr int THREADS = 256;
-constexpr int WARPS = THREADS / 32;
-constexpr int ROWS = 64;         // rows of z in a tile
-constexpr int MAX_BLOCKS = 256;  // a constant, so that the order of summation does not depend on the GPU
 constexpr unsigned ALL = 0xffffffffu;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+// Four values that lie side by side, 16-byte aligned (8-byte for half precision).
+__device__ __forceinline__ void load_four(const float* from, float (&x)[4]) {
+  const float4 v = pk::load_vector<float4>(from);
+  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+__device__ __forceinline__ void load_four(const double* from, double (&x)[4]) {
+  const double2 v = pk::load_vector<double2>(from), w = pk::load_vector<double2>(from + 2);
+  x[0] = v.x, x[1] = v.y, x[2] = w.x, x[3] = w.y;
+}
+__device__ __forceinline__ void load_four(const __nv_bfloat16* from, float (&x)[4]) {
+  const uint2 v = pk::load_vector<uint2>(from);
+  x[0] = __uint_as_float(v.x << 16), x[1] = __uint_as_float(v.x & 0xffff0000u);
+  x[2] = __uint_as_float(v.y << 16), x[3] = __uint_as_float(v.y & 0xffff0000u);
+}
+__device__ __forceinline__ float half_at(unsigned pair, int shift) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> shift)));
+}
+__device__ __forceinline__ void load_four(const __half* from, float (&x)[4]) {
+  const uint2 v = pk::load_vector<uint2>(from);
+  x[0] = half_at(v.x, 0), x[1] = half_at(v.x, 16), x[2] = half_at(v.y, 0), x[3] = half_at(v.y, 16);
+}
+
+// Whether rows of D values from z on can be read in pieces of so many bytes.
+inline bool aligned_rows(const void* z, int64_t z_stride, int64_t D, int64_t element, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(z) % bytes == 0 && z_stride * element % bytes == 0 && D * element % bytes == 0;
+}
 
 template <class V>
 __device__ __forceinline__ V warp_sum(V value) {
@@ -32,117 +82,6 @@ __device__ __forceinline__ bool is_finite_row(const Z* row, int D) {
   bool finite = true;
   for (int d = threadIdx.x % 32; d < D; d += 32) finite &= widen(row[d]) * 0 == 0;
   return __all_sync(ALL, finite);
-}
-
-// ---------------------------------------------------------------------------------------------------------- sums of a tile
-
-// order[i]: the rows of a tile sorted by label, rows of one label in their own order; label -1 comes first. Ends with a barrier.
-__device__ __forceinline__ void sort_rows(const int (&label)[ROWS], int (&order)[ROWS]) {
-  __syncthreads();
-  const int row = threadIdx.x;
-  if (row < ROWS) {
-    int rank = 0;
-    for (int other = 0; other < ROWS; ++other) rank += label[other] < label[row] || (label[other] == label[row] && other < row);
-    order[rank] = row;
-  }
-  __syncthreads();
-}
-
-// Adds the members of each cluster to the block's partial sums. A cluster belongs to one group of threads, a dimension to one thread of it.
-template <class T, class Z>
-__device__ __forceinline__ void add_members(const Z* z, int64_t z_stride, int K, int D, const int (&label)[ROWS], const int (&order)[ROWS],
-                                            T* sums, int64_t* counts) {
-  const int width = D >= THREADS ? THREADS : (D + 31) / 32 * 32, groups = THREADS / width;
-  const int group = threadIdx.x / width;
-  if (group >= groups) return;
-  for (int d = threadIdx.x % width; d < D; d += width) {
-    for (int i = 0; i < ROWS;) {
-      const int cluster = label[order[i]];
-      if (cluster < 0 || cluster % groups != group) {
-        ++i;
-        continue;
-      }
-      T sum = 0;
-      const int begin = i;
-      for (; i < ROWS && label[order[i]] == cluster; ++i) sum += static_cast<T>(widen(z[order[i] * z_stride + d]));
-      sums[static_cast<int64_t>(cluster) * D + d] += sum;
-      if (d == 0) counts[cluster] += i - begin;
-    }
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void clear_partial(T* sums, int64_t* counts, int K, int D) {
-  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(K) * D; i += THREADS) sums[i] = 0;
-  for (int k = threadIdx.x; k < K; k += THREADS) counts[k] = 0;
-  __syncthreads();
-}
-
-// --------------------------------------------------------------------------------------------------------- the second launch
-
-__device__ __forceinline__ double read_kind(const void* base, Kind kind, int64_t i) {
-  switch (kind) {
-    case Kind::f32: return static_cast<const float*>(base)[i];
-    case Kind::f64: return static_cast<const double*>(base)[i];
-    case Kind::bf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[i]);
-    default: return __half2float(static_cast<const __half*>(base)[i]);
-  }
-}
-
-__device__ __forceinline__ void write_kind(void* base, Kind kind, int64_t i, double value) {
-  switch (kind) {
-    case Kind::f32: static_cast<float*>(base)[i] = static_cast<float>(value); break;
-    case Kind::f64: static_cast<double*>(base)[i] = value; break;
-    case Kind::bf16: static_cast<__nv_bfloat16*>(base)[i] = __float2bfloat16_rn(static_cast<float>(value)); break;
-    default: static_cast<__half*>(base)[i] = __float2half_rn(static_cast<float>(value));
-  }
-}
-
-__device__ __forceinline__ void blend_element(const PrototypesBlend& p, int64_t i, double sum, int64_t count) {
-  const double old = read_kind(p.prototypes, p.kind, i);
-  write_kind(p.updated, p.kind, i, count > 0 ? p.new_weight / static_cast<double>(count) * sum + (1.0 - p.new_weight) * old : old);
-}
-
-// One thread per element of [K, D]: the partial sums of the blocks in order, then the blend (if there is somewhere to put it).
-template <class T>
-__global__ void __launch_bounds__(THREADS)
-    finish_kernel(const T* partial_sums, const int64_t* partial_counts, int blocks, PrototypesBlend p, double* sums, int64_t* counts) {
-  const int64_t size = p.K * p.D, i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (i >= size) return;
-  const int64_t k = i / p.D;
-  double sum = 0;
-  int64_t count = 0;
-  for (int b = 0; b < blocks; ++b) {
-    sum += static_cast<double>(partial_sums[b * size + i]);
-    count += partial_counts[b * p.K + k];
-  }
-  sums[i] = sum;
-  if (i % p.D == 0) counts[k] = count;
-  if (p.updated) blend_element(p, i, sum, count);
-}
-
-struct Grid {
-  int blocks, tiles_per_block;
-};
-
-Grid grid_of(int64_t B) {
-  const int64_t tiles = (B + ROWS - 1) / ROWS, blocks = tiles < MAX_BLOCKS ? tiles : MAX_BLOCKS;
-  if (blocks == 0) return {0, 0};
-  const int64_t per_block = (tiles + blocks - 1) / blocks;
-  return {static_cast<int>((tiles + per_block - 1) / per_block), static_cast<int>(per_block)};
-}
-
-int64_t partial_bytes(int64_t B, int64_t K, int64_t D, size_t element) {
-  return grid_of(B).blocks * (K * D * static_cast<int64_t>(element) + K * static_cast<int64_t>(sizeof(int64_t))) + 16;
-}
-
-// The workspace: counts first, for their alignment.
-template <class T>
-int launch_finish(const PrototypesBlend& p, int blocks, void* workspace, double* sums, int64_t* counts, void* stream) {
-  const int64_t* const partial_counts = static_cast<const int64_t*>(workspace);
-  const T* const partial_sums = reinterpret_cast<const T*>(partial_counts + blocks * p.K);
-  return PK_LAUNCH((finish_kernel<T>), dim3(static_cast<unsigned>((p.K * p.D + THREADS - 1) / THREADS)), dim3(THREADS), 0, stream,
-                   partial_sums, partial_counts, blocks, p, sums, counts);
 }
 
 }  // namespace

@@ -1,0 +1,415 @@
+// SPDX-License-Identifier: MIT
+// A warp's share of prototypes_resident.cu: products of float accuracy from the fp16 tensor cores, softmax, labels, sums of clusters.
+//
+// A float is scaled by a power of two and split into two fp16 numbers, x 2^s = high + low; high high + high low + low high is the product to 2^-22.
+// The scale takes the largest value of a row to [2^14, 2^15): values down to 2^-17 of it keep all their bits, smaller ones are exact to 2^-39 of it.
+// fp16 runs at twice the rate of tf32 for the same 11 bits.
+//
+// Fragments (common/simt.cuh) fix which lane holds which element, but not what an index means. The sixteen k of a step are renamed so that a lane
+// reads four neighbours: k = 2 m, 2 m + 1, 2 m + 8, 2 m + 9 are dimensions 4 m ... 4 m + 3. The columns of two fragments are renamed so that a lane
+// ends with four neighbouring prototypes, 16 bytes of the assignment: fragment 2 p + h, column 2 m + i is prototype 16 p + 4 m + 2 h + i.
+#pragma once
+
+#include "ops/cuda/prototypes_sums.cuh"
+
+namespace {
+
+constexpr int TILE = 16;       // rows of z a warp has at a time
+constexpr int MAX_WARPS = 8;   // of a block
+constexpr float LN_2 = 0.6931471805599453f;
+
+__device__ __forceinline__ unsigned magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+constexpr unsigned INFINITE_BITS = 0x7f800000u;
+
+// Powers of two that take a row to [2^14, 2^15) and back, from the bits of its largest magnitude. Rows below 2^-112 stay below 2^14, which loses
+// nothing: their last bit is 2^-149.
+struct Scale {
+  float up, down;
+};
+__device__ __forceinline__ Scale scale_of(unsigned largest) {
+  const unsigned exponent = min(max(largest >> 23, 15u), 254u);
+  return {__uint_as_float((268u - exponent) << 23), __uint_as_float((exponent - 14u) << 23)};
+}
+
+// 1 / |x| for a row of scaled values x = row * scale.up; 0 for a row that counts as zero.
+__device__ __forceinline__ float inverse_norm(float squared, Scale scale) {
+  const float norm = sqrtf(squared);
+  return norm * scale.down <= static_cast<float>(PROTOTYPE_NORM_FLOOR) ? 0.0f : 1.0f / norm;
+}
+
+// Two values as pairs of fp16 numbers, high + low.
+__device__ __forceinline__ void split(float x, float y, unsigned& high, unsigned& low) {
+  high = pk::pack_f16(x, y);
+  low = pk::pack_f16(x - half_at(high, 0), y - half_at(high, 16));
+}
+
+template <class V>
+__device__ __forceinline__ V quad_sum(V x) {
+  x += __shfl_xor_sync(ALL, x, 1);
+  return x + __shfl_xor_sync(ALL, x, 2);
+}
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
+  return fmaxf(x, __shfl_xor_sync(ALL, x, 2));
+}
+__device__ __forceinline__ unsigned quad_max(unsigned x) {
+  x = max(x, __shfl_xor_sync(ALL, x, 1));
+  return max(x, __shfl_xor_sync(ALL, x, 2));
+}
+__device__ __forceinline__ int quad_min(int x) {
+  x = min(x, __shfl_xor_sync(ALL, x, 1));
+  return min(x, __shfl_xor_sync(ALL, x, 2));
+}
+
+template <class Z>
+struct Resident {
+  int64_t B, tiles;
+  int K, D;
+  int steps;    // of 16 dimensions
+  int stride;   // elements of Z between rows of a tile in shared memory
+  int buffers;  // tiles of a warp in shared memory: 2 where sums are made on the way
+  int64_t z_stride;
+  const Z* z;               // [B, D]
+  const float* prototypes;  // [K, D]
+  const float* temperature_pointer;
+  double temperature;
+  bool cosine, skip_nonfinite, z_aligned, q_aligned;
+  const float* uniform;   // [B] or null
+  float* assignment;      // [B, K]
+  int64_t* labels;        // [B] or null
+  float* entropy;         // [B] or null
+  double* partial_sums;   // [blocks, K, D] or null: sums are made elsewhere
+  int* partial_counts;    // [blocks, K]
+};
+
+// ----------------------------------------------------------------------------------------------------------------- prototypes
+
+// log2(e) / temperature: scores to the base 2.
+template <class Z>
+__device__ __forceinline__ float inverse_temperature(const Resident<Z>& p) {
+  return static_cast<float>(1.4426950408889634 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
+}
+
+// Splits the prototypes into fragments [steps, F, 32] of (high, high, low, low) and, for each column, a factor that undoes the scale (and
+// normalises), with log2(e) / temperature, and a bias: 0, or -infinity where there is no prototype.
+template <int F, class Z>
+__device__ __forceinline__ void prepare_prototypes(const Resident<Z>& p, uint4* fragments, float* factor, float* bias) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, member = lane % 4, column = lane / 4;
+  const float to_log2 = inverse_temperature(p);
+  for (int f = warp; f < F; f += blockDim.x / 32) {
+    const int k = f / 2 * 16 + column / 2 * 4 + f % 2 * 2 + column % 2;
+    const float* const q = p.prototypes + static_cast<int64_t>(k) * p.D;
+    const auto read = [&](int step, float (&x)[4]) {
+      const int d = step * 16 + member * 4;
+      if (p.q_aligned && k < p.K && d < p.D) return load_four(q + d, x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = k < p.K && d + i < p.D ? q[d + i] : 0.0f;
+    };
+    unsigned largest = 0;
+#pragma unroll(F > 8 ? 8 : 2)
+    for (int step = 0; step < p.steps; ++step) {
+      float x[4];
+      read(step, x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) largest = max(largest, magnitude_bits(x[i]));
+    }
+    const Scale scale = scale_of(quad_max(largest));
+    float squared = 0;
+#pragma unroll 2
+    for (int step = 0; step < p.steps; ++step) {
+      float x[4];
+      read(step, x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] *= scale.up, squared += x[i] * x[i];
+      uint4 parts;
+      split(x[0], x[1], parts.x, parts.z);
+      split(x[2], x[3], parts.y, parts.w);
+      pk::store_vector(fragments + (step * F + f) * 32 + lane, parts);
+    }
+    squared = quad_sum(squared);
+    if (member == 0) {
+      factor[k] = (p.cosine ? inverse_norm(squared, scale) : scale.down) * to_log2;
+      bias[k] = k < p.K ? 0.0f : -INFINITY;
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ rows
+
+// Starts the copy of a tile into shared memory: zeros behind the last dimension and the last row.
+template <class Z>
+__device__ __forceinline__ void copy_tile(const Resident<Z>& p, int64_t row0, Z* tile) {
+  const int lane = threadIdx.x % 32, width = p.steps * 16;
+  const int rows = p.B - row0 < TILE ? static_cast<int>(p.B - row0) : TILE;
+  const Z* const z = p.z + row0 * p.z_stride;
+  const int piece = p.z_aligned ? 16 / static_cast<int>(sizeof(Z)) : 1, pieces = width / piece;  // of a row
+  const int row_step = 32 / pieces, column_step = 32 % pieces;
+  int row = lane / pieces, column = lane % pieces;
+  while (row < TILE) {
+    const int d = column * piece;
+    const bool valid = row < rows && d < p.D;
+    const Z* const from = valid ? z + row * p.z_stride + d : p.z;
+    Z* const to = tile + row * p.stride + d;
+    if (p.z_aligned)
+      pk::copy_async_16(to, from, valid);
+    else
+      *to = valid ? *from : Z(0.0f);
+    column += column_step;
+    row += row_step + (column >= pieces);
+    if (column >= pieces) column -= pieces;
+  }
+  pk::copy_async_commit();
+}
+
+struct RowPair {    // rows lane / 4 and lane / 4 + 8 of a tile
+  float up[2];      // a power of two (Scale); negative for a row with NaN or infinity, whose scores are NaN with either sign
+  float factor[2];  // takes scaled scores back, and normalises
+};
+
+template <class Z>
+__device__ __forceinline__ RowPair measure_rows(const Resident<Z>& p, const Z* tile) {
+  const int lane = threadIdx.x % 32;
+  const Z* const row = tile + lane / 4 * p.stride + lane % 4 * 4;
+  unsigned largest[2] = {};
+  float squared[2] = {};
+#pragma unroll 2
+  for (int step = 0; step < p.steps; ++step)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float x[4];
+      load_four(row + r * 8 * p.stride + step * 16, x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) largest[r] = max(largest[r], magnitude_bits(x[i]));
+    }
+  RowPair rows;
+  Scale scale[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    largest[r] = quad_max(largest[r]);
+    scale[r] = scale_of(largest[r]);
+    rows.up[r] = largest[r] < INFINITE_BITS ? scale[r].up : -scale[r].up;
+    rows.factor[r] = scale[r].down;
+  }
+  if (!p.cosine) return rows;
+#pragma unroll 2
+  for (int step = 0; step < p.steps; ++step)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float x[4];
+      load_four(row + r * 8 * p.stride + step * 16, x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) squared[r] += x[i] * rows.up[r] * (x[i] * rows.up[r]);
+    }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) rows.factor[r] = inverse_norm(quad_sum(squared[r]), scale[r]);
+  return rows;
+}
+
+// ------------------------------------------------------------------------------------------------------------------- products
+
+// sum [HALVES][F][4] += 16 HALVES rows of a tile times 8 F of 8 TOTAL prototypes, over the given steps, in scaled units.
+template <class Z, int HALVES, int F, int TOTAL>
+__device__ __forceinline__ void multiply(const Resident<Z>& p, const Z* tile, const RowPair (&rows)[HALVES], const uint4* fragments,
+                                         float (&sum)[HALVES][F][4], int begin, int end) {
+  constexpr int GROUP = F == 2 || F == 16 || HALVES == 2 ? 2 : 4;  // what the registers allow
+  const int lane = threadIdx.x % 32;
+  const Z* const row = tile + lane / 4 * p.stride + lane % 4 * 4;
+#pragma unroll 1
+  for (int step = begin; step < end; ++step) {
+    unsigned high[HALVES][4], low[HALVES][4];
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float x[4];
+        load_four(row + (h * 16 + r * 8) * p.stride + step * 16, x);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] *= rows[h].up[r];
+        split(x[0], x[1], high[h][r], low[h][r]);
+        split(x[2], x[3], high[h][r + 2], low[h][r + 2]);
+      }
+    const uint4* const q = fragments + step * TOTAL * 32 + lane;
+#pragma unroll
+    for (int f = 0; f < F; f += GROUP) {
+      unsigned q_high[GROUP][2], q_low[GROUP][2];
+#pragma unroll
+      for (int g = 0; g < GROUP; ++g) {
+        const uint4 parts = pk::load_vector<uint4>(q + (f + g) * 32);
+        q_high[g][0] = parts.x, q_high[g][1] = parts.y, q_low[g][0] = parts.z, q_low[g][1] = parts.w;
+      }
+#pragma unroll
+      for (int product = 0; product < 3; ++product)  // small terms first; neighbours in time do not wait for each other
+#pragma unroll
+        for (int h = 0; h < HALVES; ++h)
+#pragma unroll
+          for (int g = 0; g < GROUP; ++g)
+            pk::mma_m16n8k16_f16(sum[h][f + g], product == 0 ? low[h] : high[h], product == 1 ? q_low[g] : q_high[g]);
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------------------- softmax
+
+// What lane / 4 and lane / 4 + 8 know of their rows after the softmax; s[f][2 r + i] then holds exp(score - max).
+struct Softmax {
+  float sum[2], entropy[2];
+  int label[2];
+};
+
+// s: sums of products on entry.
+template <int F>
+__device__ __forceinline__ Softmax softmax_rows(float (&s)[F][4], const float (&row_factor)[2], const float* factor, const float* bias,
+                                                bool with_entropy) {
+  const int member = threadIdx.x % 4;
+  float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int f = 0; f < F; f += 2) {
+    const float4 scale = pk::load_vector<float4>(factor + f * 8 + member * 4), shift = pk::load_vector<float4>(bias + f * 8 + member * 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      s[f][2 * r] = fmaf(s[f][2 * r], scale.x * row_factor[r], shift.x);
+      s[f][2 * r + 1] = fmaf(s[f][2 * r + 1], scale.y * row_factor[r], shift.y);
+      s[f + 1][2 * r] = fmaf(s[f + 1][2 * r], scale.z * row_factor[r], shift.z);
+      s[f + 1][2 * r + 1] = fmaf(s[f + 1][2 * r + 1], scale.w * row_factor[r], shift.w);
+      top[r] = fmaxf(top[r], fmaxf(fmaxf(s[f][2 * r], s[f][2 * r + 1]), fmaxf(s[f + 1][2 * r], s[f + 1][2 * r + 1])));
+    }
+  }
+  Softmax result;
+  float weighted[2] = {};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    top[r] = quad_max(top[r]);
+    result.sum[r] = 0;
+    result.label[r] = F * 8;
+  }
+#pragma unroll
+  for (int f = F - 2; f >= 0; f -= 2) {  // downwards: the label that stays is the lowest
+#pragma unroll
+    for (int h = 1; h >= 0; --h)
+#pragma unroll
+      for (int i = 3; i >= 0; --i) {
+        const int r = i / 2;
+        const float shifted = s[f + h][i] - top[r], weight = pk::exp2_fast(shifted);
+        if (shifted == 0) result.label[r] = f * 8 + h * 2 + i % 2;
+        if (with_entropy) weighted[r] += weight * fmaxf(shifted, -1024.0f);
+        s[f + h][i] = weight;
+        result.sum[r] += weight;
+      }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) result.sum[r] = quad_sum(result.sum[r]);
+  if (__any_sync(ALL, result.sum[0] != result.sum[0] || result.sum[1] != result.sum[1])) {  // NaN counts as the largest, as in torch.argmax
+#pragma unroll
+    for (int f = F - 2; f >= 0; f -= 2) {
+  #pragma unroll
+      for (int h = 1; h >= 0; --h)
+#pragma unroll
+        for (int i = 3; i >= 0; --i)
+          if (s[f + h][i] != s[f + h][i]) result.label[i / 2] = f * 8 + h * 2 + i % 2;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      bool nan = false;  // labels of numbers do not count in a row with NaN
+#pragma unroll
+      for (int f = 0; f < F; ++f)
+        nan |= s[f][2 * r] != s[f][2 * r] || s[f][2 * r + 1] != s[f][2 * r + 1];
+      if (result.sum[r] != result.sum[r] && !nan) result.label[r] = F * 8;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (result.label[r] < F * 8) result.label[r] += member * 4;
+    result.label[r] = quad_min(result.label[r]);
+    result.entropy[r] = with_entropy ? LN_2 * (log2f(result.sum[r]) - quad_sum(weighted[r]) / result.sum[r]) : 0.0f;
+  }
+  return result;
+}
+
+// The first of the warp's columns where the cumulative weight, which starts at before, exceeds threshold; if rounding leaves none, the last with a
+// weight. r: which of the lane's rows; weights count scale times.
+template <int F>
+__device__ __forceinline__ int draw_label(const float (&s)[F][4], int r, float threshold, float before, float scale) {
+  const int member = threadIdx.x % 4;
+  int chosen = F * 8, last = 0;
+#pragma unroll
+  for (int f = 0; f < F; f += 2) {
+    const float weights[4] = {s[f][2 * r] * scale, s[f][2 * r + 1] * scale, s[f + 1][2 * r] * scale, s[f + 1][2 * r + 1] * scale};
+    float inclusive = (weights[0] + weights[1]) + (weights[2] + weights[3]);
+    float other = __shfl_up_sync(ALL, inclusive, 1, 4);
+    if (member >= 1) inclusive += other;
+    other = __shfl_up_sync(ALL, inclusive, 2, 4);
+    if (member >= 2) inclusive += other;
+    other = __shfl_up_sync(ALL, inclusive, 1, 4);
+    float cumulative = before + (member > 0 ? other : 0.0f);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      cumulative += weights[i];
+      if (weights[i] > 0) {
+        last = f * 8 + member * 4 + i;
+        if (cumulative > threshold) chosen = min(chosen, last);
+      }
+    }
+    before += __shfl_sync(ALL, inclusive, 3, 4);
+  }
+  chosen = quad_min(chosen);
+  last = max(last, __shfl_xor_sync(ALL, last, 1));
+  last = max(last, __shfl_xor_sync(ALL, last, 2));
+  return chosen < F * 8 ? chosen : last;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------- output
+
+// A row's weights of the columns from first on, times scale. r: which of the lane's rows.
+template <int F>
+__device__ __forceinline__ void write_weights(float* to, int first, int K, const float (&s)[F][4], int r, float scale) {
+  const int member = threadIdx.x % 4;
+#pragma unroll
+  for (int f = 0; f < F; f += 2) {
+    const int k = first + f * 8 + member * 4;
+    const float4 c = {s[f][2 * r] * scale, s[f][2 * r + 1] * scale, s[f + 1][2 * r] * scale, s[f + 1][2 * r + 1] * scale};
+    if (K % 4 == 0) {
+      if (k < K) __stcs(reinterpret_cast<float4*>(to + k), c);
+    } else if (K % 2 == 0) {
+      if (k < K) __stcs(reinterpret_cast<float2*>(to + k), float2{c.x, c.y});
+      if (k + 2 < K) __stcs(reinterpret_cast<float2*>(to + k + 2), float2{c.z, c.w});
+    } else {
+      if (k < K) to[k] = c.x;
+      if (k + 1 < K) to[k + 1] = c.y;
+      if (k + 2 < K) to[k + 2] = c.z;
+      if (k + 3 < K) to[k + 3] = c.w;
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------- launch
+
+inline int steps_of(int64_t D) { return static_cast<int>((D + 15) / 16); }
+inline int stride_of(int64_t D) { return steps_of(D) * 16 + (steps_of(D) % 2 == 0 ? 16 : 0); }  // a lane's four neighbours: all banks once
+
+template <class Z>
+Resident<Z> resident_of(const PrototypesForward& p, int buffers) {
+  return {p.B,
+          (p.B + TILE - 1) / TILE,
+          static_cast<int>(p.K),
+          static_cast<int>(p.D),
+          steps_of(p.D),
+          stride_of(p.D),
+          buffers,
+          p.z_stride,
+          static_cast<const Z*>(p.z),
+          static_cast<const float*>(p.prototypes),
+          static_cast<const float*>(p.temperature_pointer),
+          p.temperature,
+          p.cosine,
+          p.skip_nonfinite,
+          aligned_rows(p.z, p.z_stride, p.D, sizeof(Z), 16),
+          aligned_rows(p.prototypes, p.D, p.D, sizeof(float), 16),
+          p.uniform,
+          static_cast<float*>(p.assignment),
+          p.labels,
+          static_cast<float*>(p.entropy),
+          nullptr,
+          nullptr};
+}
+
+}  // namespace
