@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.contrastive import compute_dtype
-from ._contrastive_plan import plan_in_torch, plan_sizes
+from ._contrastive_plan import plan_sizes
 
 OPS = torch.ops.protokernels
 ALIGN = 16
@@ -40,6 +40,16 @@ def _fake_plan(
         labels.new_empty((G, 6), dtype=torch.int32),
         labels.new_empty((R, 3), dtype=torch.int32),
         labels.new_empty(R, dtype=torch.float64),
+    )
+
+
+def _fake_views(beside: Tensor, count: int, crossing: bool, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    R = 2 * count
+    return (
+        beside.new_empty(R, dtype=torch.int64),
+        beside.new_empty((2 if crossing else 1, 6), dtype=torch.int32),
+        beside.new_empty((R, 3), dtype=torch.int32),
+        beside.new_empty(R, dtype=torch.float64),
     )
 
 
@@ -142,8 +152,8 @@ def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
 
 
 if _native.LIBRARY is not None:
-    torch.library.impl("protokernels::contrastive_plan", "CUDA")(plan_in_torch)
     torch.library.register_fake("protokernels::contrastive_plan")(_fake_plan)
+    torch.library.register_fake("protokernels::contrastive_views")(_fake_views)
     torch.library.register_fake("protokernels::contrastive_pack")(_fake_pack)
     torch.library.register_fake("protokernels::contrastive_unpack")(_fake_unpack)
     torch.library.register_fake("protokernels::contrastive_forward")(_fake_forward)
