@@ -18,15 +18,16 @@
 //
 //     float4 v = pk::load_vector<float4>(pointer);   pk::store_vector(pointer, v);     // aligned, in global or shared memory
 //     pk::copy_async_16(shared, global, valid); pk::copy_async_commit(); pk::copy_async_wait<pending_groups>();
-//     pk::to_tf32(x), pk::pack_bf16(low, high), pk::mma_m16n8k8_tf32(d, a, b), pk::mma_m16n8k16_bf16(d, a, b)
+//     pk::to_tf32(x), pk::pack_bf16(low, high), pk::pack_f16(low, high), pk::unpack_f16(bits)      // float2: low, high
+//     pk::mma_m16n8k8_tf32(d, a, b), pk::mma_m16n8k16_bf16(d, a, b), pk::mma_m16n8k16_f16(d, a, b)
 //     pk::exp2_fast(x)                                      // 2^x in one instruction: to 2^-22, and 0 below 2^-126
 //
 // Fragments, with group = lane / 4 and member = lane % 4 (PTX ISA, "Matrix fragments for mma"):
 //     D, C [16, 8]:        d[0..3] = (group, 2 member), (group, 2 member + 1), (group + 8, 2 member), (group + 8, 2 member + 1)
 //     A [16, 8]  tf32:     a[0..3] = (group, member), (group + 8, member), (group, member + 4), (group + 8, member + 4)
 //     B [8, 8]   tf32:     b[0..1] = (member, group), (member + 4, group)
-//     A [16, 16] bf16:     a[0..3] = pairs at (group, 2 member), (group + 8, 2 member), (group, 2 member + 8), (group + 8, 2 member + 8)
-//     B [16, 8]  bf16:     b[0..1] = pairs at (2 member, group), (2 member + 8, group); a pair runs along k, low half first
+//     A [16, 16] 16-bit:   a[0..3] = pairs at (group, 2 member), (group + 8, 2 member), (group, 2 member + 8), (group + 8, 2 member + 8)
+//     B [16, 8]  16-bit:   b[0..1] = pairs at (2 member, group), (2 member + 8, group); a pair runs along k, low half first
 #pragma once
 
 #include <cstddef>
@@ -138,6 +139,12 @@ __device__ __forceinline__ unsigned pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
+__device__ __forceinline__ unsigned pack_f16(float low, float high) {
+  unsigned bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ float2 unpack_f16(unsigned bits) { return __half22float2(*reinterpret_cast<const __half2*>(&bits)); }
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float power;
@@ -153,6 +160,11 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (
 }
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

@@ -139,21 +139,25 @@ void combine_mma_tf32(unsigned participants, void* const* operands) {
 double low_bf16(unsigned bits) { return bfloat16_bits_to_float(static_cast<std::uint16_t>(bits & 0xffffu)); }
 double high_bf16(unsigned bits) { return bfloat16_bits_to_float(static_cast<std::uint16_t>(bits >> 16)); }
 
-void combine_mma_bf16(unsigned participants, void* const* operands) {
+double low_f16(unsigned bits) { return half_bits_to_float(static_cast<std::uint16_t>(bits & 0xffffu)); }
+double high_f16(unsigned bits) { return half_bits_to_float(static_cast<std::uint16_t>(bits >> 16)); }
+
+template <double (*low)(unsigned), double (*high)(unsigned)>
+void combine_mma_16(unsigned participants, void* const* operands) {
   multiply<16>(
-      participants, operands, "mma_m16n8k16_bf16",
+      participants, operands, "mma_m16n8k16",
       [](unsigned group, unsigned member, const unsigned* bits, auto& a) {
         for (unsigned i = 0; i < 4; ++i) {
           auto& row = a[group + 8 * (i % 2)];
           const unsigned column = 2 * member + 8 * (i / 2);
-          row[column] = low_bf16(bits[i]);
-          row[column + 1] = high_bf16(bits[i]);
+          row[column] = low(bits[i]);
+          row[column + 1] = high(bits[i]);
         }
       },
       [](unsigned group, unsigned member, const unsigned* bits, auto& b) {
         for (unsigned i = 0; i < 2; ++i) {
-          b[group][2 * member + 8 * i] = low_bf16(bits[i]);
-          b[group][2 * member + 8 * i + 1] = high_bf16(bits[i]);
+          b[group][2 * member + 8 * i] = low(bits[i]);
+          b[group][2 * member + 8 * i + 1] = high(bits[i]);
         }
       });
 }
@@ -216,7 +220,12 @@ void mma_tf32(float* d, const unsigned* a, const unsigned* b, const Location& lo
 
 void mma_bf16(float* d, const unsigned* a, const unsigned* b, const Location& location) {
   MatrixOperand operand{d, a, b};
-  warp_collective(~0u, &operand, combine_mma_bf16, "mma_m16n8k16_bf16", location);
+  warp_collective(~0u, &operand, combine_mma_16<low_bf16, high_bf16>, "mma_m16n8k16_bf16", location);
+}
+
+void mma_f16(float* d, const unsigned* a, const unsigned* b, const Location& location) {
+  MatrixOperand operand{d, a, b};
+  warp_collective(~0u, &operand, combine_mma_16<low_f16, high_f16>, "mma_m16n8k16_f16", location);
 }
 
 }  // namespace pk::emulator

@@ -22,6 +22,7 @@ unsigned match_any(unsigned mask, std::uint64_t bits, const Location& location);
 unsigned reduce(Reduction kind, unsigned mask, unsigned value, const Location& location);
 void mma_tf32(float* d, const unsigned* a, const unsigned* b, const Location& location);
 void mma_bf16(float* d, const unsigned* a, const unsigned* b, const Location& location);
+void mma_f16(float* d, const unsigned* a, const unsigned* b, const Location& location);
 
 template <typename T>
 std::uint64_t to_bits(T value) {
@@ -124,6 +125,9 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsign
 }
 inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], PK_EMULATOR_HERE) {
   emulator::mma_bf16(d, a, b, location);
+}
+inline void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], PK_EMULATOR_HERE) {
+  emulator::mma_f16(d, a, b, location);
 }
 
 }  // namespace pk

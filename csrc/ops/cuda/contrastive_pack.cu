@@ -30,23 +30,25 @@ __device__ __forceinline__ void narrow(__half& out, float x) { out = __float2hal
 // T the compute type, X that of the images.
 template <class T, class X>
 struct Pack {
-  int64_t R, C, P, Cp, stride_n, stride_c, stride_p;
+  int64_t R, P, stride_n, stride_c, stride_p;
+  int C, Cp;
   const int64_t* order;  // [R]
   bool normalize;
 
   explicit Pack(const ContrastivePack& p)
       : R(p.R),
-        C(p.C),
         P(p.P),
-        Cp(p.Cp),
         stride_n(p.stride_n),
         stride_c(p.stride_c),
         stride_p(p.stride_p),
+        C(static_cast<int>(p.C)),
+        Cp(static_cast<int>(p.Cp)),
         order(p.order),
         normalize(p.normalize) {}
   // Of the first channel of a row's position.
   __device__ __forceinline__ int64_t place(int64_t row) const {
-    const int64_t position = order[row], n = position / P;
+    const int64_t position = order[row];
+    const int64_t n = (position | P) >> 32 == 0 ? static_cast<unsigned>(position) / static_cast<unsigned>(P) : position / P;
     return n * stride_n + (position - n * P) * stride_p;
   }
 };
@@ -109,13 +111,16 @@ __device__ __forceinline__ void write_four(X* to, const T (&values)[4], bool ali
   }
 }
 
+// Only chunks that are there, `channels` in all: zeros add nothing but time.
 template <class T>
-__device__ __forceinline__ double squares_of(const Quarter<T>& v) {
+__device__ __forceinline__ double squares_of(const Quarter<T>& v, int channels) {
   double sum = 0;
 #pragma unroll
-  for (int k = 0; k < CHUNKS; ++k)
+  for (int k = 0; k < CHUNKS; ++k) {
+    if (k * CHUNK >= channels) break;
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum += static_cast<double>(v[k][j]) * static_cast<double>(v[k][j]);
+  }
   return sum;
 }
 
@@ -128,40 +133,45 @@ __global__ void __launch_bounds__(THREADS) planar_pack_kernel(const Pack<T, X> p
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * ROWS, row = row0 + lane;
   const X* const source = x + (row < p.R ? p.place(row) : 0);
-  Quarter<T> values;
-  const auto read = [&](int64_t channel0) {
+  Quarter<T> values = {};
+  const auto read = [&](int channel0) {
 #pragma unroll
-    for (int k = 0; k < CHUNKS; ++k)
+    for (int k = 0; k < CHUNKS; ++k) {
+      if (channel0 + k * CHUNK >= p.C) break;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int64_t c = channel0 + k * CHUNK + warp * 4 + j;
+        const int c = channel0 + k * CHUNK + warp * 4 + j;
         values[k][j] = row < p.R && c < p.C ? static_cast<T>(widen(source[c * p.stride_c])) : T(0);
       }
+    }
   };
   double sum = 0;
-  for (int64_t channel0 = 0; channel0 < p.C; channel0 += SPAN) {
+  for (int channel0 = 0; channel0 < p.C; channel0 += SPAN) {
     read(channel0);
-    if (p.normalize) sum += squares_of<T>(values);
+    if (p.normalize) sum += squares_of<T>(values, p.C - channel0);
   }
   squares[warp][lane] = sum;
   const int at = threadIdx.x / 4, quarter = threadIdx.x % 4;
-  for (int64_t channel0 = 0; channel0 < p.Cp; channel0 += SPAN) {
+  for (int channel0 = 0; channel0 < p.Cp; channel0 += SPAN) {
     if (p.C > SPAN) read(channel0);
 #pragma unroll
-    for (int k = 0; k < CHUNKS; ++k)
+    for (int k = 0; k < CHUNKS; ++k) {
+      if (channel0 + k * CHUNK >= p.Cp) break;
 #pragma unroll
       for (int j = 0; j < 4; ++j) tile[lane][k * CHUNK + warp * 4 + j] = values[k][j];
+    }
     __syncthreads();
     const Length<T> length(p.normalize, (squares[0][at] + squares[1][at]) + (squares[2][at] + squares[3][at]));
     if (row0 + at < p.R) {
       if (quarter == 0 && channel0 == 0) norms[row0 + at] = length.divisor;
 #pragma unroll
       for (int k = 0; k < CHUNKS; ++k) {
-        const int64_t c = channel0 + k * CHUNK + quarter * 4;
+        const int c = channel0 + k * CHUNK + quarter * 4;
+        if (channel0 + k * CHUNK >= p.Cp) break;
         T scaled[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) scaled[j] = length.scaled(tile[at][k * CHUNK + quarter * 4 + j]);
-        if (c < p.Cp) write_four(packed + (row0 + at) * p.Cp + c, scaled, true);
+        write_four(packed + (row0 + at) * p.Cp + c, scaled, true);
       }
     }
     __syncthreads();
@@ -173,11 +183,12 @@ __global__ void __launch_bounds__(THREADS) interleaved_pack_kernel(const Pack<T,
   const int quarter = threadIdx.x % 4;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * ROWS + threadIdx.x / 4;
   const X* const source = x + (row < p.R ? p.place(row) : 0);
-  Quarter<T> values;
-  const auto read = [&](int64_t channel0) {
+  Quarter<T> values = {};
+  const auto read = [&](int channel0) {
 #pragma unroll
     for (int k = 0; k < CHUNKS; ++k) {
-      const int64_t c = channel0 + k * CHUNK + quarter * 4;
+      const int c = channel0 + k * CHUNK + quarter * 4;
+      if (channel0 + k * CHUNK >= p.C) break;
 #pragma unroll
       for (int j = 0; j < 4; ++j) values[k][j] = 0;
       if (row >= p.R) continue;
@@ -191,22 +202,23 @@ __global__ void __launch_bounds__(THREADS) interleaved_pack_kernel(const Pack<T,
     }
   };
   double sum = 0;
-  for (int64_t channel0 = 0; channel0 < p.C; channel0 += SPAN) {
+  for (int channel0 = 0; channel0 < p.C; channel0 += SPAN) {
     read(channel0);
-    if (p.normalize) sum += squares_of<T>(values);
+    if (p.normalize) sum += squares_of<T>(values, p.C - channel0);
   }
   const Length<T> length(p.normalize, sum_of_row(sum));
   if (row >= p.R) return;
   if (quarter == 0) norms[row] = length.divisor;
-  for (int64_t channel0 = 0; channel0 < p.Cp; channel0 += SPAN) {
+  for (int channel0 = 0; channel0 < p.Cp; channel0 += SPAN) {
     if (p.C > SPAN) read(channel0);
 #pragma unroll
     for (int k = 0; k < CHUNKS; ++k) {
-      const int64_t c = channel0 + k * CHUNK + quarter * 4;
+      const int c = channel0 + k * CHUNK + quarter * 4;
+      if (channel0 + k * CHUNK >= p.Cp) break;
       T scaled[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) scaled[j] = length.scaled(values[k][j]);
-      if (c < p.Cp) write_four(packed + row * p.Cp + c, scaled, true);
+      write_four(packed + row * p.Cp + c, scaled, true);
     }
   }
 }
@@ -236,32 +248,37 @@ struct RowGradient {
       read(0);
       return;
     }
-    for (int64_t channel0 = 0; channel0 < p.Cp; channel0 += SPAN) {
+    for (int channel0 = 0; channel0 < p.Cp; channel0 += SPAN) {
       read(channel0);
 #pragma unroll
-      for (int k = 0; k < CHUNKS; ++k)
+      for (int k = 0; k < CHUNKS; ++k) {
+        if (channel0 + k * CHUNK >= p.Cp) break;
 #pragma unroll
         for (int j = 0; j < 4; ++j) along += f[k][j] * df[k][j];
+      }
     }
     along = sum_of_row(along);
   }
-  __device__ __forceinline__ void read(int64_t channel0) {
+  __device__ __forceinline__ void read(int channel0) {
 #pragma unroll
     for (int k = 0; k < CHUNKS; ++k) {
-      const int64_t c = channel0 + k * CHUNK + threadIdx.x % 4 * 4;
+      const int c = channel0 + k * CHUNK + threadIdx.x % 4 * 4;
+      if (channel0 + k * CHUNK >= p.Cp) break;
 #pragma unroll
       for (int j = 0; j < 4; ++j) f[k][j] = df[k][j] = 0;
-      if (row >= p.R || c >= p.Cp) continue;
+      if (row >= p.R) continue;
       read_four(df[k], in.grad_packed + row * p.Cp + c, true);
       if (p.normalize) read_four(f[k], in.packed + row * p.Cp + c, true);
     }
   }
-  __device__ __forceinline__ void span(int64_t channel0, Quarter<T>& out) {
+  __device__ __forceinline__ void span(int channel0, Quarter<T>& out) {
     if (p.Cp > SPAN) read(channel0);
 #pragma unroll
-    for (int k = 0; k < CHUNKS; ++k)
+    for (int k = 0; k < CHUNKS; ++k) {
+      if (channel0 + k * CHUNK >= p.Cp) break;
 #pragma unroll
       for (int j = 0; j < 4; ++j) out[k][j] = p.normalize ? (df[k][j] - f[k][j] * along) / norm : df[k][j];
+    }
   }
 };
 
@@ -272,21 +289,25 @@ __global__ void __launch_bounds__(THREADS) planar_unpack_kernel(const Pack<T, X>
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * ROWS, row = row0 + lane;
   X* const target = grad_x + (row < p.R ? p.place(row) : 0);
   RowGradient<T, X> gradient(p, in, row0 + at);
-  for (int64_t channel0 = 0; channel0 < p.Cp; channel0 += SPAN) {
+  for (int channel0 = 0; channel0 < p.Cp; channel0 += SPAN) {
     Quarter<T> values;
     gradient.span(channel0, values);
 #pragma unroll
-    for (int k = 0; k < CHUNKS; ++k)
+    for (int k = 0; k < CHUNKS; ++k) {
+      if (channel0 + k * CHUNK >= p.Cp) break;
 #pragma unroll
       for (int j = 0; j < 4; ++j) tile[at][k * CHUNK + quarter * 4 + j] = values[k][j];
+    }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < CHUNKS; ++k)
+    for (int k = 0; k < CHUNKS; ++k) {
+      if (channel0 + k * CHUNK >= p.C) break;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int64_t c = channel0 + k * CHUNK + warp * 4 + j;
+        const int c = channel0 + k * CHUNK + warp * 4 + j;
         if (row < p.R && c < p.C) narrow(target[c * p.stride_c], tile[lane][k * CHUNK + warp * 4 + j]);
       }
+    }
     __syncthreads();
   }
 }
@@ -297,12 +318,12 @@ __global__ void __launch_bounds__(THREADS) interleaved_unpack_kernel(const Pack<
   RowGradient<T, X> gradient(p, in, row);
   if (row >= p.R) return;
   X* const target = grad_x + p.place(row);
-  for (int64_t channel0 = 0; channel0 < p.C; channel0 += SPAN) {
+  for (int channel0 = 0; channel0 < p.C; channel0 += SPAN) {
     Quarter<T> values;
     gradient.span(channel0, values);
 #pragma unroll
     for (int k = 0; k < CHUNKS; ++k) {
-      const int64_t c = channel0 + k * CHUNK + threadIdx.x % 4 * 4;
+      const int c = channel0 + k * CHUNK + threadIdx.x % 4 * 4;
       if (c + 4 <= p.C) {
         write_four(target + c, values[k], aligned);
       } else {

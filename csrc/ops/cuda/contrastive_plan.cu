@@ -27,9 +27,9 @@ struct Chunk {
 };
 
 struct Layout {
-  ContrastiveAxis axis[3];
-  int64_t size[3], stride[3];
-  int64_t N, G;
+  int kept[3], edge[3], blocks[3];  // ContrastiveAxis
+  int64_t steps[4];                 // in the labels, from a map to the next and from a place on the grid to the next along every axis
+  int N;
   bool per_image;
   int chunks;  // of the largest group
 };
@@ -39,20 +39,16 @@ struct Members {
   int first, rows, wide, high, deep;
   int64_t origin, step_n, step_d, step_h, step_w;
 
-  __device__ __forceinline__ Members(const Layout& layout, int64_t group) {
-    const ContrastiveAxis* const axis = layout.axis;
-    const int64_t image = layout.per_image ? group % layout.N : 0, block = layout.per_image ? group / layout.N : group;
-    const int64_t at_w = block % axis[2].blocks, lines = block / axis[2].blocks, at_h = lines % axis[1].blocks, at_d = lines / axis[1].blocks;
-    const auto length = [&](int a, int64_t at) { return min(axis[a].edge, axis[a].kept - at * axis[a].edge); };
-    const int64_t of_d = length(0, at_d), of_h = length(1, at_h), of_w = length(2, at_w), maps = layout.per_image ? 1 : layout.N;
-    deep = static_cast<int>(of_d), high = static_cast<int>(of_h), wide = static_cast<int>(of_w);
+  __device__ __forceinline__ Members(const Layout& layout, int group)
+      : step_n(layout.steps[0]), step_d(layout.steps[1]), step_h(layout.steps[2]), step_w(layout.steps[3]) {
+    const int *const kept = layout.kept, *const edge = layout.edge, *const blocks = layout.blocks;
+    const int block = layout.per_image ? group / layout.N : group, image = layout.per_image ? group - block * layout.N : 0;
+    const int lines = block / blocks[2], at_w = block - lines * blocks[2], at_d = lines / blocks[1], at_h = lines - at_d * blocks[1];
+    deep = min(edge[0], kept[0] - at_d * edge[0]), high = min(edge[1], kept[1] - at_h * edge[1]), wide = min(edge[2], kept[2] - at_w * edge[2]);
     // Rows before: those of whole layers of blocks, then rows of blocks, and so on.
-    const int64_t before = at_d * axis[0].edge * axis[1].kept * axis[2].kept + of_d * at_h * axis[1].edge * axis[2].kept +
-                           of_d * of_h * at_w * axis[2].edge;
-    first = static_cast<int>(before * layout.N + image * of_d * of_h * of_w), rows = static_cast<int>(maps * of_d * of_h * of_w);
-    step_w = layout.stride[2], step_h = layout.stride[1] * layout.size[2], step_d = layout.stride[0] * layout.size[1] * layout.size[2];
-    step_n = layout.size[0] * layout.size[1] * layout.size[2];
-    origin = image * step_n + at_d * axis[0].edge * step_d + at_h * axis[1].edge * step_h + at_w * axis[2].edge * step_w;
+    const int before = at_d * edge[0] * kept[1] * kept[2] + deep * at_h * edge[1] * kept[2] + deep * high * at_w * edge[2];
+    first = before * layout.N + image * deep * high * wide, rows = (layout.per_image ? 1 : layout.N) * deep * high * wide;
+    origin = image * step_n + at_d * edge[0] * step_d + at_h * edge[1] * step_h + at_w * edge[2] * step_w;
   }
   // Where the group's row number q before sorting lies.
   __device__ __forceinline__ int64_t place(int q) const {
@@ -402,10 +398,13 @@ int64_t arrange(const ContrastivePlan& p, void* workspace, Sort& out) {
   Layout& layout = out.layout;
   int64_t largest = p.per_image ? 1 : p.N;
   for (int a = 0; a < 3; ++a) {
-    layout.axis[a] = contrastive_axis(p, a), layout.size[a] = p.size[a], layout.stride[a] = p.stride[a];
-    largest *= layout.axis[a].edge < layout.axis[a].kept ? layout.axis[a].edge : layout.axis[a].kept;
+    const ContrastiveAxis axis = contrastive_axis(p, a);
+    layout.kept[a] = static_cast<int>(axis.kept), layout.edge[a] = static_cast<int>(axis.edge < axis.kept ? axis.edge : axis.kept), layout.blocks[a] = static_cast<int>(axis.blocks);
+    largest *= layout.edge[a];
   }
-  layout.N = p.N, layout.G = p.G, layout.per_image = p.per_image;
+  layout.N = static_cast<int>(p.N), layout.per_image = p.per_image;
+  layout.steps[0] = p.size[0] * p.size[1] * p.size[2], layout.steps[1] = p.stride[0] * p.size[1] * p.size[2];
+  layout.steps[2] = p.stride[1] * p.size[2], layout.steps[3] = p.stride[2];
   layout.chunks = largest > CHUNK ? static_cast<int>((largest + CHUNK - 1) / CHUNK) : 1;
   const int64_t stored = layout.chunks > 1 ? p.R : 0;
   Pieces pieces(workspace);
