@@ -80,7 +80,8 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "contrastive_forward(Tensor rows, Tensor? columns, Tensor groups, Tensor ranges, Tensor? weights, int channels, float temperature, "
       "bool unit, int form, int precision) -> (Tensor total, Tensor losses, Tensor statistics)");
   library.def(
-      "contrastive_coefficients(Tensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int form) -> Tensor coefficients");
+      "contrastive_coefficients(Tensor? grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int form, Tensor? grad_total=None, "
+      "Tensor? weights=None) -> Tensor coefficients");
   library.def(
       "contrastive_backward(Tensor rows, Tensor? columns, Tensor groups, Tensor ranges, Tensor? row_statistics, Tensor? row_coefficients, "
       "Tensor? column_statistics, Tensor? column_coefficients, int channels, float temperature, bool unit, int precision) "

@@ -66,16 +66,22 @@ void forward(const Array& rows, const Array& columns, const Array& groups, const
   check(launch_contrastive_forward(p, workspace.data(), nullptr));
 }
 
+// With weights, grad_losses is the gradient of the total, [1].
 template <typename T>
 void coefficients(const Array& grad_losses_array, const Array& statistics_array, const Array& groups_array, const Array& ranges_array,
-                  int form, const Array& coefficients_array) {
+                  int form, const Array& coefficients_array, const Array& weights_array) {
   const Input<T> grad_losses(grad_losses_array, "grad_losses"), statistics(statistics_array, "statistics");
+  const Input<double> weights(weights_array, "weights");
   const Input<int32_t> groups(groups_array, "groups"), ranges(ranges_array, "ranges");
   const Output<T> coefficients(coefficients_array, "coefficients");
-  check(launch_contrastive_coefficients({grad_losses.shape(0), groups.shape(0), reinterpret_cast<const ContrastiveGroup*>(groups.data()),
-                                         reinterpret_cast<const ContrastiveRange*>(ranges.data()), grad_losses.data(), statistics.data(),
-                                         static_cast<ContrastiveForm>(form), std::is_same_v<T, double>, coefficients.data()},
-                                        nullptr));
+  ContrastiveCoefficients p{};
+  p.R = grad_losses.shape(0), p.G = groups.shape(0), p.groups = reinterpret_cast<const ContrastiveGroup*>(groups.data());
+  p.ranges = reinterpret_cast<const ContrastiveRange*>(ranges.data()), p.statistics = statistics.data();
+  p.form = static_cast<ContrastiveForm>(form), p.double_compute = std::is_same_v<T, double>, p.coefficients = coefficients.data();
+  p.grad_losses = weights.data() ? nullptr : grad_losses.data();
+  p.grad_total = weights.data() ? grad_losses.data() : nullptr, p.weights = weights.data();
+  if (weights.data()) p.R = weights.shape(0);
+  check(launch_contrastive_coefficients(p, nullptr));
 }
 
 template <typename T>
@@ -174,8 +180,8 @@ PK_EMULATOR_MODULE(module) {
   module.def("views", &views);
   module.def("forward_f32", &forward<float>);
   module.def("forward_f64", &forward<double>);
-  module.def("coefficients_f32", &coefficients<float>);
-  module.def("coefficients_f64", &coefficients<double>);
+  module.def("coefficients_f32", &coefficients<float>, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg() = py::none());
+  module.def("coefficients_f64", &coefficients<double>, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg() = py::none());
   module.def("backward_f32", &backward<float>);
   module.def("backward_f64", &backward<double>);
   module.def("pack_f32", &pack<float, float>);

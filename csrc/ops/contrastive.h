@@ -79,12 +79,14 @@ struct ContrastiveForward : ContrastiveProblem {
   void* total;            // T [1]
 };
 
-// Coefficients of rows from the derivative by their losses.
+// Coefficients of rows from the derivative by their losses: grad_losses, or grad_total times their weights, or the sum of both.
 struct ContrastiveCoefficients {
   int64_t R, G;
   const ContrastiveGroup* groups;
   const ContrastiveRange* ranges;
-  const void* grad_losses;  // T [R]
+  const void* grad_losses;  // T [R] or null
+  const void* grad_total;   // T [1] or null
+  const double* weights;    // [R], with grad_total
   const void* statistics;   // T [3, R]
   ContrastiveForm form;
   bool double_compute;

@@ -55,10 +55,11 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(Tensor rows, OptionalTensor colu
   return {total, losses, statistics};
 }
 
-Tensor coefficients_cuda(Tensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form) {
+Tensor coefficients_cuda(OptionalTensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form, OptionalTensor grad_total,
+                         OptionalTensor weights) {
   const torch::stable::accelerator::DeviceGuard guard(statistics.get_device_index());
   ContrastiveCoefficients c{};
-  fill_coefficients(c, grad_losses, statistics, groups, ranges, form);
+  fill_coefficients(c, grad_losses, statistics, groups, ranges, form, grad_total, weights);
   const Tensor out = empty_beside(statistics, {3, c.R}, statistics.scalar_type());
   c.coefficients = out.data_ptr();
   check_cuda(launch_contrastive_coefficients(c, current_cuda_stream(statistics)), "contrastive_coefficients");

@@ -118,12 +118,11 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     rows, columns, groups, ranges, weights, statistics = ctx.saved_tensors
     channels, temperature, unit, form, precision = ctx.settings
-    if grad_total is not None and weights is not None:
-        from_total = (grad_total * weights).to(rows.dtype)
-        grad_losses = from_total if grad_losses is None else grad_losses + from_total
-    if grad_losses is None:
+    from_total = (None, None) if grad_total is None or weights is None else (grad_total.contiguous(), weights)
+    from_losses = None if grad_losses is None else grad_losses.contiguous()
+    if from_losses is None and from_total[0] is None:
         return (None,) * 10
-    coefficients = OPS.contrastive_coefficients(grad_losses.contiguous(), statistics, groups, ranges, form)
+    coefficients = OPS.contrastive_coefficients(from_losses, statistics, groups, ranges, form, *from_total)
     own, none, rest = (statistics, coefficients), (None, None), (channels, temperature, unit, precision)
     to_rows = to_columns = None
     if columns is None:
@@ -136,7 +135,7 @@ def _backward(
     return to_rows, to_columns, *(None,) * 8
 
 
-def _fake_coefficients(grad_losses: Tensor, statistics: Tensor, *_rest: Any) -> Tensor:
+def _fake_coefficients(grad_losses: Tensor | None, statistics: Tensor, *_rest: Any) -> Tensor:
     return torch.empty_like(statistics)
 
 

@@ -84,8 +84,7 @@ struct Backward {
   bool rows_have_losses, columns_have_losses;
   Factors of_rows, of_columns;
   const float* largest;  // [largest_count]: the largest sums of derivatives
-  int largest_count;
-  int64_t Cp;
+  int largest_count, Cp;
   float* gradient;  // [shares, R, Cp]
 };
 
@@ -106,48 +105,74 @@ __device__ __forceinline__ int find_lift(const Backward& p) {
 }
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-// Scores become H, bounded ones H 2^lift. weight, level: of the warp's columns, in shared memory; own: of a thread's rows; row0, column0: the
-// warp's first. Entries in the layout of Scores.
+// The weights of a thread's rows: kept in registers, or read again where these are short.
+template <class S>
+struct Own {
+  static constexpr bool KEPT = S::CHANNELS == 16 && IS_HALF<S::FORMAT>;
+  float3 weight[KEPT ? 2 : 1][KEPT ? 2 : 1];
+
+  static __device__ __forceinline__ float3 read(const Backward& p, int row) {
+    const float4 weight = p.of_rows.weight[row];
+    return make_float3(weight.x, weight.y, weight.z);
+  }
+
+  __device__ __forceinline__ void keep(const Backward& p, int row0) {
+    if constexpr (KEPT) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) weight[t][r] = read(p, row0 + 16 * t + 8 * r + threadIdx.x % 32 / 4);
+    }
+  }
+  // row: the first of the thread's two.
+  __device__ __forceinline__ float3 of(const Backward& p, int t, int r, int row) const {
+    if constexpr (KEPT)
+      return weight[t][r];
+    else
+      return read(p, row + 8 * r);
+  }
+};
+
+// Scores become H, bounded ones H 2^lift. weight, level: of the warp's columns, in shared memory; row0, column0: the warp's first. Entries in the
+// layout of Scores.
 template <class S, bool bounded>
 struct Weigh;
-using Own = float4[2][2];
 
 template <class S>
 struct Weigh<S, true> {
   static __device__ __forceinline__ void run(Scores<S>& scores, const Backward& p, const WarpClasses& classes, const float4* weight,
-                                             const float2*, const Own& own, int lift, int row0, int column0, int end) {
+                                             const float2*, const Own<S>& kept, int lift, int row0, int column0, int end) {
     const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
     const float lifted = static_cast<float>(lift), factor = power_of_two(lift);
     unsigned others, same;
     classes.kinds<S::FRAGMENTS>(column0, end, others, same);
 #pragma unroll
-    for (int f = 0; f < S::FRAGMENTS; ++f) {
-      const float4 column[2] = {weight[8 * f + 2 * member], weight[8 * f + 2 * member + 1]};
-      const auto as_other = [&](float power, int t, int i) { return power * (own[t][i / 2].y + column[i % 2].y); };
-      const auto as_same = [&](float power, int t, int i) {
-        return power * (own[t][i / 2].x + column[i % 2].x) + (own[t][i / 2].z + column[i % 2].z) * factor;
-      };
-      if (others >> f & 1) {
+    for (int t = 0; t < 2; ++t) {
+      const int row = row0 + 16 * t + group;
+      const float3 own[2] = {kept.of(p, t, 0, row), kept.of(p, t, 1, row)};
 #pragma unroll
-        for (int t = 0; t < 2; ++t)
+      for (int f = 0; f < S::FRAGMENTS; ++f) {
+        const float4 column[2] = {weight[8 * f + 2 * member], weight[8 * f + 2 * member + 1]};
+        const auto power = [&](int i) { return pk::exp2_fast(scores[t][f][i] * p.scale + lifted); };
+        const auto as_other = [&](float power, int i) { return power * (own[i / 2].y + column[i % 2].y); };
+        const auto as_same = [&](float power, int i) {
+          return power * (own[i / 2].x + column[i % 2].x) + (own[i / 2].z + column[i % 2].z) * factor;
+        };
+        if (others >> f & 1) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) scores[t][f][i] = as_other(pk::exp2_fast(scores[t][f][i] * p.scale + lifted), t, i);
-      } else if (same >> f & 1) {
+          for (int i = 0; i < 4; ++i) scores[t][f][i] = as_other(power(i), i);
+        } else if (same >> f & 1) {
 #pragma unroll
-        for (int t = 0; t < 2; ++t)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) scores[t][f][i] = as_same(pk::exp2_fast(scores[t][f][i] * p.scale + lifted), t, i);
-      } else {
-#pragma unroll
-        for (int t = 0; t < 2; ++t)
+          for (int i = 0; i < 4; ++i) scores[t][f][i] = as_same(power(i), i);
+        } else {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const ContrastiveRange range = range_at(p.ranges, min(row0 + 16 * t + 8 * (i / 2) + group, p.R - 1));
+            const ContrastiveRange range = range_at(p.ranges, min(row + 8 * (i / 2), p.R - 1));
             const int j = column0 + 8 * f + 2 * member + i % 2;
-            const float power = pk::exp2_fast(scores[t][f][i] * p.scale + lifted),
-                        h = in_class(range, j) ? as_same(power, t, i) : as_other(power, t, i);
+            const float h = in_class(range, j) ? as_same(power(i), i) : as_other(power(i), i);
             scores[t][f][i] = j < end && j != range.self ? h : 0.0f;
           }
+        }
       }
     }
   }
@@ -156,7 +181,7 @@ struct Weigh<S, true> {
 template <class S>
 struct Weigh<S, false> {
   static __device__ __forceinline__ void run(Scores<S>& scores, const Backward& p, const WarpClasses& classes, const float4* weight,
-                                             const float2* level, const Own& own_weights, int, int row0, int column0, int end) {
+                                             const float2* level, const Own<S>&, int, int row0, int column0, int end) {
     const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
     unsigned others, same;
     classes.kinds<S::FRAGMENTS>(column0, end, others, same);
@@ -168,7 +193,7 @@ struct Weigh<S, false> {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int row = row0 + 16 * t + 8 * r + group;
-          const float4 own = own_weights[t][r];
+          const float4 own = p.of_rows.weight[row];
           const float2 own_level = p.of_rows.level[row];
           ContrastiveRange range = {0, 0, -1};
           if (!pure) range = range_at(p.ranges, min(row, p.R - 1));
@@ -198,7 +223,7 @@ struct WarpRows {
 
 // The two warps that share rows have their gradients from other columns; the second hands them over. target: of the warp's first row.
 template <class S>
-__device__ __forceinline__ void write_gradient(const Gradient<S>& d, float* target, int64_t Cp, int channels, const WarpRows& rows,
+__device__ __forceinline__ void write_gradient(const Gradient<S>& d, float* target, int Cp, int channels, const WarpRows& rows,
                                                float factor, float* shared) {
   constexpr int V = S::VECTOR;
   const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
@@ -251,20 +276,13 @@ __device__ __forceinline__ void backward_block(const Backward& p, unsigned* shar
   WarpClasses classes;
   classes.find(p.ranges, row0 + lane, rows.in_group(row0 + lane));
   const unsigned present = __ballot_sync(ALL, row0 + lane < rows.end), takes_part = __ballot_sync(ALL, rows.in_group(row0 + lane));
+  const int lift = bounded ? find_lift<S::THREADS>(p) : 0;
   if (lane == 0) of_warp = {classes, present, takes_part, min(end, columns_end(row0, row0 + 32))};
   __syncwarp();
-  const int lift = bounded ? find_lift<S::THREADS>(p) : 0;
   float4* const weight = reinterpret_cast<float4*>(shared + S::ROW_WORDS + S::STAGES * S::STAGE_WORDS);  // [STAGES, COLUMNS]
   float2* const level = reinterpret_cast<float2*>(weight + S::STAGES * S::COLUMNS);                      // [STAGES, COLUMNS]
-  Own own;
-  const auto load_own = [&] {
-#pragma unroll
-    for (int t = 0; t < 2; ++t)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) own[t][r] = p.of_rows.weight[row0 + 16 * t + 8 * r + lane / 4];
-  };
-  constexpr bool keep = S::CHANNELS == 16;  // registers are short elsewhere
-  if (keep) load_own();
+  Own<S> own;
+  own.keep(p, row0);
   const auto load_factors = [&](int stage, int column0) {
     const int at = threadIdx.x, j = column0 + at;
     if (at >= S::COLUMNS) return;
@@ -277,13 +295,12 @@ __device__ __forceinline__ void backward_block(const Backward& p, unsigned* shar
       [&](int column0) { return column0 + S::warp_column() < of_warp.end; },
       [&](Scores<S>& scores, int stage, int column0) {
         const int at = stage * S::COLUMNS + S::warp_column();
-        if (!keep) load_own();
         Weigh<S, bounded>::run(scores, p, of_warp.classes, weight + at, level + at, own, lift, row0, column0 + S::warp_column(), end);
         const unsigned* const y = shared + S::ROW_WORDS + stage * S::STAGE_WORDS + S::warp_column() * S::WORDS;
-        add_gradient<S>(gradient, scores, y, static_cast<int>(p.Cp) - slice * S::CHANNELS);
+        add_gradient<S>(gradient, scores, y, p.Cp - slice * S::CHANNELS);
       });
   float* const target = p.gradient + (static_cast<int64_t>(share) * p.R + row0) * p.Cp + slice * S::CHANNELS;
-  write_gradient<S>(gradient, target, p.Cp, static_cast<int>(p.Cp) - slice * S::CHANNELS, of_warp, p.inverse_temperature * power_of_two(-lift),
+  write_gradient<S>(gradient, target, p.Cp, p.Cp - slice * S::CHANNELS, of_warp, p.inverse_temperature * power_of_two(-lift),
                     reinterpret_cast<float*>(shared));
 }
 
@@ -292,13 +309,13 @@ using Narrow = Shape<F, 16, 2, 2>;
 template <Format F>
 using Middle = Shape<F, 64, 2, 2>;
 template <Format F>
-using Wide = Shape<F, 128, 4, F == Format::exact ? 1 : 2>;
+using Wide = Shape<F, 128, 4, F == Format::half || F == Format::bf16 ? 2 : 1>;
 template <Format F>
-using Sliced = Shape<F, 128, 4, F == Format::half || F == Format::bf16 ? 2 : 1, 2, true>;
+using Sliced = Shape<F, 128, 4, F == Format::half ? 2 : 1, 2, true>;
 template <Format F>
 constexpr int NARROW_BLOCKS = IS_HALF<F> ? 4 : 3;  // of a multiprocessor, as registers allow
 template <Format F>
-constexpr int MIDDLE_BLOCKS = IS_HALF<F> ? 3 : 2;
+constexpr int MIDDLE_BLOCKS = F == Format::half ? 3 : 2;
 
 // resources: dynamic shared 15360 bytes
 template <Format F>
@@ -416,7 +433,7 @@ int launch_contrastive_backward(const ContrastiveBackward& p, void* workspace, v
   Backward launch;
   launch.R = static_cast<int>(p.R), launch.G = static_cast<int>(p.G);
   launch.shares = static_cast<int>(grid.shares), launch.slices = static_cast<int>(grid.slices);
-  launch.rows = memory.rows, launch.columns = memory.columns, launch.Cp = p.Cp;
+  launch.rows = memory.rows, launch.columns = memory.columns, launch.Cp = static_cast<int>(p.Cp);
   launch.largest = memory.largest, launch.largest_count = static_cast<int>(memory.largest_of_rows + memory.largest_of_columns);
   launch.groups = p.groups, launch.ranges = p.ranges;
   launch.inverse_temperature = static_cast<float>(1.0 / p.temperature),

@@ -7,6 +7,9 @@
 // entry. Unit vectors need no maximum and no shift. Blocks without anchors write zeros and leave. The last share of a tile to arrive adds up all
 // of them in their order, the last tile the total: no atomics on floats, the same bits every time.
 //
+// Without a bound, what an entry is to its row is worked out first, as bits: branches around every entry were compiled to code that lost some
+// of the maxima (nvcc 13.0 for sm_90; scores below -87 then vanished).
+//
 // Limits on an H200, by counting (16 ex2 a clock and multiprocessor at 1.8 GHz; mma.sync at 60 % of 495 TFLOP/s tf32; 3 products in precision
 // highest), not measured:
 //   100 groups of 1024 rows, 17 % anchors, C = 16: 18 M entries; exponentials 5 us, products 6 us; with padding and the tail about 10 us
@@ -148,30 +151,32 @@ __device__ __forceinline__ void add_entries(RowSums<false> (&sums)[2][2], const 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const ContrastiveRange range = range_at(ranges, min(row0 + 16 * t + 8 * r + group, last_row));
-      float top_p = -INFINITY, top_n = -INFINITY;
-      const auto each = [&](const auto& entry) {
-#pragma unroll
-        for (int f = 0; f < S::FRAGMENTS; ++f)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int column = column0 + 8 * f + 2 * member + e;
-            if (column < end && column != range.self) entry(scores[t][f][2 * r + e], in_class(range, column));
-          }
-      };
-      each([&](float s, bool positive) {
-        top_p = positive ? fmaxf(top_p, s * scale) : top_p;
-        top_n = positive ? top_n : fmaxf(top_n, s * scale);
-      });
       RowSums<false>& row = sums[t][r];
+      unsigned same = 0, others = 0;  // a bit for each entry
+#pragma unroll
+      for (int i = 0; i < 2 * S::FRAGMENTS; ++i) {
+        const int column = column0 + 8 * (i / 2) + 2 * member + i % 2;
+        const unsigned present = column < end && column != range.self, own = in_class(range, column);
+        same |= (present & own) << i, others |= (present & ~own) << i;
+      }
+      const auto entry = [&](int i) { return scores[t][i / 2][2 * r + i % 2]; };
+      float top_p = -INFINITY, top_n = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < 2 * S::FRAGMENTS; ++i) {
+        top_p = fmaxf(top_p, same >> i & 1 ? entry(i) * scale : -INFINITY);
+        top_n = fmaxf(top_n, others >> i & 1 ? entry(i) * scale : -INFINITY);
+      }
       row.p.raise(top_p);
       row.n.raise(top_n);
       const float shift_p = row.p.shift(), shift_n = row.n.shift();
-      each([&](float s, bool positive) {
-        const float power = pk::exp2_fast(s * scale - (positive ? shift_p : shift_n));
+#pragma unroll
+      for (int i = 0; i < 2 * S::FRAGMENTS; ++i) {
+        const bool positive = same >> i & 1, negative = others >> i & 1;
+        const float power = pk::exp2_fast(entry(i) * scale - (positive ? shift_p : shift_n));
         row.p.part[1] += positive ? power : 0.0f;
-        row.n.part[1] += positive ? 0.0f : power;
-        row.l += positive ? s : 0.0f;
-      });
+        row.n.part[1] += negative ? power : 0.0f;
+        row.l += positive ? entry(i) : 0.0f;
+      }
     }
 }
 
@@ -249,17 +254,17 @@ __global__ void __launch_bounds__(HALVES_THREADS)
 template <Format F>
 using Narrow = Shape<F, 16, 2, 4>;
 template <Format F>
-using Middle = Shape<F, 64, 2, F == Format::halves ? 2 : 4>;
+using Middle = Shape<F, 64, 2, IS_HALF<F> ? 2 : 4>;
 template <Format F>
-using Wide = Shape<F, 128, 4, F == Format::halves ? 2 : 4, F == Format::halves ? 1 : 2>;
+using Wide = Shape<F, 128, 4, IS_HALF<F> ? 2 : 4, F == Format::halves ? 1 : 2>;
 template <Format F>
-using Sliced = Shape<F, 128, 4, F == Format::halves || F == Format::exact ? 2 : 4, 1, true>;
+using Sliced = Shape<F, 128, 4, IS_HALF<F> || F == Format::exact ? 2 : 4, 1, true>;
 template <Format F>
 constexpr int BLOCKS = IS_HALF<F> ? 4 : 2;  // of 128 threads on a multiprocessor, as registers allow
 
 // resources: dynamic shared 20480 bytes
 template <Format F>
-__global__ void __launch_bounds__(128, BLOCKS<F>) narrow_forward_kernel(const Forward p) {
+__global__ void __launch_bounds__(128, F == Format::halves ? 3 : BLOCKS<F>) narrow_forward_kernel(const Forward p) {
   PK_DYNAMIC_SHARED(unsigned, shared);
   forward_block<Narrow<F>, IS_HALF<F>>(p, shared);
 }

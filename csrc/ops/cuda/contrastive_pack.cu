@@ -338,17 +338,22 @@ __global__ void __launch_bounds__(THREADS) interleaved_unpack_kernel(const Pack<
 // ------------------------------------------------------------------------------------------------------------------ coefficients
 
 template <class T>
-__global__ void __launch_bounds__(COEFFICIENT_THREADS) coefficients_kernel(int64_t R, ContrastiveForm form, const ContrastiveRange* ranges,
-                                                               const T* grad_losses, const T* statistics, T* out) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * COEFFICIENT_THREADS + threadIdx.x;
+__global__ void __launch_bounds__(COEFFICIENT_THREADS) coefficients_kernel(const ContrastiveCoefficients p) {
+  const int64_t R = p.R, row = static_cast<int64_t>(blockIdx.x) * COEFFICIENT_THREADS + threadIdx.x;
   if (row >= R) return;
-  const T p = statistics[row], n = statistics[R + row], g = grad_losses[row];
+  const T* const statistics = static_cast<const T*>(p.statistics);
+  T* const out = static_cast<T*>(p.coefficients);
+  const ContrastiveForm form = p.form;
+  const ContrastiveRange* const ranges = p.ranges;
+  const T p_log = statistics[row], n = statistics[R + row];
+  T g = p.grad_losses ? static_cast<const T*>(p.grad_losses)[row] : T(0);
+  if (p.grad_total) g += static_cast<T>(static_cast<double>(*static_cast<const T*>(p.grad_total)) * p.weights[row]);
   const int positives = positives_of(range_at(ranges, static_cast<int>(row)));
   T dp = 0, dn = 0, dl = 0;
-  if (has_loss(form, p, n) && !is_certain(n, positives)) {
+  if (has_loss(form, p_log, n) && !is_certain(n, positives)) {
     const T count = static_cast<T>(positives);
     // exp(p) and exp(n) as shares of their sum
-    const T of_n = n == -T(INFINITY) ? T(0) : T(1) / (T(1) + exponential(p - n)), of_p = T(1) / (T(1) + exponential(n - p));
+    const T of_n = n == -T(INFINITY) ? T(0) : T(1) / (T(1) + exponential(p_log - n)), of_p = T(1) / (T(1) + exponential(n - p_log));
     switch (form) {
       case ContrastiveForm::supcon: dp = g * of_p, dn = g * of_n, dl = -g / count; break;
       case ContrastiveForm::in: dp = -g * of_n, dn = g * of_n; break;
@@ -396,8 +401,7 @@ int unpack(const ContrastiveUnpack& p, void* stream) {
 
 template <class T>
 int coefficients(const ContrastiveCoefficients& p, void* stream) {
-  return PK_LAUNCH((coefficients_kernel<T>), blocks_for(p.R, COEFFICIENT_THREADS), dim3(COEFFICIENT_THREADS), 0, stream, p.R, p.form, p.ranges,
-                   static_cast<const T*>(p.grad_losses), static_cast<const T*>(p.statistics), static_cast<T*>(p.coefficients));
+  return PK_LAUNCH((coefficients_kernel<T>), blocks_for(p.R, COEFFICIENT_THREADS), dim3(COEFFICIENT_THREADS), 0, stream, p);
 }
 
 }  // namespace

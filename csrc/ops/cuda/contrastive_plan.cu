@@ -7,7 +7,6 @@
 //   merge_kernel  for larger groups, a block again has the 2048 rows: it finds every class of its own among those of the group's other blocks by
 //                 bisection. Classes are looked up, not rows, and several threads share one where there are few.
 //   scale_kernel  weights: 1 over the anchors of a set and the number of sets that have any. Both are counted with integer atomics.
-//   views_kernel  the plans of two stacked views, which need no sorting.
 // All are limited by latency: each is a few thousand cycles of one block. 4 x 160 x 160 in blocks of 16 is 100 blocks; labels are 0.8 MB.
 
 #include "common/simt.cuh"
@@ -79,27 +78,11 @@ struct Sort {
   __device__ __forceinline__ Role role(int64_t label) const {
     return has_ignored && label == ignored ? IGNORED : has_background && label == background ? BACKGROUND : ANCHOR;
   }
-  // By a whole warp: counts rows that are anchors.
-  __device__ __forceinline__ void count(bool anchor, int group, int64_t place) const {
-    const int lane = threadIdx.x % 32;
-    const auto add = [&](int64_t set, int rows) {
-      if (atomicAdd(counts + 1 + set, static_cast<unsigned>(rows)) == 0) atomicAdd(counts, 1u);
-    };
-    unsigned left = __ballot_sync(ALL, anchor);
-    if (reduction != 2) {
-      if (lane == 0 && left) add(reduction == 0 ? group : 0, __popc(left));
-      return;
-    }
-    const int image = anchor ? static_cast<int>(place / places) : -1;
-    while (left) {
-      const int leader = __ffs(static_cast<int>(left)) - 1, of_leader = __shfl_sync(ALL, image, leader);
-      const unsigned same = __ballot_sync(ALL, image == of_leader);
-      if (lane == leader) add(of_leader, __popc(same));
-      left &= ~same;
-    }
+  __device__ __forceinline__ void add(int64_t set, int anchors) const {
+    if (atomicAdd(counts + 1 + set, static_cast<unsigned>(anchors)) == 0) atomicAdd(counts, 1u);
   }
-  // By a whole warp, each lane a row that is there or not.
-  __device__ __forceinline__ void write(bool present, int group, int row, int64_t place, Role role, int class_begin, int class_end, int members) const {
+  // By a whole warp, each lane a row that is there or not; returns the warp's anchors, unless they are counted by image.
+  __device__ __forceinline__ int write(bool present, int row, int64_t place, Role role, int class_begin, int class_end, int members) const {
     const int own = class_end - class_begin;
     const bool anchor = present && role == ANCHOR && own > 1 && (!needs_negatives || own < members);
     if (present) {
@@ -109,7 +92,24 @@ struct Sort {
       ranges[row].self = role == IGNORED ? -1 : row;
       weights[row] = anchor ? 1 : 0;
     }
-    count(anchor, group, place);
+    unsigned left = __ballot_sync(ALL, anchor);
+    if (reduction != 2) return __popc(left);
+    const int lane = threadIdx.x % 32, image = anchor ? static_cast<int>(place / places) : -1;
+    while (left) {
+      const int leader = __ffs(static_cast<int>(left)) - 1, of_leader = __shfl_sync(ALL, image, leader);
+      const unsigned same = __ballot_sync(ALL, image == of_leader);
+      if (lane == leader) add(of_leader, __popc(same));
+      left &= ~same;
+    }
+    return 0;
+  }
+  // By the block, once: the anchors of each warp.
+  __device__ __forceinline__ void count(int group, int of_warp, int* of_warps) const {
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = of_warp;
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    const int anchors = __reduce_add_sync(ALL, threadIdx.x < WARPS ? of_warps[threadIdx.x] : 0);
+    if (threadIdx.x == 0 && anchors > 0) add(reduction == 0 ? group : 0, anchors);
   }
   __device__ __forceinline__ void write_group(int group, int first, int anchors, int members) const {
     int* const numbers = &groups[group].row_begin;
@@ -183,6 +183,7 @@ __global__ void __launch_bounds__(THREADS) sort_kernel(const Sort p) {
   if (lane == 0) bounds[0][warp] = least, bounds[1][warp] = most;
   if (threadIdx.x < 3) first_of_role[threadIdx.x] = count;
   __syncthreads();
+#pragma unroll
   for (int w = 0; w < WARPS; ++w) least = min(least, bounds[0][w]), most = max(most, bounds[1][w]);
   const Codes codes(least, most);
 
@@ -203,13 +204,14 @@ __global__ void __launch_bounds__(THREADS) sort_kernel(const Sort p) {
       __syncwarp();
     }
     __syncthreads();
-    int total = 0;
+    int total = 0, of_warps[WARPS];
     if (threadIdx.x < DIGITS) {
 #pragma unroll
+      for (int w = 0; w < WARPS; ++w) of_warps[w] = counts[w * DIGITS + threadIdx.x];
+#pragma unroll
       for (int w = 0; w < WARPS; ++w) {
-        const int here = counts[w * DIGITS + threadIdx.x];
         counts[w * DIGITS + threadIdx.x] = total;
-        total += here;
+        total += of_warps[w];
       }
     }
     const int upto = warp_prefix(total);
@@ -263,6 +265,7 @@ __global__ void __launch_bounds__(THREADS) sort_kernel(const Sort p) {
   __syncthreads();
   const int anchors = min(first_of_role[BACKGROUND], first_of_role[IGNORED]), present = first_of_role[IGNORED];
   const bool whole = p.layout.chunks == 1;
+  int anchor_rows = 0;
   if (threadIdx.x == 0) {
     if (whole)
       p.write_group(group, members.first, anchors, present);
@@ -277,7 +280,8 @@ __global__ void __launch_bounds__(THREADS) sort_kernel(const Sort p) {
     const int64_t place = here ? members.place(numbers[i]) : 0;
     const int class_begin = here ? class_begins[of_class[e]] : 0, class_end = here ? class_begins[of_class[e] + 1] : 0;
     if (whole) {
-      p.write(here, group, row, place, here ? p.role(labels[i]) : IGNORED, members.first + class_begin, members.first + class_end, present);
+      const Role role = here ? p.role(labels[i]) : IGNORED;
+      anchor_rows += p.write(here, row, place, role, members.first + class_begin, members.first + class_end, present);
     } else if (here) {
       p.sorted[row] = place;
       p.class_of[row] = of_class[e];
@@ -287,6 +291,7 @@ __global__ void __launch_bounds__(THREADS) sort_kernel(const Sort p) {
       }
     }
   }
+  if (whole) p.count(group, anchor_rows, starts);
 }
 
 __global__ void __launch_bounds__(THREADS) merge_kernel(const Sort p) {
@@ -294,6 +299,7 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const Sort p) {
   PK_SHARED(int, begins, CHUNK);
   PK_SHARED(int, ends, CHUNK);
   PK_SHARED(int, totals, 2, WARPS);
+  PK_SHARED(int, of_warps, WARPS);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunks = p.layout.chunks;
   const int group = static_cast<int>(blockIdx.x) / chunks, chunk = static_cast<int>(blockIdx.x) % chunks;
   const Members members(p.layout, group);
@@ -346,6 +352,7 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const Sort p) {
   }
   __syncthreads();
   anchors = present = 0;
+  int anchor_rows = 0;
   for (int w = 0; w < WARPS; ++w) anchors += totals[0][w], present += totals[1][w];
   if (chunk == 0 && threadIdx.x == 0) p.write_group(group, members.first, anchors, present);
 #pragma unroll
@@ -355,8 +362,9 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const Sort p) {
     const int c = here ? p.class_of[first + i] : 0;
     const int64_t place = here ? p.sorted[first + i] : 0;
     const Role role = c < own.classes ? ANCHOR : c == own.classes && own.background > 0 ? BACKGROUND : IGNORED;
-    p.write(here, group, here ? shifts[c] + i : 0, place, role, here ? begins[c] : 0, here ? ends[c] : 0, present);
+    anchor_rows += p.write(here, here ? shifts[c] + i : 0, place, role, here ? begins[c] : 0, here ? ends[c] : 0, present);
   }
+  p.count(group, anchor_rows, of_warps);
 }
 
 __global__ void __launch_bounds__(THREADS) scale_kernel(const Sort p) {
@@ -370,27 +378,6 @@ __global__ void __launch_bounds__(THREADS) scale_kernel(const Sort p) {
     const int64_t set = p.reduction == 0 ? group : p.reduction == 1 ? 0 : p.order[row] / p.places;
     p.weights[row] = 1 / (static_cast<double>(p.counts[1 + set]) * sets);
   }
-}
-
-__global__ void __launch_bounds__(THREADS) views_kernel(const ContrastiveViews p) {
-  const int row = static_cast<int>(blockIdx.x) * THREADS + threadIdx.x, count = static_cast<int>(p.count);
-  if (row == 0) {
-    for (int g = 0; g < (p.crossing ? 2 : 1); ++g) {
-      const auto side = [&](int* numbers, int view) {
-        const int first = p.crossing ? view * count : 0, end = p.crossing ? first + count : 2 * count;
-        numbers[0] = first, numbers[1] = view == 0 || p.symmetric ? end : first, numbers[2] = end;
-      };
-      side(&p.groups[g].row_begin, g);
-      side(&p.groups[g].column_begin, p.crossing ? 1 - g : 0);
-    }
-  }
-  if (row >= 2 * count) return;
-  p.order[row] = p.crossing ? row : row % 2 * static_cast<int64_t>(count) + row / 2;
-  const int begin = p.crossing ? (row < count ? row + count : row - count) : row / 2 * 2;
-  ContrastiveRange& range = p.ranges[row];
-  range.class_begin = begin, range.class_end = begin + (p.crossing ? 1 : 2), range.self = row;
-  const int anchors = p.crossing && !p.symmetric ? count : 2 * count;
-  p.weights[row] = row < anchors ? 1.0 / anchors : 0.0;
 }
 
 // What lies in the workspace; without one its size.
@@ -441,10 +428,6 @@ int launch_contrastive_plan(const ContrastivePlan& p, void* workspace, void* str
   if (status == 0 && launch.layout.chunks > 1) status = PK_LAUNCH(merge_kernel, grid, dim3(THREADS), 0, stream, launch);
   if (status == 0 && p.R > 0) status = PK_LAUNCH(scale_kernel, grid, dim3(THREADS), 0, stream, launch);
   return status;
-}
-
-int launch_contrastive_views(const ContrastiveViews& p, void* stream) {
-  return PK_LAUNCH(views_kernel, dim3(static_cast<unsigned>(2 * p.count / THREADS + 1)), dim3(THREADS), 0, stream, p);
 }
 
 }  // namespace protokernels
