@@ -2,8 +2,9 @@
 """Contrastive problems as the kernels take them, and their losses and gradients as sums over all pairs in float64.
 
 The oracle rounds the vectors as the tensor cores do (16-bit floats where scores are bounded, else tf32 and bf16), so that every
-precision is held to float32 accuracy in what follows the rounding. `SCORE` bounds the error of a score of vectors x and y by SCORE * sum |x_c y_c| / temperature:
-three tf32 products lose 2^-22 of a product, the sum of up to 257 products some units of 2^-24.
+precision is held to float32 accuracy in what follows the rounding. `SCORE` bounds the error of a score of vectors x and y by
+SCORE * sum |x_c y_c| / temperature: three products of parts lose 2^-22 of a product, the sum of up to 257 products some units of
+2^-24.
 """
 
 from __future__ import annotations
@@ -259,7 +260,9 @@ def check_gradient(problem: Problem, actual: Array, own: Problem | None, others:
     y = problem.rounded(problem.rows if problem.columns is None else problem.columns)
     expected = total @ y / problem.temperature
     rounding = SCORE[problem.kind] + (ROUNDING[problem.precision] if problem.kind == "f32" else 0)
-    if problem.bounded and problem.kind == "f32":  # weights of pairs as 16-bit floats: beside the largest, what is below 2^-37 of it
+    if (
+        problem.bounded and problem.kind == "f32"
+    ):  # weights of pairs as 16-bit floats: beside the largest, what is below 2^-37 of it
         parts = [part for part in (own, others) if part is not None]
         largest = max((float(np.abs(part.grad_losses).max(initial=0)) for part in parts), default=0.0)
         error += np.where(size > 0, 2.0**-37 * 2 * largest, 0)
