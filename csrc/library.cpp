@@ -64,11 +64,14 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "sinkhorn_features_backward(Tensor x, Tensor y, Tensor f, Tensor g, Tensor epsilon, Tensor? grad_entropic_value, bool cosine) "
       "-> (Tensor grad_x, Tensor grad_y, Tensor grad_epsilon)");
 
-  // Contrastive losses (ops/contrastive.h): which pixels meet which, from their labels; vectors out of images and their gradient back; losses with
+  // Contrastive losses (ops/contrastive.h): which pixels meet which, from their labels; the same for two views stacked; vectors out of images and their gradient back; losses with
   // the three statistics of every row; the derivative by the statistics; the gradient of the vectors.
   library.def(
       "contrastive_plan(Tensor labels, int[] block, int[] stride, bool per_image, bool drop_remainder, int? background, int? ignore_index, "
       "int form, int reduction) -> (Tensor order, Tensor groups, Tensor ranges, Tensor weights)");
+  library.def(
+      "contrastive_views(Tensor beside, int count, bool crossing, bool symmetric) "
+      "-> (Tensor order, Tensor groups, Tensor ranges, Tensor weights)");
   library.def("contrastive_pack(Tensor x, Tensor order, bool normalize) -> (Tensor packed, Tensor norms)");
   library.def(
       "contrastive_unpack(Tensor grad_packed, Tensor packed, Tensor norms, Tensor order, Tensor like, bool normalize, bool "
@@ -77,7 +80,8 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "contrastive_forward(Tensor rows, Tensor? columns, Tensor groups, Tensor ranges, Tensor? weights, int channels, float temperature, "
       "bool unit, int form, int precision) -> (Tensor total, Tensor losses, Tensor statistics)");
   library.def(
-      "contrastive_coefficients(Tensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int form) -> Tensor coefficients");
+      "contrastive_coefficients(Tensor? grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int form, Tensor? grad_total=None, "
+      "Tensor? weights=None) -> Tensor coefficients");
   library.def(
       "contrastive_backward(Tensor rows, Tensor? columns, Tensor groups, Tensor ranges, Tensor? row_statistics, Tensor? row_coefficients, "
       "Tensor? column_statistics, Tensor? column_coefficients, int channels, float temperature, bool unit, int precision) "

@@ -25,6 +25,7 @@ OPERATORS = (
     "sinkhorn_features_forward",
     "sinkhorn_features_backward",
     "contrastive_plan",
+    "contrastive_views",
     "contrastive_pack",
     "contrastive_unpack",
     "contrastive_forward",

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Contrastive problems as the kernels take them, and their losses and gradients as sums over all pairs in float64.
 
-The oracle rounds the vectors as the tensor cores do (tf32, bf16), so that every precision is held to float32 accuracy in
-what follows the rounding. `SCORE` bounds the error of a score of vectors x and y by SCORE * sum |x_c y_c| / temperature:
-three tf32 products lose 2^-22 of a product, the sum of up to 257 products some units of 2^-24.
+The oracle rounds the vectors as the tensor cores do (16-bit floats where scores are bounded, else tf32 and bf16), so that every
+precision is held to float32 accuracy in what follows the rounding. `SCORE` bounds the error of a score of vectors x and y by
+SCORE * sum |x_c y_c| / temperature: three products of parts lose 2^-22 of a product, the sum of up to 257 products some units of
+2^-24.
 """
 
 from __future__ import annotations
@@ -33,9 +34,13 @@ def as_bf16(values: Array) -> Array:
     return torch.from_numpy(values.astype(np.float32)).bfloat16().double().numpy()
 
 
+def as_half(values: Array) -> Array:
+    return values.astype(np.float16).astype(np.float64)
+
+
 ROUNDED = {"highest": lambda x: x.astype(np.float64), "high": as_tf32, "medium": as_bf16}
 ROUNDING = {"highest": 2.0**-22, "high": 2.0**-11, "medium": 2.0**-8}
-"""Relative error of a number on its way into the tensor cores."""
+"""Relative error of a number on its way into the tensor cores; 16-bit floats have 11 significant bits, as tf32."""
 
 
 @dataclass
@@ -114,12 +119,18 @@ class Problem:
     def options(self) -> tuple[Any, ...]:
         return self.C, self.temperature, self.bounded
 
+    def rounded(self, vectors: Array) -> Array:
+        """As the tensor cores see them."""
+        if self.bounded and self.precision != "highest":
+            return as_half(vectors)
+        return np.asarray(ROUNDED[self.precision](vectors))
+
     # -------------------------------------------------------------------------------------------- oracle
 
     def pairs(self) -> tuple[Array, Array, Array, Array, Array]:
         """Scores and the sum of their products' magnitudes, who is a positive and who a negative, who may be an anchor."""
-        x = ROUNDED[self.precision](self.rows)
-        y = x if self.columns is None else ROUNDED[self.precision](self.columns)
+        x = self.rounded(self.rows)
+        y = x if self.columns is None else self.rounded(self.columns)
         scores, size = x @ y.T / self.temperature, np.abs(x) @ np.abs(y).T / self.temperature
         positive, negative = np.zeros(scores.shape, bool), np.zeros(scores.shape, bool)
         anchors = np.zeros(len(x), bool)
@@ -246,9 +257,15 @@ def check_gradient(problem: Problem, actual: Array, own: Problem | None, others:
         if part is not None:
             for target, value in zip((total, size, error), loss_gradient(part), strict=True):
                 target += value.T if turned else value
-    y = ROUNDED[problem.precision](problem.rows if problem.columns is None else problem.columns)
+    y = problem.rounded(problem.rows if problem.columns is None else problem.columns)
     expected = total @ y / problem.temperature
     rounding = SCORE[problem.kind] + (ROUNDING[problem.precision] if problem.kind == "f32" else 0)
+    if (
+        problem.bounded and problem.kind == "f32"
+    ):  # weights of pairs as 16-bit floats: beside the largest, what is below 2^-37 of it
+        parts = [part for part in (own, others) if part is not None]
+        largest = max((float(np.abs(part.grad_losses).max(initial=0)) for part in parts), default=0.0)
+        error += np.where(size > 0, 2.0**-37 * 2 * largest, 0)
     tolerance = (error + size * rounding) @ np.abs(y) / problem.temperature
     assert (actual[tolerance == 0] == 0).all()
     smallest = 1e-30 if problem.kind == "f32" else 1e-300  # weights of a pair below 2^-126 are lost

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which vectors meet which: the sorting in torch against the groups of the reference, and the native one against that in torch."""
+"""Which vectors meet which: the sorting in torch against the groups of the reference, and the native ones against that in torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from protokernels.ops._contrastive_plan import Plan, crossing_plan, pairs_plan, plan_in_torch, plan_sizes
 from protokernels.reference import contrastive as reference
 from python_tests.contrastive_oracle import needs_native
+from python_tests.prototypes_oracle import needs_gpu
 
 LAYOUTS: list[tuple[tuple[int, int, int], tuple[int, int, int], bool]] = [
     ((0, 0, 0), (1, 1, 1), False),
@@ -24,6 +25,18 @@ LAYOUTS: list[tuple[tuple[int, int, int], tuple[int, int, int], bool]] = [
 ]
 SHAPES = [(3, 1, 9, 10), (2, 3, 4, 5), (1, 1, 1, 1), (4, 1, 33, 31), (0, 1, 4, 4), (2, 1, 0, 4)]
 ROLES: list[tuple[int | None, int | None]] = [(0, None), (None, None), (0, -1), (None, 1), (5, 5)]
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_gpu])]
+
+
+def compare(labels: Tensor, *arguments: Any, device: str) -> None:
+    """contrastive_plan on the device against plan_in_torch."""
+    expected = plan_in_torch(labels, *arguments)
+    actual = [one.cpu() for one in torch.ops.protokernels.contrastive_plan(labels.to(device), *arguments)]
+    for one, two in zip(actual[:3], expected[:3], strict=True):
+        assert one.dtype == two.dtype and torch.equal(one, two)
+    torch.testing.assert_close(actual[3], expected[3], rtol=1e-14, atol=0)
 
 
 def drawn(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -88,18 +101,32 @@ class TestValue:
         assert plan.weights.tolist() == [0.5, 0.5, 0, 0]
 
     @needs_native
+    @pytest.mark.parametrize("device", DEVICES)
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("per_image", [False, True])
     @pytest.mark.parametrize(("block", "stride", "drop"), LAYOUTS)
     def test_native_equals_torch(
-        self, shape: tuple[int, ...], per_image: bool, block: Any, stride: Any, drop: bool
+        self, shape: tuple[int, ...], per_image: bool, block: Any, stride: Any, drop: bool, device: str
     ) -> None:
         for labels in (drawn(shape), drawn(shape, 1) * 2**60, torch.zeros(shape, dtype=torch.int64)):
             for background, ignored in ROLES:
                 for form, reduction in ((0, 0), (2, 1), (3, 2)):
-                    arguments = (labels, block, stride, per_image, drop, background, ignored, form, reduction)
-                    expected = plan_in_torch(*arguments)
-                    actual = torch.ops.protokernels.contrastive_plan(*arguments)
-                    for one, two in zip(actual[:3], expected[:3], strict=True):
-                        assert one.dtype == two.dtype and torch.equal(one, two)
-                    torch.testing.assert_close(actual[3], expected[3], rtol=1e-14, atol=0)
+                    compare(labels, block, stride, per_image, drop, background, ignored, form, reduction, device=device)
+
+    @needs_native
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_native_equals_torch_in_large_groups(self, device: str) -> None:
+        for labels in (drawn((4, 1, 96, 96)), torch.arange(4 * 96 * 96).view(4, 1, 96, 96) % 20000):
+            compare(labels, (0, 0, 0), (1, 1, 1), False, False, 0, 3, 0, 0, device=device)
+            compare(labels, (1, 64, 50), (1, 1, 1), False, False, None, None, 2, 2, device=device)
+
+    @needs_native
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("count", [0, 1, 5, 700])
+    def test_native_views_equal_torch(self, count: int, device: str) -> None:
+        for crossing, symmetric in ((False, True), (True, True), (True, False)):
+            here = torch.device("cpu")
+            expected = crossing_plan(count, symmetric, here) if crossing else pairs_plan(count, here)
+            actual = torch.ops.protokernels.contrastive_views(torch.empty(0, device=device), count, crossing, symmetric)
+            for one, two in zip(actual, expected, strict=True):
+                assert one.dtype == two.dtype and torch.equal(one.cpu(), two)

@@ -18,7 +18,7 @@
 //
 //     float4 v = pk::load_vector<float4>(pointer);   pk::store_vector(pointer, v);     // aligned, in global or shared memory
 //     pk::copy_async_16(shared, global, valid); pk::copy_async_commit(); pk::copy_async_wait<pending_groups>();
-//     pk::to_tf32(x), pk::pack_bf16(low, high), pk::pack_f16(low, high)
+//     pk::to_tf32(x), pk::pack_bf16(low, high), pk::pack_f16(low, high), pk::unpack_f16(bits)      // float2: low, high
 //     pk::mma_m16n8k8_tf32(d, a, b), pk::mma_m16n8k16_bf16(d, a, b), pk::mma_m16n8k16_f16(d, a, b)
 //     pk::reciprocal_fast(x)                                // 1 / x in one instruction: to 2^-23, and denormals are 0
 //     pk::exp2_fast(x)                                      // 2^x in one instruction: to 2^-22, and 0 below 2^-126
@@ -213,6 +213,7 @@ __device__ __forceinline__ unsigned pack_f16(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
+__device__ __forceinline__ float2 unpack_f16(unsigned bits) { return __half22float2(*reinterpret_cast<const __half2*>(&bits)); }
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float power;

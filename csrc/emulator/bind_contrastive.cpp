@@ -5,6 +5,7 @@
 
 #include "emulator/host.h"
 #include "ops/contrastive.h"
+#include "ops/contrastive_layout.h"
 #include "ops/cuda/contrastive_launch.h"
 
 using namespace pk::emulator;
@@ -65,16 +66,22 @@ void forward(const Array& rows, const Array& columns, const Array& groups, const
   check(launch_contrastive_forward(p, workspace.data(), nullptr));
 }
 
+// With weights, grad_losses is the gradient of the total, [1].
 template <typename T>
 void coefficients(const Array& grad_losses_array, const Array& statistics_array, const Array& groups_array, const Array& ranges_array,
-                  int form, const Array& coefficients_array) {
+                  int form, const Array& coefficients_array, const Array& weights_array) {
   const Input<T> grad_losses(grad_losses_array, "grad_losses"), statistics(statistics_array, "statistics");
+  const Input<double> weights(weights_array, "weights");
   const Input<int32_t> groups(groups_array, "groups"), ranges(ranges_array, "ranges");
   const Output<T> coefficients(coefficients_array, "coefficients");
-  check(launch_contrastive_coefficients({grad_losses.shape(0), groups.shape(0), reinterpret_cast<const ContrastiveGroup*>(groups.data()),
-                                         reinterpret_cast<const ContrastiveRange*>(ranges.data()), grad_losses.data(), statistics.data(),
-                                         static_cast<ContrastiveForm>(form), std::is_same_v<T, double>, coefficients.data()},
-                                        nullptr));
+  ContrastiveCoefficients p{};
+  p.R = grad_losses.shape(0), p.G = groups.shape(0), p.groups = reinterpret_cast<const ContrastiveGroup*>(groups.data());
+  p.ranges = reinterpret_cast<const ContrastiveRange*>(ranges.data()), p.statistics = statistics.data();
+  p.form = static_cast<ContrastiveForm>(form), p.double_compute = std::is_same_v<T, double>, p.coefficients = coefficients.data();
+  p.grad_losses = weights.data() ? nullptr : grad_losses.data();
+  p.grad_total = weights.data() ? grad_losses.data() : nullptr, p.weights = weights.data();
+  if (weights.data()) p.R = weights.shape(0);
+  check(launch_contrastive_coefficients(p, nullptr));
 }
 
 template <typename T>
@@ -132,15 +139,49 @@ void unpack(const Array& grad_packed_array, const Array& packed_array, const Arr
   check(launch_contrastive_unpack(p, nullptr));
 }
 
+// The numbers of a plan: labels [N, D, H, W]; background and ignored are lists, empty for none.
+void plan(const Array& labels_array, const std::vector<int64_t>& block, const std::vector<int64_t>& stride, bool per_image, bool drop_remainder,
+          const std::vector<int64_t>& background, const std::vector<int64_t>& ignored, int form, int reduction, const Array& order_array,
+          const Array& groups_array, const Array& ranges_array, const Array& weights_array) {
+  const Input<int64_t> labels(labels_array, "labels");
+  const Output<int64_t> order(order_array, "order");
+  const Output<int32_t> groups(groups_array, "groups"), ranges(ranges_array, "ranges");
+  const Output<double> weights(weights_array, "weights");
+  ContrastivePlan p{};
+  p.N = labels.shape(0);
+  for (int a = 0; a < 3; ++a) p.size[a] = labels.shape(1 + a), p.block[a] = block.at(a), p.stride[a] = stride.at(a);
+  p.per_image = per_image, p.drop_remainder = drop_remainder;
+  p.has_background = !background.empty(), p.background = background.empty() ? 0 : background[0];
+  p.has_ignored = !ignored.empty(), p.ignored = ignored.empty() ? 0 : ignored[0];
+  p.labels = labels.data(), p.form = static_cast<ContrastiveForm>(form), p.reduction = reduction;
+  contrastive_plan_sizes(p);
+  p.order = order.data(), p.groups = reinterpret_cast<ContrastiveGroup*>(groups.data());
+  p.ranges = reinterpret_cast<ContrastiveRange*>(ranges.data()), p.weights = weights.data();
+  const Workspace workspace(contrastive_plan_workspace(p));
+  check(launch_contrastive_plan(p, workspace.data(), nullptr));
+}
+
+void views(int64_t count, bool crossing, bool symmetric, const Array& order_array, const Array& groups_array, const Array& ranges_array,
+           const Array& weights_array) {
+  const Output<int64_t> order(order_array, "order");
+  const Output<int32_t> groups(groups_array, "groups"), ranges(ranges_array, "ranges");
+  const Output<double> weights(weights_array, "weights");
+  check(launch_contrastive_views({count, crossing, symmetric, order.data(), reinterpret_cast<ContrastiveGroup*>(groups.data()),
+                                  reinterpret_cast<ContrastiveRange*>(ranges.data()), weights.data()},
+                                 nullptr));
+}
+
 std::vector<int64_t> numbers(const ContrastiveGrid& grid) { return {grid.tiles, grid.shares, grid.slices}; }
 
 }  // namespace
 
 PK_EMULATOR_MODULE(module) {
+  module.def("plan", &plan);
+  module.def("views", &views);
   module.def("forward_f32", &forward<float>);
   module.def("forward_f64", &forward<double>);
-  module.def("coefficients_f32", &coefficients<float>);
-  module.def("coefficients_f64", &coefficients<double>);
+  module.def("coefficients_f32", &coefficients<float>, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg() = py::none());
+  module.def("coefficients_f64", &coefficients<double>, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg() = py::none());
   module.def("backward_f32", &backward<float>);
   module.def("backward_f64", &backward<double>);
   module.def("pack_f32", &pack<float, float>);

@@ -118,6 +118,12 @@ inline unsigned __brev(unsigned x) {
   x = ((x >> 4) & 0x0f0f0f0fu) | ((x & 0x0f0f0f0fu) << 4);
   return __builtin_bswap32(x);
 }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const unsigned long long bytes = static_cast<unsigned long long>(y) << 32 | x;
+  unsigned out = 0;
+  for (unsigned i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
+}
 inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>((static_cast<unsigned long long>(x) * y) >> 32); }
 inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
   return static_cast<unsigned long long>((static_cast<unsigned __int128>(x) * y) >> 64);
@@ -249,6 +255,9 @@ inline float reciprocal_fast(float x) {
   return ::fabsf(reciprocal) < 0x1p-126f ? ::copysignf(0.0f, reciprocal) : reciprocal;
 }
 
+inline float2 unpack_f16(unsigned bits) {
+  return {emulator::half_bits_to_float(static_cast<std::uint16_t>(bits)), emulator::half_bits_to_float(static_cast<std::uint16_t>(bits >> 16))};
+}
 inline unsigned pack_bf16(float low, float high) {
   return emulator::float_to_bfloat16_bits(low) | static_cast<unsigned>(emulator::float_to_bfloat16_bits(high)) << 16;
 }

@@ -181,15 +181,17 @@ void coefficients_of_group(const ContrastiveCoefficients& c, const ContrastiveGr
     const int64_t positives = range.class_end - range.class_begin - in_class;
     const int64_t negatives = group.column_end - group.column_begin - (range.class_end - range.class_begin) - (met && !in_class);
     if (positives <= 0 || (needs_negatives && negatives <= 0) || positives + negatives == 1) continue;
-    const auto [dp, dn, dl] =
-        derivatives(c.form, static_cast<const T*>(c.grad_losses)[r], statistics[r], statistics[c.R + r], static_cast<double>(positives));
+    T g = c.grad_losses ? static_cast<const T*>(c.grad_losses)[r] : T(0);
+    if (c.grad_total) g += static_cast<T>(static_cast<double>(*static_cast<const T*>(c.grad_total)) * c.weights[r]);
+    const auto [dp, dn, dl] = derivatives(c.form, g, statistics[r], statistics[c.R + r], static_cast<double>(positives));
     out[r] = static_cast<T>(dp), out[c.R + r] = static_cast<T>(dn), out[2 * c.R + r] = static_cast<T>(dl);
   }
 }
 
-Tensor coefficients_cpu(Tensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form) {
+Tensor coefficients_cpu(OptionalTensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form, OptionalTensor grad_total,
+                        OptionalTensor weights) {
   ContrastiveCoefficients c{};
-  fill_coefficients(c, grad_losses, statistics, groups, ranges, form);
+  fill_coefficients(c, grad_losses, statistics, groups, ranges, form, grad_total, weights);
   for (int64_t g = 0; g < c.G; ++g)
     STD_TORCH_CHECK(0 <= c.groups[g].row_begin && c.groups[g].row_anchor_end <= c.R, "contrastive: group ", g,
                     " does not lie within the rows");

@@ -79,12 +79,14 @@ struct ContrastiveForward : ContrastiveProblem {
   void* total;            // T [1]
 };
 
-// Coefficients of rows from the derivative by their losses.
+// Coefficients of rows from the derivative by their losses: grad_losses, or grad_total times their weights, or the sum of both.
 struct ContrastiveCoefficients {
   int64_t R, G;
   const ContrastiveGroup* groups;
   const ContrastiveRange* ranges;
-  const void* grad_losses;  // T [R]
+  const void* grad_losses;  // T [R] or null
+  const void* grad_total;   // T [1] or null
+  const double* weights;    // [R], with grad_total
   const void* statistics;   // T [3, R]
   ContrastiveForm form;
   bool double_compute;
@@ -131,13 +133,23 @@ struct ContrastivePlan {
   const int64_t* labels;  // [N, D, H, W]
   ContrastiveForm form;
   int reduction;  // weights: 0: mean over the anchors of a group, then over groups with anchors; 1: over all anchors; 2: of an image, then over images
-  int64_t R, G;              // from contrastive_plan_sizes
+  int64_t R, G;              // from contrastive_plan_sizes (ops/contrastive_layout.h)
   int64_t* order;            // [R]
   ContrastiveGroup* groups;  // [G]
   ContrastiveRange* ranges;  // [R]
   double* weights;           // [R], 0 for a row that is no anchor
 };
-void contrastive_plan_sizes(ContrastivePlan&);  // fills in R and G
+
+// The same for two views of `count` vectors each, stacked, where a vector's class is itself and its partner: all of them meet, partners next to
+// each other; or, crossing, only vectors of different views, those of the first view (of both if symmetric) as anchors.
+struct ContrastiveViews {
+  int64_t count;
+  bool crossing, symmetric;
+  int64_t* order;            // [2 count]
+  ContrastiveGroup* groups;  // [1], crossing [2]
+  ContrastiveRange* ranges;  // [2 count]
+  double* weights;           // [2 count]: a mean over the anchors
+};
 
 // ------------------------------------------------------------------------------------------------- CPU (csrc/ops/cpu)
 
@@ -172,6 +184,9 @@ struct ContrastiveBackwardCpu {
 // ---------------------------------------------------------------------------------------------- CUDA (csrc/ops/cuda)
 
 // Each returns a cudaError_t as int; workspace sizes are in bytes and depend on shapes only (groups lie on the device).
+int64_t contrastive_plan_workspace(const ContrastivePlan&);
+int launch_contrastive_plan(const ContrastivePlan&, void* workspace, void* stream);
+int launch_contrastive_views(const ContrastiveViews&, void* stream);
 int launch_contrastive_pack(const ContrastivePack&, void* stream);
 int launch_contrastive_unpack(const ContrastiveUnpack&, void* stream);
 int64_t contrastive_forward_workspace(const ContrastiveForward&);

@@ -58,13 +58,17 @@ inline ContrastiveForm form_of(int64_t form) {
   return static_cast<ContrastiveForm>(form);
 }
 
-inline void fill_coefficients(ContrastiveCoefficients& c, const Tensor& grad_losses, const Tensor& statistics, const Tensor& groups,
-                              const Tensor& ranges, int64_t form) {
+inline void fill_coefficients(ContrastiveCoefficients& c, const OptionalTensor& grad_losses, const Tensor& statistics, const Tensor& groups,
+                              const Tensor& ranges, int64_t form, const OptionalTensor& grad_total, const OptionalTensor& weights) {
   const ScalarType type = vector_type(statistics);
   STD_TORCH_CHECK(statistics.dim() == 2 && groups.dim() == 2, "contrastive: statistics must be [3, R], groups [G, 6]");
   c.R = statistics.size(1), c.G = groups.size(0), c.form = form_of(form), c.double_compute = type == ScalarType::Double;
   c.statistics = checked(statistics, "statistics", type, {3, c.R});
   c.grad_losses = checked(grad_losses, "the gradient of losses", type, {c.R});
+  c.grad_total = checked(grad_total, "the gradient of the total", type, {});
+  c.weights = static_cast<const double*>(checked(weights, "weights", ScalarType::Double, {c.R}));
+  STD_TORCH_CHECK(grad_total.has_value() == weights.has_value() && (grad_losses || grad_total),
+                  "contrastive: a gradient of the total comes with weights, and one of the two gradients is needed");
   c.groups = static_cast<const ContrastiveGroup*>(checked(groups, "groups", ScalarType::Int, {c.G, 6}));
   c.ranges = static_cast<const ContrastiveRange*>(checked(ranges, "ranges", ScalarType::Int, {c.R, 3}));
 }

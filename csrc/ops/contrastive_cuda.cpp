@@ -1,12 +1,29 @@
 // SPDX-License-Identifier: MIT
-// Contrastive losses, the torch side on CUDA. What lies on the device is not looked at: order, groups and ranges are those of contrastive_plan,
-// whose CUDA implementation stands in protokernels/ops/_contrastive_autograd.py.
+// Contrastive losses, the torch side on CUDA. What lies on the device is not looked at: order, groups and ranges are those of contrastive_plan
+// or contrastive_views.
 #if defined(PROTOKERNELS_WITH_CUDA)
 
 #include "ops/contrastive_arguments.h"
+#include "ops/contrastive_plan_arguments.h"
 
 namespace protokernels {
 namespace {
+
+PlanTensors plan_cuda(Tensor labels, IntList block, IntList stride, bool per_image, bool drop_remainder,
+                      std::optional<int64_t> background_label, std::optional<int64_t> ignore_index, int64_t form, int64_t reduction) {
+  const torch::stable::accelerator::DeviceGuard guard(labels.get_device_index());
+  PlanArguments arguments(labels, block, stride, per_image, drop_remainder, background_label, ignore_index, form, reduction);
+  const Tensor workspace = empty_beside(labels, {contrastive_plan_workspace(arguments.plan)}, ScalarType::Byte);
+  check_cuda(launch_contrastive_plan(arguments.plan, workspace.data_ptr(), current_cuda_stream(labels)), "contrastive_plan");
+  return arguments.tensors();
+}
+
+PlanTensors views_cuda(Tensor beside, int64_t count, bool crossing, bool symmetric) {
+  const torch::stable::accelerator::DeviceGuard guard(beside.get_device_index());
+  ViewsArguments arguments(beside, count, crossing, symmetric);
+  check_cuda(launch_contrastive_views(arguments.views, current_cuda_stream(beside)), "contrastive_views");
+  return arguments.tensors();
+}
 
 std::tuple<Tensor, Tensor> pack_cuda(Tensor x, Tensor order, bool normalize) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -31,17 +48,18 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(Tensor rows, OptionalTensor colu
   f.weights = static_cast<const double*>(checked(weights, "weights", ScalarType::Double, {f.R}));
   Tensor total = empty_beside(rows, {}, rows.scalar_type());
   const Tensor losses = empty_beside(rows, {f.R}, rows.scalar_type()), statistics = empty_beside(rows, {3, f.R}, rows.scalar_type());
-  if (!weights) torch::stable::zero_(total);
+  if (!f.weights) torch::stable::zero_(total);  // also where there are no rows: an empty tensor has no memory
   f.losses = losses.data_ptr(), f.statistics = statistics.data_ptr(), f.total = total.data_ptr();
   const Tensor workspace = empty_beside(rows, {contrastive_forward_workspace(f)}, ScalarType::Byte);
   check_cuda(launch_contrastive_forward(f, workspace.data_ptr(), current_cuda_stream(rows)), "contrastive_forward");
   return {total, losses, statistics};
 }
 
-Tensor coefficients_cuda(Tensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form) {
+Tensor coefficients_cuda(OptionalTensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form, OptionalTensor grad_total,
+                         OptionalTensor weights) {
   const torch::stable::accelerator::DeviceGuard guard(statistics.get_device_index());
   ContrastiveCoefficients c{};
-  fill_coefficients(c, grad_losses, statistics, groups, ranges, form);
+  fill_coefficients(c, grad_losses, statistics, groups, ranges, form, grad_total, weights);
   const Tensor out = empty_beside(statistics, {3, c.R}, statistics.scalar_type());
   c.coefficients = out.data_ptr();
   check_cuda(launch_contrastive_coefficients(c, current_cuda_stream(statistics)), "contrastive_coefficients");
@@ -67,6 +85,8 @@ Tensor backward_cuda(Tensor rows, OptionalTensor columns, Tensor groups, Tensor 
 
 STABLE_TORCH_LIBRARY_IMPL(protokernels, CUDA, library) {
   using namespace protokernels;
+  library.impl("contrastive_plan", TORCH_BOX(&plan_cuda));
+  library.impl("contrastive_views", TORCH_BOX(&views_cuda));
   library.impl("contrastive_pack", TORCH_BOX(&pack_cuda));
   library.impl("contrastive_unpack", TORCH_BOX(&unpack_cuda));
   library.impl("contrastive_forward", TORCH_BOX(&forward_cuda));

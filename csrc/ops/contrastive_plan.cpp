@@ -7,22 +7,11 @@
 
 #include "common/torch_utils.h"
 #include "ops/contrastive.h"
+#include "ops/contrastive_plan_arguments.h"
 
 namespace protokernels {
 
 namespace {
-
-struct Axis {
-  int64_t kept, edge, blocks;  // places on the grid that take part, places in a block, blocks
-};
-
-Axis axis_of(const ContrastivePlan& p, int axis) {
-  const int64_t grid = (p.size[axis] + p.stride[axis] - 1) / p.stride[axis];
-  if (p.block[axis] == 0) return {grid, std::max<int64_t>(grid, 1), std::min<int64_t>(grid, 1)};
-  const int64_t edge = std::max<int64_t>(p.block[axis] / p.stride[axis], 1);
-  if (p.drop_remainder) return {grid / edge * edge, edge, grid / edge};
-  return {grid, edge, (grid + edge - 1) / edge};
-}
 
 enum Role : uint8_t { anchor, background, ignored };
 
@@ -85,7 +74,7 @@ struct Sorter {
 class Planner {
  public:
   explicit Planner(const ContrastivePlan& plan) : p(plan) {
-    for (int a = 0; a < 3; ++a) axis[a] = axis_of(p, a);
+    for (int a = 0; a < 3; ++a) axis[a] = contrastive_axis(p, a);
   }
 
   // Rows before a group: those of whole layers of blocks, then rows of blocks, and so on.
@@ -144,7 +133,7 @@ class Planner {
   }
 
   const ContrastivePlan& p;
-  Axis axis[3];
+  ContrastiveAxis axis[3];
 };
 
 // Weights from 1 at every anchor: a mean over the anchors of a set, then over the sets that have any.
@@ -162,32 +151,10 @@ void weigh(const ContrastivePlan& p) {
   each([&](size_t set, int64_t r) { p.weights[r] = 1 / (static_cast<double>(counts[set]) * static_cast<double>(filled)); });
 }
 
-using IntList = std::vector<int64_t>;
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(Tensor labels_any, IntList block, IntList stride, bool per_image, bool drop_remainder,
-                                                    std::optional<int64_t> background_label, std::optional<int64_t> ignore_index,
-                                                    int64_t form, int64_t reduction) {
-  STD_TORCH_CHECK(labels_any.dim() == 4 && labels_any.scalar_type() == ScalarType::Long && block.size() == 3 && stride.size() == 3 &&
-                      form >= 0 && form <= 3 && reduction >= 0 && reduction <= 2,
-                  "contrastive: labels must be int64 [N, D, H, W], block and stride have one number for each axis");
-  const Tensor labels = torch::stable::contiguous(labels_any);
-  ContrastivePlan p{};
-  p.N = labels.size(0);
-  for (int a = 0; a < 3; ++a) {
-    STD_TORCH_CHECK(block[a] >= 0 && stride[a] >= 1, "contrastive: block must not be negative, stride must be positive");
-    p.size[a] = labels.size(1 + a), p.block[a] = block[a], p.stride[a] = stride[a];
-  }
-  p.per_image = per_image, p.drop_remainder = drop_remainder;
-  p.has_background = background_label.has_value(), p.background = background_label.value_or(0);
-  p.has_ignored = ignore_index.has_value(), p.ignored = ignore_index.value_or(0);
-  p.labels = static_cast<const int64_t*>(labels.data_ptr());
-  p.form = static_cast<ContrastiveForm>(form), p.reduction = static_cast<int>(reduction);
-  contrastive_plan_sizes(p);
-  STD_TORCH_CHECK(p.R < (int64_t{1} << 31), "contrastive: rows must be fewer than 2^31; got ", p.R);
-  const Tensor order = empty_beside(labels, {p.R}, ScalarType::Long), groups = empty_beside(labels, {p.G, 6}, ScalarType::Int);
-  const Tensor ranges = empty_beside(labels, {p.R, 3}, ScalarType::Int), weights = empty_beside(labels, {p.R}, ScalarType::Double);
-  p.order = static_cast<int64_t*>(order.data_ptr()), p.groups = static_cast<ContrastiveGroup*>(groups.data_ptr());
-  p.ranges = static_cast<ContrastiveRange*>(ranges.data_ptr()), p.weights = static_cast<double*>(weights.data_ptr());
+PlanTensors plan_cpu(Tensor labels, IntList block, IntList stride, bool per_image, bool drop_remainder, std::optional<int64_t> background_label,
+                     std::optional<int64_t> ignore_index, int64_t form, int64_t reduction) {
+  PlanArguments arguments(labels, block, stride, per_image, drop_remainder, background_label, ignore_index, form, reduction);
+  const ContrastivePlan& p = arguments.plan;
   const Planner planner(p);
   constexpr int64_t serial_rows = 8192;  // about 50 microseconds
   const int64_t grain = p.R == 0 ? 1 : std::max<int64_t>(1, p.G * serial_rows / p.R);
@@ -196,22 +163,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_cpu(Tensor labels_any, IntList b
     for (int64_t g = begin; g < end; ++g) planner.fill(g, sorter);
   });
   weigh(p);
-  return {order, groups, ranges, weights};
+  return arguments.tensors();
+}
+
+PlanTensors views_cpu(Tensor beside, int64_t count, bool crossing, bool symmetric) {
+  ViewsArguments arguments(beside, count, crossing, symmetric);
+  const ContrastiveViews& v = arguments.views;
+  const int32_t n = static_cast<int32_t>(count), anchors = crossing && !symmetric ? n : 2 * n;
+  if (crossing) {
+    v.groups[0] = {0, n, n, n, anchors, 2 * n};
+    v.groups[1] = {n, anchors, 2 * n, 0, n, n};
+  } else {
+    v.groups[0] = {0, 2 * n, 2 * n, 0, 2 * n, 2 * n};
+  }
+  for (int32_t r = 0; r < 2 * n; ++r) {
+    v.order[r] = crossing ? r : r % 2 * n + r / 2;
+    const int32_t partner = r < n ? r + n : r - n, pair = r / 2 * 2;
+    v.ranges[r] = crossing ? ContrastiveRange{partner, partner + 1, r} : ContrastiveRange{pair, pair + 2, r};
+    v.weights[r] = r < anchors ? 1.0 / anchors : 0.0;
+  }
+  return arguments.tensors();
 }
 
 }  // namespace
-
-void contrastive_plan_sizes(ContrastivePlan& p) {
-  p.R = p.N, p.G = p.per_image ? p.N : 1;
-  for (int a = 0; a < 3; ++a) {
-    const Axis axis = axis_of(p, a);
-    p.R *= axis.kept, p.G *= axis.blocks;
-  }
-}
-
 }  // namespace protokernels
 
 STABLE_TORCH_LIBRARY_IMPL(protokernels, CPU, library) {
   using namespace protokernels;
   library.impl("contrastive_plan", TORCH_BOX(&plan_cpu));
+  library.impl("contrastive_views", TORCH_BOX(&views_cpu));
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.contrastive import compute_dtype
-from ._contrastive_plan import plan_in_torch, plan_sizes
+from ._contrastive_plan import plan_sizes
 
 OPS = torch.ops.protokernels
 ALIGN = 16
@@ -40,6 +40,16 @@ def _fake_plan(
         labels.new_empty((G, 6), dtype=torch.int32),
         labels.new_empty((R, 3), dtype=torch.int32),
         labels.new_empty(R, dtype=torch.float64),
+    )
+
+
+def _fake_views(beside: Tensor, count: int, crossing: bool, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    R = 2 * count
+    return (
+        beside.new_empty(R, dtype=torch.int64),
+        beside.new_empty((2 if crossing else 1, 6), dtype=torch.int32),
+        beside.new_empty((R, 3), dtype=torch.int32),
+        beside.new_empty(R, dtype=torch.float64),
     )
 
 
@@ -108,12 +118,11 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     rows, columns, groups, ranges, weights, statistics = ctx.saved_tensors
     channels, temperature, unit, form, precision = ctx.settings
-    if grad_total is not None and weights is not None:
-        from_total = (grad_total * weights).to(rows.dtype)
-        grad_losses = from_total if grad_losses is None else grad_losses + from_total
-    if grad_losses is None:
+    from_total = (None, None) if grad_total is None or weights is None else (grad_total.contiguous(), weights)
+    from_losses = None if grad_losses is None else grad_losses.contiguous()
+    if from_losses is None and from_total[0] is None:
         return (None,) * 10
-    coefficients = OPS.contrastive_coefficients(grad_losses.contiguous(), statistics, groups, ranges, form)
+    coefficients = OPS.contrastive_coefficients(from_losses, statistics, groups, ranges, form, *from_total)
     own, none, rest = (statistics, coefficients), (None, None), (channels, temperature, unit, precision)
     to_rows = to_columns = None
     if columns is None:
@@ -126,7 +135,7 @@ def _backward(
     return to_rows, to_columns, *(None,) * 8
 
 
-def _fake_coefficients(grad_losses: Tensor, statistics: Tensor, *_rest: Any) -> Tensor:
+def _fake_coefficients(grad_losses: Tensor | None, statistics: Tensor, *_rest: Any) -> Tensor:
     return torch.empty_like(statistics)
 
 
@@ -142,8 +151,8 @@ def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
 
 
 if _native.LIBRARY is not None:
-    torch.library.impl("protokernels::contrastive_plan", "CUDA")(plan_in_torch)
     torch.library.register_fake("protokernels::contrastive_plan")(_fake_plan)
+    torch.library.register_fake("protokernels::contrastive_views")(_fake_views)
     torch.library.register_fake("protokernels::contrastive_pack")(_fake_pack)
     torch.library.register_fake("protokernels::contrastive_unpack")(_fake_unpack)
     torch.library.register_fake("protokernels::contrastive_forward")(_fake_forward)

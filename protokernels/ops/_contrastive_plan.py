@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which vectors meet which, worked out from the labels in torch: the form that a GPU runs, and the oracle of the native one.
+"""Which vectors meet which, worked out from the labels in torch: the oracle of the native plans.
 
 A plan is four tensors, as csrc/ops/contrastive.h describes them: ``order`` [R] int64, the place of every row in the flattened labels;
 ``groups`` [G, 6] int32, first row, end of the anchors and end of the rows of every group, then the same of its columns; ``ranges`` [R,
@@ -61,7 +61,7 @@ def plan_in_torch(
     form: int,
     reduction: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """contrastive_plan: rows sorted by group, role and class; groups run over blocks and, if ``per_image``, over maps inside a block."""
+    """What contrastive_plan returns: rows sorted by group, role and class; groups run over blocks and, if ``per_image``, over maps."""
     N, device = labels.shape[0], labels.device
     _, G = plan_sizes(labels.shape, block, stride, per_image, drop_remainder)
     place = torch.arange(labels.numel(), device=device).view(labels.shape)
@@ -130,7 +130,7 @@ def _weights(anchors: Tensor, group: Tensor, image: Tensor, G: int, N: int, redu
 
 
 def pairs_plan(count: int, device: torch.device) -> Plan:
-    """Two views of ``count`` images, stacked: every row's class is itself and its partner, next to each other."""
+    """What contrastive_views returns. Two views, stacked: every row's class is itself and its partner, next to each other."""
     rows = torch.arange(2 * count, device=device)
     order = (rows % 2) * count + rows // 2
     ranges = torch.stack([rows // 2 * 2, rows // 2 * 2 + 2, rows], dim=1).to(torch.int32)
@@ -139,8 +139,8 @@ def pairs_plan(count: int, device: torch.device) -> Plan:
 
 
 def crossing_plan(count: int, symmetric: bool, device: torch.device) -> Plan:
-    """Two views of ``count`` images, stacked: a row meets the other view only, and its class is its partner. Rows of the second view are
-    anchors if ``symmetric``."""
+    """What contrastive_views returns, crossing. Two views of ``count`` images, stacked: a row meets the other view only, and its class is
+    its partner. Rows of the second view are anchors if ``symmetric``."""
     rows = torch.arange(2 * count, device=device)
     partner = (rows + count) % max(2 * count, 1)
     ranges = torch.stack([partner, partner + 1, rows], dim=1).to(torch.int32)

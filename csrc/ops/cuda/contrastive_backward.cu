@@ -14,12 +14,12 @@
 // Not yet run on a GPU; runs in the emulator.
 
 #include "common/simt.cuh"
+#include "ops/cuda/contrastive_halves.cuh"
 #include "ops/cuda/contrastive_tile.cuh"
 
 namespace {
 
 constexpr float LOG2_E = 1.44269504f;
-constexpr int STAGES = 2;
 constexpr int FACTOR_THREADS = 256;
 constexpr int PADDING = 128;  // factors behind the last vector, so that a block may read those of all its rows
 
@@ -30,23 +30,48 @@ struct Factors {
   const float2* level;   // [count + PADDING], unless bounded
 };
 
+struct FactorsInput {
+  int64_t count;
+  bool bounded;
+  const float* statistics;    // [3, count], or null
+  const float* coefficients;  // [3, count]
+  // Of vectors that become 16-bit floats: a fourth of their numbers, else 0; two parts or one.
+  int64_t fours;
+  const float4* vectors;
+  bool two;
+};
+
+// Also the vectors as 16-bit floats, and the largest derivative of every block's vectors.
 __global__ void __launch_bounds__(FACTOR_THREADS)
-    factors_kernel(int64_t count, bool bounded, const float* statistics, const float* coefficients, float4* weight, float2* level) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * FACTOR_THREADS + threadIdx.x;
-  if (i >= count + PADDING) return;
-  if (!statistics || i >= count) {
-    weight[i] = make_float4(0, 0, 0, 0);
-    if (!bounded) level[i] = make_float2(INFINITY, INFINITY);
-    return;
+    factors_kernel(const FactorsInput in, float4* weight, float2* level, unsigned* halves, float* largest) {
+  PK_SHARED(float, of_warp, FACTOR_THREADS / 32);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * FACTOR_THREADS + threadIdx.x, count = in.count;
+  if (i < in.fours) write_halves(halves, in.two, i, in.vectors[i]);
+  float4 mine = make_float4(0, 0, 0, 0);
+  float2 levels = make_float2(INFINITY, INFINITY);
+  float size = 0;
+  if (in.statistics && i < count) {
+    const float dp = in.coefficients[i], dn = in.coefficients[count + i], dl = in.coefficients[2 * count + i];
+    const float p = in.statistics[i], n = in.statistics[count + i];
+    size = fabsf(dp) + fabsf(dn) + fabsf(dl);
+    if (in.bounded) {
+      mine = make_float4(dp == 0 ? 0.0f : dp * expf(-p), dn == 0 ? 0.0f : dn * expf(-n), dl, 0);
+    } else {
+      mine = make_float4(dp, dn, dl, 0);
+      levels = make_float2(dp == 0 ? INFINITY : p * LOG2_E, dn == 0 ? INFINITY : n * LOG2_E);
+    }
   }
-  const float dp = coefficients[i], dn = coefficients[count + i], dl = coefficients[2 * count + i];
-  const float p = statistics[i], n = statistics[count + i];
-  if (bounded) {
-    weight[i] = make_float4(dp == 0 ? 0.0f : dp * expf(-p), dn == 0 ? 0.0f : dn * expf(-n), dl, 0);
-  } else {
-    weight[i] = make_float4(dp, dn, dl, 0);
-    level[i] = make_float2(dp == 0 ? INFINITY : p * LOG2_E, dn == 0 ? INFINITY : n * LOG2_E);
+  if (i < count + PADDING) {
+    weight[i] = mine;
+    if (!in.bounded) level[i] = levels;
   }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) size = fmaxf(size, __shfl_xor_sync(ALL, size, step));
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = size;
+  __syncthreads();
+  if (threadIdx.x > 0 || blockIdx.x * FACTOR_THREADS >= count + PADDING) return;
+  for (int w = 1; w < FACTOR_THREADS / 32; ++w) size = fmaxf(size, of_warp[w]);
+  largest[blockIdx.x] = size;
 }
 
 struct Backward {
@@ -58,53 +83,96 @@ struct Backward {
   float inverse_temperature;
   bool rows_have_losses, columns_have_losses;
   Factors of_rows, of_columns;
+  const float* largest;  // [largest_count]: the largest sums of derivatives
+  int largest_count, Cp;
   float* gradient;  // [shares, R, Cp]
 };
 
-// Scores become H. weight, level: of the warp's columns, in shared memory; row0, column0: the warp's first. Entries in the layout of Scores.
+// H is at most twice the largest sum of a vector's derivatives: times 2^lift it fits 16-bit floats, and what it loses is 2^-38 of that.
+template <int threads>
+__device__ __forceinline__ int find_lift(const Backward& p) {
+  PK_SHARED(float, of_warp, threads / 32);
+  float size = 0;
+  for (int i = threadIdx.x; i < p.largest_count; i += threads) size = fmaxf(size, p.largest[i]);
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) size = fmaxf(size, __shfl_xor_sync(ALL, size, step));
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = size;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < threads / 32; ++w) size = fmaxf(size, of_warp[w]);
+  const int exponent = static_cast<int>(__float_as_uint(size) >> 23) - 126;
+  return size == 0 || size == INFINITY ? 0 : min(13 - exponent, 60);
+}
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+// The weights of a thread's rows: kept in registers, or read again where these are short.
+template <class S>
+struct Own {
+  static constexpr bool KEPT = S::CHANNELS == 16 && IS_HALF<S::FORMAT>;
+  float3 weight[KEPT ? 2 : 1][KEPT ? 2 : 1];
+
+  static __device__ __forceinline__ float3 read(const Backward& p, int row) {
+    const float4 weight = p.of_rows.weight[row];
+    return make_float3(weight.x, weight.y, weight.z);
+  }
+
+  __device__ __forceinline__ void keep(const Backward& p, int row0) {
+    if constexpr (KEPT) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) weight[t][r] = read(p, row0 + 16 * t + 8 * r + threadIdx.x % 32 / 4);
+    }
+  }
+  // row: the first of the thread's two.
+  __device__ __forceinline__ float3 of(const Backward& p, int t, int r, int row) const {
+    if constexpr (KEPT)
+      return weight[t][r];
+    else
+      return read(p, row + 8 * r);
+  }
+};
+
+// Scores become H, bounded ones H 2^lift. weight, level: of the warp's columns, in shared memory; row0, column0: the warp's first. Entries in the
+// layout of Scores.
 template <class S, bool bounded>
 struct Weigh;
 
 template <class S>
 struct Weigh<S, true> {
   static __device__ __forceinline__ void run(Scores<S>& scores, const Backward& p, const WarpClasses& classes, const float4* weight,
-                                             const float2*, int row0, int column0, int end) {
+                                             const float2*, const Own<S>& kept, int lift, int row0, int column0, int end) {
     const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+    const float lifted = static_cast<float>(lift), factor = power_of_two(lift);
     unsigned others, same;
     classes.kinds<S::FRAGMENTS>(column0, end, others, same);
-    float4 own[2][2];
 #pragma unroll
-    for (int t = 0; t < 2; ++t)
+    for (int t = 0; t < 2; ++t) {
+      const int row = row0 + 16 * t + group;
+      const float3 own[2] = {kept.of(p, t, 0, row), kept.of(p, t, 1, row)};
 #pragma unroll
-      for (int r = 0; r < 2; ++r) own[t][r] = p.of_rows.weight[row0 + 16 * t + 8 * r + group];
+      for (int f = 0; f < S::FRAGMENTS; ++f) {
+        const float4 column[2] = {weight[8 * f + 2 * member], weight[8 * f + 2 * member + 1]};
+        const auto power = [&](int i) { return pk::exp2_fast(scores[t][f][i] * p.scale + lifted); };
+        const auto as_other = [&](float power, int i) { return power * (own[i / 2].y + column[i % 2].y); };
+        const auto as_same = [&](float power, int i) {
+          return power * (own[i / 2].x + column[i % 2].x) + (own[i / 2].z + column[i % 2].z) * factor;
+        };
+        if (others >> f & 1) {
 #pragma unroll
-    for (int f = 0; f < S::FRAGMENTS; ++f) {
-      const float4 column[2] = {weight[8 * f + 2 * member], weight[8 * f + 2 * member + 1]};
-      const auto as_other = [&](float power, int t, int i) { return power * (own[t][i / 2].y + column[i % 2].y); };
-      const auto as_same = [&](float power, int t, int i) {
-        return power * (own[t][i / 2].x + column[i % 2].x) + (own[t][i / 2].z + column[i % 2].z);
-      };
-      if (others >> f & 1) {
+          for (int i = 0; i < 4; ++i) scores[t][f][i] = as_other(power(i), i);
+        } else if (same >> f & 1) {
 #pragma unroll
-        for (int t = 0; t < 2; ++t)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) scores[t][f][i] = as_other(pk::exp2_fast(scores[t][f][i] * p.scale), t, i);
-      } else if (same >> f & 1) {
-#pragma unroll
-        for (int t = 0; t < 2; ++t)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) scores[t][f][i] = as_same(pk::exp2_fast(scores[t][f][i] * p.scale), t, i);
-      } else {
-#pragma unroll
-        for (int t = 0; t < 2; ++t)
+          for (int i = 0; i < 4; ++i) scores[t][f][i] = as_same(power(i), i);
+        } else {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const ContrastiveRange range = range_at(p.ranges, min(row0 + 16 * t + 8 * (i / 2) + group, p.R - 1));
+            const ContrastiveRange range = range_at(p.ranges, min(row + 8 * (i / 2), p.R - 1));
             const int j = column0 + 8 * f + 2 * member + i % 2;
-            const float power = pk::exp2_fast(scores[t][f][i] * p.scale),
-                        h = in_class(range, j) ? as_same(power, t, i) : as_other(power, t, i);
+            const float h = in_class(range, j) ? as_same(power(i), i) : as_other(power(i), i);
             scores[t][f][i] = j < end && j != range.self ? h : 0.0f;
           }
+        }
       }
     }
   }
@@ -113,7 +181,7 @@ struct Weigh<S, true> {
 template <class S>
 struct Weigh<S, false> {
   static __device__ __forceinline__ void run(Scores<S>& scores, const Backward& p, const WarpClasses& classes, const float4* weight,
-                                             const float2* level, int row0, int column0, int end) {
+                                             const float2* level, const Own<S>&, int, int row0, int column0, int end) {
     const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
     unsigned others, same;
     classes.kinds<S::FRAGMENTS>(column0, end, others, same);
@@ -155,7 +223,7 @@ struct WarpRows {
 
 // The two warps that share rows have their gradients from other columns; the second hands them over. target: of the warp's first row.
 template <class S>
-__device__ __forceinline__ void write_gradient(const Gradient<S>& d, float* target, int64_t Cp, int channels, const WarpRows& rows,
+__device__ __forceinline__ void write_gradient(const Gradient<S>& d, float* target, int Cp, int channels, const WarpRows& rows,
                                                float factor, float* shared) {
   constexpr int V = S::VECTOR;
   const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
@@ -186,8 +254,8 @@ __device__ __forceinline__ void write_gradient(const Gradient<S>& d, float* targ
   });
 }
 
-template <class S, Precision precision, bool bounded>
-__device__ __forceinline__ void backward_block(const Backward& p, float* shared) {
+template <class S, bool bounded>
+__device__ __forceinline__ void backward_block(const Backward& p, unsigned* shared) {
   const int block = static_cast<int>(blockIdx.x), slice = block % p.slices, share = block / p.slices % p.shares;
   const Rows rows = find_rows<S::THREADS>(p.groups, p.G, p.R, S::ROWS, block / p.slices / p.shares);
   if (rows.first >= rows.end) return;
@@ -208,10 +276,13 @@ __device__ __forceinline__ void backward_block(const Backward& p, float* shared)
   WarpClasses classes;
   classes.find(p.ranges, row0 + lane, rows.in_group(row0 + lane));
   const unsigned present = __ballot_sync(ALL, row0 + lane < rows.end), takes_part = __ballot_sync(ALL, rows.in_group(row0 + lane));
+  const int lift = bounded ? find_lift<S::THREADS>(p) : 0;
   if (lane == 0) of_warp = {classes, present, takes_part, min(end, columns_end(row0, row0 + 32))};
   __syncwarp();
-  float4* const weight = reinterpret_cast<float4*>(shared + S::ROW_FLOATS + STAGES * S::STAGE_FLOATS);  // [STAGES, COLUMNS]
-  float2* const level = reinterpret_cast<float2*>(weight + STAGES * S::COLUMNS);                        // [STAGES, COLUMNS]
+  float4* const weight = reinterpret_cast<float4*>(shared + S::ROW_WORDS + S::STAGES * S::STAGE_WORDS);  // [STAGES, COLUMNS]
+  float2* const level = reinterpret_cast<float2*>(weight + S::STAGES * S::COLUMNS);                      // [STAGES, COLUMNS]
+  Own<S> own;
+  own.keep(p, row0);
   const auto load_factors = [&](int stage, int column0) {
     const int at = threadIdx.x, j = column0 + at;
     if (at >= S::COLUMNS) return;
@@ -219,52 +290,57 @@ __device__ __forceinline__ void backward_block(const Backward& p, float* shared)
     if (!bounded) pk::copy_async_8(level + stage * S::COLUMNS + at, p.of_columns.level + (j < end ? j : 0), j < end);
   };
   Gradient<S> gradient = {};
-  walk_columns<S, precision>(
-      p.rows, rows, p.columns, begin, end, slice, STAGES, shared, load_factors,
+  walk_columns<S>(
+      p.rows, rows, p.columns, begin, end, slice, S::STAGES, shared, load_factors,
       [&](int column0) { return column0 + S::warp_column() < of_warp.end; },
       [&](Scores<S>& scores, int stage, int column0) {
         const int at = stage * S::COLUMNS + S::warp_column();
-        Weigh<S, bounded>::run(scores, p, of_warp.classes, weight + at, level + at, row0, column0 + S::warp_column(), end);
-        const float* const y = shared + S::ROW_FLOATS + stage * S::STAGE_FLOATS + S::warp_column() * S::CHANNELS;
-        add_gradient<S, precision>(gradient, scores, y, static_cast<int>(p.rows.Cp) - slice * S::CHANNELS);
+        Weigh<S, bounded>::run(scores, p, of_warp.classes, weight + at, level + at, own, lift, row0, column0 + S::warp_column(), end);
+        const unsigned* const y = shared + S::ROW_WORDS + stage * S::STAGE_WORDS + S::warp_column() * S::WORDS;
+        add_gradient<S>(gradient, scores, y, p.Cp - slice * S::CHANNELS);
       });
-  float* const target = p.gradient + (static_cast<int64_t>(share) * p.R + row0) * p.rows.Cp + slice * S::CHANNELS;
-  write_gradient<S>(gradient, target, p.rows.Cp, static_cast<int>(p.rows.Cp) - slice * S::CHANNELS, of_warp, p.inverse_temperature, shared);
+  float* const target = p.gradient + (static_cast<int64_t>(share) * p.R + row0) * p.Cp + slice * S::CHANNELS;
+  write_gradient<S>(gradient, target, p.Cp, p.Cp - slice * S::CHANNELS, of_warp, p.inverse_temperature * power_of_two(-lift),
+                    reinterpret_cast<float*>(shared));
 }
 
-using Narrow = Shape<16, 2, 2>;
-template <Precision precision, bool bounded>
-constexpr int NARROW_BLOCKS = bounded && precision != Precision::highest ? 4 : 3;  // of a multiprocessor, as registers allow
-using Middle = Shape<64, 2, 2>;
-template <Precision precision>
-using Wide = Shape<128, 4, precision == Precision::highest ? 1 : 2>;
-template <Precision precision>
-using Sliced = Shape<128, 4, precision == Precision::medium ? 2 : 1, true>;
+template <Format F>
+using Narrow = Shape<F, 16, 2, 2>;
+template <Format F>
+using Middle = Shape<F, 64, 2, 2>;
+template <Format F>
+using Wide = Shape<F, 128, 4, F == Format::half || F == Format::bf16 ? 2 : 1>;
+template <Format F>
+using Sliced = Shape<F, 128, 4, F == Format::half ? 2 : 1, 2, true>;
+template <Format F>
+constexpr int NARROW_BLOCKS = IS_HALF<F> ? 4 : 3;  // of a multiprocessor, as registers allow
+template <Format F>
+constexpr int MIDDLE_BLOCKS = F == Format::half ? 3 : 2;
 
 // resources: dynamic shared 15360 bytes
-template <Precision precision, bool bounded>
-__global__ void __launch_bounds__(128, NARROW_BLOCKS<precision, bounded>) narrow_backward_kernel(const Backward p) {
-  PK_DYNAMIC_SHARED(float, shared);
-  backward_block<Narrow, precision, bounded>(p, shared);
+template <Format F>
+__global__ void __launch_bounds__(128, NARROW_BLOCKS<F>) narrow_backward_kernel(const Backward p) {
+  PK_DYNAMIC_SHARED(unsigned, shared);
+  backward_block<Narrow<F>, IS_HALF<F>>(p, shared);
 }
 // resources: dynamic shared 52224 bytes
-template <Precision precision, bool bounded>
-__global__ void __launch_bounds__(128, 2) middle_backward_kernel(const Backward p) {
-  PK_DYNAMIC_SHARED(float, shared);
-  backward_block<Middle, precision, bounded>(p, shared);
+template <Format F>
+__global__ void __launch_bounds__(128, MIDDLE_BLOCKS<F>) middle_backward_kernel(const Backward p) {
+  PK_DYNAMIC_SHARED(unsigned, shared);
+  backward_block<Middle<F>, IS_HALF<F>>(p, shared);
 }
 // resources: dynamic shared 134144 bytes
-template <Precision precision, bool bounded>
+template <Format F>
 __global__ void __launch_bounds__(256, 1) wide_backward_kernel(const Backward p) {
-  PK_DYNAMIC_SHARED(float, shared);
-  backward_block<Wide<precision>, precision, bounded>(p, shared);
+  PK_DYNAMIC_SHARED(unsigned, shared);
+  backward_block<Wide<F>, IS_HALF<F>>(p, shared);
 }
 
 // resources: dynamic shared 134144 bytes
-template <Precision precision, bool bounded>
+template <Format F>
 __global__ void __launch_bounds__(256, 1) sliced_backward_kernel(const Backward p) {
-  PK_DYNAMIC_SHARED(float, shared);
-  backward_block<Sliced<precision>, precision, bounded>(p, shared);
+  PK_DYNAMIC_SHARED(unsigned, shared);
+  backward_block<Sliced<F>, IS_HALF<F>>(p, shared);
 }
 
 __global__ void __launch_bounds__(FACTOR_THREADS) combine_kernel(int64_t vectors, int shares, const float4* partial, float4* gradient) {
@@ -280,41 +356,32 @@ __global__ void __launch_bounds__(FACTOR_THREADS) combine_kernel(int64_t vectors
 
 // ------------------------------------------------------------------------------------------------------------------------ launch
 
-template <class S>
-std::size_t shared_bytes() {
-  const int floats = S::ROW_FLOATS + STAGES * S::STAGE_FLOATS, of_factors = STAGES * S::COLUMNS * 6;
-  return sizeof(float) * static_cast<std::size_t>(floats + of_factors);
+template <class S, class Kernel>
+int launch_shape(Kernel kernel, const Backward& p, int64_t blocks, void* stream) {
+  const std::size_t bytes = sizeof(unsigned) * static_cast<std::size_t>(S::shared_words(S::STAGES, S::STAGES * S::COLUMNS * 6));
+  return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(S::THREADS), bytes, stream, p);
 }
 
-template <Precision precision, bool bounded>
-int launch_width(ContrastiveWidth width, Backward& p, int64_t blocks, void* stream) {
-  const dim3 grid(static_cast<unsigned>(blocks));
+template <Format F>
+int launch_format(ContrastiveWidth width, const Backward& p, int64_t blocks, void* stream) {
   switch (width) {
-    case ContrastiveWidth::narrow:
-      return PK_LAUNCH((narrow_backward_kernel<precision, bounded>), grid, dim3(Narrow::THREADS), shared_bytes<Narrow>(), stream, p);
-    case ContrastiveWidth::middle:
-      return PK_LAUNCH((middle_backward_kernel<precision, bounded>), grid, dim3(Middle::THREADS), shared_bytes<Middle>(), stream, p);
-    case ContrastiveWidth::wide:
-      return PK_LAUNCH((wide_backward_kernel<precision, bounded>), grid, dim3(Wide<precision>::THREADS), shared_bytes<Wide<precision>>(),
-                       stream, p);
-    default:
-      return PK_LAUNCH((sliced_backward_kernel<precision, bounded>), grid, dim3(Sliced<precision>::THREADS),
-                       shared_bytes<Sliced<precision>>(), stream, p);
+    case ContrastiveWidth::narrow: return launch_shape<Narrow<F>>(narrow_backward_kernel<F>, p, blocks, stream);
+    case ContrastiveWidth::middle: return launch_shape<Middle<F>>(middle_backward_kernel<F>, p, blocks, stream);
+    case ContrastiveWidth::wide: return launch_shape<Wide<F>>(wide_backward_kernel<F>, p, blocks, stream);
+    default: return launch_shape<Sliced<F>>(sliced_backward_kernel<F>, p, blocks, stream);
   }
 }
 
-template <Precision precision>
-int launch_bounded(ContrastiveWidth width, bool bounded, Backward& p, int64_t blocks, void* stream) {
-  return bounded ? launch_width<precision, true>(width, p, blocks, stream) : launch_width<precision, false>(width, p, blocks, stream);
-}
-
-dim3 blocks_for(int64_t count) { return dim3(static_cast<unsigned>((count + FACTOR_THREADS - 1) / FACTOR_THREADS)); }
+int64_t blocks_of(int64_t count) { return (count + FACTOR_THREADS - 1) / FACTOR_THREADS; }
+dim3 blocks_for(int64_t count) { return dim3(static_cast<unsigned>(blocks_of(count))); }
 
 // What lies in the workspace; without one its size.
 struct Arrangement {
   float4 *row_weight, *column_weight;
   float2 *row_level, *column_level;
-  float* partial;
+  float *partial, *largest;
+  int64_t largest_of_rows, largest_of_columns;
+  Side rows, columns;
   int64_t bytes;
 
   Arrangement(const ContrastiveBackward& p, const ContrastiveGrid& grid, void* workspace) {
@@ -322,6 +389,10 @@ struct Arrangement {
     row_weight = pieces.take<float4>(p.R + PADDING), row_level = pieces.take<float2>(p.bounded ? 0 : p.R + PADDING);
     column_weight = pieces.take<float4>(p.M + PADDING), column_level = pieces.take<float2>(p.bounded ? 0 : p.M + PADDING);
     partial = pieces.take<float>(grid.shares > 1 ? grid.shares * p.R * p.Cp : 0);
+    largest_of_rows = blocks_of(p.R + PADDING), largest_of_columns = p.one_set ? 0 : blocks_of(p.M + PADDING);
+    largest = pieces.take<float>(largest_of_rows + largest_of_columns);
+    const Halves halves(p, pieces);
+    rows = halves.rows, columns = halves.columns;
     bytes = pieces.used();
   }
 };
@@ -341,18 +412,29 @@ int launch_contrastive_backward(const ContrastiveBackward& p, void* workspace, v
   const ContrastiveWidth width = contrastive_width(p.Cp);
   const Arrangement memory(p, grid, workspace);
   const bool one_set = p.one_set;
-  int status = PK_LAUNCH(factors_kernel, blocks_for(p.R + PADDING), dim3(FACTOR_THREADS), 0, stream, p.R, p.bounded,
-                         static_cast<const float*>(p.row_statistics), static_cast<const float*>(p.row_coefficients), memory.row_weight,
-                         memory.row_level);
+  const Format format = format_of(p.precision, p.bounded);
+  const auto factors = [&](int64_t count, const void* statistics, const void* coefficients, const void* vectors, const Side& side, float4* weight,
+                           float2* level, float* largest) {
+    const FactorsInput in{count,
+                          p.bounded,
+                          static_cast<const float*>(statistics),
+                          static_cast<const float*>(coefficients),
+                          is_half(format) && static_cast<const void*>(side.vectors) != vectors ? count * p.Cp / 4 : 0,
+                          static_cast<const float4*>(vectors),
+                          format == Format::halves};
+    return PK_LAUNCH(factors_kernel, blocks_for(in.fours > count + PADDING ? in.fours : count + PADDING), dim3(FACTOR_THREADS), 0, stream, in,
+                     weight, level, const_cast<unsigned*>(side.vectors), largest);
+  };
+  int status = factors(p.R, p.row_statistics, p.row_coefficients, p.rows, memory.rows, memory.row_weight, memory.row_level, memory.largest);
   if (status == 0 && !one_set)
-    status = PK_LAUNCH(factors_kernel, blocks_for(p.M + PADDING), dim3(FACTOR_THREADS), 0, stream, p.M, p.bounded,
-                       static_cast<const float*>(p.column_statistics), static_cast<const float*>(p.column_coefficients),
-                       memory.column_weight, memory.column_level);
+    status = factors(p.M, p.column_statistics, p.column_coefficients, p.columns, memory.columns, memory.column_weight, memory.column_level,
+                     memory.largest + memory.largest_of_rows);
   if (status != 0) return status;
   Backward launch;
   launch.R = static_cast<int>(p.R), launch.G = static_cast<int>(p.G);
   launch.shares = static_cast<int>(grid.shares), launch.slices = static_cast<int>(grid.slices);
-  launch.rows = {static_cast<const float*>(p.rows), p.Cp}, launch.columns = {static_cast<const float*>(p.columns), p.Cp};
+  launch.rows = memory.rows, launch.columns = memory.columns, launch.Cp = static_cast<int>(p.Cp);
+  launch.largest = memory.largest, launch.largest_count = static_cast<int>(memory.largest_of_rows + memory.largest_of_columns);
   launch.groups = p.groups, launch.ranges = p.ranges;
   launch.inverse_temperature = static_cast<float>(1.0 / p.temperature),
   launch.scale = static_cast<float>(1.4426950408889634 / p.temperature);
@@ -360,10 +442,12 @@ int launch_contrastive_backward(const ContrastiveBackward& p, void* workspace, v
   launch.of_rows = {memory.row_weight, memory.row_level};
   launch.of_columns = one_set ? launch.of_rows : Factors{memory.column_weight, memory.column_level};
   launch.gradient = grid.shares > 1 ? memory.partial : static_cast<float*>(p.grad_rows);
-  switch (p.precision) {
-    case Precision::highest: status = launch_bounded<Precision::highest>(width, p.bounded, launch, grid.blocks(), stream); break;
-    case Precision::high: status = launch_bounded<Precision::high>(width, p.bounded, launch, grid.blocks(), stream); break;
-    default: status = launch_bounded<Precision::medium>(width, p.bounded, launch, grid.blocks(), stream);
+  switch (format) {
+    case Format::halves: status = launch_format<Format::halves>(width, launch, grid.blocks(), stream); break;
+    case Format::half: status = launch_format<Format::half>(width, launch, grid.blocks(), stream); break;
+    case Format::exact: status = launch_format<Format::exact>(width, launch, grid.blocks(), stream); break;
+    case Format::tf32: status = launch_format<Format::tf32>(width, launch, grid.blocks(), stream); break;
+    default: status = launch_format<Format::bf16>(width, launch, grid.blocks(), stream);
   }
   if (status != 0 || grid.shares == 1) return status;
   const int64_t vectors = p.R * p.Cp / 4;

@@ -7,6 +7,9 @@
 // entry. Unit vectors need no maximum and no shift. Blocks without anchors write zeros and leave. The last share of a tile to arrive adds up all
 // of them in their order, the last tile the total: no atomics on floats, the same bits every time.
 //
+// Without a bound, what an entry is to its row is worked out first, as bits: branches around every entry were compiled to code that lost some
+// of the maxima (nvcc 13.0 for sm_90; scores below -87 then vanished).
+//
 // Limits on an H200, by counting (16 ex2 a clock and multiprocessor at 1.8 GHz; mma.sync at 60 % of 495 TFLOP/s tf32; 3 products in precision
 // highest), not measured:
 //   100 groups of 1024 rows, 17 % anchors, C = 16: 18 M entries; exponentials 5 us, products 6 us; with padding and the tail about 10 us
@@ -15,6 +18,7 @@
 // Not yet run on a GPU; runs in the emulator.
 
 #include "common/simt.cuh"
+#include "ops/cuda/contrastive_halves.cuh"
 #include "ops/cuda/contrastive_tile.cuh"
 
 namespace {
@@ -147,35 +151,37 @@ __device__ __forceinline__ void add_entries(RowSums<false> (&sums)[2][2], const 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const ContrastiveRange range = range_at(ranges, min(row0 + 16 * t + 8 * r + group, last_row));
-      float top_p = -INFINITY, top_n = -INFINITY;
-      const auto each = [&](const auto& entry) {
-#pragma unroll
-        for (int f = 0; f < S::FRAGMENTS; ++f)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int column = column0 + 8 * f + 2 * member + e;
-            if (column < end && column != range.self) entry(scores[t][f][2 * r + e], in_class(range, column));
-          }
-      };
-      each([&](float s, bool positive) {
-        top_p = positive ? fmaxf(top_p, s * scale) : top_p;
-        top_n = positive ? top_n : fmaxf(top_n, s * scale);
-      });
       RowSums<false>& row = sums[t][r];
+      unsigned same = 0, others = 0;  // a bit for each entry
+#pragma unroll
+      for (int i = 0; i < 2 * S::FRAGMENTS; ++i) {
+        const int column = column0 + 8 * (i / 2) + 2 * member + i % 2;
+        const unsigned present = column < end && column != range.self, own = in_class(range, column);
+        same |= (present & own) << i, others |= (present & ~own) << i;
+      }
+      const auto entry = [&](int i) { return scores[t][i / 2][2 * r + i % 2]; };
+      float top_p = -INFINITY, top_n = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < 2 * S::FRAGMENTS; ++i) {
+        top_p = fmaxf(top_p, same >> i & 1 ? entry(i) * scale : -INFINITY);
+        top_n = fmaxf(top_n, others >> i & 1 ? entry(i) * scale : -INFINITY);
+      }
       row.p.raise(top_p);
       row.n.raise(top_n);
       const float shift_p = row.p.shift(), shift_n = row.n.shift();
-      each([&](float s, bool positive) {
-        const float power = pk::exp2_fast(s * scale - (positive ? shift_p : shift_n));
+#pragma unroll
+      for (int i = 0; i < 2 * S::FRAGMENTS; ++i) {
+        const bool positive = same >> i & 1, negative = others >> i & 1;
+        const float power = pk::exp2_fast(entry(i) * scale - (positive ? shift_p : shift_n));
         row.p.part[1] += positive ? power : 0.0f;
-        row.n.part[1] += positive ? 0.0f : power;
-        row.l += positive ? s : 0.0f;
-      });
+        row.n.part[1] += negative ? power : 0.0f;
+        row.l += positive ? entry(i) : 0.0f;
+      }
     }
 }
 
-template <class S, Precision precision, bool bounded>
-__device__ __forceinline__ void forward_block(const Forward& p, float* shared) {
+template <class S, bool bounded>
+__device__ __forceinline__ void forward_block(const Forward& p, unsigned* shared) {
   using Sums = RowSums<bounded>;
   constexpr int PARTS = Sums::PARTS;
   const int tile = static_cast<int>(blockIdx.x) / p.shares, share = static_cast<int>(blockIdx.x) % p.shares;
@@ -193,7 +199,7 @@ __device__ __forceinline__ void forward_block(const Forward& p, float* shared) {
   WarpClasses classes;
   classes.find(p.ranges, row0 + lane, takes_part);
   Sums sums[2][2];
-  walk_columns<S, precision>(
+  walk_columns<S>(
       p.rows, rows, p.columns, begin, end, -1, p.stages, shared, [](int, int) {},
       [&](int column0) { return works && column0 + S::warp_column() < end; },
       [&](const Scores<S>& scores, int, int column0) {
@@ -235,64 +241,85 @@ __device__ __forceinline__ void forward_block(const Forward& p, float* shared) {
   p.results.template add<S::THREADS>(tile, weighted);
 }
 
-using Narrow = Shape<16, 2, 4>;
-using Middle = Shape<64, 2, 4>;
-using Wide = Shape<128, 4, 4>;
-template <Precision precision>
-using Sliced = Shape<128, 4, precision == Precision::highest ? 2 : 4, true>;
+constexpr int HALVES_THREADS = 256;
+
+// `fours` times four channels; and zeros to count in, which spares a launch.
+__global__ void __launch_bounds__(HALVES_THREADS)
+    halves_kernel(int64_t fours, const float4* vectors, bool two, unsigned* halves, unsigned* zeros, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * HALVES_THREADS + threadIdx.x;
+  if (i < count) zeros[i] = 0;
+  if (i < fours) write_halves(halves, two, i, vectors[i]);
+}
+
+template <Format F>
+using Narrow = Shape<F, 16, 2, 4>;
+template <Format F>
+using Middle = Shape<F, 64, 2, IS_HALF<F> ? 2 : 4>;
+template <Format F>
+using Wide = Shape<F, 128, 4, IS_HALF<F> ? 2 : 4, F == Format::halves ? 1 : 2>;
+template <Format F>
+using Sliced = Shape<F, 128, 4, IS_HALF<F> || F == Format::exact ? 2 : 4, 1, true>;
+template <Format F>
+constexpr int BLOCKS = IS_HALF<F> ? 4 : 2;  // of 128 threads on a multiprocessor, as registers allow
 
 // resources: dynamic shared 20480 bytes
-template <Precision precision, bool bounded>
-__global__ void __launch_bounds__(128, bounded ? 3 : 2) narrow_forward_kernel(const Forward p) {
-  PK_DYNAMIC_SHARED(float, shared);
-  forward_block<Narrow, precision, bounded>(p, shared);
+template <Format F>
+__global__ void __launch_bounds__(128, F == Format::halves ? 3 : BLOCKS<F>) narrow_forward_kernel(const Forward p) {
+  PK_DYNAMIC_SHARED(unsigned, shared);
+  forward_block<Narrow<F>, IS_HALF<F>>(p, shared);
 }
 // resources: dynamic shared 81920 bytes
-template <Precision precision, bool bounded>
-__global__ void __launch_bounds__(128, 2) middle_forward_kernel(const Forward p) {
-  PK_DYNAMIC_SHARED(float, shared);
-  forward_block<Middle, precision, bounded>(p, shared);
+template <Format F>
+__global__ void __launch_bounds__(128, BLOCKS<F>) middle_forward_kernel(const Forward p) {
+  PK_DYNAMIC_SHARED(unsigned, shared);
+  forward_block<Middle<F>, IS_HALF<F>>(p, shared);
 }
-// With the second stage, where it fits, 196608 bytes.
+// With the second stage of floats, where it fits, 196608 bytes.
 // resources: dynamic shared 131072 bytes
-template <Precision precision, bool bounded>
-__global__ void __launch_bounds__(256, 1) wide_forward_kernel(const Forward p) {
-  PK_DYNAMIC_SHARED(float, shared);
-  forward_block<Wide, precision, bounded>(p, shared);
+template <Format F>
+__global__ void __launch_bounds__(256, BLOCKS<F> / 2) wide_forward_kernel(const Forward p) {
+  PK_DYNAMIC_SHARED(unsigned, shared);
+  forward_block<Wide<F>, IS_HALF<F>>(p, shared);
 }
 // resources: dynamic shared 131072 bytes
-template <Precision precision, bool bounded>
-__global__ void __launch_bounds__(256, 1) sliced_forward_kernel(const Forward p) {
-  PK_DYNAMIC_SHARED(float, shared);
-  forward_block<Sliced<precision>, precision, bounded>(p, shared);
+template <Format F>
+__global__ void __launch_bounds__(256, BLOCKS<F> / 2) sliced_forward_kernel(const Forward p) {
+  PK_DYNAMIC_SHARED(unsigned, shared);
+  forward_block<Sliced<F>, IS_HALF<F>>(p, shared);
 }
 
 // ------------------------------------------------------------------------------------------------------------------------ launch
 
-template <class S>
-std::size_t shared_bytes(int stages) {
-  return sizeof(float) * static_cast<std::size_t>(S::ROW_FLOATS + stages * S::STAGE_FLOATS);
+// Fewer stages than the shape has where they do not fit.
+template <class S, class Kernel>
+int launch_shape(Kernel kernel, Forward& p, int64_t blocks, void* stream) {
+  const auto bytes = [](int stages) { return sizeof(unsigned) * static_cast<std::size_t>(S::shared_words(stages, 0)); };
+  p.stages = S::STAGES > 1 && bytes(S::STAGES) > pk::shared_memory_limit() ? 1 : S::STAGES;
+  return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(S::THREADS), bytes(p.stages), stream, p);
 }
 
-template <Precision precision, bool bounded>
-int launch_width(ContrastiveWidth width, const Forward& p, int64_t blocks, void* stream) {
-  const dim3 grid(static_cast<unsigned>(blocks));
+template <Format F>
+int launch_format(ContrastiveWidth width, Forward& p, int64_t blocks, void* stream) {
   switch (width) {
-    case ContrastiveWidth::narrow:
-      return PK_LAUNCH((narrow_forward_kernel<precision, bounded>), grid, dim3(Narrow::THREADS), shared_bytes<Narrow>(p.stages), stream, p);
-    case ContrastiveWidth::middle:
-      return PK_LAUNCH((middle_forward_kernel<precision, bounded>), grid, dim3(Middle::THREADS), shared_bytes<Middle>(p.stages), stream, p);
-    case ContrastiveWidth::wide:
-      return PK_LAUNCH((wide_forward_kernel<precision, bounded>), grid, dim3(Wide::THREADS), shared_bytes<Wide>(p.stages), stream, p);
-    default:
-      return PK_LAUNCH((sliced_forward_kernel<precision, bounded>), grid, dim3(Sliced<precision>::THREADS),
-                       shared_bytes<Sliced<precision>>(p.stages), stream, p);
+    case ContrastiveWidth::narrow: return launch_shape<Narrow<F>>(narrow_forward_kernel<F>, p, blocks, stream);
+    case ContrastiveWidth::middle: return launch_shape<Middle<F>>(middle_forward_kernel<F>, p, blocks, stream);
+    case ContrastiveWidth::wide: return launch_shape<Wide<F>>(wide_forward_kernel<F>, p, blocks, stream);
+    default: return launch_shape<Sliced<F>>(sliced_forward_kernel<F>, p, blocks, stream);
   }
 }
 
-template <Precision precision>
-int launch_bounded(ContrastiveWidth width, bool bounded, const Forward& p, int64_t blocks, void* stream) {
-  return bounded ? launch_width<precision, true>(width, p, blocks, stream) : launch_width<precision, false>(width, p, blocks, stream);
+// Writes both sides, where they are in a workspace, and so many zeros.
+int launch_halves(const ContrastiveProblem& p, const Side& rows, const Side& columns, unsigned* zeros, int64_t count, void* stream) {
+  const Format format = format_of(p.precision, p.bounded);
+  const auto write = [&](const void* vectors, const Side& side, int64_t number, int64_t zero_count) {
+    const int64_t fours = is_half(format) ? number * p.Cp / 4 : 0, threads = fours > zero_count ? fours : zero_count;
+    if (threads == 0) return 0;
+    return PK_LAUNCH(halves_kernel, dim3(static_cast<unsigned>((threads + HALVES_THREADS - 1) / HALVES_THREADS)), dim3(HALVES_THREADS), 0,
+                     stream, fours, static_cast<const float4*>(vectors), format == Format::halves, const_cast<unsigned*>(side.vectors), zeros,
+                     zero_count);
+  };
+  const int status = write(p.rows, rows, p.R, count);
+  return status == 0 && columns.vectors != rows.vectors ? write(p.columns, columns, p.M, 0) : status;
 }
 
 // The workspace; without one its size.
@@ -305,6 +332,8 @@ int64_t arrange(const ContrastiveForward& p, void* workspace, Forward& out) {
   out.tile_arrivals = arrivals ? arrivals + 1 : nullptr;
   out.results.tile_totals = pieces.take<double>(grid.tiles);
   out.partial = pieces.take<float>(grid.shares > 1 ? grid.tiles * grid.shares * rows * parts : 0);
+  const Halves halves(p, pieces);
+  out.rows = halves.rows, out.columns = halves.columns;
   return pieces.used();
 }
 
@@ -321,13 +350,9 @@ int launch_contrastive_forward(const ContrastiveForward& p, void* workspace, voi
   if (p.R == 0) return p.weights ? pk::memset_async(p.total, 0, p.double_compute ? sizeof(double) : sizeof(float), stream) : 0;
   if (p.double_compute) return launch_contrastive_double_forward(p, workspace, stream);
   const ContrastiveGrid grid = contrastive_forward_grid(p.R, p.M, p.G, p.Cp);
-  const ContrastiveWidth width = contrastive_width(p.Cp);
   Forward launch;
   arrange(p, workspace, launch);
   launch.R = static_cast<int>(p.R), launch.G = static_cast<int>(p.G), launch.shares = static_cast<int>(grid.shares);
-  const bool two_stages = width != ContrastiveWidth::wide || shared_bytes<Wide>(2) <= pk::shared_memory_limit();
-  launch.stages = two_stages && width != ContrastiveWidth::sliced ? 2 : 1;
-  launch.rows = {static_cast<const float*>(p.rows), p.Cp}, launch.columns = {static_cast<const float*>(p.columns), p.Cp};
   launch.groups = p.groups, launch.ranges = p.ranges;
   launch.inverse_temperature = static_cast<float>(1.0 / p.temperature),
   launch.scale = static_cast<float>(1.4426950408889634 / p.temperature);
@@ -335,12 +360,15 @@ int launch_contrastive_forward(const ContrastiveForward& p, void* workspace, voi
   results.R = launch.R, results.tiles = static_cast<int>(grid.tiles), results.form = p.form, results.ranges = p.ranges;
   results.weights = p.weights, results.losses = static_cast<float*>(p.losses), results.statistics = static_cast<float*>(p.statistics);
   results.total = static_cast<float*>(p.total);
-  const int status = pk::memset_async(results.arrivals, 0, sizeof(unsigned) * static_cast<std::size_t>(1 + grid.tiles), stream);
+  const int status = launch_halves(p, launch.rows, launch.columns, results.arrivals, 1 + grid.tiles, stream);
   if (status != 0) return status;
-  switch (p.precision) {
-    case Precision::highest: return launch_bounded<Precision::highest>(width, p.bounded, launch, grid.blocks(), stream);
-    case Precision::high: return launch_bounded<Precision::high>(width, p.bounded, launch, grid.blocks(), stream);
-    default: return launch_bounded<Precision::medium>(width, p.bounded, launch, grid.blocks(), stream);
+  const ContrastiveWidth width = contrastive_width(p.Cp);
+  switch (format_of(p.precision, p.bounded)) {
+    case Format::halves: return launch_format<Format::halves>(width, launch, grid.blocks(), stream);
+    case Format::half: return launch_format<Format::half>(width, launch, grid.blocks(), stream);
+    case Format::exact: return launch_format<Format::exact>(width, launch, grid.blocks(), stream);
+    case Format::tf32: return launch_format<Format::tf32>(width, launch, grid.blocks(), stream);
+    default: return launch_format<Format::bf16>(width, launch, grid.blocks(), stream);
   }
 }
 

@@ -2,17 +2,21 @@
 // Around the losses on the GPU: vectors out of images or embeddings, their gradient back, and the derivative of losses by the statistics of
 // rows. The equations stand in ops/contrastive.h.
 //
-// planar kernels: the channels of a position lie far apart. A block takes 32 positions; a warp reads one channel of all of them, which lie in short
-// runs of a row of the image, and a square of shared memory turns them round, so that vectors are written whole. Images are read twice, the second
-// time from a cache. interleaved kernels: the channels lie side by side; a warp has one vector.
-// All are limited by memory: at 4 x 16 x 160 x 160 they move 6.6 MB each way, 3 us on an H200. Not yet run on a GPU; run in the emulator.
+// Four threads have a row, each of them 4 of every 16 channels; that is the order in which squares and products add up, whatever the layout of x.
+// planar kernels: the channels of a position lie far apart. A block has 32 rows; a warp reads a channel of all of them, which lie in short runs of
+// a row of the image, and a square of shared memory turns them round, so that vectors are written whole. interleaved kernels: the channels lie
+// side by side, and a thread's four come at once where they are aligned.
+// Up to 64 channels stay in registers between the sum and the division; more are read twice, the second time from a cache.
+// All are limited by memory: at 4 x 16 x 160 x 160 they move 6.6 MB each way, 3 us on an H200.
 
 #include "common/simt.cuh"
 #include "ops/cuda/contrastive_rows.cuh"
 
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32, POSITIONS = 32, CHUNK = 16;  // of a planar block: positions, channels at a time
+constexpr int THREADS = 128, ROWS = THREADS / 4;         // of a block
+constexpr int COEFFICIENT_THREADS = 256;
+constexpr int CHUNK = 16, CHUNKS = 4, SPAN = CHUNK * CHUNKS;  // channels: of a row's four threads at once, and in registers
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
@@ -26,23 +30,25 @@ __device__ __forceinline__ void narrow(__half& out, float x) { out = __float2hal
 // T the compute type, X that of the images.
 template <class T, class X>
 struct Pack {
-  int64_t R, C, P, Cp, stride_n, stride_c, stride_p;
+  int64_t R, P, stride_n, stride_c, stride_p;
+  int C, Cp;
   const int64_t* order;  // [R]
   bool normalize;
 
   explicit Pack(const ContrastivePack& p)
       : R(p.R),
-        C(p.C),
         P(p.P),
-        Cp(p.Cp),
         stride_n(p.stride_n),
         stride_c(p.stride_c),
         stride_p(p.stride_p),
+        C(static_cast<int>(p.C)),
+        Cp(static_cast<int>(p.Cp)),
         order(p.order),
         normalize(p.normalize) {}
   // Of the first channel of a row's position.
   __device__ __forceinline__ int64_t place(int64_t row) const {
-    const int64_t position = order[row], n = position / P;
+    const int64_t position = order[row];
+    const int64_t n = (position | P) >> 32 == 0 ? static_cast<unsigned>(position) / static_cast<unsigned>(P) : position / P;
     return n * stride_n + (position - n * P) * stride_p;
   }
 };
@@ -63,59 +69,158 @@ struct Length {
   }
 };
 
+// What a thread has of its row: 4 of every 16 channels from channel0 on.
+template <class T>
+using Quarter = T[CHUNKS][4];
+
+// Sums over the four threads of a row, in the same order everywhere.
+template <class V>
+__device__ __forceinline__ V sum_of_row(V quarter) {
+  quarter += __shfl_xor_sync(ALL, quarter, 1);
+  return quarter + __shfl_xor_sync(ALL, quarter, 2);
+}
+
+// Four numbers side by side, at once where `aligned`.
+template <class T, class X>
+__device__ __forceinline__ void read_four(T (&out)[4], const X* from, bool aligned) {
+  struct alignas(4 * sizeof(X) > 16 ? 16 : 4 * sizeof(X)) Four {
+    X x[4];
+  };
+  if (aligned) {
+    const Four four = pk::load_vector<Four>(from);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) out[j] = static_cast<T>(widen(four.x[j]));
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) out[j] = static_cast<T>(widen(from[j]));
+  }
+}
+template <class T, class X>
+__device__ __forceinline__ void write_four(X* to, const T (&values)[4], bool aligned) {
+  struct alignas(4 * sizeof(X) > 16 ? 16 : 4 * sizeof(X)) Four {
+    X x[4];
+  };
+  if (aligned) {
+    Four four;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) narrow(four.x[j], values[j]);
+    pk::store_vector(to, four);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) narrow(to[j], values[j]);
+  }
+}
+
+// Only chunks that are there, `channels` in all: zeros add nothing but time.
+template <class T>
+__device__ __forceinline__ double squares_of(const Quarter<T>& v, int channels) {
+  double sum = 0;
+#pragma unroll
+  for (int k = 0; k < CHUNKS; ++k) {
+    if (k * CHUNK >= channels) break;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum += static_cast<double>(v[k][j]) * static_cast<double>(v[k][j]);
+  }
+  return sum;
+}
+
 // ------------------------------------------------------------------------------------------------------------------------- pack
 
 template <class T, class X>
 __global__ void __launch_bounds__(THREADS) planar_pack_kernel(const Pack<T, X> p, const X* x, T* packed, T* norms) {
-  PK_SHARED(T, tile, POSITIONS, CHUNK + 1);
-  PK_SHARED(double, squares, WARPS, POSITIONS);
+  PK_SHARED(T, tile, ROWS, SPAN + 1);
+  PK_SHARED(double, squares, 4, ROWS);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * POSITIONS, row = row0 + lane;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * ROWS, row = row0 + lane;
   const X* const source = x + (row < p.R ? p.place(row) : 0);
-  double sum = 0;
-  if (p.normalize && row < p.R) {
-    for (int64_t c = warp; c < p.C; c += WARPS) {
-      const double value = widen(source[c * p.stride_c]);
-      sum += value * value;
+  Quarter<T> values = {};
+  const auto read = [&](int channel0) {
+#pragma unroll
+    for (int k = 0; k < CHUNKS; ++k) {
+      if (channel0 + k * CHUNK >= p.C) break;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int c = channel0 + k * CHUNK + warp * 4 + j;
+        values[k][j] = row < p.R && c < p.C ? static_cast<T>(widen(source[c * p.stride_c])) : T(0);
+      }
     }
+  };
+  double sum = 0;
+  for (int channel0 = 0; channel0 < p.C; channel0 += SPAN) {
+    read(channel0);
+    if (p.normalize) sum += squares_of<T>(values, p.C - channel0);
   }
   squares[warp][lane] = sum;
-  __syncthreads();
-  sum = 0;
-  for (int w = 0; w < WARPS; ++w) sum += squares[w][lane];
-  const Length<T> length(p.normalize, sum);
-  if (warp == 0 && row < p.R) norms[row] = length.divisor;
-  for (int64_t c0 = 0; c0 < p.Cp; c0 += CHUNK) {
+  const int at = threadIdx.x / 4, quarter = threadIdx.x % 4;
+  for (int channel0 = 0; channel0 < p.Cp; channel0 += SPAN) {
+    if (p.C > SPAN) read(channel0);
 #pragma unroll
-    for (int k = warp; k < CHUNK; k += WARPS) {
-      const bool present = row < p.R && c0 + k < p.C;
-      tile[lane][k] = present ? length.scaled(static_cast<T>(widen(source[(c0 + k) * p.stride_c]))) : T(0);
+    for (int k = 0; k < CHUNKS; ++k) {
+      if (channel0 + k * CHUNK >= p.Cp) break;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) tile[lane][k * CHUNK + warp * 4 + j] = values[k][j];
     }
     __syncthreads();
+    const Length<T> length(p.normalize, (squares[0][at] + squares[1][at]) + (squares[2][at] + squares[3][at]));
+    if (row0 + at < p.R) {
+      if (quarter == 0 && channel0 == 0) norms[row0 + at] = length.divisor;
 #pragma unroll
-    for (int i = threadIdx.x; i < POSITIONS * CHUNK; i += THREADS)
-      if (row0 + i / CHUNK < p.R) packed[(row0 + i / CHUNK) * p.Cp + c0 + i % CHUNK] = tile[i / CHUNK][i % CHUNK];
+      for (int k = 0; k < CHUNKS; ++k) {
+        const int c = channel0 + k * CHUNK + quarter * 4;
+        if (channel0 + k * CHUNK >= p.Cp) break;
+        T scaled[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scaled[j] = length.scaled(tile[at][k * CHUNK + quarter * 4 + j]);
+        write_four(packed + (row0 + at) * p.Cp + c, scaled, true);
+      }
+    }
     __syncthreads();
   }
 }
 
 template <class T, class X>
-__global__ void __launch_bounds__(THREADS) interleaved_pack_kernel(const Pack<T, X> p, const X* x, T* packed, T* norms) {
-  const int lane = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
-  if (row >= p.R) return;
-  const X* const source = x + p.place(row);
-  double sum = 0;
-  if (p.normalize) {
-    for (int64_t c = lane; c < p.C; c += 32) {
-      const double value = widen(source[c]);
-      sum += value * value;
+__global__ void __launch_bounds__(THREADS) interleaved_pack_kernel(const Pack<T, X> p, const X* x, bool aligned, T* packed, T* norms) {
+  const int quarter = threadIdx.x % 4;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * ROWS + threadIdx.x / 4;
+  const X* const source = x + (row < p.R ? p.place(row) : 0);
+  Quarter<T> values = {};
+  const auto read = [&](int channel0) {
+#pragma unroll
+    for (int k = 0; k < CHUNKS; ++k) {
+      const int c = channel0 + k * CHUNK + quarter * 4;
+      if (channel0 + k * CHUNK >= p.C) break;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) values[k][j] = 0;
+      if (row >= p.R) continue;
+      if (c + 4 <= p.C) {
+        read_four(values[k], source + c, aligned);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (c + j < p.C) values[k][j] = static_cast<T>(widen(source[c + j]));
+      }
     }
-    sum = warp_sum(sum);
+  };
+  double sum = 0;
+  for (int channel0 = 0; channel0 < p.C; channel0 += SPAN) {
+    read(channel0);
+    if (p.normalize) sum += squares_of<T>(values, p.C - channel0);
   }
-  const Length<T> length(p.normalize, sum);
-  if (lane == 0) norms[row] = length.divisor;
-  for (int64_t c = lane; c < p.Cp; c += 32) packed[row * p.Cp + c] = c < p.C ? length.scaled(static_cast<T>(widen(source[c]))) : T(0);
+  const Length<T> length(p.normalize, sum_of_row(sum));
+  if (row >= p.R) return;
+  if (quarter == 0) norms[row] = length.divisor;
+  for (int channel0 = 0; channel0 < p.Cp; channel0 += SPAN) {
+    if (p.C > SPAN) read(channel0);
+#pragma unroll
+    for (int k = 0; k < CHUNKS; ++k) {
+      const int c = channel0 + k * CHUNK + quarter * 4;
+      if (channel0 + k * CHUNK >= p.Cp) break;
+      T scaled[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) scaled[j] = length.scaled(values[k][j]);
+      write_four(packed + row * p.Cp + c, scaled, true);
+    }
+  }
 }
 
 // ----------------------------------------------------------------------------------------------------------------------- unpack
@@ -127,73 +232,128 @@ struct Gradients {
   const T* norms;        // [R]
 };
 
+// The gradient of a row's vector, a span of channels at a time; by the row's four threads, all lanes of a warp together.
+template <class T, class X>
+struct RowGradient {
+  const Pack<T, X>& p;
+  const Gradients<T>& in;
+  int64_t row;
+  Quarter<T> f, df;
+  T along = 0, norm = 1;
+
+  __device__ __forceinline__ RowGradient(const Pack<T, X>& pack, const Gradients<T>& gradients, int64_t of_row)
+      : p(pack), in(gradients), row(of_row) {
+    if (row < p.R) norm = in.norms[row];
+    if (!p.normalize) {
+      read(0);
+      return;
+    }
+    for (int channel0 = 0; channel0 < p.Cp; channel0 += SPAN) {
+      read(channel0);
+#pragma unroll
+      for (int k = 0; k < CHUNKS; ++k) {
+        if (channel0 + k * CHUNK >= p.Cp) break;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) along += f[k][j] * df[k][j];
+      }
+    }
+    along = sum_of_row(along);
+  }
+  __device__ __forceinline__ void read(int channel0) {
+#pragma unroll
+    for (int k = 0; k < CHUNKS; ++k) {
+      const int c = channel0 + k * CHUNK + threadIdx.x % 4 * 4;
+      if (channel0 + k * CHUNK >= p.Cp) break;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) f[k][j] = df[k][j] = 0;
+      if (row >= p.R) continue;
+      read_four(df[k], in.grad_packed + row * p.Cp + c, true);
+      if (p.normalize) read_four(f[k], in.packed + row * p.Cp + c, true);
+    }
+  }
+  __device__ __forceinline__ void span(int channel0, Quarter<T>& out) {
+    if (p.Cp > SPAN) read(channel0);
+#pragma unroll
+    for (int k = 0; k < CHUNKS; ++k) {
+      if (channel0 + k * CHUNK >= p.Cp) break;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[k][j] = p.normalize ? (df[k][j] - f[k][j] * along) / norm : df[k][j];
+    }
+  }
+};
+
 template <class T, class X>
 __global__ void __launch_bounds__(THREADS) planar_unpack_kernel(const Pack<T, X> p, const Gradients<T> in, X* grad_x) {
-  PK_SHARED(T, tile, POSITIONS, CHUNK + 1);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * POSITIONS, row = row0 + lane;
-  constexpr int ROWS_OF_THREAD = POSITIONS * CHUNK / THREADS;
-  T along[ROWS_OF_THREAD], norm[ROWS_OF_THREAD];  // of the rows this thread reads, 16 threads to a row
-#pragma unroll
-  for (int i = 0; i < ROWS_OF_THREAD; ++i) {
-    const int64_t from = row0 + (threadIdx.x + i * THREADS) / CHUNK;
-    T sum = 0;
-    if (p.normalize && from < p.R)
-      for (int64_t c = threadIdx.x % CHUNK; c < p.Cp; c += CHUNK) sum += in.packed[from * p.Cp + c] * in.grad_packed[from * p.Cp + c];
-#pragma unroll
-    for (int step = CHUNK / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL, sum, step);
-    along[i] = sum;
-    norm[i] = from < p.R ? in.norms[from] : T(1);
-  }
+  PK_SHARED(T, tile, ROWS, SPAN + 1);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at = threadIdx.x / 4, quarter = threadIdx.x % 4;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * ROWS, row = row0 + lane;
   X* const target = grad_x + (row < p.R ? p.place(row) : 0);
-  for (int64_t c0 = 0; c0 < p.Cp; c0 += CHUNK) {
+  RowGradient<T, X> gradient(p, in, row0 + at);
+  for (int channel0 = 0; channel0 < p.Cp; channel0 += SPAN) {
+    Quarter<T> values;
+    gradient.span(channel0, values);
 #pragma unroll
-    for (int i = 0; i < ROWS_OF_THREAD; ++i) {
-      const int at = threadIdx.x + i * THREADS, k = at % CHUNK;
-      const int64_t from = (row0 + at / CHUNK) * p.Cp + c0 + k;
-      if (row0 + at / CHUNK >= p.R) continue;
-      const T df = in.grad_packed[from];
-      tile[at / CHUNK][k] = p.normalize ? (df - in.packed[from] * along[i]) / norm[i] : df;
+    for (int k = 0; k < CHUNKS; ++k) {
+      if (channel0 + k * CHUNK >= p.Cp) break;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) tile[at][k * CHUNK + quarter * 4 + j] = values[k][j];
     }
     __syncthreads();
 #pragma unroll
-    for (int k = warp; k < CHUNK; k += WARPS)
-      if (row < p.R && c0 + k < p.C) narrow(target[(c0 + k) * p.stride_c], tile[lane][k]);
+    for (int k = 0; k < CHUNKS; ++k) {
+      if (channel0 + k * CHUNK >= p.C) break;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int c = channel0 + k * CHUNK + warp * 4 + j;
+        if (row < p.R && c < p.C) narrow(target[c * p.stride_c], tile[lane][k * CHUNK + warp * 4 + j]);
+      }
+    }
     __syncthreads();
   }
 }
 
 template <class T, class X>
-__global__ void __launch_bounds__(THREADS) interleaved_unpack_kernel(const Pack<T, X> p, const Gradients<T> in, X* grad_x) {
-  const int lane = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
+__global__ void __launch_bounds__(THREADS) interleaved_unpack_kernel(const Pack<T, X> p, const Gradients<T> in, bool aligned, X* grad_x) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * ROWS + threadIdx.x / 4;
+  RowGradient<T, X> gradient(p, in, row);
   if (row >= p.R) return;
-  const T* const f = in.packed + row * p.Cp;
-  const T* const df = in.grad_packed + row * p.Cp;
-  T along = 0;
-  if (p.normalize) {
-    for (int64_t c = lane; c < p.C; c += 32) along += f[c] * df[c];
-    along = warp_sum(along);
-  }
-  const T norm = in.norms[row];
   X* const target = grad_x + p.place(row);
-  for (int64_t c = lane; c < p.C; c += 32) narrow(target[c], p.normalize ? (df[c] - f[c] * along) / norm : df[c]);
+  for (int channel0 = 0; channel0 < p.C; channel0 += SPAN) {
+    Quarter<T> values;
+    gradient.span(channel0, values);
+#pragma unroll
+    for (int k = 0; k < CHUNKS; ++k) {
+      const int c = channel0 + k * CHUNK + threadIdx.x % 4 * 4;
+      if (c + 4 <= p.C) {
+        write_four(target + c, values[k], aligned);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (c + j < p.C) narrow(target[c + j], values[k][j]);
+      }
+    }
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------------------ coefficients
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) coefficients_kernel(int64_t R, ContrastiveForm form, const ContrastiveRange* ranges,
-                                                               const T* grad_losses, const T* statistics, T* out) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+__global__ void __launch_bounds__(COEFFICIENT_THREADS) coefficients_kernel(const ContrastiveCoefficients p) {
+  const int64_t R = p.R, row = static_cast<int64_t>(blockIdx.x) * COEFFICIENT_THREADS + threadIdx.x;
   if (row >= R) return;
-  const T p = statistics[row], n = statistics[R + row], g = grad_losses[row];
+  const T* const statistics = static_cast<const T*>(p.statistics);
+  T* const out = static_cast<T*>(p.coefficients);
+  const ContrastiveForm form = p.form;
+  const ContrastiveRange* const ranges = p.ranges;
+  const T p_log = statistics[row], n = statistics[R + row];
+  T g = p.grad_losses ? static_cast<const T*>(p.grad_losses)[row] : T(0);
+  if (p.grad_total) g += static_cast<T>(static_cast<double>(*static_cast<const T*>(p.grad_total)) * p.weights[row]);
   const int positives = positives_of(range_at(ranges, static_cast<int>(row)));
   T dp = 0, dn = 0, dl = 0;
-  if (has_loss(form, p, n) && !is_certain(n, positives)) {
+  if (has_loss(form, p_log, n) && !is_certain(n, positives)) {
     const T count = static_cast<T>(positives);
     // exp(p) and exp(n) as shares of their sum
-    const T of_n = n == -T(INFINITY) ? T(0) : T(1) / (T(1) + exponential(p - n)), of_p = T(1) / (T(1) + exponential(n - p));
+    const T of_n = n == -T(INFINITY) ? T(0) : T(1) / (T(1) + exponential(p_log - n)), of_p = T(1) / (T(1) + exponential(n - p_log));
     switch (form) {
       case ContrastiveForm::supcon: dp = g * of_p, dn = g * of_n, dl = -g / count; break;
       case ContrastiveForm::in: dp = -g * of_n, dn = g * of_n; break;
@@ -206,6 +366,14 @@ __global__ void __launch_bounds__(THREADS) coefficients_kernel(int64_t R, Contra
 
 // ------------------------------------------------------------------------------------------------------------------------ launch
 
+// Four channels of every vector lie at a multiple of their size (16 bytes at the most).
+template <class X>
+bool fours_are_aligned(const void* x, const ContrastivePack& p) {
+  constexpr uintptr_t size = 4 * sizeof(X) > 16 ? 16 : 4 * sizeof(X);
+  const int64_t strides = p.stride_n * (p.N > 1) | p.stride_p * (p.P > 1);
+  return reinterpret_cast<uintptr_t>(x) % size == 0 && strides * static_cast<int64_t>(sizeof(X)) % static_cast<int64_t>(size) == 0;
+}
+
 dim3 blocks_for(int64_t count, int of_block) { return dim3(static_cast<unsigned>((count + of_block - 1) / of_block)); }
 
 template <class T, class X>
@@ -215,8 +383,9 @@ int pack(const ContrastivePack& p, void* stream) {
   T* const packed = static_cast<T*>(p.packed);
   T* const norms = static_cast<T*>(p.norms);
   if (p.stride_c == 1)
-    return PK_LAUNCH((interleaved_pack_kernel<T, X>), blocks_for(p.R, WARPS), dim3(THREADS), 0, stream, problem, x, packed, norms);
-  return PK_LAUNCH((planar_pack_kernel<T, X>), blocks_for(p.R, POSITIONS), dim3(THREADS), 0, stream, problem, x, packed, norms);
+    return PK_LAUNCH((interleaved_pack_kernel<T, X>), blocks_for(p.R, ROWS), dim3(THREADS), 0, stream, problem, x,
+                     fours_are_aligned<X>(x, p), packed, norms);
+  return PK_LAUNCH((planar_pack_kernel<T, X>), blocks_for(p.R, ROWS), dim3(THREADS), 0, stream, problem, x, packed, norms);
 }
 
 template <class T, class X>
@@ -225,14 +394,14 @@ int unpack(const ContrastiveUnpack& p, void* stream) {
   const Gradients<T> in{static_cast<const T*>(p.grad_packed), static_cast<const T*>(p.packed), static_cast<const T*>(p.norms)};
   X* const grad_x = static_cast<X*>(p.grad_x);
   if (p.stride_c == 1)
-    return PK_LAUNCH((interleaved_unpack_kernel<T, X>), blocks_for(p.R, WARPS), dim3(THREADS), 0, stream, problem, in, grad_x);
-  return PK_LAUNCH((planar_unpack_kernel<T, X>), blocks_for(p.R, POSITIONS), dim3(THREADS), 0, stream, problem, in, grad_x);
+    return PK_LAUNCH((interleaved_unpack_kernel<T, X>), blocks_for(p.R, ROWS), dim3(THREADS), 0, stream, problem, in,
+                     fours_are_aligned<X>(grad_x, p), grad_x);
+  return PK_LAUNCH((planar_unpack_kernel<T, X>), blocks_for(p.R, ROWS), dim3(THREADS), 0, stream, problem, in, grad_x);
 }
 
 template <class T>
 int coefficients(const ContrastiveCoefficients& p, void* stream) {
-  return PK_LAUNCH((coefficients_kernel<T>), blocks_for(p.R, THREADS), dim3(THREADS), 0, stream, p.R, p.form, p.ranges,
-                   static_cast<const T*>(p.grad_losses), static_cast<const T*>(p.statistics), static_cast<T*>(p.coefficients));
+  return PK_LAUNCH((coefficients_kernel<T>), blocks_for(p.R, COEFFICIENT_THREADS), dim3(COEFFICIENT_THREADS), 0, stream, p);
 }
 
 }  // namespace
