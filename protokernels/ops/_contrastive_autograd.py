@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
 from ..reference.contrastive import compute_dtype
+from . import _calls
 from ._contrastive_plan import plan_sizes
 
-OPS = torch.ops.protokernels
 ALIGN = 16
 """Elements to which the length of a packed vector is rounded up, as in csrc/ops/contrastive.h."""
 
@@ -70,7 +69,7 @@ def _setup_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 def _pack_backward(ctx: Any, grad_packed: Tensor, _norms: Tensor | None) -> tuple[Tensor | None, ...]:
     packed, norms, order, like = ctx.saved_tensors
     return (
-        OPS.contrastive_unpack(grad_packed, packed, norms, order, like, ctx.normalize, ctx.channels_last),
+        _calls.call("contrastive_unpack", grad_packed, packed, norms, order, like, ctx.normalize, ctx.channels_last),
         None,
         None,
     )
@@ -122,16 +121,16 @@ def _backward(
     from_losses = None if grad_losses is None else grad_losses.contiguous()
     if from_losses is None and from_total[0] is None:
         return (None,) * 10
-    coefficients = OPS.contrastive_coefficients(from_losses, statistics, groups, ranges, form, *from_total)
+    coefficients = _calls.call("contrastive_coefficients", from_losses, statistics, groups, ranges, form, *from_total)
     own, none, rest = (statistics, coefficients), (None, None), (channels, temperature, unit, precision)
     to_rows = to_columns = None
     if columns is None:
-        to_rows = OPS.contrastive_backward(rows, None, groups, ranges, *own, *own, *rest)
+        to_rows = _calls.call("contrastive_backward", rows, None, groups, ranges, *own, *own, *rest)
     else:  # as many columns as rows, and as the rows see the columns so do the columns see the rows
         if ctx.needs_input_grad[0]:
-            to_rows = OPS.contrastive_backward(rows, columns, groups, ranges, *own, *none, *rest)
+            to_rows = _calls.call("contrastive_backward", rows, columns, groups, ranges, *own, *none, *rest)
         if ctx.needs_input_grad[1]:
-            to_columns = OPS.contrastive_backward(columns, rows, groups, ranges, *none, *own, *rest)
+            to_columns = _calls.call("contrastive_backward", columns, rows, groups, ranges, *none, *own, *rest)
     return to_rows, to_columns, *(None,) * 8
 
 
@@ -150,15 +149,10 @@ def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
     )
 
 
-if _native.LIBRARY is not None:
-    torch.library.register_fake("protokernels::contrastive_plan")(_fake_plan)
-    torch.library.register_fake("protokernels::contrastive_views")(_fake_views)
-    torch.library.register_fake("protokernels::contrastive_pack")(_fake_pack)
-    torch.library.register_fake("protokernels::contrastive_unpack")(_fake_unpack)
-    torch.library.register_fake("protokernels::contrastive_forward")(_fake_forward)
-    torch.library.register_fake("protokernels::contrastive_coefficients")(_fake_coefficients)
-    torch.library.register_fake("protokernels::contrastive_backward")(_fake_backward)
-    torch.library.register_autograd("protokernels::contrastive_pack", _pack_backward, setup_context=_setup_pack)
-    torch.library.register_autograd("protokernels::contrastive_forward", _backward, setup_context=_setup_forward)
-    for name in ("contrastive_unpack", "contrastive_coefficients", "contrastive_backward"):
-        torch.library.register_autograd(f"protokernels::{name}", _no_second_derivative)
+_calls.register("contrastive_plan", _fake_plan)
+_calls.register("contrastive_views", _fake_views)
+_calls.register("contrastive_pack", _fake_pack, setup=_setup_pack, backward=_pack_backward)
+_calls.register("contrastive_forward", _fake_forward, setup=_setup_forward, backward=_backward)
+_calls.register("contrastive_unpack", _fake_unpack, backward=_no_second_derivative)
+_calls.register("contrastive_coefficients", _fake_coefficients, backward=_no_second_derivative)
+_calls.register("contrastive_backward", _fake_backward, backward=_no_second_derivative)

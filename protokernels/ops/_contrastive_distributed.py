@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import contrastive as reference
+from . import _calls
 
 Parts = list[Tensor]
-OPS = torch.ops.protokernels
 
 
 def gathered_losses(
@@ -52,7 +52,7 @@ def gathered_losses(
     if labels_are_local:
         labels = labels * dist.get_world_size() + dist.get_rank()
     if backend.native_serves(embeddings.device):
-        rows = OPS.contrastive_pack(embeddings.unsqueeze(-1), order, normalize)[0]
+        rows = _calls.call("contrastive_pack", embeddings.unsqueeze(-1), order, normalize)[0]
         kernel: _Kernel = _NativeKernel(
             embeddings.shape[1], temperature, normalize, ("highest", "high", "medium").index(precision)
         )
@@ -131,7 +131,9 @@ class _NativeKernel(_Kernel):
 
     def statistics(self, rows: Tensor, columns: Tensor, ranges: Tensor) -> Tensor:
         groups = self._groups(rows, columns)
-        outputs = OPS.contrastive_forward(rows, columns, groups, ranges, None, *self.settings, 0, self.precision)
+        outputs = _calls.call(
+            "contrastive_forward", rows, columns, groups, ranges, None, *self.settings, 0, self.precision
+        )
         statistics: Tensor = outputs[2]
         return statistics
 
@@ -139,8 +141,8 @@ class _NativeKernel(_Kernel):
         self, rows: Tensor, columns: Tensor, ranges: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
     ) -> Tensor:
         groups = self._groups(rows, columns)
-        grad: Tensor = OPS.contrastive_backward(
-            rows, columns, groups, ranges, *own, *other, *self.settings, self.precision
+        grad: Tensor = _calls.call(
+            "contrastive_backward", rows, columns, groups, ranges, *own, *other, *self.settings, self.precision
         )
         return grad
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import contrastive as reference
-from . import _checks, _contrastive_autograd, _contrastive_distributed  # noqa: F401  (the second registers shapes and gradients)
+from . import _calls, _checks, _contrastive_autograd, _contrastive_distributed  # noqa: F401  (the third registers shapes and gradients)
 from . import _contrastive_checks as checks
 from ._contrastive_checks import PRECISIONS, Denominator, Form, Gather, Precision, Reduction, Scope, Size
 from ._contrastive_plan import REDUCTIONS, Plan
@@ -121,7 +121,8 @@ def local_contrastive_loss(
         )
         return loss.view(labels.shape) if reduction == "none" else loss
     plan = Plan(
-        *torch.ops.protokernels.contrastive_plan(
+        *_calls.call(
+            "contrastive_plan",
             grid,
             block,
             steps,
@@ -203,7 +204,8 @@ def supcon_loss(
             reduction=reduction,
         )
     plan = Plan(
-        *torch.ops.protokernels.contrastive_plan(
+        *_calls.call(
+            "contrastive_plan",
             labels.view(-1, 1, 1, 1),
             [0, 0, 0],
             [1, 1, 1],
@@ -269,7 +271,7 @@ def nt_xent_loss(
         return reference.supcon_loss(
             stacked, pairs, temperature=temperature, ignore_index=None, form=form, normalize=normalize, reduction="mean"
         )
-    plan = Plan(*torch.ops.protokernels.contrastive_views(stacked, count, False, True))
+    plan = Plan(*_calls.call("contrastive_views", stacked.detach(), count, False, True))
     return _native_losses(stacked.unsqueeze(-1), plan, temperature, form, normalize, precision)[0]
 
 
@@ -317,7 +319,7 @@ def cross_view_loss(
     dtype = torch.promote_types(reference.compute_dtype(first), reference.compute_dtype(second))
     first, second = first.to(dtype), second.to(dtype)
     if backend.native_serves(first.device):
-        plan = Plan(*torch.ops.protokernels.contrastive_views(first, count, True, symmetric))
+        plan = Plan(*_calls.call("contrastive_views", first.detach(), count, True, symmetric))
         both = torch.cat([first, second]).unsqueeze(-1)
         return _native_losses(both, plan, temperature, form, normalize, precision)[0]
     ways = [(first, second), (second, first)] if symmetric else [(first, second)]
@@ -334,7 +336,7 @@ def cross_view_loss(
 def _native_losses(
     x: Tensor, plan: Plan, temperature: float, form: Form, normalize: bool, precision: Precision
 ) -> tuple[Tensor, Tensor]:  # [N, C, P] -> [], [R] in the order of the plan
-    packed, _ = torch.ops.protokernels.contrastive_pack(x, plan.order, normalize)
+    packed, _ = _calls.call("contrastive_pack", x, plan.order, normalize)
     return _forward(packed, None, plan, x.shape[1], temperature, normalize, form, precision)
 
 
@@ -348,7 +350,8 @@ def _forward(
     form: Form,
     precision: Precision,
 ) -> tuple[Tensor, Tensor]:  # [R, Cp], [M, Cp] -> [], [R]
-    total, losses, _ = torch.ops.protokernels.contrastive_forward(
+    total, losses, _ = _calls.call(
+        "contrastive_forward",
         rows,
         columns,
         plan.groups,
