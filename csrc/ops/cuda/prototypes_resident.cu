@@ -39,9 +39,30 @@ __device__ __forceinline__ void add_rows(const Resident<Z>& p, const Z* tile, co
   }
 }
 
+template <int F>
+__device__ __forceinline__ void write_weights(float* to, int K, const float (&s)[F][4], int r, float scale) {
+  const int member = threadIdx.x % 4;
+#pragma unroll
+  for (int f = 0; f < F; f += 2) {
+    const int k = f * 8 + member * 4;
+    const float4 c = {s[f][2 * r] * scale, s[f][2 * r + 1] * scale, s[f + 1][2 * r] * scale, s[f + 1][2 * r + 1] * scale};
+    if (K % 4 == 0) {
+      if (k < K) __stcs(reinterpret_cast<float4*>(to + k), c);
+    } else if (K % 2 == 0) {
+      if (k < K) __stcs(reinterpret_cast<float2*>(to + k), float2{c.x, c.y});
+      if (k + 2 < K) __stcs(reinterpret_cast<float2*>(to + k + 2), float2{c.z, c.w});
+    } else {
+      if (k < K) to[k] = c.x;
+      if (k + 1 < K) to[k + 1] = c.y;
+      if (k + 2 < K) to[k + 2] = c.z;
+      if (k + 3 < K) to[k + 3] = c.w;
+    }
+  }
+}
+
 // resources: dynamic shared 160768 bytes
 template <class Z, int F>
-__global__ void __launch_bounds__(MAX_WARPS * 32, F > 8 ? 1 : 2) resident_kernel(const Resident<Z> p) {
+__global__ void __launch_bounds__(MAX_WARPS * 32, F > 16 ? 1 : 2) resident_kernel(const Resident<Z> p) {
   PK_DYNAMIC_SHARED(uint4, fragments);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, member = lane % 4, warps = blockDim.x / 32;
   float* const factor = reinterpret_cast<float*>(fragments + p.steps * F * 32);
@@ -61,6 +82,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, F > 8 ? 1 : 2) resident_kernel
     for (int i = threadIdx.x; i < warps * p.K; i += blockDim.x) counts[i] = 0;
   }
   prepare_prototypes<F>(p, fragments, factor, bias);
+  const float to_log2 = static_cast<float>(1.4426950408889634 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
   __syncthreads();
 
   for (int buffer = 0; t < p.tiles; t += stride, buffer ^= p.buffers - 1) {
@@ -73,30 +95,29 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, F > 8 ? 1 : 2) resident_kernel
     }
     __syncwarp();
     const Z* const tile = mine + buffer * tile_size;
-    const RowPair measured[1] = {measure_rows(p, tile)};
-    const RowPair& rows = measured[0];
-    float scores[1][F][4] = {};
-    multiply<Z, 1, F, F>(p, tile, measured, fragments, scores, 0, p.steps);
-    float(&s)[F][4] = scores[0];
+    const RowPair rows = measure_rows(p, tile);
+    float s[F][4] = {};
+    multiply<Z, F>(p, tile, rows, fragments, s);
     if (p.buffers == 1 && next < p.tiles) {
       __syncwarp();
       copy_tile(p, next * TILE, mine);
     }
-    const Softmax softmax = softmax_rows<F>(s, rows.factor, factor, bias, p.entropy != nullptr);
+    const float row_factor[2] = {rows.factor[0] * to_log2, rows.factor[1] * to_log2};
+    const Softmax softmax = softmax_rows<F>(s, row_factor, factor, bias, p.entropy != nullptr);
     int label[2] = {softmax.label[0], softmax.label[1]};
     if (p.uniform) {
       const int64_t row = row0 + lane / 4;
-      const int first = draw_label<F>(s, 0, softmax.sum[0] * (row < p.B ? p.uniform[row] : 0.0f), 0, 1);
-      const int second = draw_label<F>(s, 1, softmax.sum[1] * (row + 8 < p.B ? p.uniform[row + 8] : 0.0f), 0, 1);
+      const int first = draw_label<F, 0>(s, softmax.sum[0] * (row < p.B ? p.uniform[row] : 0.0f));
+      const int second = draw_label<F, 1>(s, softmax.sum[1] * (row + 8 < p.B ? p.uniform[row + 8] : 0.0f));
       if (softmax.sum[0] == softmax.sum[0]) label[0] = first;
       if (softmax.sum[1] == softmax.sum[1]) label[1] = second;
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int64_t row = row0 + lane / 4 + r * 8;
-      if (row >= p.B || (p.skip_nonfinite && rows.up[r] < 0)) label[r] = -1;
+      if (row >= p.B || (p.skip_nonfinite && !rows.finite[r])) label[r] = -1;
       if (row >= p.B) continue;
-      write_weights<F>(p.assignment + row * p.K, 0, p.K, s, r, 1.0f / softmax.sum[r]);
+      write_weights<F>(p.assignment + row * p.K, p.K, s, r, 1.0f / softmax.sum[r]);
       if (member == 0 && p.labels) p.labels[row] = label[r];
       if (member == 0 && p.entropy) p.entropy[row] = softmax.entropy[r];
     }
@@ -121,7 +142,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, F > 8 ? 1 : 2) resident_kernel
 
 struct Plan {
   bool fits, summed;
-  int fragments, buffers, warps, blocks;
+  int fragments, steps, stride, buffers, warps, blocks;
   std::size_t bytes;
 };
 
@@ -133,9 +154,11 @@ Plan plan_of(const PrototypesForward& p) {
   plan.summed = p.sums && p.K * p.D <= MAX_SUMMED && p.D <= MAX_SUMMED_D;
   for (const int fragments : {32, 24, 16, 8, 4, 2})
     if (p.K <= fragments * 8) plan.fragments = fragments;
+  plan.steps = static_cast<int>((p.D + 15) / 16);
+  plan.stride = plan.steps * 16 + (plan.steps % 2 == 0 ? 16 : 0);  // a lane's four neighbours: all banks once
   plan.buffers = plan.summed ? 2 : 1;
-  const int64_t fixed = static_cast<int64_t>(plan.fragments) * (steps_of(p.D) * 512 + 64);
-  const int64_t per_warp = plan.buffers * TILE * stride_of(p.D) * element + (plan.summed ? p.K * p.D * 8 + p.K * 4 : 0);
+  const int64_t fixed = static_cast<int64_t>(plan.fragments) * (plan.steps * 512 + 64);
+  const int64_t per_warp = plan.buffers * TILE * plan.stride * element + (plan.summed ? p.K * p.D * 8 + p.K * 4 : 0);
   const int64_t limit = static_cast<int64_t>(pk::shared_memory_limit());
   if (plan.summed) {
     plan.warps = tiles > 4 * SUMMED_BLOCKS && p.D <= 64 ? MAX_WARPS : 4;
@@ -161,9 +184,28 @@ int launch_kernel(const Plan& plan, const Resident<Z>& resident, void* stream) {
 
 template <class Z>
 int launch_resident(const Plan& plan, const PrototypesForward& p, double* partial_sums, int* partial_counts, void* stream) {
-  Resident<Z> resident = resident_of<Z>(p, plan.buffers);
-  resident.partial_sums = partial_sums;
-  resident.partial_counts = partial_counts;
+  const Resident<Z> resident{p.B,
+                             (p.B + TILE - 1) / TILE,
+                             static_cast<int>(p.K),
+                             static_cast<int>(p.D),
+                             plan.steps,
+                             plan.stride,
+                             plan.buffers,
+                             p.z_stride,
+                             static_cast<const Z*>(p.z),
+                             static_cast<const float*>(p.prototypes),
+                             static_cast<const float*>(p.temperature_pointer),
+                             p.temperature,
+                             p.cosine,
+                             p.skip_nonfinite,
+                             aligned_rows(p.z, p.z_stride, p.D, sizeof(Z), 16),
+                             aligned_rows(p.prototypes, p.D, p.D, sizeof(float), 16),
+                             p.uniform,
+                             static_cast<float*>(p.assignment),
+                             p.labels,
+                             static_cast<float*>(p.entropy),
+                             partial_sums,
+                             partial_counts};
   switch (plan.fragments) {
     case 2: return launch_kernel<Z, 2>(plan, resident, stream);
     case 4: return launch_kernel<Z, 4>(plan, resident, stream);
@@ -178,7 +220,7 @@ int launch_resident(const Plan& plan, const PrototypesForward& p, double* partia
 
 namespace protokernels {
 
-bool prototypes_resident(const PrototypesForward& p) { return prototypes_wide(p) || plan_of(p).fits; }
+bool prototypes_resident(const PrototypesForward& p) { return plan_of(p).fits; }
 
 int64_t prototypes_resident_workspace(const PrototypesForward& p) {
   const Plan plan = plan_of(p);
@@ -190,16 +232,13 @@ int launch_prototypes_resident(const PrototypesForward& p, const PrototypesBlend
   const Plan plan = plan_of(p);
   double* const partial_sums = plan.summed ? static_cast<double*>(workspace) : nullptr;
   int* const partial_counts = plan.summed ? reinterpret_cast<int*>(partial_sums + plan.blocks * p.K * p.D) : nullptr;
-  if (p.B > 0) {
+  if (plan.blocks > 0) {
     int status = 0;
-    if (!plan.summed && prototypes_wide(p))
-      status = launch_prototypes_wide(p, stream);
-    else
-      switch (p.z_kind) {
-        case Kind::f32: status = launch_resident<float>(plan, p, partial_sums, partial_counts, stream); break;
-        case Kind::bf16: status = launch_resident<__nv_bfloat16>(plan, p, partial_sums, partial_counts, stream); break;
-        default: status = launch_resident<__half>(plan, p, partial_sums, partial_counts, stream);
-      }
+    switch (p.z_kind) {
+      case Kind::f32: status = launch_resident<float>(plan, p, partial_sums, partial_counts, stream); break;
+      case Kind::bf16: status = launch_resident<__nv_bfloat16>(plan, p, partial_sums, partial_counts, stream); break;
+      default: status = launch_resident<__half>(plan, p, partial_sums, partial_counts, stream);
+    }
     if (status != 0) return status;
   }
   if (!p.sums) return 0;

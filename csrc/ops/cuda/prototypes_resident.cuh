@@ -16,6 +16,7 @@ namespace {
 
 constexpr int TILE = 16;       // rows of z a warp has at a time
 constexpr int MAX_WARPS = 8;   // of a block
+constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
 __device__ __forceinline__ unsigned magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
@@ -84,18 +85,11 @@ struct Resident {
 
 // ----------------------------------------------------------------------------------------------------------------- prototypes
 
-// log2(e) / temperature: scores to the base 2.
-template <class Z>
-__device__ __forceinline__ float inverse_temperature(const Resident<Z>& p) {
-  return static_cast<float>(1.4426950408889634 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
-}
-
 // Splits the prototypes into fragments [steps, F, 32] of (high, high, low, low) and, for each column, a factor that undoes the scale (and
-// normalises), with log2(e) / temperature, and a bias: 0, or -infinity where there is no prototype.
+// normalises) and a bias: 0, or -infinity where there is no prototype.
 template <int F, class Z>
 __device__ __forceinline__ void prepare_prototypes(const Resident<Z>& p, uint4* fragments, float* factor, float* bias) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, member = lane % 4, column = lane / 4;
-  const float to_log2 = inverse_temperature(p);
   for (int f = warp; f < F; f += blockDim.x / 32) {
     const int k = f / 2 * 16 + column / 2 * 4 + f % 2 * 2 + column % 2;
     const float* const q = p.prototypes + static_cast<int64_t>(k) * p.D;
@@ -106,7 +100,7 @@ __device__ __forceinline__ void prepare_prototypes(const Resident<Z>& p, uint4* 
       for (int i = 0; i < 4; ++i) x[i] = k < p.K && d + i < p.D ? q[d + i] : 0.0f;
     };
     unsigned largest = 0;
-#pragma unroll(F > 8 ? 8 : 2)
+#pragma unroll 8
     for (int step = 0; step < p.steps; ++step) {
       float x[4];
       read(step, x);
@@ -115,7 +109,7 @@ __device__ __forceinline__ void prepare_prototypes(const Resident<Z>& p, uint4* 
     }
     const Scale scale = scale_of(quad_max(largest));
     float squared = 0;
-#pragma unroll 2
+#pragma unroll 4
     for (int step = 0; step < p.steps; ++step) {
       float x[4];
       read(step, x);
@@ -128,7 +122,7 @@ __device__ __forceinline__ void prepare_prototypes(const Resident<Z>& p, uint4* 
     }
     squared = quad_sum(squared);
     if (member == 0) {
-      factor[k] = (p.cosine ? inverse_norm(squared, scale) : scale.down) * to_log2;
+      factor[k] = p.cosine ? inverse_norm(squared, scale) : scale.down;
       bias[k] = k < p.K ? 0.0f : -INFINITY;
     }
   }
@@ -161,9 +155,10 @@ __device__ __forceinline__ void copy_tile(const Resident<Z>& p, int64_t row0, Z*
   pk::copy_async_commit();
 }
 
-struct RowPair {    // rows lane / 4 and lane / 4 + 8 of a tile
-  float up[2];      // a power of two (Scale); negative for a row with NaN or infinity, whose scores are NaN with either sign
-  float factor[2];  // takes scaled scores back, and normalises
+struct RowPair {  // rows lane / 4 and lane / 4 + 8 of a tile
+  Scale scale[2];
+  float factor[2];
+  bool finite[2];
 };
 
 template <class Z>
@@ -172,7 +167,7 @@ __device__ __forceinline__ RowPair measure_rows(const Resident<Z>& p, const Z* t
   const Z* const row = tile + lane / 4 * p.stride + lane % 4 * 4;
   unsigned largest[2] = {};
   float squared[2] = {};
-#pragma unroll 2
+#pragma unroll 4
   for (int step = 0; step < p.steps; ++step)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -182,53 +177,49 @@ __device__ __forceinline__ RowPair measure_rows(const Resident<Z>& p, const Z* t
       for (int i = 0; i < 4; ++i) largest[r] = max(largest[r], magnitude_bits(x[i]));
     }
   RowPair rows;
-  Scale scale[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     largest[r] = quad_max(largest[r]);
-    scale[r] = scale_of(largest[r]);
-    rows.up[r] = largest[r] < INFINITE_BITS ? scale[r].up : -scale[r].up;
-    rows.factor[r] = scale[r].down;
+    rows.scale[r] = scale_of(largest[r]);
+    rows.finite[r] = largest[r] < INFINITE_BITS;
+    rows.factor[r] = rows.scale[r].down;
   }
   if (!p.cosine) return rows;
-#pragma unroll 2
+#pragma unroll 4
   for (int step = 0; step < p.steps; ++step)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float x[4];
       load_four(row + r * 8 * p.stride + step * 16, x);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) squared[r] += x[i] * rows.up[r] * (x[i] * rows.up[r]);
+      for (int i = 0; i < 4; ++i) squared[r] += x[i] * rows.scale[r].up * (x[i] * rows.scale[r].up);
     }
 #pragma unroll
-  for (int r = 0; r < 2; ++r) rows.factor[r] = inverse_norm(quad_sum(squared[r]), scale[r]);
+  for (int r = 0; r < 2; ++r) rows.factor[r] = inverse_norm(quad_sum(squared[r]), rows.scale[r]);
   return rows;
 }
 
 // ------------------------------------------------------------------------------------------------------------------- products
 
-// sum [HALVES][F][4] += 16 HALVES rows of a tile times 8 F of 8 TOTAL prototypes, over the given steps, in scaled units.
-template <class Z, int HALVES, int F, int TOTAL>
-__device__ __forceinline__ void multiply(const Resident<Z>& p, const Z* tile, const RowPair (&rows)[HALVES], const uint4* fragments,
-                                         float (&sum)[HALVES][F][4], int begin, int end) {
-  constexpr int GROUP = F == 2 || F == 16 || HALVES == 2 ? 2 : 4;  // what the registers allow
+// sum [F][4] += the tile times all prototypes, in scaled units.
+template <class Z, int F>
+__device__ __forceinline__ void multiply(const Resident<Z>& p, const Z* tile, const RowPair& rows, const uint4* fragments,
+                                         float (&sum)[F][4]) {
+  constexpr int GROUP = F == 2 || F == 16 ? 2 : 4;  // at 16 the registers of two blocks would not do for more
   const int lane = threadIdx.x % 32;
   const Z* const row = tile + lane / 4 * p.stride + lane % 4 * 4;
-#pragma unroll 1
-  for (int step = begin; step < end; ++step) {
-    unsigned high[HALVES][4], low[HALVES][4];
+  for (int step = 0; step < p.steps; ++step) {
+    unsigned high[4], low[4];
 #pragma unroll
-    for (int h = 0; h < HALVES; ++h)
+    for (int r = 0; r < 2; ++r) {
+      float x[4];
+      load_four(row + r * 8 * p.stride + step * 16, x);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float x[4];
-        load_four(row + (h * 16 + r * 8) * p.stride + step * 16, x);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] *= rows[h].up[r];
-        split(x[0], x[1], high[h][r], low[h][r]);
-        split(x[2], x[3], high[h][r + 2], low[h][r + 2]);
-      }
-    const uint4* const q = fragments + step * TOTAL * 32 + lane;
+      for (int i = 0; i < 4; ++i) x[i] *= rows.scale[r].up;
+      split(x[0], x[1], high[r], low[r]);
+      split(x[2], x[3], high[r + 2], low[r + 2]);
+    }
+    const uint4* const q = fragments + step * F * 32 + lane;
 #pragma unroll
     for (int f = 0; f < F; f += GROUP) {
       unsigned q_high[GROUP][2], q_low[GROUP][2];
@@ -238,12 +229,11 @@ __device__ __forceinline__ void multiply(const Resident<Z>& p, const Z* tile, co
         q_high[g][0] = parts.x, q_high[g][1] = parts.y, q_low[g][0] = parts.z, q_low[g][1] = parts.w;
       }
 #pragma unroll
-      for (int product = 0; product < 3; ++product)  // small terms first; neighbours in time do not wait for each other
+      for (int g = 0; g < GROUP; ++g) pk::mma_m16n8k16_f16(sum[f + g], low, q_high[g]);
 #pragma unroll
-        for (int h = 0; h < HALVES; ++h)
+      for (int g = 0; g < GROUP; ++g) pk::mma_m16n8k16_f16(sum[f + g], high, q_low[g]);
 #pragma unroll
-          for (int g = 0; g < GROUP; ++g)
-            pk::mma_m16n8k16_f16(sum[h][f + g], product == 0 ? low[h] : high[h], product == 1 ? q_low[g] : q_high[g]);
+      for (int g = 0; g < GROUP; ++g) pk::mma_m16n8k16_f16(sum[f + g], high, q_high[g]);
     }
   }
 }
@@ -256,7 +246,7 @@ struct Softmax {
   int label[2];
 };
 
-// s: sums of products on entry.
+// s: sums of products on entry; row factors carry log2(e) / temperature.
 template <int F>
 __device__ __forceinline__ Softmax softmax_rows(float (&s)[F][4], const float (&row_factor)[2], const float* factor, const float* bias,
                                                 bool with_entropy) {
@@ -325,15 +315,15 @@ __device__ __forceinline__ Softmax softmax_rows(float (&s)[F][4], const float (&
   return result;
 }
 
-// The first of the warp's columns where the cumulative weight, which starts at before, exceeds threshold; if rounding leaves none, the last with a
-// weight. r: which of the lane's rows; weights count scale times.
-template <int F>
-__device__ __forceinline__ int draw_label(const float (&s)[F][4], int r, float threshold, float before, float scale) {
+// The first k whose cumulative weight exceeds threshold; if rounding leaves none, the last with a weight. r: which of the lane's rows.
+template <int F, int r>
+__device__ __forceinline__ int draw_label(const float (&s)[F][4], float threshold) {
   const int member = threadIdx.x % 4;
   int chosen = F * 8, last = 0;
+  float before = 0;
 #pragma unroll
   for (int f = 0; f < F; f += 2) {
-    const float weights[4] = {s[f][2 * r] * scale, s[f][2 * r + 1] * scale, s[f + 1][2 * r] * scale, s[f + 1][2 * r + 1] * scale};
+    const float weights[4] = {s[f][2 * r], s[f][2 * r + 1], s[f + 1][2 * r], s[f + 1][2 * r + 1]};
     float inclusive = (weights[0] + weights[1]) + (weights[2] + weights[3]);
     float other = __shfl_up_sync(ALL, inclusive, 1, 4);
     if (member >= 1) inclusive += other;
@@ -355,61 +345,6 @@ __device__ __forceinline__ int draw_label(const float (&s)[F][4], int r, float t
   last = max(last, __shfl_xor_sync(ALL, last, 1));
   last = max(last, __shfl_xor_sync(ALL, last, 2));
   return chosen < F * 8 ? chosen : last;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------- output
-
-// A row's weights of the columns from first on, times scale. r: which of the lane's rows.
-template <int F>
-__device__ __forceinline__ void write_weights(float* to, int first, int K, const float (&s)[F][4], int r, float scale) {
-  const int member = threadIdx.x % 4;
-#pragma unroll
-  for (int f = 0; f < F; f += 2) {
-    const int k = first + f * 8 + member * 4;
-    const float4 c = {s[f][2 * r] * scale, s[f][2 * r + 1] * scale, s[f + 1][2 * r] * scale, s[f + 1][2 * r + 1] * scale};
-    if (K % 4 == 0) {
-      if (k < K) __stcs(reinterpret_cast<float4*>(to + k), c);
-    } else if (K % 2 == 0) {
-      if (k < K) __stcs(reinterpret_cast<float2*>(to + k), float2{c.x, c.y});
-      if (k + 2 < K) __stcs(reinterpret_cast<float2*>(to + k + 2), float2{c.z, c.w});
-    } else {
-      if (k < K) to[k] = c.x;
-      if (k + 1 < K) to[k + 1] = c.y;
-      if (k + 2 < K) to[k + 2] = c.z;
-      if (k + 3 < K) to[k + 3] = c.w;
-    }
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------- launch
-
-inline int steps_of(int64_t D) { return static_cast<int>((D + 15) / 16); }
-inline int stride_of(int64_t D) { return steps_of(D) * 16 + (steps_of(D) % 2 == 0 ? 16 : 0); }  // a lane's four neighbours: all banks once
-
-template <class Z>
-Resident<Z> resident_of(const PrototypesForward& p, int buffers) {
-  return {p.B,
-          (p.B + TILE - 1) / TILE,
-          static_cast<int>(p.K),
-          static_cast<int>(p.D),
-          steps_of(p.D),
-          stride_of(p.D),
-          buffers,
-          p.z_stride,
-          static_cast<const Z*>(p.z),
-          static_cast<const float*>(p.prototypes),
-          static_cast<const float*>(p.temperature_pointer),
-          p.temperature,
-          p.cosine,
-          p.skip_nonfinite,
-          aligned_rows(p.z, p.z_stride, p.D, sizeof(Z), 16),
-          aligned_rows(p.prototypes, p.D, p.D, sizeof(float), 16),
-          p.uniform,
-          static_cast<float*>(p.assignment),
-          p.labels,
-          static_cast<float*>(p.entropy),
-          nullptr,
-          nullptr};
 }
 
 }  // namespace

@@ -27,10 +27,6 @@ bool prototypes_resident(const PrototypesForward&);
 int64_t prototypes_resident_workspace(const PrototypesForward&);
 int launch_prototypes_resident(const PrototypesForward&, const PrototypesBlend& blend, void* workspace, void* stream);
 
-// The same for more than 64 prototypes, without sums (prototypes_wide.cu).
-bool prototypes_wide(const PrototypesForward&);
-int launch_prototypes_wide(const PrototypesForward&, void* stream);
-
 }  // namespace protokernels
 
 namespace {

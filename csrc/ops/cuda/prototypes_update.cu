@@ -22,7 +22,7 @@ constexpr int SLICE = 16;               // dimensions of a block
 constexpr int LANES = SLICE / 4;        // threads on a row
 constexpr int SEGMENTS = THREADS / LANES;
 template <class V>
-constexpr int AHEAD = sizeof(V) == 4 ? 6 : 2;  // rows of a segment on their way at a time
+constexpr int AHEAD = sizeof(V) == 4 ? 8 : 4;  // rows of a segment on their way at a time
 constexpr int MAX_CHUNKS = 1024;
 
 __device__ __forceinline__ double read_kind(const void* base, Kind kind, int64_t i) {
@@ -91,12 +91,13 @@ __device__ __forceinline__ void exclusive_sums(int mine, int (&warp_totals)[CLUS
 
 // Writes or adds four sums of a cluster.
 template <class Z>
-__device__ __forceinline__ void put(const Sums<Z>& p, int64_t chunk, int64_t k, int64_t d, const double (&sum)[4], bool first) {
+__device__ __forceinline__ void put(const Sums<Z>& p, int64_t chunk, int64_t k, int64_t d, const double (&sum)[4], int count, bool first) {
   double* const to = p.sums + (chunk * p.K + k) * p.D + d;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (d + i >= p.D) continue;
     to[i] = first ? sum[i] : to[i] + sum[i];
+    if (p.alone && p.blend.updated) blend_element(p.blend, k * p.D + d + i, sum[i], count);
   }
 }
 
@@ -166,61 +167,54 @@ __global__ void __launch_bounds__(THREADS) sums_kernel(const Sums<Z> p) {
     const int kept = begins[CLUSTERS], length = (kept + SEGMENTS - 1) / SEGMENTS;
     const int begin = segment * length < kept ? segment * length : kept, end = begin + length < kept ? begin + length : kept;
     const Z* const z = p.z + row0 * p.z_stride + d;
-    const auto fetch = [&](int i, V(&x)[4]) {
-      if (i >= end) return;
-      const Z* const from = z + row_of(entries[i]) * p.z_stride;
-      if (p.aligned && d < p.D) return load_four(from, x);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[j] = d + j < p.D ? widen(from[j]) : V(0);
-    };
-    V ahead[AHEAD<V>][4] = {};
-#pragma unroll
-    for (int i = 0; i < AHEAD<V>; ++i) fetch(begin + i, ahead[i]);
     double sum[4] = {};
     int current = begin < end ? cluster_of(entries[begin]) : -1;
-#pragma unroll 1  // one copy of this code: what limits here is how fast instructions come
-    for (int i = begin; i < end; ++i) {
-      const int next = cluster_of(entries[i]);
-      if (next != current) {
-        if (begins[current] < begin)
-          for (int j = 0; j < 4; ++j) heads[segment][part + j] = sum[j];
-        else
-          put(p, chunk, k0 + current, d, sum, first);
-        for (int j = 0; j < 4; ++j) sum[j] = 0;
-        current = next;
+    for (int i0 = begin; i0 < end; i0 += AHEAD<V>) {
+      V x[AHEAD<V>][4];
+#pragma unroll
+      for (int i = 0; i < AHEAD<V>; ++i) {
+        if (i0 + i >= end) continue;
+        const Z* const from = z + row_of(entries[i0 + i]) * p.z_stride;
+        if (p.aligned && d < p.D) {
+          load_four(from, x[i]);
+        } else {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) x[i][j] = d + j < p.D ? widen(from[j]) : V(0);
+        }
       }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        sum[j] += static_cast<double>(ahead[0][j]);
+      for (int i = 0; i < AHEAD<V>; ++i) {
+        if (i0 + i >= end) continue;
+        const int next = cluster_of(entries[i0 + i]);
+        if (next != current) {
+          if (begins[current] < begin)
+            for (int j = 0; j < 4; ++j) heads[segment][part + j] = sum[j];
+          else
+            put(p, chunk, k0 + current, d, sum, begins[current + 1] - begins[current], first);
+          for (int j = 0; j < 4; ++j) sum[j] = 0;
+          current = next;
+        }
 #pragma unroll
-        for (int a = 1; a < AHEAD<V>; ++a) ahead[a - 1][j] = ahead[a][j];
+        for (int j = 0; j < 4; ++j) sum[j] += static_cast<double>(x[i][j]);
       }
-      fetch(i + AHEAD<V>, ahead[AHEAD<V> - 1]);
     }
     const bool from_before = begin < end && begins[current] < begin;
     if (from_before)
       for (int j = 0; j < 4; ++j) heads[segment][part + j] = sum[j];
     __syncthreads();
-    // 5. The last run of a segment, with its pieces in the segments after it.
+    // 5. The last run of a segment, with its pieces in the segments after it; clusters without members.
     if (begin < end && !from_before) {
       for (int s = segment + 1; s * length < begins[current + 1]; ++s)
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum[j] += heads[s][part + j];
-      put(p, chunk, k0 + current, d, sum, first);
+      put(p, chunk, k0 + current, d, sum, begins[current + 1] - begins[current], first);
     }
-    __syncthreads();
-    // 6. Clusters without members; the blend.
-    const bool blends = p.alone && p.blend.updated;
     if (first)
-#pragma unroll 4
-      for (int i = thread; i < clusters * SLICE; i += THREADS) {
-        const int c = i / SLICE, count = begins[c + 1] - begins[c];
-        const int64_t to = (k0 + c) * p.D + d0 + i % SLICE;
-        if (d0 + i % SLICE >= p.D || !(blends || count == 0)) continue;
-        double* const out = p.sums + chunk * p.K * p.D + to;
-        if (count == 0) *out = 0;
-        if (blends) blend_element(p.blend, to, count == 0 ? 0 : *out, count);
-      }
+      for (int c = segment; c < clusters; c += SEGMENTS)
+        if (begins[c] == begins[c + 1]) {
+          const double none[4] = {};
+          put(p, chunk, k0 + c, d, none, 0, true);
+        }
     __syncthreads();
   }
   if (d0 == 0 && thread < clusters) {
