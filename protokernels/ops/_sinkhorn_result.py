@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import sinkhorn as reference
-from ..reference.precision import without_autocast
+from ..reference._precision import without_autocast
 from . import _calls, _checks
 from ._sinkhorn_problem import Problem
 

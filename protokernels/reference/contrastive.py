@@ -22,7 +22,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .precision import without_autocast
+from ._precision import without_autocast
 from .prototypes import compute_dtype, unit_vectors
 
 FORMS = ("supcon", "in", "paper", "negout")

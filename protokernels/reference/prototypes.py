@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .precision import without_autocast
+from ._precision import without_autocast
 
 NORM_FLOOR = 1e-12
 """Vectors no longer than this count as zero: uniform assignment, zero gradient."""

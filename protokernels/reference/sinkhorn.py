@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .precision import without_autocast
+from ._precision import without_autocast
 from .prototypes import unit_vectors
 
 FEASIBLE_MASS = 1e-4

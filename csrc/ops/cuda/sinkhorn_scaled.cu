@@ -8,7 +8,7 @@
 // of them to leave the loop together, take the whole iteration again in the log domain, and make K anew from its log-sums. The stop test
 // is free: sum_i |w_i (K z)_i - a_i| of the last iterate falls out of the next row product.
 //
-// Limit on an H200 (measured): latency. 64 x 49 x 49, 100 iterations: 29 us, about 220 cycles a half-step, of which a product takes 150
+// Limit on an H200 (measured): latency. 64 x 49 x 49, 100 iterations: 29 us, about 240 cycles a half-step, of which a product takes 150
 // (weights arrive at 128 bytes a cycle for all lanes together, then a shuffle), quotient, store and barrier the rest. 16 x 196 x 196: 100
 // us, about 1700 cycles an iteration, of which the multiprocessor's 128 units need 680.
 
