@@ -269,7 +269,7 @@ def nt_xent_loss(
         return reference.supcon_loss(
             stacked, pairs, temperature=temperature, ignore_index=None, form=form, normalize=normalize, reduction="mean"
         )
-    plan = Plan(*torch.ops.protokernels.contrastive_views(stacked, count, False, True))
+    plan = Plan(*torch.ops.protokernels.contrastive_views(stacked.detach(), count, False, True))
     return _native_losses(stacked.unsqueeze(-1), plan, temperature, form, normalize, precision)[0]
 
 
@@ -317,7 +317,7 @@ def cross_view_loss(
     dtype = torch.promote_types(reference.compute_dtype(first), reference.compute_dtype(second))
     first, second = first.to(dtype), second.to(dtype)
     if backend.native_serves(first.device):
-        plan = Plan(*torch.ops.protokernels.contrastive_views(first, count, True, symmetric))
+        plan = Plan(*torch.ops.protokernels.contrastive_views(first.detach(), count, True, symmetric))
         both = torch.cat([first, second]).unsqueeze(-1)
         return _native_losses(both, plan, temperature, form, normalize, precision)[0]
     ways = [(first, second), (second, first)] if symmetric else [(first, second)]
