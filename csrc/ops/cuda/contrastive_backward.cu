@@ -1,78 +1,22 @@
 // SPDX-License-Identifier: MIT
 // Contrastive losses on the GPU, backward: the gradient of rows from the derivatives by statistics. The equations stand in ops/contrastive.h.
 //
-// factors_kernel: what a vector brings to its pairs, from its statistics and their derivatives: dp exp(-p), dn exp(-n), dl.
+// What a vector brings to its pairs is worked out first (contrastive_factors.cuh).
 // backward_block: like attention without a softmax. A block has 64 or 128 rows and walks over columns; scores become H in their registers, one
 // exponential for both roles of a pair, and H is at once the left factor of H F: the gradient of the rows stays in registers to the end. Rows with
 // losses meet all columns of their group, the others its anchors only. No block adds to another's rows; where columns are cut into shares,
 // combine_kernel adds up the shares in their order. Vectors beyond 128 channels are done in slices, each with scores of its own.
 //
-// Limits on an H200, by counting as in contrastive_kernel.cu, not measured:
-//   100 groups of 1024 rows, 17 % anchors, C = 16: 32 M entries; products 20 us (three tf32, twice), exponentials 8 us; about 27 us
-//   N = 8192, D = 128: tf32 116 us, bf16 72 us (shared memory); exponentials 18 us
-//   one group of 102,400, 17 % anchors, C = 16: 3.3 G entries; products 2.1 ms, exponentials 0.9 ms; about 2.4 ms
-// Not yet run on a GPU; runs in the emulator.
+// Measured on an H200, precision highest (high) / what counting allows, as in contrastive_kernel.cu:
+//   100 groups of 1024 rows, 17 % anchors, C = 16: 80 us / 20
+//   N = 8192, D = 128: 471 us / 180 (204 / 60): one block of 8 warps is all that registers allow, and they issue in a third of all cycles
+//   one group of 102,400, 17 % anchors, C = 16: 3.4 ms / 1.3
 
 #include "common/simt.cuh"
-#include "ops/cuda/contrastive_halves.cuh"
+#include "ops/cuda/contrastive_factors.cuh"
 #include "ops/cuda/contrastive_tile.cuh"
 
 namespace {
-
-constexpr float LOG2_E = 1.44269504f;
-constexpr int FACTOR_THREADS = 256;
-constexpr int PADDING = 128;  // factors behind the last vector, so that a block may read those of all its rows
-
-// Of one side, or null where its vectors have no losses of their own. Bounded scores: weight = dp exp(-p), dn exp(-n), dl; else weight =
-// dp, dn, dl and level = p, n in units of log 2. A derivative of 0 stays one, whatever the statistic.
-struct Factors {
-  const float4* weight;  // [count + PADDING]
-  const float2* level;   // [count + PADDING], unless bounded
-};
-
-struct FactorsInput {
-  int64_t count;
-  bool bounded;
-  const float* statistics;    // [3, count], or null
-  const float* coefficients;  // [3, count]
-  // Of vectors that become 16-bit floats: a fourth of their numbers, else 0; two parts or one.
-  int64_t fours;
-  const float4* vectors;
-  bool two;
-};
-
-// Also the vectors as 16-bit floats, and the largest derivative of every block's vectors.
-__global__ void __launch_bounds__(FACTOR_THREADS)
-    factors_kernel(const FactorsInput in, float4* weight, float2* level, unsigned* halves, float* largest) {
-  PK_SHARED(float, of_warp, FACTOR_THREADS / 32);
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * FACTOR_THREADS + threadIdx.x, count = in.count;
-  if (i < in.fours) write_halves(halves, in.two, i, in.vectors[i]);
-  float4 mine = make_float4(0, 0, 0, 0);
-  float2 levels = make_float2(INFINITY, INFINITY);
-  float size = 0;
-  if (in.statistics && i < count) {
-    const float dp = in.coefficients[i], dn = in.coefficients[count + i], dl = in.coefficients[2 * count + i];
-    const float p = in.statistics[i], n = in.statistics[count + i];
-    size = fabsf(dp) + fabsf(dn) + fabsf(dl);
-    if (in.bounded) {
-      mine = make_float4(dp == 0 ? 0.0f : dp * expf(-p), dn == 0 ? 0.0f : dn * expf(-n), dl, 0);
-    } else {
-      mine = make_float4(dp, dn, dl, 0);
-      levels = make_float2(dp == 0 ? INFINITY : p * LOG2_E, dn == 0 ? INFINITY : n * LOG2_E);
-    }
-  }
-  if (i < count + PADDING) {
-    weight[i] = mine;
-    if (!in.bounded) level[i] = levels;
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) size = fmaxf(size, __shfl_xor_sync(ALL, size, step));
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = size;
-  __syncthreads();
-  if (threadIdx.x > 0 || blockIdx.x * FACTOR_THREADS >= count + PADDING) return;
-  for (int w = 1; w < FACTOR_THREADS / 32; ++w) size = fmaxf(size, of_warp[w]);
-  largest[blockIdx.x] = size;
-}
 
 struct Backward {
   int R, G, shares, slices;
@@ -88,7 +32,7 @@ struct Backward {
   float* gradient;  // [shares, R, Cp]
 };
 
-// H is at most twice the largest sum of a vector's derivatives: times 2^lift it fits 16-bit floats, and what it loses is 2^-38 of that.
+// H is at most twice the largest sum of a vector's derivatives: times 2^lift it fits 16-bit floats, and what it loses is 2^-37 of that sum at most.
 template <int threads>
 __device__ __forceinline__ int find_lift(const Backward& p) {
   PK_SHARED(float, of_warp, threads / 32);
