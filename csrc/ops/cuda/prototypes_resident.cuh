@@ -16,7 +16,6 @@ namespace {
 
 constexpr int TILE = 16;       // rows of z a warp has at a time
 constexpr int MAX_WARPS = 8;   // of a block
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
 __device__ __forceinline__ unsigned magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
