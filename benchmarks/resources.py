@@ -63,6 +63,7 @@ class Kernel:
     stack: int
     static_shared: int
     dynamic_shared: int | None
+    allowed_spill: int = 0
     blocks_per_multiprocessor: int | None = None
     occupancy: float | None = None
     limited_by: str | None = None
@@ -71,12 +72,12 @@ class Kernel:
         """Returns one sentence for everything that must not be."""
         where = f"{self.file}: {self.kernel} on {self.architecture}"
         found = []
-        if self.spill_stores or self.spill_loads:
+        if max(self.spill_stores, self.spill_loads) > self.allowed_spill:
             found.append(
                 f"{where} spills registers ({self.spill_stores} bytes stored, {self.spill_loads} loaded);"
-                " use fewer or a looser bound"
+                " use fewer or a looser bound, or say '// resources: spills at most N bytes' and why"
             )
-        if self.stack:
+        if self.stack > self.allowed_spill:
             found.append(f"{where} uses {self.stack} bytes of local memory; index its arrays with constants")
         if self.threads is None:
             found.append(f"{where} does not say how many threads a block has; add __launch_bounds__")
@@ -150,11 +151,29 @@ def parse_ptx(ptx: str) -> dict[str, tuple[int | None, bool]]:
     return found
 
 
-def declared_dynamic_shared(source: str) -> dict[str, int]:
-    """Returns kernel name -> bytes from the comments "// resources: dynamic shared N bytes" above the kernels."""
-    note = r"//\s*resources: dynamic shared (\d+) bytes"
-    pattern = note + r".*?__global__[^(]*?(?:__launch_bounds__\s*\([^)]*\)[^(]*?)?(\w+)\s*\("
-    return {name: int(size) for size, name in re.findall(pattern, source, flags=re.S)}
+def declared(source: str, note: str) -> dict[str, int]:
+    """Returns kernel name -> bytes from the comments "// resources: NOTE N bytes" above the kernels."""
+    start = rf"//\s*resources: {note} (\d+) bytes"
+    pattern = start + r".*?__global__[^(]*?(?:__launch_bounds__\s*\([^)]*\)[^(]*?)?(\w+)\s*\("
+    found: dict[str, int] = {}
+    for match in re.finditer(start, source):
+        if kernel := re.match(pattern, source[match.start() :], flags=re.S):
+            found[kernel[2]] = int(kernel[1])
+    return found
+
+
+def code_of(source: Path) -> dict[Path, str]:
+    """Returns a file and all headers of this package that nvcc sees with it, with their texts."""
+    texts: dict[Path, str] = {}
+    pending = [source]
+    while pending:
+        path = pending.pop()
+        if path in texts:
+            continue
+        texts[path] = path.read_text()
+        for name in re.findall(r'#include "((?!emulator/)[^"]+)"', texts[path]):  # nvcc never sees the emulator
+            pending += [place for place in (ROOT / "csrc" / name, path.parent / name) if place.is_file()][:1]
+    return texts
 
 
 def demangle(names: Sequence[str]) -> dict[str, str]:
@@ -189,14 +208,15 @@ def measure(source: Path, architecture: str) -> list[Kernel]:
         facts: dict[str, tuple[int | None, bool]] = {}
         for ptx in Path(folder).glob("*.ptx"):
             facts.update(parse_ptx(ptx.read_text()))
-    declared = declared_dynamic_shared(source.read_text())
+    text = "\n".join(code_of(source).values())
+    sizes, allowed = declared(text, "dynamic shared"), declared(text, "spills at most")
     names = demangle(list(entries))
     relative = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else source.name
     kernels = []
     for mangled, numbers in entries.items():
         threads, has_dynamic = facts.get(mangled, (None, False))
         base_name = re.sub(r"<.*$", "", names[mangled]).split("::")[-1]
-        dynamic = declared.get(base_name) if has_dynamic else 0
+        dynamic = sizes.get(base_name) if has_dynamic else 0
         place: tuple[int | None, float | None, str | None] = (None, None, None)
         if threads is not None and dynamic is not None:
             place = occupancy(architecture, threads, numbers["registers"], numbers["static_shared"] + dynamic)
@@ -207,6 +227,7 @@ def measure(source: Path, architecture: str) -> list[Kernel]:
                 architecture=architecture,
                 threads=threads,
                 dynamic_shared=dynamic,
+                allowed_spill=allowed.get(base_name, 0),
                 blocks_per_multiprocessor=place[0],
                 occupancy=place[1],
                 limited_by=place[2],
@@ -222,14 +243,7 @@ def digest(source: Path) -> str:
     Comments do not count, apart from those that this tool reads.
     """
     seen: dict[Path, str] = {}
-    pending = [source]
-    while pending:
-        path = pending.pop()
-        if path in seen:
-            continue
-        text = path.read_text()
-        for name in re.findall(r'#include "((?!emulator/)[^"]+)"', text):  # nvcc never sees the emulator
-            pending += [place for place in (ROOT / "csrc" / name, path.parent / name) if place.is_file()][:1]
+    for path, text in code_of(source).items():
         code = re.sub(r"//(?!\s*resources:).*$", "", text, flags=re.M)
         seen[path] = "\n".join(line for line in map(str.strip, code.splitlines()) if line)
     parts = [" ".join(FLAGS), seen.pop(source), *(seen[path] for path in sorted(seen))]

@@ -107,7 +107,19 @@ class TestReading:
         assert resources.parse_ptx(ptx) == {"_Z1aPf": (256, False), "_Z1bPf": (64, True), "_Z1cPf": (None, False)}
 
     def test_declared_dynamic_shared_memory(self) -> None:
-        assert resources.declared_dynamic_shared(KERNELS) == {"sound_kernel": 40960}
+        assert resources.declared(KERNELS, "dynamic shared") == {"sound_kernel": 40960}
+
+    def test_several_notes_above_one_kernel(self) -> None:
+        notes = "// resources: spills at most 8 bytes\n// resources: dynamic shared 64 bytes\n"
+        text = notes + "__global__ void __launch_bounds__(32) a(int) {}"
+        assert resources.declared(text, "spills at most") == {"a": 8}
+        assert resources.declared(text, "dynamic shared") == {"a": 64}
+
+    def test_notes_in_headers_count(self, tmp_path: Path) -> None:
+        (tmp_path / "b.cuh").write_text("// resources: dynamic shared 96 bytes\n__global__ void b(int) {}")
+        (tmp_path / "a.cu").write_text('#include "b.cuh"\n')
+        texts = resources.code_of(tmp_path / "a.cu").values()
+        assert resources.declared("\n".join(texts), "dynamic shared") == {"b": 96}
 
 
 class TestOccupancy:
@@ -145,6 +157,15 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 class TestRefusals:
     def test_spills(self, problems: dict[str, str]) -> None:
         assert "spills registers" in problems["spilling_kernel<96>"]
+
+    def test_an_allowance_for_spills_holds_to_the_byte(self) -> None:
+        spilling = dict(
+            file="a.cu", kernel="k", architecture="sm_80", threads=32, registers=255, spill_stores=8, spill_loads=12
+        )
+        rest = dict(stack=8, static_shared=0, dynamic_shared=0, blocks_per_multiprocessor=1)
+        assert resources.Kernel(**spilling, **rest, allowed_spill=12).problems() == []
+        assert len(resources.Kernel(**spilling, **rest, allowed_spill=11).problems()) == 1
+        assert len(resources.Kernel(**spilling, **rest).problems()) == 2
 
     def test_local_memory(self, problems: dict[str, str]) -> None:
         assert "bytes of local memory" in problems["local_kernel"]

@@ -261,12 +261,15 @@ constexpr int NARROW_BLOCKS = IS_HALF<F> ? 4 : 3;  // of a multiprocessor, as re
 template <Format F>
 constexpr int MIDDLE_BLOCKS = F == Format::half ? 3 : 2;
 
+// None on sm_90, where the bounds were measured.
+// resources: spills at most 12 bytes
 // resources: dynamic shared 15360 bytes
 template <Format F>
 __global__ void __launch_bounds__(128, NARROW_BLOCKS<F>) narrow_backward_kernel(const Backward p) {
   PK_DYNAMIC_SHARED(unsigned, shared);
   backward_block<Narrow<F>, IS_HALF<F>>(p, shared);
 }
+// resources: spills at most 8 bytes (sm_80)
 // resources: dynamic shared 52224 bytes
 template <Format F>
 __global__ void __launch_bounds__(128, MIDDLE_BLOCKS<F>) middle_backward_kernel(const Backward p) {
@@ -280,6 +283,8 @@ __global__ void __launch_bounds__(256, 1) wide_backward_kernel(const Backward p)
   backward_block<Wide<F>, IS_HALF<F>>(p, shared);
 }
 
+// With all 255 registers; none on sm_90.
+// resources: spills at most 40 bytes (sm_80, sm_100)
 // resources: dynamic shared 134144 bytes
 template <Format F>
 __global__ void __launch_bounds__(256, 1) sliced_backward_kernel(const Backward p) {

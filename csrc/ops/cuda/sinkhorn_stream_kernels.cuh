@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1) fused_columns_kernel(const F
 
 #if defined(PK_BLOCKS_WAIT)
 // All iterations in one launch: the blocks of a problem wait for each other twice in an iteration. The first rows of a chunk stay in shared
-// memory; the rest comes through the L2 cache.
-// resources: dynamic shared 212992 bytes
+// memory, as many as a block may have there (212992 bytes on sm_90); the rest comes through the L2 cache.
+// resources: dynamic shared 147456 bytes
 template <class S>
 __global__ void __launch_bounds__(FUSED_THREADS, 1) resident_kernel(const FusedStep step, unsigned* arrivals, int resident_rows, int panels) {
   PK_SHARED(FusedShared, shared);
