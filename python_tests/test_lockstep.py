@@ -114,7 +114,9 @@ class TestOps:
             in_library = any(f'"{operator}"' in block for block in blocks)
             in_python = f'torch.library.impl("protokernels::{operator}", "{key}")' in python_side
             assert in_library or in_python, f"{operator}: not registered for {key}"
-        assert f'register_fake("protokernels::{operator}")' in python_side, f"{operator}: no fake kernel"
+        assert f'_calls.register("{operator}", ' in python_side, f"{operator}: no fake kernel"
+        called = re.findall(r"torch\.ops\.protokernels\.(\w+)\(", python_side)
+        assert called == [], f"{', '.join(called)}: call native operators by _calls.call"
 
     def test_the_loader_knows_every_operator(self) -> None:
         from protokernels import _native

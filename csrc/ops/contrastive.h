@@ -40,7 +40,7 @@ constexpr double CONTRASTIVE_BOUND = 80;   // largest 2 / temperature for which 
 constexpr int64_t CONTRASTIVE_ALIGN = 16;  // elements to which a vector's length is rounded up
 
 enum class ContrastiveForm : int { supcon = 0, in = 1, paper = 2, negout = 3 };
-enum class ContrastivePrecision : int { highest = 0, high = 1, medium = 2 };  // products on CUDA: as float32, tf32, bf16; the CPU has one
+enum class ContrastivePrecision : int { highest = 0, high = 1, medium = 2 };  // products on CUDA: as float32; with 11 bits, for raw vectors tf32 or bf16
 
 // Rows [row_begin, row_end) meet columns [column_begin, column_end); the anchors among them come first. Rows and columns outside all groups (ignored
 // labels) take no part. With one set of vectors a group's columns are its rows or, crossing, those of the next group, which has the rows of

@@ -74,8 +74,8 @@ def local_contrastive_loss(
         ignore_index: pixels of this class take no part at all.
         normalize: compare directions (cosine); otherwise inner products.
         drop_remainder: leave out blocks that are not whole, as the released code does.
-        precision: of products on a GPU: ``"highest"`` as float32, ``"high"`` TF32, ``"medium"`` bfloat16; a CPU always computes in
-            float32.
+        precision: of products on a GPU: ``"highest"`` as float32; ``"high"`` and ``"medium"`` with 11 bits for unit vectors, TF32 and
+            bfloat16 for others; a CPU always computes in float32.
 
     Returns:
         The loss, a scalar of float32 (float64 for float64 features); [N, H, W] or [N, D, H, W] for ``reduction="none"``. Differentiable
