@@ -134,8 +134,8 @@ def _unit_and_scale(
 ) -> tuple[Tensor, Tensor | float]:  # [N, D], [N, 1] = 1 / |x|, 0 for a zero vector
     if not cosine:
         return x, 1.0
-    squared = x.double().square().sum(-1, keepdim=True)
-    scale = torch.where(squared <= reference.NORM_FLOOR**2, 0.0, squared.rsqrt()).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)  # widened as it is read: no copy
+    scale = torch.where(norm <= reference.NORM_FLOOR, 0.0, norm.reciprocal()).to(x.dtype)
     return x * scale, scale
 
 
