@@ -74,6 +74,16 @@ def test_a_second_derivative_is_an_error_both_ways(monkeypatch: pytest.MonkeyPat
             run()
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_forward_mode_derivative_is_an_error_and_never_a_silent_zero(requires_grad: bool) -> None:
+    z, prototypes = (x.detach() for x in leaves())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z.clone().requires_grad_(requires_grad), torch.ones_like(z))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            assign(dual, prototypes)
+        assert torch.equal(assign(z, prototypes), assign(*leaves()))  # without a tangent as ever
+
+
 def test_a_mode_sees_the_registered_operator() -> None:
     seen: list[str] = []
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _native
 
@@ -54,6 +55,10 @@ def call(name: str, *arguments: Any) -> Any:
     """Calls a native operator, differentiably if one of the arguments asks for a gradient."""
     if torch.compiler.is_compiling() or not _is_plain(arguments):
         return getattr(torch.ops.protokernels, name)(*arguments)
+    if getattr(forward_ad, "_current_level", -1) >= 0 and _has_tangent(arguments):
+        raise NotImplementedError(
+            f"{name}: the native kernels have no forward-mode derivative; use `with protokernels.backend.use('reference')` around the call"
+        )
     if name in _FUNCTIONS and torch.is_grad_enabled() and _wants_gradient(arguments):
         return _FUNCTIONS[name].apply(*arguments)
     with _below_autograd():
@@ -77,6 +82,10 @@ def _is_plain(arguments: tuple[Any, ...]) -> bool:
     if not _CAN_SHORTEN or _modes() or _function_modes() or _transforms() or torch.jit.is_tracing():
         return False
     return all(type(x) in _PLAIN for x in arguments if isinstance(x, Tensor))
+
+
+def _has_tangent(arguments: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments)
 
 
 def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
