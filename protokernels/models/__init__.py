@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Networks that several papers share."""
 
+from .contrastive_autoencoder import PhasedDecoder, contrastive_encoder, contrastive_projector
 from .heads import mlp_head
 from .resnet import ResNet18, Stem, pooled
 from .unet import LocalHead, UNet, UNetDecoder, UNetEncoder, global_head, load_part, local_head
@@ -12,12 +13,15 @@ __all__ = [
     "GaussianEncoder",
     "LocalHead",
     "NetworkName",
+    "PhasedDecoder",
     "ResNet18",
     "Stem",
     "UNet",
     "UNetDecoder",
     "UNetEncoder",
     "build_networks",
+    "contrastive_encoder",
+    "contrastive_projector",
     "global_head",
     "load_part",
     "local_head",
