@@ -220,6 +220,11 @@ class Session:
             average_gradients(self.bare_model)
         self.optimizer.step()
 
+    def restart(self, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+        """Goes on with another optimiser and its schedule: a new phase of training. A later resumption needs a model and an optimiser
+        of the phase that its checkpoint was written in."""
+        self.optimizer, self.scheduler = self.accelerator.prepare(optimizer), scheduler
+
     def record(self, step: Step, **values: Tensor | float) -> None:
         """Adds means over this process's images to the epoch's metrics; no wait for the device."""
         weight = len(step.indices)
