@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Two-dimensional pictures of an embedding: true labels beside clusters."""
+"""Two-dimensional pictures of an embedding: true labels beside clusters, and beside what a map of the clusters predicts."""
 
 from __future__ import annotations
 
@@ -57,6 +57,45 @@ def embedding_pair(
     if prototype_points is not None and prototype_images is not None:
         sizes = np.bincount(clusters, minlength=number)
         _place_prototypes(right, prototype_points, prototype_images, sizes, cluster_colours)
+    return figure
+
+
+def embedding_triptych(
+    points: np.ndarray,  # [N, 2]
+    labels: np.ndarray,  # [N] int
+    clusters: np.ndarray,  # [N] int
+    predictions: np.ndarray,  # [N] int
+    *,
+    title: str,
+    class_names: Sequence[str],
+    prototype_points: np.ndarray,  # [K, 2]
+    prototype_images: Tensor,  # [K, C, H, W]
+) -> Figure:
+    """Left: colours are true labels. Middle: clusters, with the decoded prototypes at their places as in
+    :func:`embedding_pair`. Right: the class that each cluster is mapped to; what is wrong is drawn on top, larger and with a dark edge."""
+    figure = new_figure(15.5, 5.5)
+    figure.suptitle(title, fontsize=11)
+    left, middle, right = figure.subplots(1, 3)
+    colours = class_colours(len(class_names))
+    _scatter(left, points, colours[labels], "A  true labels")
+    number = len(prototype_points)
+    cluster_colours = class_colours(number)[np.random.default_rng(0).permutation(number)]
+    _scatter(middle, points, cluster_colours[clusters], "B  clusters and decoded prototypes")
+    _place_prototypes(
+        middle, prototype_points, prototype_images, np.bincount(clusters, minlength=number), cluster_colours
+    )
+    wrong = predictions != labels
+    share = 1 - wrong.mean()
+    _scatter(
+        right, points, colours[predictions], f"C  clusters mapped to labels: {share:.1%} right, others with an edge"
+    )
+    right.scatter(*points[wrong].T, c=colours[predictions[wrong]], s=11, linewidths=0.5, edgecolors="black")
+    handles = [
+        Line2D([], [], marker="o", linestyle="", markersize=5, color=colours[index], label=name)
+        for index, name in enumerate(class_names)
+    ]
+    if len(class_names) <= _LEGEND_LIMIT:
+        figure.legend(handles=handles, loc="outside left center", fontsize=8, frameon=False)
     return figure
 
 

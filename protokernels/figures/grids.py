@@ -52,3 +52,21 @@ def reconstruction_rows(
             show_image(grid[row, column], images[column])
         grid[row, 0].set_ylabel(label, fontsize=8)
     return figure
+
+
+def labelled_rows(
+    rows: Sequence[tuple[str, Tensor]],  # name and [N, C, H, W] in [0, 1], the same N
+    *,
+    title: str,
+    captions: Sequence[str],
+) -> Figure:
+    """One row per name, one column per image; ``captions`` stand above the columns."""
+    count = len(captions)
+    figure = new_figure(max(4.0, 0.95 * count), 1.0 * len(rows) + 0.7)
+    figure.suptitle(title, fontsize=10)
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for index, (name, images) in enumerate(rows):
+        for column in range(count):
+            show_image(grid[index, column], images[column], captions[column] if index == 0 else "")
+        grid[index, 0].set_ylabel(name, fontsize=8)
+    return figure

@@ -134,7 +134,7 @@ def _about_prototypes(model: ContrastiveAutoencoder) -> dict[str, Any]:
     about: dict[str, Any] = {"number": number}
     if len(model.inertias) and number:
         tried = list(range(config.least_clusters, config.most_clusters + 1))
-        about |= {"candidates": tried, "inertias": model.inertias.tolist()}
+        about |= {"candidates": tried, "inertias": model.inertias.tolist(), "elbow_found": bool(model.elbow_found)}
     return about
 
 

@@ -113,7 +113,8 @@ class ContrastiveAutoencoder(nn.Module):
     """
 
     prototypes: Tensor | None  # [K, D] float32; the columns of the paper's matrix
-    inertias: Tensor  # float64, KMeans' for every number of clusters tried; zeros before, and where none was tried
+    inertias: Tensor  # [candidates] float64, KMeans' for every number of clusters tried; zeros before
+    elbow_found: Tensor  # [] bool
 
     def __init__(self, config: ContrastiveAutoencoderConfig, channels: int) -> None:
         super().__init__()
@@ -129,6 +130,7 @@ class ContrastiveAutoencoder(nn.Module):
         )
         self.register_buffer("prototypes", None)
         self.register_buffer("inertias", torch.zeros(len(candidates(config)), dtype=torch.float64))
+        self.register_buffer("elbow_found", torch.tensor(False))
 
     def begin_second_phase(self, prototypes: Tensor) -> None:  # [K, D]
         """Freezes encoder and projector, with their batch statistics, and makes the decoder a conditional one."""
@@ -235,11 +237,12 @@ def start_second_phase(
     model: ContrastiveAutoencoder, images: Tensor, session: Session, config: ContrastiveAutoencoderConfig, epoch: int
 ) -> None:
     """The step between the phases: prototypes, conditional decoder, and a new optimiser on the schedule that goes on."""
-    prototypes, inertias = find_prototypes(model, images, config, session.seed, session.accelerator)
+    prototypes, inertias, found = find_prototypes(model, images, config, session.seed, session.accelerator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(session.seed, "condition"))  # the same after a resumption, and in every process
         model.begin_second_phase(prototypes)
     model.inertias.copy_(inertias)
+    model.elbow_found.fill_(found)
     model.train()
     session.restart(*make_optimizer(model, config, epoch))
 
@@ -256,9 +259,10 @@ def find_prototypes(
     config: ContrastiveAutoencoderConfig,
     seed: int,
     accelerator: Accelerator,
-) -> tuple[Tensor, Tensor]:  # [K, D], one number per candidate
-    """KMeans on h of training images, or of their views, in evaluation mode. The main process decides for all."""
-    found: list[Any] = [None, None]
+) -> tuple[Tensor, Tensor, bool]:  # [K, D], [candidates]
+    """KMeans on h of training images, or of their views, in evaluation mode: centres, inertias, and whether there was an elbow. The main
+    process decides for all."""
+    found: list[Any] = [None, None, None]
     if accelerator.is_main_process:
         model.eval()
         x, generator = (
@@ -268,13 +272,13 @@ def find_prototypes(
         shown = config.views()(x, generator=generator) if config.cluster_on == "views" else (x,)
         h = torch.cat([model.encode(part) for view in shown for part in view.split(1000)]).cpu()
         if config.num_prototypes:
-            found = [KMeans(config.num_prototypes, random_state=seed).fit(h).cluster_centers_, torch.zeros(0)]
+            found = [KMeans(config.num_prototypes, random_state=seed).fit(h).cluster_centers_, torch.zeros(0), False]
         else:
             tried = candidates(config)
             elbow = choose_n_clusters(h, tried, fallback=tried[len(tried) // 2], random_state=seed)
-            found = [elbow.model.cluster_centers_, torch.tensor(elbow.inertias)]
-    prototypes, inertias = broadcast_object_list(found)
-    return prototypes.to(images.device), inertias
+            found = [elbow.model.cluster_centers_, torch.tensor(elbow.inertias), elbow.found]
+    prototypes, inertias, elbow_found = broadcast_object_list(found)
+    return prototypes.to(images.device), inertias, elbow_found
 
 
 @torch.no_grad()
