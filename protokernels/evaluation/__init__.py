@@ -11,7 +11,7 @@ from .evaluate import EvaluationConfig, evaluate_representation
 from .fractions import label_subsets
 from .hold_out import cross_validated_auc, hold_out_sets, linear_evaluation
 from .knn import knn_predict
-from .linear import LinearProbe, LinearProtocol, linear_probe
+from .linear import GradientProtocol, LinearProbe, LinearProtocol, linear_probe
 from .mapping import statistical_mapping
 from .roc import Auroc, auroc
 from .scores import classification_scores, clustering_scores
@@ -27,6 +27,7 @@ __all__ = [
     "DiceCounter",
     "EvaluationConfig",
     "Fitted",
+    "GradientProtocol",
     "Labelled",
     "LinearProbe",
     "LinearProtocol",

@@ -40,7 +40,7 @@ class LinearProbe:
 
     weight: Tensor  # [outputs, D]
     bias: Tensor  # [outputs]; -infinity for a class that training had no sample of (protocol "fair")
-    protocol: LinearProtocol
+    protocol: LinearProtocol | GradientProtocol
 
     def predict(self, embeddings: Tensor) -> Tensor:  # [N, D] -> [N] int64
         """The output with the largest logit. ``ValueError`` for NaN or infinity and for another D."""
@@ -61,7 +61,7 @@ def linear_probe(
     train_labels: Tensor,  # [N] int64
     *,
     num_classes: int,
-    protocol: LinearProtocol = "paper",
+    protocol: LinearProtocol | GradientProtocol = "paper",
     seed: int = 0,
 ) -> LinearProbe:
     """Fits a linear probe on training embeddings.
@@ -72,6 +72,7 @@ def linear_probe(
       may lie below the majority rate.
     - ``fair``: logistic regression to convergence (scikit-learn, C = 1) on embeddings standardised with the training
       mean and deviation.
+    - a :class:`GradientProtocol`: Adam as it says.
 
     Args:
         train_embeddings: frozen embeddings of the training split.
@@ -98,9 +99,9 @@ def linear_probe(
     check_labels(caller, "train_labels", train_labels, length=len(train_embeddings), upper=num_classes)
     if protocol == "fair":
         return _logistic_regression(train_embeddings.detach(), train_labels, num_classes)
-    if protocol not in GRADIENT_PROTOCOLS:
+    if isinstance(protocol, str) and protocol not in GRADIENT_PROTOCOLS:
         raise ValueError(f"{caller}: protocol must be 'paper', 'official' or 'fair'; got {protocol!r}")
-    settings = GRADIENT_PROTOCOLS[protocol]
+    settings = GRADIENT_PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
     device = train_embeddings.device
     outputs = max(num_classes, settings.least_outputs)
     with one_thread():

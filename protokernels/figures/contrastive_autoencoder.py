@@ -25,7 +25,7 @@ from .grids import image_grid, labelled_rows
 if TYPE_CHECKING:
     from ..papers.contrastive_autoencoder import ContrastiveAutoencoder, ContrastiveAutoencoderConfig
 
-_CURVES = ("loss", "contrastive", "reconstruction", "view_similarity", "prototypes_per_image", "next_learning_rate")
+_CURVES = ("contrastive", "reconstruction", "view_similarity", "prototypes_per_image", "next_learning_rate")
 _IMAGES = 10
 
 
@@ -56,9 +56,7 @@ def draw(
             title=f"{name}: reconstructions ({split_name})",
             captions=captions,
         ),
-        "losses": loss_curves(
-            run.metrics(), _CURVES, title=f"{name}: training, phase 2 from epoch {config.warmup_epochs + 1} on"
-        ),
+        "losses": loss_curves(run.metrics(), _CURVES, title=f"{name}: training", boundary=config.warmup_epochs + 0.5),
     }
     if model.prototypes is not None:
         pictures = model.decode(model.prototypes)
@@ -69,7 +67,7 @@ def draw(
             pictures,
             everything,
             class_names,
-            f"{name}: decoded prototypes, with the most frequent class of the training images",
+            f"{name}:\ndecoded prototypes, with the most frequent class",
         )
         for other, part in tests.items():
             if "+" not in other:  # its parts are drawn

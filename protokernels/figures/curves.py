@@ -12,8 +12,10 @@ from matplotlib.ticker import MaxNLocator
 from .canvas import new_figure
 
 
-def loss_curves(metrics: Sequence[dict[str, Any]], names: Sequence[str], *, title: str) -> Figure:
-    """One panel per metric, from the lines of ``metrics.jsonl``.
+def loss_curves(
+    metrics: Sequence[dict[str, Any]], names: Sequence[str], *, title: str, boundary: float | None = None
+) -> Figure:
+    """One panel per metric, from the lines of ``metrics.jsonl``; a dotted line at the epoch ``boundary``, between phases.
 
     Raises:
         ValueError: there are no lines.
@@ -37,6 +39,8 @@ def loss_curves(metrics: Sequence[dict[str, Any]], names: Sequence[str], *, titl
             linewidth=1.4,
             marker="." if len(points) < 3 else "",
         )
+        if boundary is not None:
+            axes.axvline(boundary, color="grey", linestyle=":", linewidth=1)
         axes.set_title(name.replace("_", " "), fontsize=9)
         axes.set_xlabel("epoch", fontsize=8)
         axes.tick_params(labelsize=7)

@@ -7,6 +7,6 @@ They need the extra ``protokernels[train]``. Every module offers the same functi
 
 from __future__ import annotations
 
-PAPERS = ("vaesim", "optiml", "local_contrast", "optimized_views")
+PAPERS = ("vaesim", "optiml", "local_contrast", "optimized_views", "contrastive_autoencoder")
 
 __all__ = ["PAPERS"]

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""How the contrastive autoencoder is judged (section 3): cluster map, neighbours, linear layer; and the table of the scores."""
+"""How the contrastive autoencoder is judged (section 3): cluster map, neighbours, linear layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
 from ..data import ImageDataset, Split, to_tensor
@@ -28,15 +25,6 @@ from ._contrastive_autoencoder_config import ContrastiveAutoencoderConfig
 
 if TYPE_CHECKING:
     from .contrastive_autoencoder import ContrastiveAutoencoder
-
-# Key of the results -> its row in tables. The paper has the first three.
-METHODS = {
-    "statistical": "statistical",
-    "knn": "kNN on h",
-    "linear": "linear on z",
-    "knn_z": "kNN on z",
-    "linear_h": "linear on h",
-}
 
 
 class Embeddings(NamedTuple):
@@ -84,8 +72,8 @@ def score_model(
     """All scores on every set of the data.
 
     Returns:
-        ``"splits"``: set -> method -> score -> number, with the methods of :data:`METHODS`, ``"majority"`` (always the most frequent
-        training class) and ``"clustering"``; ``"images"``: set -> number of images; ``"protocol"``; ``"prototypes"``: their number,
+        ``"splits"``: set -> method -> score -> number, with ``"statistical"``, ``"knn"`` and ``"linear_h"`` on h, ``"knn_z"`` and
+        ``"linear"`` on z, ``"majority"`` (always the most frequent training class) and ``"clustering"``; ``"images"``: set -> number of images; ``"protocol"``; ``"prototypes"``: their number,
         and where an elbow was looked for, the candidates and KMeans' inertias.
     """
     train, tests = evaluation_splits(dataset, config.selection)
@@ -136,45 +124,3 @@ def _about_prototypes(model: ContrastiveAutoencoder) -> dict[str, Any]:
         tried = list(range(config.least_clusters, config.most_clusters + 1))
         about |= {"candidates": tried, "inertias": model.inertias.tolist(), "elbow_found": bool(model.elbow_found)}
     return about
-
-
-def results_table(results: Mapping[str, Any], paper: Mapping[str, Any]) -> Table:
-    """Table 1: accuracy, precision and recall on every scored set, beside the paper's where it has the set.
-
-    Args:
-        results: what ``train`` and ``evaluate`` return.
-        paper: data set -> scored set -> method -> (accuracy, precision, recall).
-    """
-    config = results["config"]
-    notes = [f"protocol: {', '.join(f'{name} {value}' for name, value in results['protocol'].items())}"]
-    if number := results.get("prototypes", {}).get("number"):
-        notes.insert(0, f"prototypes of the first run: {number}")
-    if not results["complete"]:
-        notes.append(f"NOT FINISHED: after epoch {results['last_epoch'].get('epoch', 0)} of {config['epochs']}")
-    table = Table(
-        title=f"{results['paper']}, preset {config['preset_name']}, {config['data']}, runs: {results['number_of_runs']}",
-        caption="\n".join(notes),
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    headings = ("scored on", "method", "accuracy", "precision", "recall", "precision", "recall", "paper")
-    for column, heading in enumerate(headings):
-        kind = {3: " (macro)", 4: " (macro)", 5: " (weighted)", 6: " (weighted)", 7: ": acc, prec, rec"}.get(column, "")
-        table.add_column(heading + kind, justify="left" if column < 2 else "right")
-    keys = ("accuracy", "macro_precision", "macro_recall", "weighted_precision", "weighted_recall")
-    for split, scores in results["splits"].items():
-        known = paper.get(str(config["data"]), {}).get(split, {})
-        table.add_section()
-        for method, title in {"majority": "most frequent class", **METHODS}.items():
-            if method in scores:
-                cells = [cell(scores[method][key]) for key in keys]
-                theirs = ", ".join(f"{value:.3g}" for value in known.get(method, ()))
-                name = f"{split} ({results['images'][split]})" if method == "majority" else ""
-                table.add_row(name, title, *cells, theirs)
-    return table
-
-
-def cell(value: Mapping[str, Any]) -> str:
-    """Mean and standard deviation over runs."""
-    return f"{value['mean']:.3f}" + ("" if value["std"] is None else f" ±{value['std']:.3f}".replace("±0.", "±."))

@@ -72,12 +72,13 @@ from ..training import (
     process_count,
     seed_everything,
 )
+from ..training.classification_report import results_table
 from ..training.optimizers import LARS, ramp_cosine
 from ..training.randomness import derived_seed
 from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
 from ..training.scoring import evaluation_splits
 from ._contrastive_autoencoder_config import PAPER_RESULTS, ContrastiveAutoencoderConfig
-from ._contrastive_autoencoder_scoring import results_table, score_model, subset
+from ._contrastive_autoencoder_scoring import score_model, subset
 
 __all__ = [
     "CONFIG",

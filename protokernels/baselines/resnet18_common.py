@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: MIT
+"""What the baselines on a frozen ResNet18 share: its features, and the commands.
+
+The weights come from a local file (``initial_weights``, torchvision's names). Without one the network stays as it was initialised, and
+results, tables and folders say "random weights": such numbers are no transfer from ImageNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..data import ImageDataset, Split, load_dataset, to_tensor
+from ..evaluation import classification_scores, clustering_scores
+from ..models import ResNet18, pooled
+from ..papers._contrastive_autoencoder_config import PAPER_RESULTS
+from ..training import RunFolder, seed_everything
+from ..training.classification_report import results_table
+from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
+from ..training.scoring import evaluation_splits
+
+PresetName = Literal["paper", "fair"]
+Config = TypeVar("Config", bound="FrozenResNet18Config")
+
+
+@dataclass(frozen=True)
+class FrozenResNet18Config:
+    """The network and its images. Grey images are repeated to three channels and normalised by ImageNet's statistics."""
+
+    data: str = "digits"
+    preset_name: str = "custom"  # where the values started from; kept with the results
+    image_size: int = 224  # pixels; images are resized to it
+    initial_weights: str = ""  # file with ImageNet weights of ResNet18; empty: random
+    selection: bool = False  # score validation data only, never the test set
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {},
+        "fair": {"image_size": 64},
+    }  # `fair`: a twelfth of the time
+
+    @classmethod
+    def preset(cls: type[Config], name: PresetName = "fair", data: str = "digits", **changes: Any) -> Config:
+        """The preset ``name`` for the data set ``data``, with single fields changed. ``ValueError`` for an unknown
+        preset."""
+        if name not in get_args(PresetName):
+            raise ValueError(f"{cls.__name__}.preset: expected one of {', '.join(get_args(PresetName))}; got {name!r}")
+        return cls(**{"data": data, "preset_name": name, **cls.PRESETS[name], **changes})
+
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        """The configuration in a run folder; ``ValueError`` for fields this version does not know."""
+        if unknown := sorted(values.keys() - {field.name for field in fields(cls)}):
+            raise ValueError(
+                f"{cls.__name__}: unknown fields {', '.join(unknown)}; "
+                "the run was written by another version of protokernels"
+            )
+        return cls(**values)
+
+    def make_encoder(self) -> ResNet18:
+        """The frozen network, in evaluation mode."""
+        encoder = ResNet18(channels=3)
+        if self.initial_weights:
+            encoder.load_imagenet_weights(self.initial_weights)
+        return encoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def features(encoder: ResNet18, split: Split, image_size: int) -> Tensor:  # -> [N, 512] float32
+    """The output of the pooling layer, on the CPU."""
+    device = next(encoder.parameters()).device
+    parts = []
+    for images in torch.as_tensor(split.images).split(100):
+        x = to_tensor(images.numpy(), size=image_size).to(device)
+        parts.append(pooled(encoder(x.expand(-1, 3, -1, -1))).cpu())
+    return torch.cat(parts)
+
+
+class FrozenResNet18:
+    """One baseline as the command line and the tests see it; the same functions as a paper's module.
+
+    Args:
+        name: of the baseline's module, and of its row.
+        config: its dataclass.
+        fit: (training features [N, 512], labels [N], number of classes, configuration, seed) -> tensors by name, which a checkpoint
+            keeps.
+        predict: (those tensors, features [M, 512]) -> classes [M], and clusters [M] or None.
+        description: the module's docstring.
+    """
+
+    PAPER_RESULTS = PAPER_RESULTS
+
+    def __init__(
+        self,
+        name: str,
+        config: type[FrozenResNet18Config],
+        fit: Callable[[Tensor, Tensor, int, Any, int], dict[str, Tensor]],
+        predict: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, Tensor | None]],
+        description: str | None,
+    ) -> None:
+        self.name, self.CONFIG, self.fit, self.predict = name, config, fit, predict
+        self.__doc__ = description
+        self.results_table = results_table
+
+    def train(
+        self,
+        config: FrozenResNet18Config,
+        out: str | Path | None = None,
+        *,
+        data_root: str | Path | None = None,
+        download: bool = False,
+        figures: bool = True,
+        settings: RunSettings | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Fits and scores; one run or several with different seeds. Arguments and result are those of a paper's ``train``."""
+        dataset = load_dataset(config.data, data_root, download=download)
+        settings = replace(settings or RunSettings(), **more)
+        config.make_encoder()  # a missing weight file is noticed before a folder is made
+
+        def run_one(run: RunFolder, seed: int, accelerator: Accelerator) -> dict[str, Any]:
+            if not accelerator.is_main_process:
+                return {}
+            seed_everything(seed)
+            encoder = config.make_encoder().to(accelerator.device)
+            train, _ = evaluation_splits(dataset, config.selection)
+            x = features(encoder, train, config.image_size)
+            fitted = self.fit(x, torch.as_tensor(train.labels), dataset.num_classes, config, seed)
+            run.checkpoints.save({"encoder": encoder.state_dict(), "fitted": fitted}, epoch=0)
+            return self._scores(encoder, fitted, dataset, config)
+
+        kind = "" if config.initial_weights else "-random"
+        results = train_runs(
+            f"{self.name}{kind}-{Path(config.data).stem}-{config.preset_name}",
+            {"paper": self.name, "config": asdict(config)},
+            run_one,
+            out=out,
+            settings=settings,
+            provenance=dataset.provenance,
+            epochs=0,
+        )
+        if figures and results:
+            self.draw_figures(results["folder"])
+        return results
+
+    def evaluate(self, folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
+        """Scores the checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
+        for run in load_runs(folder):
+            config = self.CONFIG.from_dict(run.config()["config"])
+            dataset = load_dataset(config.data, data_root)
+            state = _state(run)
+            encoder = ResNet18(channels=3).eval().requires_grad_(False)
+            encoder.load_state_dict(state["encoder"])
+            scores = self._scores(encoder, state["fitted"], dataset, config)
+            update_results(run, scores, dataset.provenance, epochs=0)
+        return write_summary(folder)
+
+    def draw_figures(
+        self, folder: str | Path, *, data_root: str | Path | None = None, dataset: ImageDataset | None = None
+    ) -> list[Path]:
+        """Draws the elbow curve of the first seed into ``figures``, where an elbow was looked for, and returns the paths."""
+        from ..figures import elbow_curve, save_figure  # matplotlib is not needed for training
+
+        run = load_runs(folder)[0]
+        config, fitted = run.config()["config"], _state(run)["fitted"]
+        if not len(fitted.get("inertias", ())):
+            return []
+        figure = elbow_curve(
+            fitted["candidates"].tolist(),
+            fitted["inertias"].tolist(),
+            len(fitted["centres"]),
+            found=bool(fitted["elbow_found"]),
+            title=f"ResNet18, {_weights(config['initial_weights'])} weights, {Path(config['data']).stem}: KMeans on features",
+        )
+        return [save_figure(figure, Path(folder) / "figures" / "elbow.png")]
+
+    def _scores(
+        self, encoder: ResNet18, fitted: dict[str, Tensor], dataset: ImageDataset, config: FrozenResNet18Config
+    ) -> dict[str, Any]:
+        train, tests = evaluation_splits(dataset, config.selection)
+        majority = torch.bincount(torch.as_tensor(train.labels), minlength=dataset.num_classes).argmax()
+        splits: dict[str, dict[str, Any]] = {}
+        for name, split in tests.items():
+            labels = torch.as_tensor(split.labels)
+            prediction, clusters = self.predict(fitted, features(encoder, split, config.image_size))
+            splits[name] = {
+                key: classification_scores(value, labels, dataset.num_classes)
+                for key, value in ((self.name, prediction), ("majority", majority.expand(len(labels))))
+            }
+            if clusters is not None:
+                splits[name]["clustering"] = clustering_scores(clusters, labels)
+        images = {name: len(split) for name, split in {"train": train, **tests}.items()}
+        weights = _weights(config.initial_weights)
+        protocol = {"weights": weights, "image_size": config.image_size}
+        return {"splits": splits, "images": images, "protocol": protocol, "weights": weights}
+
+
+def _weights(path: str) -> str:
+    return Path(path).name if path else "random"
+
+
+def _state(run: RunFolder) -> dict[str, Any]:
+    state = run.checkpoints.load()
+    if state is None:
+        raise FileNotFoundError(f"{run.path} has no checkpoint yet; continue the run with --resume")
+    return state
