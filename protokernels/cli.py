@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The command line.
 
-protokernels train vaesim|optiml|local-contrast|optimized-views|contrastive-autoencoder [--preset NAME] [--data NAME] [...]   train, evaluate, draw
+protokernels train vaesim|optiml|local-contrast|optimized-views|contrastive-autoencoder [--preset NAME] [--data NAME] [...]
+                             train, evaluate, draw
 protokernels ablate optiml|local-contrast|optimized-views [--only ABLATION ...] [...]   train and score every ablation of a paper
 protokernels evaluate RUN    score a run again from its newest checkpoint
 protokernels figures RUN     draw a run's pictures again

@@ -72,9 +72,9 @@ def score_model(
     """All scores on every set of the data.
 
     Returns:
-        ``"splits"``: set -> method -> score -> number, with ``"statistical"``, ``"knn"`` and ``"linear_h"`` on h, ``"knn_z"`` and
-        ``"linear"`` on z, ``"majority"`` (always the most frequent training class) and ``"clustering"``; ``"images"``: set -> number of images; ``"protocol"``; ``"prototypes"``: their number,
-        and where an elbow was looked for, the candidates and KMeans' inertias.
+        ``"splits"``: set -> method -> score -> number. Methods are ``"statistical"``, ``"knn"`` and ``"linear_h"`` on h, ``"knn_z"`` and
+        ``"linear"`` on z, ``"majority"`` (always the most frequent training class) and ``"clustering"``. ``"images"``: set -> number of
+        images; ``"protocol"``; ``"prototypes"``: their number and, where an elbow was looked for, the candidates and KMeans' inertias.
     """
     train, tests = evaluation_splits(dataset, config.selection)
     everything, classes = represent(model, train), dataset.num_classes
