@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import protokernels
+
 from ..cluster import KMeans, choose_n_clusters
 from ..evaluation import Representation, statistical_mapping
 from ..papers._contrastive_autoencoder_scoring import subset
@@ -50,7 +52,7 @@ def fit(x: Tensor, labels: Tensor, classes: int, config: ResNet18KMeansConfig, s
     else:
         model = KMeans(config.num_prototypes, random_state=seed).fit(x)
     centres = model.cluster_centers_
-    clustered = Representation(x, labels, nearest_centre(centres, x))
+    clustered = Representation(x, labels, protokernels.nearest(x, centres, 1).indices[:, 0])
     return {
         "centres": centres,
         "classes": statistical_mapping(clustered, classes, len(centres)),
@@ -60,14 +62,9 @@ def fit(x: Tensor, labels: Tensor, classes: int, config: ResNet18KMeansConfig, s
     }
 
 
-def nearest_centre(centres: Tensor, x: Tensor) -> Tensor:  # [K, D], [N, D] -> [N] int64
-    """The centre with the smallest Euclidean distance."""
-    return torch.cdist(x.double(), centres.double()).argmin(dim=1)
-
-
 def predict(fitted: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """Classes and clusters of features [M, 512]."""
-    clusters = nearest_centre(fitted["centres"], x)
+    clusters = protokernels.nearest(x, fitted["centres"], 1).indices[:, 0]
     return fitted["classes"][clusters], clusters
 
 
