@@ -131,7 +131,7 @@ class TestLars:
             loss.backward()
             return loss
 
-        assert float(optimizer.step(closure)) == 4.0 and float(weight.detach().sum()) < 4.0
+        assert optimizer.step(closure).item() == 4.0 and float(weight.detach().sum()) < 4.0
 
     @pytest.mark.parametrize(
         ("changes", "message"),
