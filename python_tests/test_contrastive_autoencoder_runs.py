@@ -63,7 +63,6 @@ class TestRuns:
         assert [line["epoch"] for line in lines] == [1, 2, 3]
         assert all({"contrastive", "view_similarity"} <= line.keys() for line in lines[:2])
         assert "contrastive" not in lines[2] and 1 <= lines[2]["prototypes_per_image"] <= 5
-        assert lines[1]["contrastive"] < lines[0]["contrastive"]
         rates = [line["next_learning_rate"] for line in lines]  # one schedule: 0.01, then 0.25 down to 0.05
         assert rates == pytest.approx([0.25, 0.15, 0.05])
         results = run.results()
@@ -149,7 +148,7 @@ class TestCommands:
     def test_train_evaluate_and_figures(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out = tmp_path / "run"
         options = {
-            "epochs": 2, "warmup-epochs": 1, "ramp-epochs": 1, "batch-size": 600, "image-size": 16, "latent-dim": 8,
+            "epochs": 3, "warmup-epochs": 2, "ramp-epochs": 1, "batch-size": 125, "image-size": 16, "latent-dim": 8,
             "subset": 200, "most-clusters": 5, "device": "cpu",
         }  # fmt: skip
         words = ["train", "contrastive-autoencoder", "--out", str(out), "--quiet", "--encoder-widths", "4", "8", "8"]
@@ -168,6 +167,8 @@ class TestCommands:
             assert text in shown, text
         assert {path.stem for path in (out / "figures").glob("*.png")} == FIGURES
         stored = json.loads((out / "results.json").read_text())
+        first, second, third = RunFolder(out).metrics()
+        assert second["contrastive"] < 0.95 * first["contrastive"] and third["reconstruction"] < first["reconstruction"]
         assert cli.main(["evaluate", str(out)]) == 0
         assert json.loads((out / "results.json").read_text())["splits"] == stored["splits"]
         for path in (out / "figures").glob("*.png"):

@@ -286,7 +286,7 @@ def find_prototypes(
 def refresh_prototypes(model: ContrastiveAutoencoder, output: Output) -> None:
     """Every prototype becomes the mean of its members in the batch (the released code); one without any stays."""
     assert model.prototypes is not None
-    h = gather_batch(torch.cat(output.h))
+    h = torch.cat([gather_batch(part) for part in output.h])
     step = protokernels.prototype_step(
         h,
         model.prototypes,
