@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The contrastive autoencoder and its baselines on one data set: runs them all, collects finished runs into one JSON, prints Table 1.
 
-python benchmarks/contrastive_autoencoder_results.py run --data pneumoniamnist --seeds 5 --out runs/cae-pneumoniamnist [--only fair] [--weights FILE]
+python benchmarks/contrastive_autoencoder_results.py run --data pneumoniamnist --seeds 5 --out runs/cae-pneumoniamnist
 python benchmarks/contrastive_autoencoder_results.py collect runs/cae-pneumoniamnist/* --out benchmarks/results/contrastive_autoencoder.json
 python benchmarks/contrastive_autoencoder_results.py table benchmarks/results/contrastive_autoencoder.json
 
@@ -21,7 +21,7 @@ from typing import Any
 
 from protokernels.papers.contrastive_autoencoder import PAPER_RESULTS
 from protokernels.training import summarize_runs
-from protokernels.training.classification_report import METHODS
+from protokernels.training.classification_report import METHODS, digits
 
 RUNS = {  # name -> the words behind `protokernels train`
     "fair": ["contrastive_autoencoder", "--preset", "fair"],
@@ -117,7 +117,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 "|---|---|---|---|---|---|---|",
             ]
             for method, values in PAPER_RESULTS.get(data, {}).get(split, {}).items():
-                numbers = " | ".join(f"{value:.3g}" for value in values)
+                numbers = " | ".join(digits(value) for value in values)
                 lines.append(f"| paper, {METHODS[method]} | {numbers} | | 1 | |")
             constant = here[0]["splits"][split]["majority"]
             lines.append(f"| {METHODS['majority']} | {' | '.join(cell(constant[score]) for score in SCORES)} | | |")
@@ -127,7 +127,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                     cells = " | ".join(cell(scores[method][score]) for score in SCORES)
                     found = sorted({number for number in row["prototypes"] if number})
                     number = "" if not found else str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
-                    shown = number if method == "statistical" else ""
+                    shown = number if method in ("statistical", "resnet18_kmeans") else ""
                     lines.append(f"| {title(row, method)} | {cells} | {len(row['seeds'])} | {shown} |")
     return "\n".join(lines)
 

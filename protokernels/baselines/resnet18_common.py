@@ -197,7 +197,8 @@ class FrozenResNet18:
         images = {name: len(split) for name, split in {"train": train, **tests}.items()}
         weights = _weights(config.initial_weights)
         protocol = {"weights": weights, "image_size": config.image_size}
-        return {"splits": splits, "images": images, "protocol": protocol, "weights": weights}
+        results = {"splits": splits, "images": images, "protocol": protocol, "weights": weights}
+        return {**results, "prototypes": {"number": len(fitted["centres"])}} if "centres" in fitted else results
 
 
 def _weights(path: str) -> str:

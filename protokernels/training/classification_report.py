@@ -62,9 +62,14 @@ def results_table(results: Mapping[str, Any], paper: Mapping[str, Any]) -> Table
                 name = f"  {title}" + (
                     f" ({results['weights']})" if "weights" in results and method != "majority" else ""
                 )
-                theirs = " ".join(f"{value:.3g}" for value in known.get(method, ()))
+                theirs = " ".join(digits(value) for value in known.get(method, ()))
                 table.add_row(name, *(_cell(scores[method][key]) for key in _COLUMNS.values()), theirs)
     return table
+
+
+def digits(value: float) -> str:
+    """A published number as it was printed: two decimals, or three."""
+    return f"{value:.2f}" if round(value, 2) == value else f"{value:.3f}"
 
 
 def _cell(value: Mapping[str, Any]) -> str:
