@@ -23,8 +23,8 @@ from protokernels.figures import elbow_curve, embedding_triptych
 from protokernels.papers import contrastive_autoencoder as paper
 from protokernels.papers.contrastive_autoencoder import CONFIG, ContrastiveAutoencoderConfig
 from protokernels.training import Interrupted, RunFolder, RunFolderError, Session
+from python_tests.distributed import contrastive_autoencoder_worker as worker
 
-WORKER = Path(__file__).parent / "distributed" / "contrastive_autoencoder_worker.py"
 TINY = CONFIG.preset(
     "official", "digits", epochs=3, warmup_epochs=2, ramp_epochs=1, batch_size=500, image_size=16, latent_dim=8,
     encoder_widths=(4, 8, 8), decoder_widths=(8, 4), most_clusters=5, subset=200, condition="concatenated",
@@ -199,12 +199,17 @@ class TestFigures:
 class TestTwoProcesses:
     def test_they_train_like_one(self, tmp_path: Path) -> None:
         """Batches of odd size: the same losses and parameters up to rounding. Negatives come from both."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        for name, words in (("one", []), ("two", launch)):
-            command = [sys.executable, *words, str(WORKER), str(tmp_path / name)]
-            done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [*launch, worker.__file__, str(tmp_path / "two")],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        worker.main(str(tmp_path / "one"))
         one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
         assert two.config()["processes"] == 2
         for first, second in zip(one.metrics(), two.metrics(), strict=True):
@@ -226,10 +231,10 @@ class TestTwoProcesses:
 @pytest.mark.skipif("PROTOKERNELS_DATA" not in os.environ, reason="PROTOKERNELS_DATA does not point at real data")
 class TestRealData:
     def test_pneumonia_clusters_tell_more_than_a_constant(self, tmp_path: Path) -> None:
-        """Validation data of PneumoniaMNIST after a minute: the cluster map beats the most frequent class, which the map of a random
-        encoder's clusters does not."""
-        config = CONFIG.preset("fair", "pneumoniamnist", epochs=3, warmup_epochs=2, ramp_epochs=1, selection=True)
+        """Validation data of PneumoniaMNIST after two minutes. A random encoder's clusters are mapped to the most frequent class, .742, all
+        of them, and its neighbours are right in .918."""
+        config = CONFIG.preset("fair", "pneumoniamnist", epochs=7, warmup_epochs=6, ramp_epochs=1, selection=True)
         scores = train_tiny(tmp_path / "run", config)["splits"]["val"]
         assert scores["majority"]["accuracy"]["mean"] == pytest.approx(389 / 524)
-        assert scores["statistical"]["accuracy"]["mean"] > scores["majority"]["accuracy"]["mean"]
-        assert scores["knn"]["accuracy"]["mean"] > 0.85
+        assert scores["statistical"]["accuracy"]["mean"] > 0.8
+        assert scores["knn"]["accuracy"]["mean"] > 0.9

@@ -169,13 +169,19 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "first_rate": 1e-4,
         "learning_rate": 1e-3,
         "last_rate": 0.0,
-        "decoder_widths": (64, 32, 16),
+        "decoder_widths": (32, 16, 8),
         "seed_channels": 8,
+        "temperature": 0.1,
+        "alpha": 10.0,
+        "rotation": 10.0,
+        "crop_scale": 0.8,
+        "blur_sigma": 0.5,
+        "noise_std": 0.02,
         "cluster_on": "images",
         "linear_protocol": "fair",
     },
 }
-_SMALL: dict[str, Any] = {"epochs": 20, "warmup_epochs": 14, "ramp_epochs": 2}
+_SMALL: dict[str, Any] = {"epochs": 18, "warmup_epochs": 12, "ramp_epochs": 2}
 _FOR_DATA: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {"mnist": {"batch_size": 1000}, "digits": {"batch_size": 250}, "*": {}},
     "official": {"mnist": {"batch_size": 1000}, "digits": {"batch_size": 250}, "*": {}},
