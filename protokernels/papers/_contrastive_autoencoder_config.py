@@ -164,6 +164,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "condition": "ignored",
         "refresh_prototypes": True,
     },
+    # Chosen on the validation data of PneumoniaMNIST, one seed each, by the accuracies of cluster map and neighbours on h after 6 epochs of
+    # phase 1. A random encoder: .742 (all one class) and .918. The paper's views, temperature 0.5, alpha 0.1: .807 and .895; temperature
+    # 0.1: .844 and .908; alpha 10: .840 and .905. Milder views, temperature 0.1, alpha 10: .847 and .926; with 12 epochs .794 and .922.
     "fair": {
         "optimizer": "adam",
         "first_rate": 1e-4,
@@ -181,13 +184,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "linear_protocol": "fair",
     },
 }
-_SMALL: dict[str, Any] = {"epochs": 18, "warmup_epochs": 12, "ramp_epochs": 2}
+_SMALL: dict[str, Any] = {"epochs": 10, "warmup_epochs": 6, "ramp_epochs": 1}
 _FOR_DATA: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {"mnist": {"batch_size": 1000}, "digits": {"batch_size": 250}, "*": {}},
     "official": {"mnist": {"batch_size": 1000}, "digits": {"batch_size": 250}, "*": {}},
     "fair": {
         "mnist": {**_SMALL, "epochs": 6, "warmup_epochs": 4, "ramp_epochs": 1, "flip": False},
-        "digits": {**_SMALL, "batch_size": 125, "flip": False},
+        "digits": {**_SMALL, "epochs": 30, "warmup_epochs": 20, "ramp_epochs": 3, "batch_size": 125, "flip": False},
         "*": {**_SMALL, "batch_size": 250},
     },
 }
