@@ -101,6 +101,21 @@ class TestNetworks:
             decoder(torch.randn(4, 8), c).sum().backward()
             assert (c.grad is None) == ignored
 
+    def test_an_unchanged_start_goes_on_with_the_same_images_and_learns_the_condition(self) -> None:
+        torch.manual_seed(0)
+        decoder, h, c = PhasedDecoder(1, 32, 8, seed_channels=3).eval(), torch.randn(4, 8), torch.eye(4)
+        before = decoder(h)
+        decoder.add_condition(4, unchanged=True)
+        torch.testing.assert_close(decoder(h, c), before, rtol=0, atol=1e-6)
+        for _ in range(2):  # the mix moves first, then what it mixes
+            decoder.zero_grad()
+            decoder(h, c).square().mean().backward()
+            with torch.no_grad():
+                for parameter in decoder.parameters():
+                    assert parameter.grad is not None
+                    parameter.sub_(parameter.grad)
+        assert decoder.condition is not None and decoder.condition.weight.grad.any()  # type: ignore[union-attr]
+
     def test_refusals(self) -> None:
         with pytest.raises(ValueError, match="multiple of 16; got 24"):
             contrastive_encoder(1, 24, 8)

@@ -97,11 +97,12 @@ class PhasedDecoder(nn.Module):
         layers.append(nn.ConvTranspose2d(widths[-1], channels, kernel_size=3, padding=1))
         self.layers = nn.Sequential(*layers)
 
-    def add_condition(self, condition_dim: int, *, ignored: bool = False) -> None:
+    def add_condition(self, condition_dim: int, *, ignored: bool = False, unchanged: bool = False) -> None:
         """Adds the layers that process a condition of length K = ``condition_dim``, on the decoder's device, initialised from torch's
         generator for the CPU.
 
-        ``ignored``: as in the released code the mix sees h alone, and c has no influence.
+        ``ignored``: as in the released code the mix sees h alone, and c has no influence. ``unchanged``: the mix starts by passing on the
+        maps of h and nothing of c, so that training goes on from the images that the decoder has made so far.
 
         Raises:
             ValueError: there is a condition already, or K is below 1.
@@ -114,6 +115,11 @@ class PhasedDecoder(nn.Module):
         device, maps = self.latent.weight.device, self.seed_channels
         self.condition = nn.Linear(condition_dim, self.side**2).to(device)
         self.mix = nn.Conv2d(maps + (0 if ignored else 1), maps, kernel_size=3, padding=1).to(device)
+        if unchanged:
+            with torch.no_grad():
+                self.mix.weight.zero_()
+                nn.init.dirac_(self.mix.weight[:, :maps])
+                nn.init.zeros_(self.mix.bias)  # type: ignore[arg-type]
 
     def forward(self, h: Tensor, c: Tensor | None = None) -> Tensor:  # [B, D], [B, K] -> [B, C, H, W]
         if (c is None) != (self.condition is None):

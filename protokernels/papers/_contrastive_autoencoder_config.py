@@ -67,6 +67,9 @@ class ContrastiveAutoencoderConfig:
     similarity: Literal["cosine", "dot"] = "cosine"  # of h and prototypes
     assignment_temperature: float = 0.1  # of the soft assignment c
     condition: Literal["concatenated", "ignored"] = "concatenated"  # what the decoder does with c
+    condition_start: Literal["random", "unchanged"] = (
+        "random"  # of the layer that adds c: anew, or with phase 1's images
+    )
     refresh_prototypes: bool = False  # every step of phase 2 replaces prototypes by the means of the batch's members
     # optimisation of both phases
     epochs: int = 100  # of both phases together
@@ -174,6 +177,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "last_rate": 0.0,
         "decoder_widths": (32, 16, 8),
         "seed_channels": 8,
+        "condition_start": "unchanged",
         "temperature": 0.1,
         "alpha": 10.0,
         "rotation": 10.0,

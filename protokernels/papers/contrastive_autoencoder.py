@@ -28,7 +28,8 @@ What the paper leaves open, and our choice
     batch is left out, so that all have equally many negatives.
     Networks: sizes, padding, batch normalisation after GELU and the projector's ReLU are the released code's; so are images of 32 x 32
     pixels. In phase 2 c becomes a second 4 x 4 map beside that of h, and a 3 x 3 convolution mixes the two. The encoder is frozen with its
-    batch statistics. The soft assignment is that of the cosine at a temperature of 0.1.
+    batch statistics. That convolution starts at random, which costs what the decoder had learnt: reconstructions get worse before they
+    get better; in ``fair`` it starts by passing h on. The soft assignment is that of the cosine at a temperature of 0.1.
     Clusters: KMeans on h of two views of each of 3000 training images, 2 to 19 clusters, the middle if the curve has no elbow. Section 2
     maps clusters to labels by all training images, section 3 by a part: here by the same 3000, which are the neighbours' bank too.
     Views: rotation by up to 30 degrees either way with zeros outside, blur with sigma 0.1 to 2 pixels, noise with a standard deviation of
@@ -137,7 +138,11 @@ class ContrastiveAutoencoder(nn.Module):
     def begin_second_phase(self, prototypes: Tensor) -> None:  # [K, D]
         """Freezes encoder and projector, with their batch statistics, and makes the decoder a conditional one."""
         self.prototypes = prototypes.detach().float().clone()
-        self.decoder.add_condition(len(prototypes), ignored=self.config.condition == "ignored")
+        self.decoder.add_condition(
+            len(prototypes),
+            ignored=self.config.condition == "ignored",
+            unchanged=self.config.condition_start == "unchanged",
+        )
         self.encoder.requires_grad_(False)
         self.projector.requires_grad_(False)
         self.train(self.training)
