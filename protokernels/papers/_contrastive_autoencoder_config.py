@@ -169,8 +169,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     # Chosen on the validation data of PneumoniaMNIST, one seed each, by the accuracies of cluster map and neighbours on h after 6 epochs of
     # phase 1. A random encoder: .742 (all one class) and .918. The paper's views, temperature 0.5, alpha 0.1: .807 and .895; temperature
-    # 0.1: .844 and .908; alpha 10: .840 and .905. Milder views, temperature 0.1, alpha 10: .847 and .926; with 12 epochs .794 and .922. As it
-    # stands here: .844 and .924.
+    # 0.1: .844 and .908; alpha 10: .840 and .905. Milder views, temperature 0.1, alpha 10: .847 and .926; with 12 epochs .794 and .922.
+    # As it stands here: .844 and .924.
     "fair": {
         "optimizer": "adam",
         "first_rate": 1e-4,
