@@ -51,14 +51,14 @@ class _RunOptions:
 
 def train(words: list[str]) -> int:
     """``protokernels train PAPER [options]``; a baseline's name instead of a paper's trains the baseline."""
-    words = _with_underscores(words)
+    words = with_underscores(words)
     if not words or words[0] in ("-h", "--help") or words[0] not in (*PAPERS, *BASELINES):
         print(
             f"protokernels train PAPER [options]\n\npapers: {', '.join(PAPERS)}\nbaselines: {', '.join(BASELINES)}\n"
             "`protokernels train PAPER --help` lists the options."
         )
         return 0 if words and words[0] in ("-h", "--help") else 2
-    paper = _paper(words[0])
+    paper = find_paper(words[0])
     options, settings, config = _parse(words, paper, "train")
     try:
         results = paper.train(
@@ -70,7 +70,7 @@ def train(words: list[str]) -> int:
             settings=settings,
         )
     finally:
-        _leave_processes()
+        leave_processes()
     if results:  # the main process
         _show(paper, results, Path(results["folder"]))
     return 0
@@ -78,15 +78,15 @@ def train(words: list[str]) -> int:
 
 def ablate(words: list[str]) -> int:
     """``protokernels ablate PAPER [options]``."""
-    words = _with_underscores(words)
-    papers = [name for name in PAPERS if hasattr(_paper(name), "ABLATIONS")]
+    words = with_underscores(words)
+    papers = [name for name in PAPERS if hasattr(find_paper(name), "ABLATIONS")]
     if not words or words[0] in ("-h", "--help") or words[0] not in papers:
         print(
             f"protokernels ablate PAPER [--only ABLATION ...] [options]\n\npapers: {', '.join(papers)}\n"
             "`protokernels ablate PAPER --help` lists the options and the ablations."
         )
         return 0 if words and words[0] in ("-h", "--help") else 2
-    paper = _paper(words[0])
+    paper = find_paper(words[0])
     options, settings, config = _parse(words, paper, "ablate")
     try:
         results, folder = run_ablations(
@@ -101,7 +101,7 @@ def ablate(words: list[str]) -> int:
             settings=settings,
         )
     finally:
-        _leave_processes()
+        leave_processes()
     if results:
         console = Console()
         for table in getattr(paper, "ablation_tables", ablation_tables)(results):
@@ -140,16 +140,17 @@ def _parse(words: list[str], paper: Any, command: str) -> tuple[Any, RunSettings
             f"{chosen.data}."
         ),
     )
-    _plain_warnings()
+    plain_warnings()
     return parsed.files, parsed.run, getattr(parsed, name)
 
 
-def _with_underscores(words: list[str]) -> list[str]:
+def with_underscores(words: list[str]) -> list[str]:
     """``local-contrast`` as well as ``local_contrast``."""
     return [words[0].replace("-", "_"), *words[1:]] if words and not words[0].startswith("-") else words
 
 
-def _leave_processes() -> None:
+def leave_processes() -> None:
+    """Ends the group of processes that train together, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -162,7 +163,7 @@ def evaluate(words: list[str]) -> int:
         prog="protokernels evaluate",
         description="Scores a run again from its newest checkpoint.",
     )
-    _plain_warnings()
+    plain_warnings()
     paper = _paper_of(command.run)
     _show(paper, paper.evaluate(command.run, data_root=command.data_root), command.run)
     return 0
@@ -173,13 +174,14 @@ def figures(words: list[str]) -> int:
     command = tyro.cli(
         _RunOptions, args=words, prog="protokernels figures", description="Draws a run's pictures again."
     )
-    _plain_warnings()
+    plain_warnings()
     for path in _paper_of(command.run).draw_figures(command.run, data_root=command.data_root):
         print(path)
     return 0
 
 
-def _paper(name: str) -> Any:
+def find_paper(name: str) -> Any:
+    """The module of a paper, or the baseline of that name."""
     if name in BASELINES:
         return importlib.import_module(f"protokernels.baselines.{name}").BASELINE
     return importlib.import_module(f"protokernels.papers.{name}")
@@ -190,7 +192,7 @@ def _paper_of(run: Path) -> Any:
     if name not in (*PAPERS, *BASELINES):
         known = ", ".join((*PAPERS, *BASELINES))
         raise ValueError(f"{run / 'config.json'} names the paper {name!r}; this version knows {known}")
-    return _paper(name)
+    return find_paper(name)
 
 
 def _show(paper: Any, results: dict[str, Any], folder: Path) -> None:
@@ -208,7 +210,7 @@ def _list_files(console: Console, folder: Path, results: str) -> None:
         console.print(f"figure   {path}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _plain_warnings() -> None:
+def plain_warnings() -> None:
     """Warnings on the command line are one line each, without the source line that raised them."""
 
     def show(message: Warning | str, category: type[Warning], *_rest: Any, **_more: Any) -> None:
