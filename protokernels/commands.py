@@ -24,7 +24,9 @@ from .training.runs import RunSettings
 
 
 @dataclass(frozen=True)
-class _TrainOptions:
+class TrainOptions:
+    """Where a run goes and what it starts from."""
+
     out: Path | None = None
     """Folder of the run; default: the first free one of runs/PAPER-DATA-PRESET, ...-2 and so on."""
     data_root: Path | None = None
@@ -36,7 +38,7 @@ class _TrainOptions:
 
 
 @dataclass(frozen=True)
-class _AblateOptions(_TrainOptions):
+class _AblateOptions(TrainOptions):
     only: tuple[str, ...] = ()
     """Ablations to run; default: all."""
 
@@ -59,7 +61,7 @@ def train(words: list[str]) -> int:
         )
         return 0 if words and words[0] in ("-h", "--help") else 2
     paper = find_paper(words[0])
-    options, settings, config = _parse(words, paper, "train")
+    options, settings, config = parse_options(words, paper, "train", TrainOptions())
     try:
         results = paper.train(
             config,
@@ -87,9 +89,11 @@ def ablate(words: list[str]) -> int:
         )
         return 0 if words and words[0] in ("-h", "--help") else 2
     paper = find_paper(words[0])
-    options, settings, config = _parse(words, paper, "ablate")
+    options, settings, config = parse_options(
+        words, paper, "ablate", _AblateOptions(), f"Ablations: {', '.join(paper.ABLATIONS)}."
+    )
     try:
-        results, folder = run_ablations(
+        results, folder, outcome = run_ablations(
             paper,
             words[0],
             config,
@@ -106,12 +110,23 @@ def ablate(words: list[str]) -> int:
         console = Console()
         for table in getattr(paper, "ablation_tables", ablation_tables)(results):
             console.print(table)
-        _list_files(console, folder, SUMMARY)
-    return 0
+        list_files(console, folder, SUMMARY)
+    outcome.report()
+    return 1 if outcome.failed else 0
 
 
-def _parse(words: list[str], paper: Any, command: str) -> tuple[Any, RunSettings, Any]:
-    """Options of the files, how to run, and the paper's configuration, from the words behind ``command``."""
+def parse_options(
+    words: list[str], paper: Any, command: str, files: TrainOptions, more: str = ""
+) -> tuple[Any, RunSettings, Any]:
+    """Options of the command, how to run, and the paper's configuration, from the words behind ``command``.
+
+    Args:
+        words: the paper's name, and options.
+        paper: its module.
+        command: as it was called.
+        files: the command's own options with their defaults.
+        more: a sentence for --help.
+    """
     name = words[0]
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--preset", default="fair")
@@ -119,7 +134,6 @@ def _parse(words: list[str], paper: Any, command: str) -> tuple[Any, RunSettings
     chosen, rest = chooser.parse_known_args(words[1:])
     defaults = paper.CONFIG.preset(chosen.preset, data=chosen.data)
 
-    files: Any = _AblateOptions() if command == "ablate" else _TrainOptions()
     parts = (
         ("files", type(files), files),
         ("run", RunSettings, RunSettings()),
@@ -128,14 +142,13 @@ def _parse(words: list[str], paper: Any, command: str) -> tuple[Any, RunSettings
     all_options = make_dataclass(
         "AllOptions", [(part, kind, field(default=default)) for part, kind, default in parts], frozen=True
     )
-    ablations = f" Ablations: {', '.join(paper.ABLATIONS)}." if command == "ablate" else ""
     parsed: Any = tyro.cli(
         all_options,
         args=rest,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         prog=f"protokernels {command} {name}",
         description=(
-            f"{(paper.__doc__ or '').splitlines()[0]}{ablations} First choose --preset NAME and --data NAME: "
+            f"{(paper.__doc__ or '').splitlines()[0]}{' ' * bool(more)}{more} First choose --preset NAME and --data NAME: "
             f"they set the defaults of the options below, now those of --preset {chosen.preset} --data "
             f"{chosen.data}."
         ),
@@ -201,10 +214,11 @@ def _show(paper: Any, results: dict[str, Any], folder: Path) -> None:
     console.print(table(results, paper.PAPER_RESULTS))
     for warning in results.get("data_warnings", []):
         console.print(f"data: {warning}", style="yellow", highlight=False, markup=False)
-    _list_files(console, folder, "results.json")
+    list_files(console, folder, "results.json")
 
 
-def _list_files(console: Console, folder: Path, results: str) -> None:
+def list_files(console: Console, folder: Path, results: str) -> None:
+    """Where results and pictures of a folder lie."""
     console.print(f"results  {folder / results}", highlight=False, soft_wrap=True, markup=False)
     for path in sorted((folder / "figures").glob("*.png")):
         console.print(f"figure   {path}", highlight=False, soft_wrap=True, markup=False)

@@ -7,12 +7,13 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from .ablations import with_shared_stages
 from .commands import find_paper, leave_processes, plain_warnings, with_underscores
 from .papers import PAPERS
 from .results import Format, Job, Outcome, PaperTable, ResultRow, Values, read_rows, rendered, run_jobs, update_rows
@@ -134,11 +135,11 @@ def run_table(described: PaperTable, options: TableOptions) -> int:
         *described.collect([folder for folder in folders if folder.exists() or options.sources]),
         *computed_rows(folders),
     ]
-    rows = described.merge(rows, matching(found, chosen))
+    rows = described.merge(rows, matching(described, found, chosen))
     if options.results is not None:
         now = rows
         rows = update_rows(options.results, lambda before: described.merge(before, now, add=options.add))
-    rows = matching(rows, chosen)
+    rows = matching(described, rows, chosen)
     if not rows:
         raise ValueError(
             f"no finished run of {described.paper} was found in {', '.join(map(str, folders or options.sources))}"
@@ -172,9 +173,9 @@ def chosen_values(described: PaperTable, options: TableOptions) -> dict[str, lis
     return {name: values for name, values in chosen.items() if values}
 
 
-def matching(rows: Sequence[ResultRow], chosen: Mapping[str, Sequence[Any]]) -> list[ResultRow]:
+def matching(described: PaperTable, rows: Sequence[ResultRow], chosen: Mapping[str, Sequence[Any]]) -> list[ResultRow]:
     """The rows that have the chosen values."""
-    return [row for row in rows if all(row.get(axis) in values for axis, values in chosen.items())]
+    return [row for row in rows if all(described.value(row, axis) in values for axis, values in chosen.items())]
 
 
 def train_missing(
@@ -183,10 +184,11 @@ def train_missing(
     """Trains every run of the table that is not finished below ``folder``, and computes the rows that need none."""
     combinations = described.combinations(chosen)
     jobs = [
-        job_of(described, values, options.seed + index, folder, options)
+        job
         for index in range(options.runs or described.runs)
         for values in combinations
         if values["preset"] not in described.computed
+        and (job := job_of(described, values, options.seed + index, folder, options)) is not None
     ]
     if is_main_process() and jobs:
         done = sum(is_finished(job) for job in jobs)
@@ -211,20 +213,22 @@ def train_missing(
     return outcome
 
 
-def job_of(described: PaperTable, values: Values, seed: int, folder: Path, options: TableOptions) -> Job:
-    """One run of the table; ``ValueError`` for a value that cannot be run."""
+def job_of(described: PaperTable, values: Values, seed: int, folder: Path, options: TableOptions) -> Job | None:
+    """One run of the table, if the combination is part of it; ``ValueError`` for a value that cannot be run."""
     for axis, value in values.items():
         known = described.axes[axis]
         if axis not in ("data", "preset") and isinstance(value, str) and value not in known:
             raise ValueError(f"unknown {axis} {value}; expected some of {', '.join(map(str, known))}")
-    name, changes = described.job(values, described.paper)
+    recipe = described.job(values, described.paper)
+    if recipe is None:
+        return None
+    name, changes = recipe
     module = find_paper(name)
     config = module.CONFIG.preset(values["preset"], data=values["data"], **changes)
     for text, texts in named_values(options.set, "--set").items():
         field = field_name(config, text)
         config = changed(config, **{field: field_value(config, field, ",".join(texts))})
-    if getattr(config, "stages", None) == "":  # what runs have in common is trained once
-        config = replace(config, stages=str(folder / "stages"))
+    config = with_shared_stages(config, folder)
     settings = RunSettings(
         seed=seed, resume=True, precision=options.precision, device=options.device, quiet=options.quiet
     )
@@ -251,7 +255,7 @@ def draw(
             f"--figures: {described.paper} has no pictures of several rows; `protokernels figures RUN` draws a run's"
         )
     runs = find_finished(folders, described.modules or (described.paper,))
-    runs = [run for run in runs if matching([described.identity(run) | axes_of(run.config, chosen)], chosen)]
+    runs = [run for run in runs if matching(described, [axes_of(run.config, chosen) | described.identity(run)], chosen)]
     if not runs:
         raise ValueError("--figures: no run to draw; name the folders that hold them, a results file has no weights")
     return described.compare(runs, out, data_root)

@@ -11,7 +11,7 @@ from ..results import Cell, FinishedRun, PaperTable, ResultRow, ResultTable, Row
 from ..training import RunFolder
 from ._local_contrast_config import METHODS, PAPER_RESULTS, LocalContrastConfig
 from ._local_contrast_report import percent
-from ._local_contrast_segmenter import load_segmenter, load_volumes
+from ._local_contrast_segmenter import load_segmenter, load_volumes, new_segmenter
 
 SCORES = ("pooled_dice", "volume_dice", "hausdorff95")
 STAGES = ("global", "local", "fine_tune")
@@ -210,4 +210,5 @@ TABLE = PaperTable(
     dataset_of=dataset_of,
     compare=compare,
     main_scores=main_scores,
+    check=lambda config: new_segmenter(config, num_classes=2),
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..results import FinishedRun, PaperTable, ResultRow, ResultTable, Row, Score, Values, seconds_of
 from ._optimized_views_config import PAPER_RESULTS, STRATEGIES
+from ._optimized_views_networks import new_model
 
 FIRST = ("self-supervised+supervision", "random+supervision", "simclr")
 ORDER = (*FIRST, *(name for name in STRATEGIES if name not in FIRST))
@@ -135,4 +136,5 @@ TABLE = PaperTable(
     folder=lambda values, seed: Path(values["strategy"]) / f"seed-{seed}",
     compare=compare,
     main_scores=main_scores,
+    check=lambda config: new_model(config, channels=1),
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..baselines import BASELINES
 from ..results import FinishedRun, PaperTable, ResultRow, ResultTable, Row, Score, Values, seconds_of
+from .optiml import OPTiML
 
 METHODS = ("optiml", *BASELINES)
 TITLES = {
@@ -123,4 +124,5 @@ TABLE = PaperTable(
     tables=tables,
     job=lambda values, paper: (values["method"], {}),
     folder=lambda values, seed: Path(values["method"]) / f"seed-{seed}",
+    check=lambda config: OPTiML(config, channels=1),
 )

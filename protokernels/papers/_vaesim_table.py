@@ -14,12 +14,19 @@ import torch
 from ..data import load_dataset, to_tensor
 from ..evaluation import classification_scores, knn_predict, linear_probe
 from ..results import Cell, FinishedRun, PaperTable, ResultRow, ResultTable, Row, Score, Values
-from .vaesim import PAPER_RESULTS
+from .vaesim import PAPER_RESULTS, VAESim
 
 PROTOCOLS = ("statistical", "knn", "linear")
 COLUMNS = ("", "set", "majority", "statistical", "kNN", "linear", "seeds", "epochs")
 PAPER_RUNS = 10
-NAMES = {"pixels": "raw pixels"}  # of presets that are none
+METHODS = ("vaesim",)  # whose rows stand here: the paper's, and baselines by the names of their modules
+
+
+def identity(run: FinishedRun) -> Values:
+    """A row of the paper itself names no method."""
+    fields = {"data": run.config["data"], "preset": run.config["preset_name"]}
+    method = run.results["paper"]
+    return fields if method == "vaesim" else {**fields, "method": method}
 
 
 def details(runs: Sequence[FinishedRun]) -> Values:
@@ -40,11 +47,15 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 def accuracies(results: Sequence[Mapping[str, Any]], split: str) -> dict[str, Any]:
     """Protocol -> accuracies of all seeds; and the rate of the larger class."""
+    first = results[0]["splits"][split]
     row: dict[str, Any] = {
         protocol: summary([result["splits"][split][protocol]["accuracy"] for result in results])
         for protocol in PROTOCOLS
+        if protocol in first  # what finds no clusters has no statistical mapping
     }
-    row["majority_rate"] = results[0]["splits"][split]["statistical"]["majority_rate"]
+    row["majority_rate"] = (
+        first["statistical"]["majority_rate"] if "statistical" in first else first["majority"]["accuracy"]
+    )
     return row
 
 
@@ -93,6 +104,7 @@ def joined(before: ResultRow, now: ResultRow) -> ResultRow:
             **{
                 protocol: summary(values_of(old[protocol], len(before["seeds"])) + values[protocol]["values"])
                 for protocol in PROTOCOLS
+                if protocol in values
             },
             "majority_rate": values["majority_rate"],
         }
@@ -117,6 +129,14 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
     return made
 
 
+def title_of(row: ResultRow) -> str:
+    """The preset, behind the method's name where it is another's than the paper's."""
+    if row["preset"] == "pixels":
+        return "raw pixels"
+    method = row.get("method", "vaesim")
+    return f"`{row['preset']}`" if method == "vaesim" else f"{method} `{row['preset']}`"
+
+
 def lines_of(row: ResultRow) -> list[Row]:
     """A line per scored set."""
     lines = []
@@ -125,19 +145,29 @@ def lines_of(row: ResultRow) -> list[Row]:
         scores = (Score.of(values.get(protocol)) for protocol in PROTOCOLS)
         epochs = row.get("config", {}).get("epochs")
         cells = (split, majority, *scores, len(row["seeds"]), epochs)
-        lines.append(Row(NAMES.get(row["preset"], f"`{row['preset']}`"), cells, row.get("protocol", {})))
+        lines.append(Row(title_of(row), cells, row.get("protocol", {})))
     return lines
 
 
 def protocols(rows: Sequence[ResultRow]) -> list[str]:
     """How the rows were scored, a sentence each."""
     return [
-        f"Protocol of {NAMES.get(row['preset'], row['preset'])}: "
+        f"Protocol of {title_of(row)}: "
         + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in row["protocol"].items())
         + "."
         for row in rows
         if row.get("protocol")
     ]
+
+
+def job(values: Values, _paper: str) -> tuple[str, Values] | None:
+    """A method's preset, where it has it."""
+    return values["method"], {}
+
+
+def folder(values: Values, seed: int) -> Path:
+    """``vaesim-mnist-fair/seed-0``."""
+    return Path(f"{values['method']}-{Path(values['data']).stem}-{values['preset']}") / f"seed-{seed}"
 
 
 def main_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,12 +178,20 @@ def main_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 TABLE = PaperTable(
     paper="vaesim",
-    axes={"data": ("pneumoniamnist", "mnist"), "preset": ("fair", "paper", "official", "pixels")},
-    row_key=("data", "preset"),
-    identity=lambda run: {"data": run.config["data"], "preset": run.config["preset_name"]},
+    modules=METHODS,
+    axes={
+        "data": ("pneumoniamnist", "mnist"),
+        "method": METHODS,
+        "preset": ("fair", "paper", "official", "pixels"),
+    },
+    row_key=("data", "preset", "method"),
+    defaults={"method": "vaesim"},
+    identity=identity,
     runs=5,
     details=details,
     tables=tables,
+    job=job,
+    folder=folder,
     computed={"pixels": pixels},
     join=joined,
     main_scores=main_scores,
@@ -162,4 +200,5 @@ TABLE = PaperTable(
         "num_prototypes": (5, 10, 20, 40, 80, 160),
         "batch_size": (64, 256, 512, 1024, 2048, 4096),
     },
+    check=lambda config: VAESim(config, channels=1),
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 from .finished import FinishedRun, find_finished
 from .rows import ResultRow, common_row, grouped, merged
+from .scores import main_scores
 from .tables import ResultTable
 
 Values = dict[str, Any]  # axis -> value
@@ -41,7 +42,9 @@ class PaperTable:
     modules: Sequence[str] = ()  # whose runs count: the paper itself, and baselines
     runs: int = 1  # seeds of each, unless another number is asked for
     details: Callable[[Sequence[FinishedRun]], Values] = lambda runs: {}  # fields of a row beside the common ones
-    job: Callable[[Values, str], tuple[str, Values]] = _plain_module  # axes, paper -> module, changes of its preset
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of fields that older rows lack
+    job: Callable[[Values, str], tuple[str, Values] | None] = _plain_module
+    # axes, paper -> module, changes of its preset; none: this combination is not part of the table
     folder: Callable[[Values, int], Path] = _plain_folder  # axes, seed -> the run's folder below that of the table
     computed: Mapping[str, Callable[[str, Path | None, bool], ResultRow]] = field(default_factory=dict)
     # preset -> (data, data root, download) -> a row that needs no training, such as raw pixels
@@ -50,12 +53,20 @@ class PaperTable:
     dataset_of: Callable[[Any, Path | None], tuple[Hashable, Callable[[], Any]]] | None = None  # see run_jobs
     compare: Callable[[Sequence[FinishedRun], Path, Path | None], list[Path]] | None = None
     # runs, folder, data root -> pictures of several rows side by side
-    main_scores: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None  # of one scored set; see sweeps
-    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # field -> values of `protokernels sweep`
+    # for `protokernels sweep`
+    main_scores: Callable[[Mapping[str, Any]], Mapping[str, Any]] = (
+        main_scores  # of one scored set: name -> mean, std, runs
+    )
+    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # field -> values, where none are asked for
+    check: Callable[[Any], Any] = lambda config: None  # raises for a configuration that cannot be trained
 
     def key(self, row: ResultRow) -> tuple[Any, ...]:
         """What tells a row of the file from the others."""
-        return tuple(row.get(name) for name in self.row_key)
+        return tuple(self.value(row, name) for name in self.row_key)
+
+    def value(self, row: ResultRow, name: str) -> Any:
+        """A field of a row, or of an older row what it stands for."""
+        return row.get(name, self.defaults.get(name))
 
     def combinations(self, chosen: Mapping[str, Sequence[Any]]) -> list[Values]:
         """Every combination of the values of the axes, the last axis fastest; ``chosen`` replaces the values of an axis.
@@ -97,5 +108,5 @@ class PaperTable:
     def _place(self, row: ResultRow) -> tuple[tuple[int, str], ...]:
         """Where the axes put a row: known values in their order, others behind them by name."""
         known = {axis: [str(value) for value in values] for axis, values in self.axes.items()}
-        texts = ((values, str(row.get(axis))) for axis, values in known.items())
+        texts = ((values, str(self.value(row, axis))) for axis, values in known.items())
         return tuple((values.index(text), "") if text in values else (len(values), text) for values, text in texts)
