@@ -35,6 +35,8 @@ Scores = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 class SweepOptions(TrainOptions):
     """What is swept, besides the options of ``train``."""
 
+    figures: bool = True
+    """Draw the scores over the values; `protokernels figures RUN` draws the pictures of one of the runs."""
     over: tuple[str, ...] = ()
     """Fields and their values, as latent_dim=2,4,8 num_prototypes=10,20; default: the paper's."""
     grid: bool = False
@@ -169,6 +171,7 @@ def run_sweep(
     """
     folder = new_folder(options.out, name, config, "sweep", SUMMARY, resume=settings.resume)
     head = {"paper": name, "data": config.data, "preset": config.preset_name, "config": as_record(config)}
+    head["precision"] = settings.precision
     shared = with_shared_stages(config, folder)
     jobs: dict[str, Job] = {}
     for point in points:
@@ -190,7 +193,6 @@ def run_sweep(
         list(jobs.values()),
         data_root=options.data_root,
         download=options.download,
-        figures=options.figures,
         after=after,
     )
     return folder, outcome
@@ -212,6 +214,7 @@ def note(folder: Path, head: Mapping[str, Any], points: Sequence[Mapping[str, An
             for key in before["config"].keys() | head["config"].keys()
             if before["config"].get(key) != head["config"].get(key)
         )
+        differing += ["precision"] if before["precision"] != head["precision"] else []
         if before["paper"] != head["paper"] or differing:
             raise RunFolderError(
                 f"{folder} holds a sweep of {before['paper']} that starts from another configuration "
@@ -291,7 +294,10 @@ def draw_sweep(content: Mapping[str, Any], scores: Scores, folder: Path) -> list
                     at[point["values"][names[0]]] = Score.of(point["scores"].get(title))
             for panel, by_line in lines.items():
                 means = {line: [_mean(at.get(value)) for value in x] for line, at in by_line.items()}
-                spreads = {line: [_std(at.get(value)) for value in x] for line, at in by_line.items()}
+                several = {
+                    line: at for line, at in by_line.items() if any(score and score.std for score in at.values())
+                }
+                spreads = {line: [_std(at.get(value)) for value in x] for line, at in several.items()}
                 panels.append(Panel(names[0].replace("_", " "), panel or "score", x, means, spreads))
         title = f"{content['paper']}, {Path(content['data']).stem}, {content['preset']}: {split}"
         paths.append(save_figure(sweep_figure(panels, title=title), folder / f"sweep_{split.replace('+', '_')}.png"))

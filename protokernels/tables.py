@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ from .results import Format, Job, Outcome, PaperTable, ResultRow, Values, read_r
 from .results.fields import changed, field_name, field_value, named_values
 from .results.finished import find_finished
 from .results.jobs import is_finished, is_main_process
+from .training import RunFolderError
 from .training.files import exclusive, read_json, write_bytes, write_json
 from .training.runs import RunSettings
 from .training.session import Precision
@@ -58,6 +60,8 @@ class TableOptions:
     """No progress output."""
     folder: Path | None = None
     """Where runs are kept and continued; default: runs/PAPER-table."""
+    keep: bool = False
+    """Take finished runs in --folder as they are, also those of another configuration."""
     data_root: Path | None = None
     """Folder of the data; default: the environment variable PROTOKERNELS_DATA."""
     download: bool = False
@@ -191,16 +195,23 @@ def train_missing(
         and (job := job_of(described, values, options.seed + index, folder, options)) is not None
     ]
     if is_main_process() and jobs:
-        done = sum(is_finished(job) for job in jobs)
+        done = 0
+        for job in jobs:
+            with suppress(ValueError):  # a broken file is reported when its run is reached
+                done += is_finished(job)
         print(f"{len(jobs)} runs below {folder}, {done} of them finished", file=sys.stderr, flush=True)
-    outcome = run_jobs(
-        jobs,
-        data_root=options.data_root,
-        download=options.download,
-        dataset_of=None
-        if described.dataset_of is None
-        else lambda config: described.dataset_of(config, options.data_root),  # type: ignore[misc]
-    )
+    try:
+        outcome = run_jobs(
+            jobs,
+            data_root=options.data_root,
+            download=options.download,
+            keep_finished=options.keep,
+            dataset_of=None
+            if described.dataset_of is None
+            else lambda config: described.dataset_of(config, options.data_root),  # type: ignore[misc]
+        )
+    except RunFolderError as error:
+        raise RunFolderError(f"{error}; --keep takes finished runs as they are") from error
     if is_main_process():
         for values in combinations:
             compute = described.computed.get(values["preset"])

@@ -101,7 +101,7 @@ def gains(rows: Sequence[ResultRow], split: str) -> list[str]:
         ours = scores_of(rows, method, split, "pooled_dice")
         score = Score.over([ours[place] - random[place] for place in ours if place in random], signed=True)
         if score is not None and method != "random":
-            sentences.append(f"{recipe.title} minus Random, Dice by fold: {score} ({score.runs} folds).")
+            sentences.append(f"{recipe.title} minus Random, Dice fold by fold: {score} (folds: {score.runs}).")
     return sentences
 
 

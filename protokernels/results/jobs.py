@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def run_jobs(
     data_root: Path | None = None,
     download: bool = False,
     figures: bool = False,
+    keep_finished: bool = False,
     dataset_of: Callable[[Any], tuple[Hashable, Callable[[], Any]]] | None = None,
     after: Callable[[Job, dict[str, Any]], None] = lambda job, results: None,
 ) -> Outcome:
@@ -70,6 +72,7 @@ def run_jobs(
         data_root: where the data lies.
         download: fetch data that is not there.
         figures: draw pictures of every run.
+        keep_finished: take finished runs as they are, also those of another configuration.
         dataset_of: configuration -> what its data depends on, and how it is loaded; data of equal keys is loaded once
             and given to ``train`` as ``dataset``. Default: every run loads its own.
         after: called with every job that is finished now, and what its ``train`` returns.
@@ -77,7 +80,7 @@ def run_jobs(
     Raises:
         RunFolderError: before anything is trained: a folder holds another configuration than its job's.
     """
-    check_folders(jobs)
+    check_folders(jobs, keep_finished=keep_finished)
     outcome = Outcome()
     loaded: tuple[Hashable, Any] | None = None
     for job in jobs:
@@ -116,35 +119,37 @@ def run_jobs(
     return outcome
 
 
-def check_folders(jobs: Sequence[Job]) -> None:
+def check_folders(jobs: Sequence[Job], *, keep_finished: bool = False) -> None:
     """``RunFolderError`` where a folder holds a run of another paper, configuration or precision than its job's, or two
-    jobs share one."""
+    jobs share one; with ``keep_finished``, finished runs may be others."""
     folders: dict[Path, Job] = {}
     for job in jobs:
         if job.folder in folders:
             raise RunFolderError(f"{folders[job.folder].name} and {job.name} would both lie in {job.folder}")
         folders[job.folder] = job
         for folder in seed_folders(job):
-            if not (folder / "config.json").exists():
+            if not (folder / "config.json").exists() or (keep_finished and read_finished(folder) is not None):
                 continue
-            there = RunFolder(folder).config()
-            now = {"paper": job.paper, "precision": job.settings.precision}
-            pairs = [
-                f"{key}: {there.get(key)!r} there, {value!r} now"
-                for key, value in now.items()
-                if there.get(key) != value
-            ]
-            before, config = there.get("config", {}), as_record(job.config)
-            pairs += [
-                f"{key}: {before.get(key)!r} there, {config.get(key)!r} now"
-                for key in sorted(before.keys() | config.keys())
-                if before.get(key) != config.get(key)
-            ]
+            pairs = differences(RunFolder(folder).config(), job)
             if pairs:
                 raise RunFolderError(
                     f"{folder} holds another run than {job.name} ({', '.join(pairs)}); choose another folder, or give "
                     "the options that it was started with"
                 )
+
+
+def differences(there: Mapping[str, Any], job: Job) -> list[str]:
+    """What a run's ``config.json`` has otherwise than ``job``; a field that is newer than the run has its default there."""
+    before, config = there.get("config", {}), as_record(job.config)
+    with suppress(TypeError, ValueError):  # of another paper or version: compared as it stands
+        before = as_record(type(job.config).from_dict(before))
+    then = {"paper": there.get("paper"), "precision": there.get("precision"), **before}
+    now = {"paper": job.paper, "precision": job.settings.precision, **config}
+    return [
+        f"{key}: {then.get(key)!r} there, {now.get(key)!r} now"
+        for key in dict.fromkeys((*now, *then))
+        if then.get(key) != now.get(key)
+    ]
 
 
 def is_finished(job: Job) -> bool:
