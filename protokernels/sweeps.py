@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .ablations import new_folder, with_shared_stages
-from .baselines import BASELINES
-from .commands import TrainOptions, find_paper, leave_processes, parse_options, with_underscores
+from .commands import BASELINES, TrainOptions, find_paper, leave_processes, parse_options, with_underscores
 from .papers import PAPERS
 from .results import Format, Job, Outcome, ResultTable, Row, Score, rendered, run_jobs
 from .results.fields import changed, field_name, field_value, named_values

@@ -122,10 +122,9 @@ def _module_of(paper: str) -> str:
 
 def run_table(described: PaperTable, options: TableOptions) -> int:
     """Trains, collects, merges, draws and prints; the exit status."""
-    if options.add and options.results is None:
-        raise ValueError("--add joins seeds to the rows of a file; name it with --results")
     chosen = chosen_values(described, options)
     folders = [source for source in options.sources if source.suffix != ".json"]
+    check_options(described, options)
     outcome = Outcome()
     if not options.sources:
         folder = options.folder or Path("runs") / f"{described.paper}-table"
@@ -152,11 +151,26 @@ def run_table(described: PaperTable, options: TableOptions) -> int:
     if options.out is None:
         sys.stdout.write(text)
     else:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(options.out, text.encode())
     if options.figures is not None:
         for path in draw(described, folders, chosen, options.figures, options.data_root):
             print(path, file=sys.stderr)
     return 1 if outcome.failed else 0
+
+
+def check_options(described: PaperTable, options: TableOptions) -> None:
+    """``ValueError`` for what cannot be done, before anything is trained."""
+    if options.runs is not None and options.runs < 1:
+        raise ValueError(f"--runs must be at least 1; got {options.runs}")
+    if options.add and options.results is None:
+        raise ValueError("--add joins seeds to the rows of a file; name it with --results")
+    if options.figures is not None and described.compare is None:
+        raise ValueError(
+            f"--figures: {described.paper} has no pictures of several rows; `protokernels figures RUN` draws a run's"
+        )
+    if options.figures is not None and options.sources and all(source.suffix == ".json" for source in options.sources):
+        raise ValueError("--figures: name the folders that hold the runs; a results file has no weights")
 
 
 def chosen_values(described: PaperTable, options: TableOptions) -> dict[str, list[Any]]:
@@ -261,15 +275,9 @@ def draw(
     data_root: Path | None,
 ) -> list[Path]:
     """Pictures of several rows side by side, from the runs below the folders."""
-    if described.compare is None:
-        raise ValueError(
-            f"--figures: {described.paper} has no pictures of several rows; `protokernels figures RUN` draws a run's"
-        )
     runs = find_finished(folders, described.modules or (described.paper,))
     runs = [run for run in runs if matching(described, [axes_of(run.config, chosen) | described.identity(run)], chosen)]
-    if not runs:
-        raise ValueError("--figures: no run to draw; name the folders that hold them, a results file has no weights")
-    return described.compare(runs, out, data_root)
+    return described.compare(runs, out, data_root) if described.compare is not None and runs else []
 
 
 def axes_of(config: Mapping[str, Any], chosen: Mapping[str, Sequence[Any]]) -> Values:

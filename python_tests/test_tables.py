@@ -71,7 +71,9 @@ class TestCommand:
         ("words", "message"),
         [
             (["--only", "size=3"], "unknown axis size; the table of vaesim has data, method, preset"),
-            (["--add", "a.json"], "name it with --results"),
+            (["--add"], "name it with --results"),
+            (["--runs", "0"], "--runs must be at least 1; got 0"),
+            (["--figures", "f"], "vaesim has no pictures of several rows"),
             (["nowhere"], "nowhere is no folder"),
             (["nowhere.json"], "nowhere.json does not exist"),
             (["--preset", "best"], "expected one of paper, official, fair; got 'best'"),
@@ -121,9 +123,6 @@ class TestCommand:
         assert status == 1 and "cannot be joined" in err
 
     def test_figures_need_runs(self, run: Run, tmp_path: Path) -> None:
-        write_run(tmp_path / "a", "vaesim", {}, vaesim_splits(0.9))
-        status, _, err = run("vaesim", tmp_path / "a", "--figures", tmp_path / "f")
-        assert status == 1 and "vaesim has no pictures of several rows" in err
         source = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "optimized_views.json"
         status, _, err = run("optimized-views", source, "--figures", tmp_path / "f")
         assert status == 1 and "a results file has no weights" in err
