@@ -34,9 +34,11 @@ FLOORS = {
     **dict.fromkeys(("_version", "_native", "backend", "reference"), 0),
     **dict.fromkeys(("ops", "doctor"), 1),
     **dict.fromkeys(("nn", "__init__"), 2),
-    **dict.fromkeys(("models", "data", "evaluation", "training", "inference", "results"), 3),
+    **dict.fromkeys(("models", "data", "evaluation", "training", "inference"), 3),
     **dict.fromkeys(("papers", "baselines", "figures"), 4),
-    **dict.fromkeys(("ablations", "cli", "commands", "prediction", "sweeps", "tables", "__main__"), 5),
+    "results": 3,
+    **dict.fromkeys(("sweeps", "tables"), 5),
+    **dict.fromkeys(("ablations", "cli", "commands", "prediction", "__main__"), 5),
 }
 """Every part of the package and the floor it stands on; a part imports its own floor and those below."""
 GROUND = 2
