@@ -205,7 +205,7 @@ def train_missing(
         job
         for index in range(options.runs or described.runs)
         for values in combinations
-        if values["preset"] not in described.computed
+        if values.get("preset") not in described.computed
         and (job := job_of(described, values, options.seed + index, folder, options)) is not None
     ]
     if is_main_process() and jobs:
@@ -228,8 +228,8 @@ def train_missing(
         raise RunFolderError(f"{error}; --keep takes finished runs as they are") from error
     if is_main_process():
         for values in combinations:
-            compute = described.computed.get(values["preset"])
-            path = folder / COMPUTED / f"{Path(values['data']).stem}-{values['preset']}.json"
+            compute = described.computed.get(values.get("preset", ""))
+            path = folder / COMPUTED / f"{Path(values['data']).stem}-{values.get('preset')}.json"
             if compute is not None and not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with exclusive(path.with_suffix(".lock")):
@@ -244,12 +244,11 @@ def job_of(described: PaperTable, values: Values, seed: int, folder: Path, optio
         known = described.axes[axis]
         if axis not in ("data", "preset") and isinstance(value, str) and value not in known:
             raise ValueError(f"unknown {axis} {value}; expected some of {', '.join(map(str, known))}")
-    recipe = described.job(values, described.paper)
+    recipe = described.recipe(values, described.paper)
     if recipe is None:
         return None
-    name, changes = recipe
-    module = find_paper(name)
-    config = module.CONFIG.preset(values["preset"], data=values["data"], **changes)
+    module = find_paper(recipe.module)
+    config = module.CONFIG.preset(recipe.preset, data=values["data"], **recipe.changes)
     for text, texts in named_values(options.set, "--set").items():
         field = field_name(config, text)
         config = changed(config, **{field: field_value(config, field, ",".join(texts))})
@@ -258,7 +257,7 @@ def job_of(described: PaperTable, values: Values, seed: int, folder: Path, optio
         seed=seed, resume=True, precision=options.precision, device=options.device, quiet=options.quiet
     )
     place = described.folder(values, seed)
-    return Job(str(place), name, module, config, folder / place, settings)
+    return Job(str(place), recipe.module, module, config, folder / place, settings)
 
 
 def computed_rows(folders: Sequence[Path]) -> list[ResultRow]:

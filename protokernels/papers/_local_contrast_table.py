@@ -137,11 +137,6 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
     return made
 
 
-def job(values: Values, paper: str) -> tuple[str, Values]:
-    """Method, share and fold are fields of the configuration."""
-    return paper, {name: values[name] for name in ("fold", "labelled", "method")}
-
-
 def folder(values: Values, seed: int) -> Path:
     """One run each; seeds other than the first beside it."""
     name: str = values["method"] + (f"-seed-{seed}" if seed else "")
@@ -204,7 +199,6 @@ TABLE = PaperTable(
     identity=identity,
     details=details,
     tables=tables,
-    job=job,
     folder=folder,
     order=order,
     dataset_of=dataset_of,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..baselines import BASELINES
-from ..results import FinishedRun, PaperTable, ResultRow, ResultTable, Row, Score, Values, seconds_of
+from ..results import FinishedRun, PaperTable, Recipe, ResultRow, ResultTable, Row, Score, Values, seconds_of
 from .optiml import OPTiML
 
 METHODS = ("optiml", *BASELINES)
@@ -122,7 +122,7 @@ TABLE = PaperTable(
     runs=3,
     details=details,
     tables=tables,
-    job=lambda values, paper: (values["method"], {}),
+    recipe=lambda values, _paper: Recipe(values["method"], values["preset"]),
     folder=lambda values, seed: Path(values["method"]) / f"seed-{seed}",
     check=lambda config: OPTiML(config, channels=1),
 )

@@ -13,7 +13,7 @@ import torch
 
 from ..data import load_dataset, to_tensor
 from ..evaluation import classification_scores, knn_predict, linear_probe
-from ..results import Cell, FinishedRun, PaperTable, ResultRow, ResultTable, Row, Score, Values
+from ..results import Cell, FinishedRun, PaperTable, Recipe, ResultRow, ResultTable, Row, Score, Values
 from .vaesim import PAPER_RESULTS, VAESim
 
 PROTOCOLS = ("statistical", "knn", "linear")
@@ -160,9 +160,9 @@ def protocols(rows: Sequence[ResultRow]) -> list[str]:
     ]
 
 
-def job(values: Values, _paper: str) -> tuple[str, Values] | None:
+def recipe(values: Values, _paper: str) -> Recipe | None:
     """A method's preset, where it has it."""
-    return values["method"], {}
+    return Recipe(values["method"], values["preset"])
 
 
 def folder(values: Values, seed: int) -> Path:
@@ -190,7 +190,7 @@ TABLE = PaperTable(
     runs=5,
     details=details,
     tables=tables,
-    job=job,
+    recipe=recipe,
     folder=folder,
     computed={"pixels": pixels},
     join=joined,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tables of finished runs: a paper's numbers beside ours. What a paper says about its own table is a :class:`PaperTable`."""
 
-from .description import PaperTable, Values
+from .description import PaperTable, Recipe, Values
 from .finished import FinishedRun, find_finished, read_finished
 from .jobs import Job, Outcome, run_jobs
 from .rows import ResultRow, common_row, read_rows, seconds_of, update_rows
@@ -14,6 +14,7 @@ __all__ = [
     "Job",
     "Outcome",
     "PaperTable",
+    "Recipe",
     "ResultRow",
     "ResultTable",
     "Row",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .finished import FinishedRun, find_finished
 from .rows import ResultRow, common_row, grouped, merged
@@ -17,8 +17,18 @@ from .tables import ResultTable
 Values = dict[str, Any]  # axis -> value
 
 
-def _plain_module(values: Values, paper: str) -> tuple[str, Values]:
-    return paper, {key: value for key, value in values.items() if key not in ("data", "preset")}
+class Recipe(NamedTuple):
+    """What is trained for one combination of the axes' values."""
+
+    module: str  # of a paper or baseline
+    preset: str
+    changes: Values = {}  # noqa: RUF012 - fields of the preset's configuration
+
+
+def _of_the_paper(values: Values, paper: str) -> Recipe:
+    return Recipe(
+        paper, values["preset"], {key: value for key, value in values.items() if key not in ("data", "preset")}
+    )
 
 
 def _plain_folder(values: Values, seed: int) -> Path:
@@ -31,11 +41,11 @@ class PaperTable:
     """The table of one paper, declared beside it as ``TABLE`` in ``papers/_<paper>_table.py``.
 
     What is common to all papers (finding runs, merging, files, locks, printing) is in this package; a paper gives what is
-    its own. An axis is something the rows differ in: ``data``, ``preset`` and the paper's own, such as ``method``.
+    its own. An axis is something the rows differ in: ``data``, mostly ``preset``, and the paper's own, such as ``method``.
     """
 
     paper: str  # its module in protokernels.papers
-    axes: Mapping[str, Sequence[Any]]  # axis -> the values that are run unless others are asked for; first data, preset
+    axes: Mapping[str, Sequence[Any]]  # axis -> the values that are run unless others are asked for; the first is data
     row_key: tuple[str, ...]  # the fields of a row that tell it from the others
     identity: Callable[[FinishedRun], Values]  # the values of these fields for a run
     tables: Callable[[Sequence[ResultRow]], list[ResultTable]]  # from the rows in the order of the file
@@ -43,8 +53,8 @@ class PaperTable:
     runs: int = 1  # seeds of each, unless another number is asked for
     details: Callable[[Sequence[FinishedRun]], Values] = lambda runs: {}  # fields of a row beside the common ones
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of fields that older rows lack
-    job: Callable[[Values, str], tuple[str, Values] | None] = _plain_module
-    # axes, paper -> module, changes of its preset; none: this combination is not part of the table
+    recipe: Callable[[Values, str], Recipe | None] = _of_the_paper
+    # values of the axes, paper -> what is trained; none: this combination is not part of the table
     folder: Callable[[Values, int], Path] = _plain_folder  # axes, seed -> the run's folder below that of the table
     computed: Mapping[str, Callable[[str, Path | None, bool], ResultRow]] = field(default_factory=dict)
     # preset -> (data, data root, download) -> a row that needs no training, such as raw pixels
