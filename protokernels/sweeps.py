@@ -16,8 +16,8 @@ from .ablations import new_folder, with_shared_stages
 from .commands import BASELINES, TrainOptions, find_paper, leave_processes, parse_options, with_underscores
 from .papers import PAPERS
 from .results import Format, Job, Outcome, ResultTable, Row, Score, rendered, run_jobs
-from .results.fields import changed, field_name, field_value, named_values
-from .results.jobs import as_record, is_main_process
+from .results.fields import as_record, changed, completed, field_name, field_value, named_values
+from .results.jobs import is_main_process
 from .results.scores import main_scores
 from .tables import papers_with_a_table, table_of
 from .training import RunFolderError
@@ -178,7 +178,7 @@ def run_sweep(
         own = replace(shared, **point.values)
         jobs.setdefault(point.folder, Job(point.folder, name, paper, own, place, settings))
     folder.mkdir(parents=True, exist_ok=True)
-    note(folder, head, [])  # another configuration is noticed before anything is trained
+    note(folder, paper.CONFIG, head, [])  # another configuration is noticed before anything is trained
 
     def after(job: Job, results: dict[str, Any]) -> None:
         kept = {key: results[key] for key in ("seeds", "complete", "splits")}
@@ -186,7 +186,7 @@ def run_sweep(
         found = [
             {"values": dict(point.values), "folder": job.name, **kept} for point in points if point.folder == job.name
         ]
-        note(folder, head, found)
+        note(folder, paper.CONFIG, head, found)
 
     outcome = run_jobs(
         list(jobs.values()),
@@ -197,7 +197,7 @@ def run_sweep(
     return folder, outcome
 
 
-def note(folder: Path, head: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> None:
+def note(folder: Path, kind: Any, head: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> None:
     """Adds finished points to ``sweep.json``, in the place of those of the same values.
 
     Raises:
@@ -208,11 +208,8 @@ def note(folder: Path, head: Mapping[str, Any], points: Sequence[Mapping[str, An
     path = folder / SUMMARY
     with exclusive(folder / f"{SUMMARY}.lock"):
         before = read_json(path) if path.exists() else {**head, "points": []}
-        differing = sorted(
-            key
-            for key in before["config"].keys() | head["config"].keys()
-            if before["config"].get(key) != head["config"].get(key)
-        )
+        then, now = completed(kind, before["config"]), head["config"]
+        differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
         differing += ["precision"] if before["precision"] != head["precision"] else []
         if before["paper"] != head["paper"] or differing:
             raise RunFolderError(

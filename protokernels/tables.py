@@ -17,8 +17,20 @@ import tyro
 from .ablations import with_shared_stages
 from .commands import find_paper, leave_processes, plain_warnings, with_underscores
 from .papers import PAPERS
-from .results import Format, Job, Outcome, PaperTable, ResultRow, Values, read_rows, rendered, run_jobs, update_rows
-from .results.fields import changed, field_name, field_value, named_values
+from .results import (
+    FinishedRun,
+    Format,
+    Job,
+    Outcome,
+    PaperTable,
+    ResultRow,
+    Values,
+    read_rows,
+    rendered,
+    run_jobs,
+    update_rows,
+)
+from .results.fields import changed, completed, field_name, field_value, named_values
 from .results.finished import find_finished
 from .results.jobs import is_finished, is_main_process
 from .training import RunFolderError
@@ -135,7 +147,7 @@ def run_table(described: PaperTable, options: TableOptions) -> int:
     outcome.report()
     rows = [row for source in options.sources if source.suffix == ".json" for row in read_rows(source)]
     found = [
-        *described.collect([folder for folder in folders if folder.exists() or options.sources]),
+        *described.collect([folder for folder in folders if folder.exists() or options.sources], complete_config),
         *computed_rows(folders),
     ]
     rows = described.merge(rows, matching(described, found, chosen))
@@ -157,6 +169,11 @@ def run_table(described: PaperTable, options: TableOptions) -> int:
         for path in draw(described, folders, chosen, options.figures, options.data_root):
             print(path, file=sys.stderr)
     return 1 if outcome.failed else 0
+
+
+def complete_config(run: FinishedRun) -> Values:
+    """A run's configuration with the defaults of fields that are newer than it."""
+    return completed(find_paper(run.results["paper"]).CONFIG, run.config)
 
 
 def check_options(described: PaperTable, options: TableOptions) -> None:
@@ -249,10 +266,11 @@ def job_of(described: PaperTable, values: Values, seed: int, folder: Path, optio
         return None
     module = find_paper(recipe.module)
     config = module.CONFIG.preset(recipe.preset, data=values["data"], **recipe.changes)
+    values_set: Values = {}
     for text, texts in named_values(options.set, "--set").items():
-        field = field_name(config, text)
-        config = changed(config, **{field: field_value(config, field, ",".join(texts))})
-    config = with_shared_stages(config, folder)
+        name = field_name(config, text)
+        values_set[name] = field_value(config, name, ",".join(texts))
+    config = with_shared_stages(changed(config, **values_set), folder)  # all at once: one may need another
     settings = RunSettings(
         seed=seed, resume=True, precision=options.precision, device=options.device, quiet=options.quiet
     )

@@ -140,6 +140,15 @@ class TestRows:
         with pytest.raises(ValueError, match=r"different configurations \(epochs\)"):
             grouped(runs, lambda run: ())
 
+    def test_configurations_may_be_completed(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "old", "made", {}, {"test": {}})
+        write_run(tmp_path / "new", "made", {"later": 0}, {"test": {}}, seed=1)
+        runs = find_finished([tmp_path], ["made"])
+        with pytest.raises(ValueError, match="later"):
+            grouped(runs, lambda run: ())
+        (group,) = grouped(runs, lambda run: (), lambda run: {"later": 0, **run.config})
+        assert [run.seed for run in group] == [0, 1]
+
     def test_rows_that_are_not_at_hand_stay(self) -> None:
         before = [{"name": name, "value": 1} for name in "ab"]
         now = [{"name": name, "value": 2} for name in "bc"]

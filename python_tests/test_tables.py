@@ -102,6 +102,21 @@ class TestCommand:
         assert table["rows"][0]["cells"]["kNN"] == {"mean": 0.97, "std": 0.001, "runs": 10}
         assert table["rows"][1]["cells"]["kNN"] == {"mean": 0.9, "std": None, "runs": 1}
 
+    def test_values_are_set_together(self, tmp_path: Path) -> None:
+        described, options = table_of("vaesim"), TableOptions(data=("digits",), set=("batch_size=8", "prototypes=6"))
+        values = described.combinations(chosen_values(described, options))[0]
+        job = job_of(described, values, 0, tmp_path, options)
+        assert job is not None and (job.config.batch_size, job.config.num_prototypes) == (
+            8,
+            6,
+        )  # 8 is below the 40 of the preset
+
+    def test_an_older_run_and_a_newer_one_are_one_row(self, run: Run, tmp_path: Path) -> None:
+        write_run(tmp_path / "a", "vaesim", {}, vaesim_splits(0.5))
+        write_run(tmp_path / "b", "vaesim", {"knn_k": 5}, vaesim_splits(0.6), seed=1)  # what `a` has by default
+        status, text, _ = run("vaesim", tmp_path)
+        assert status == 0 and "0.550 ± 0.071" in text
+
     def test_results_are_merged_and_chosen(self, run: Run, tmp_path: Path) -> None:
         results = tmp_path / "results.json"
         for data, preset, score in (("x", "fair", 0.5), ("x", "paper", 0.6), ("y", "fair", 0.7)):

@@ -14,7 +14,8 @@ import torch
 from ..data import load_dataset, to_tensor
 from ..evaluation import classification_scores, knn_predict, linear_probe
 from ..results import Cell, FinishedRun, PaperTable, Recipe, ResultRow, ResultTable, Row, Score, Values
-from .vaesim import PAPER_RESULTS, VAESim
+from ..results.fields import completed
+from .vaesim import PAPER_RESULTS, VAESim, VAESimConfig
 
 PROTOCOLS = ("statistical", "knn", "linear")
 COLUMNS = ("", "set", "majority", "statistical", "kNN", "linear", "seeds", "epochs")
@@ -92,7 +93,9 @@ def values_of(entry: Mapping[str, Any], count: int) -> list[float]:
 def joined(before: ResultRow, now: ResultRow) -> ResultRow:
     """One row of the seeds of two; ``ValueError`` if they are not of one configuration, or share a seed."""
     name = f"{now['data']} {now['preset']}"
-    for key in ("config", "protocol", "images"):
+    if completed(VAESimConfig, before["config"]) != completed(VAESimConfig, now["config"]):
+        raise ValueError(f"{name}: config differs from that in the file: {before['config']} and {now['config']}")
+    for key in ("protocol", "images"):
         if before[key] != now[key]:
             raise ValueError(f"{name}: {key} differs from that in the file: {before[key]} and {now[key]}")
     if shared := set(before["seeds"]) & set(now["seeds"]):

@@ -89,10 +89,13 @@ class PaperTable:
         values = {name: list(chosen.get(name) or known) for name, known in self.axes.items()}
         return [dict(zip(values, each, strict=True)) for each in product(*values.values())]
 
-    def collect(self, folders: Sequence[Path]) -> list[ResultRow]:
-        """One row for the finished runs below ``folders`` that have the same identity."""
+    def collect(
+        self, folders: Sequence[Path], config_of: Callable[[FinishedRun], Values] = lambda run: run.config
+    ) -> list[ResultRow]:
+        """One row for the finished runs below ``folders`` that have the same identity, and the same configuration by
+        ``config_of``."""
         runs = find_finished(folders, self.modules or (self.paper,))
-        groups = grouped(runs, lambda run: self.key(self.identity(run)))
+        groups = grouped(runs, lambda run: self.key(self.identity(run)), config_of)
         rows = [{**self.identity(group[0]), **common_row(group), **self.details(group)} for group in groups]
         return sorted(rows, key=self._place)
 

@@ -8,7 +8,7 @@ import json
 import math
 import types
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
@@ -53,6 +53,21 @@ def changed(config: Config, **values: Any) -> Config:
     except (ValueError, TypeError) as error:
         given = ", ".join(f"{name}={value}" for name, value in values.items())
         raise ValueError(f"{given}: {error}") from error
+
+
+def as_record(config: Any) -> dict[str, Any]:
+    """A configuration as a run's ``config.json`` has it."""
+    values = config.record() if hasattr(config, "record") else asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def completed(kind: Any, record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a configuration of class ``kind`` with the defaults of fields that are newer than it; as it stands where it
+    is of another class or version."""
+    try:
+        return as_record(kind.from_dict(record))
+    except (TypeError, ValueError):
+        return record
 
 
 def named_values(words: Sequence[str], option: str) -> dict[str, list[str]]:

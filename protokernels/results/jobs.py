@@ -7,14 +7,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..training.files import exclusive
 from ..training.run_folder import RunFolder, RunFolderError
 from ..training.runs import RunSettings, read_summary
+from .fields import as_record, completed
 from .finished import read_finished
 
 _STOPS_ONE = (ValueError, OSError, RuntimeError, FloatingPointError)  # a run; anything else is an error of ours
@@ -140,9 +140,7 @@ def check_folders(jobs: Sequence[Job], *, keep_finished: bool = False) -> None:
 
 def differences(there: Mapping[str, Any], job: Job) -> list[str]:
     """What a run's ``config.json`` has otherwise than ``job``; a field that is newer than the run has its default there."""
-    before, config = there.get("config", {}), as_record(job.config)
-    with suppress(TypeError, ValueError):  # of another paper or version: compared as it stands
-        before = as_record(type(job.config).from_dict(before))
+    before, config = completed(type(job.config), there.get("config", {})), as_record(job.config)
     then = {"paper": there.get("paper"), "precision": there.get("precision"), **before}
     now = {"paper": job.paper, "precision": job.settings.precision, **config}
     return [
@@ -162,12 +160,6 @@ def seed_folders(job: Job) -> list[Path]:
     if job.settings.runs == 1:
         return [job.folder]
     return [job.folder / f"seed-{job.settings.seed + index}" for index in range(job.settings.runs)]
-
-
-def as_record(config: Any) -> dict[str, Any]:
-    """A configuration as a run's ``config.json`` has it."""
-    values = config.record() if hasattr(config, "record") else asdict(config)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def is_distributed() -> bool:

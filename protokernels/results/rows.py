@@ -15,8 +15,12 @@ from .finished import FinishedRun
 ResultRow = dict[str, Any]
 
 
-def grouped(runs: Iterable[FinishedRun], key: Callable[[FinishedRun], tuple[Any, ...]]) -> list[list[FinishedRun]]:
-    """The runs of each key, by seed.
+def grouped(
+    runs: Iterable[FinishedRun],
+    key: Callable[[FinishedRun], tuple[Any, ...]],
+    config_of: Callable[[FinishedRun], dict[str, Any]] = lambda run: run.config,
+) -> list[list[FinishedRun]]:
+    """The runs of each key, by seed; ``config_of`` gives the configuration in which they have to agree.
 
     Raises:
         ValueError: runs of one key have different configurations, or the same seed.
@@ -25,8 +29,8 @@ def grouped(runs: Iterable[FinishedRun], key: Callable[[FinishedRun], tuple[Any,
     for run in runs:
         group = groups.setdefault(key(run), {})
         for other in group.values():
-            differing = [name for name in run.config | other.config if run.config.get(name) != other.config.get(name)]
-            if differing:
+            config, before = config_of(run), config_of(other)
+            if differing := [name for name in config | before if config.get(name) != before.get(name)]:
                 raise ValueError(
                     f"{other.path} and {run.path} hold runs of different configurations ({', '.join(differing)}) and would "
                     "be one row; collect them apart"
