@@ -218,13 +218,21 @@ def train_missing(
 ) -> Outcome:
     """Trains every run of the table that is not finished below ``folder``, and computes the rows that need none."""
     combinations = described.combinations(chosen)
-    jobs = [
-        job
+    trained = [values for values in combinations if values.get("preset") not in described.computed]
+    made = [
+        (values, job)
         for index in range(options.runs or described.runs)
-        for values in combinations
-        if values.get("preset") not in described.computed
-        and (job := job_of(described, values, options.seed + index, folder, options)) is not None
+        for values in trained
+        if (job := job_of(described, values, options.seed + index, folder, options)) is not None
     ]
+    part = [*(values for values, _ in made), *(values for values in combinations if values not in trained)]
+    for axis, value in ((axis, value) for axis, values in chosen.items() for value in values):
+        if not any(values[axis] == value for values in part):
+            known = ", ".join(map(str, described.axes[axis]))
+            raise ValueError(
+                f"no run of the table has {axis} {value}; it has some of {known}, but not all combinations"
+            )
+    jobs = [job for _, job in made]
     if is_main_process() and jobs:
         done = 0
         for job in jobs:

@@ -7,6 +7,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,13 @@ class TestCommand:
         (table,) = json.loads(text)
         assert table["rows"][0]["cells"]["kNN"] == {"mean": 0.97, "std": 0.001, "runs": 10}
         assert table["rows"][1]["cells"]["kNN"] == {"mean": 0.9, "std": None, "runs": 1}
+
+    def test_a_combination_that_the_table_lacks_is_named(self, run: Run, tmp_path: Path) -> None:
+        described = replace(table_of("vaesim"), recipe=lambda values, _paper: None)
+        with pytest.raises(ValueError, match="no run of the table has preset fair; it has some of fair, paper"):
+            train_missing(described, tmp_path, {"preset": ["fair"]}, TableOptions())
+        pixels = {"preset": ["pixels"], "data": ["digits"]}
+        assert not train_missing(described, tmp_path, pixels, TableOptions()).failed
 
     def test_values_are_set_together(self, tmp_path: Path) -> None:
         described, options = table_of("vaesim"), TableOptions(data=("digits",), set=("batch_size=8", "prototypes=6"))
