@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Run folders as training leaves them, without the training."""
+"""Run folders as training leaves them, without the training, and the command that makes tables of them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+Run = Callable[..., tuple[int, str, str]]  # words of `protokernels table` -> status, output, errors
 
 ENVIRONMENT = {"commit": "abc", "backend": "native", "cpu_capability": "AVX2", "threads": 1}
 
@@ -51,3 +56,17 @@ def transfer_splits(score: float, **more: Any) -> dict[str, Any]:
     """What the transfer to few labels gives."""
     row = {"images": 7, "macro_auroc": score, "auroc": {"Mass": score}, "left_out": ["Hernia"]}
     return {"test": {"targets": {"probe": {"1%": row, **more}, "fine_tune": {}}}}
+
+
+def table_command(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`protokernels table`, as a function of its words."""
+
+    def called(*words: object) -> tuple[int, str, str]:
+        from protokernels.cli import main
+
+        capsys.readouterr()
+        status = main(["table", *map(str, words)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return called
