@@ -39,7 +39,7 @@ from .run_folders import vaesim_splits, write_run
 class TestTables:
     TABLE = ResultTable(
         ("", "AUC", "seeds", "majority"),
-        (Row("**ours**", (Score(0.8125, 0.05, 3), 3, None), {"k": 5}), Row("`other`", (Score(0.7), 1, "0.6"))),
+        (Row("**ours**", (Score(0.8125, 0.05, 3), 3, None), {"k": 5}), Row("`other`", (Score(0.7), 1, "*0.6*"))),
         title="test",
         group="made, preset `fair`",
         notes=("A note on **ours**.",),
@@ -51,7 +51,7 @@ class TestTables:
             *(
                 "**test**",
                 "| | AUC | seeds | majority |\n|---|---|---|---|\n"
-                "| **ours** | 0.812 ± 0.050 | 3 | |\n| `other` | 0.700 | 1 | 0.6 |",
+                "| **ours** | 0.812 ± 0.050 | 3 | |\n| `other` | 0.700 | 1 | *0.6* |",
                 "A note on **ours**.",
             )
             * 2,
@@ -71,6 +71,7 @@ class TestTables:
             "cells": {"AUC": {"mean": 0.8125, "std": 0.05, "runs": 3}, "seeds": 3, "majority": None},
             "protocol": {"k": 5},
         }
+        assert table["rows"][1]["cells"]["majority"] == "0.6"
 
     def test_scores(self) -> None:
         assert str(Score.over([0.1, -0.1], signed=True)) == "+0.000 ± 0.141" and Score.over([]) is None

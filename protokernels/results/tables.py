@@ -115,7 +115,7 @@ def as_text(table: ResultTable) -> str:
     for index, name in enumerate(table.columns):
         drawn.add_column(Text(plain(name)), justify="right" if index else "left", no_wrap=True)
     for row in table.rows:
-        drawn.add_row(*(Text(text) for text in (plain(row.name), *map(shown, row.cells))))
+        drawn.add_row(*(Text(text) for text in map(plain, (row.name, *map(shown, row.cells)))))
     buffer = io.StringIO()
     Console(file=buffer, width=10_000, color_system=None, force_terminal=False).print(drawn)
     lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
@@ -147,8 +147,8 @@ def shown(cell: Cell) -> str:
 
 
 def plain(text: str) -> str:
-    """Without bold and code marks."""
-    return text.replace("**", "").replace("`", "")
+    """Without the marks of bold, italic and code."""
+    return text.replace("*", "").replace("`", "")
 
 
 def _markdown_line(cells: Sequence[str]) -> str:
@@ -157,5 +157,5 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 def _value(cell: Cell) -> Any:
     if not isinstance(cell, Score):
-        return cell
+        return plain(cell) if isinstance(cell, str) else cell
     return {"mean": cell.mean, "std": cell.std, "runs": cell.runs}
