@@ -31,11 +31,6 @@ def _of_the_paper(values: Values, paper: str) -> Recipe:
     )
 
 
-def _plain_folder(values: Values, seed: int) -> Path:
-    names = (Path(value).stem if axis == "data" else str(value) for axis, value in values.items())
-    return Path("-".join(names)) / f"seed-{seed}"
-
-
 @dataclass(frozen=True)
 class PaperTable:
     """The table of one paper, declared beside it as ``TABLE`` in ``papers/_<paper>_table.py``.
@@ -49,13 +44,13 @@ class PaperTable:
     row_key: tuple[str, ...]  # the fields of a row that tell it from the others
     identity: Callable[[FinishedRun], Values]  # the values of these fields for a run
     tables: Callable[[Sequence[ResultRow]], list[ResultTable]]  # from the rows in the order of the file
+    folder: Callable[[Values, int], Path]  # values of the axes, seed -> the run's folder below that of the table
     modules: Sequence[str] = ()  # whose runs count: the paper itself, and baselines
     runs: int = 1  # seeds of each, unless another number is asked for
     details: Callable[[Sequence[FinishedRun]], Values] = lambda runs: {}  # fields of a row beside the common ones
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of fields that older rows lack
     recipe: Callable[[Values, str], Recipe | None] = _of_the_paper
     # values of the axes, paper -> what is trained; none: this combination is not part of the table
-    folder: Callable[[Values, int], Path] = _plain_folder  # axes, seed -> the run's folder below that of the table
     computed: Mapping[str, Callable[[str, Path | None, bool], ResultRow]] = field(default_factory=dict)
     # preset -> (data, data root, download) -> a row that needs no training, such as raw pixels
     order: Callable[[ResultRow], Any] | None = None  # sorts the rows of the file; none: new ones at the end
@@ -63,10 +58,8 @@ class PaperTable:
     dataset_of: Callable[[Any, Path | None], tuple[Hashable, Callable[[], Any]]] | None = None  # see run_jobs
     compare: Callable[[Sequence[FinishedRun], Path, Path | None], list[Path]] | None = None
     # runs, folder, data root -> pictures of several rows side by side
-    # for `protokernels sweep`
-    main_scores: Callable[[Mapping[str, Any]], Mapping[str, Any]] = (
-        main_scores  # of one scored set: name -> mean, std, runs
-    )
+    main_scores: Callable[[Mapping[str, Any]], Mapping[str, Any]] = main_scores
+    # for `protokernels sweep`: of one scored set, name -> mean, std, runs
     sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # field -> values, where none are asked for
     check: Callable[[Any], Any] = lambda config: None  # raises for a configuration that cannot be trained
 
