@@ -105,14 +105,15 @@ class VAESimConfig:
     selection: bool = False  # for choosing hyper-parameters: score validation data only, never the test set
 
     def __post_init__(self) -> None:
+        sizes = ("image_size", "latent_dim", "num_prototypes", "epochs", "batch_size", "knn_k")
+        for name in (*sizes, "prior_std", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"VAESimConfig: {name} must be positive; got {getattr(self, name)}")
         if self.num_prototypes > self.batch_size:
             raise ValueError(
                 "VAESimConfig: prototypes start as samples of the first batch, so batch_size must be at least "
                 f"num_prototypes; got {self.batch_size} and {self.num_prototypes}"
             )
-        for name in ("prior_std", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"VAESimConfig: {name} must be positive; got {getattr(self, name)}")
         for name in ("beta", "ortho_weight", "ortho_step"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"VAESimConfig: {name} must not be negative; got {getattr(self, name)}")
