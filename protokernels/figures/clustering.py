@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""The figures of the clustering baselines: latent space, decoded cluster centres, reconstructions, curves, and the elbow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..data import ImageDataset, to_tensor
+from ..evaluation import Representation, tsne_embedding
+from ..training import RunFolder
+from ..training.scoring import evaluation_splits
+from .canvas import new_figure, save_figure
+from .curves import loss_curves
+from .embedding import embedding_pair
+from .grids import image_grid, reconstruction_rows
+
+if TYPE_CHECKING:
+    from ..baselines.clustering import ClusteringBaseline
+
+NO_CURVE = ("epoch", "seconds")
+
+
+@torch.no_grad()
+def draw(
+    folder: Path, baseline: ClusteringBaseline, model: Any, config: Any, run: RunFolder, dataset: ImageDataset
+) -> list[Path]:
+    """Draws everything for the first scored set into ``folder`` and returns the paths."""
+    name = f"{baseline.name}, {config.preset_name}, {Path(config.data).stem}"
+    results, seed = run.results(), run.config()["seed"]
+    clustering = baseline.clustering(model, dataset, config, seed, known=results)
+    split_name, split = next(iter(evaluation_splits(dataset, config.selection)[1].items()))
+    shown = clustering.represent(split, split_name)
+    decoded = model.decode(clustering.centers)
+    images = to_tensor(split.images[:10], size=config.image_size)
+    figures = {
+        "prototypes": _centers(
+            decoded, shown, dataset.class_names, f"{name}: decoded cluster centres, members in {split_name}"
+        ),
+        "tsne": _tsne(clustering.centers, decoded, shown, dataset.class_names, f"{name}: t-SNE of z ({split_name})"),
+        "reconstructions": reconstruction_rows(
+            images, model.reconstruct(images), title=f"{name}: reconstructions ({split_name})"
+        ),
+        "losses": training_curves(run, name),
+    }
+    if "elbow" in clustering.results:
+        figures["elbow"] = elbow_curve(**clustering.results["elbow"], title=f"{name}: KMeans on z (train)")
+    return [save_figure(figure, folder / f"{key}.png") for key, figure in figures.items()]
+
+
+def training_curves(run: RunFolder, name: str) -> Figure:
+    """Everything that the metrics hold, over epochs."""
+    metrics = run.metrics()
+    curves = dict.fromkeys(key for line in metrics for key in line if key not in NO_CURVE)
+    return loss_curves(metrics, list(curves), title=f"{name}: training")
+
+
+def elbow_curve(
+    n_clusters: Sequence[int], inertias: Sequence[float], chosen: int, found: bool, *, title: str
+) -> Figure:
+    """Inertia over the number of clusters, with the chosen number."""
+    figure = new_figure(5.2, 3.4)
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots()
+    axes.plot(n_clusters, inertias, marker=".", linewidth=1.4)
+    axes.axvline(chosen, color="black", linestyle="--", linewidth=1)
+    axes.set_title(f"elbow at {chosen}" if found else f"no elbow; {chosen} taken", fontsize=9)
+    axes.set_xlabel("number of clusters", fontsize=8)
+    axes.set_ylabel("inertia", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _centers(decoded: Tensor, shown: Representation, class_names: Sequence[str], title: str) -> Figure:
+    assert shown.clusters is not None
+    captions, empty = [], []
+    for k in range(len(decoded)):
+        members = shown.labels[shown.clusters == k]
+        empty.append(len(members) == 0)
+        captions.append(f"{class_names[int(members.mode().values)]} ({len(members)})" if len(members) else "empty")
+    return image_grid(decoded, title=title, captions=captions, faded=empty)
+
+
+def _tsne(centers: Tensor, decoded: Tensor, shown: Representation, class_names: Sequence[str], title: str) -> Figure:
+    assert shown.clusters is not None
+    joint = tsne_embedding(shown.embeddings, extra=centers)
+    assert joint.extra_points is not None
+    return embedding_pair(
+        joint.points.numpy(),
+        shown.labels[joint.indices].numpy(),
+        shown.clusters[joint.indices].numpy(),
+        title=title,
+        class_names=class_names,
+        prototype_points=joint.extra_points.numpy(),
+        prototype_images=decoded,
+    )
