@@ -117,6 +117,7 @@ class ClusteringModel(nn.Module):
     """A model of images with clusters. Everything with a state is a parameter or buffer, so that a checkpoint holds it."""
 
     num_clusters: int = 0  # K; 0: clusters are found afterwards
+    generative = True  # it can reconstruct and decode
 
     def represent(self, images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         """Embeddings [B, D] float32 and clusters [B] int64 (None without any) of images [B, C, H, W]; the mean of z, or with a
@@ -200,6 +201,18 @@ def represent(model: ClusteringModel, split: Split, config: Any, *, name: str, s
     return Representation(z, torch.as_tensor(split.labels), torch.cat(clusters) if clusters else None)
 
 
+def remembered(represent: Callable[[Split, str], Representation]) -> Callable[[Split, str], Representation]:
+    """``represent``, which is called once for every name."""
+    known: dict[str, Representation] = {}
+
+    def of(split: Split, name: str) -> Representation:
+        if name not in known:
+            known[name] = represent(split, name)
+        return known[name]
+
+    return of
+
+
 class ClusteringBaseline:
     """One method as the command line and the tests see it; the same functions as a paper's module.
 
@@ -207,10 +220,13 @@ class ClusteringBaseline:
         name: of the method's module.
         config: its dataclass.
         build: (configuration, image channels, number of classes) -> model, untrained.
-        fit: (model, images [N, C, H, W] in [0, 1], session, configuration); trains with the session. It sees no labels.
+        fit: (model, images [N, C, H, W] in [0, 1], session, configuration); trains with the session. It sees no labels. None for
+            a method that overrides :meth:`fit_split`.
         description: the module's docstring.
         paper: the paper's table: data set -> (split it was scored on, method -> (mean, standard deviation)).
     """
+
+    drop_last = False  # leave out a last batch that is smaller than the others
 
     def __init__(
         self,
@@ -261,14 +277,13 @@ class ClusteringBaseline:
             optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
             scheduler = LambdaLR(optimizer, config.learning_rate_factor)
             split = self.training_split(dataset, config)
-            plan = Plan(len(split), config.total_epochs, config.batch_size, seed)
+            plan = Plan(len(split), config.total_epochs, config.batch_size, seed, drop_last=self.drop_last)
             session = Session(run, accelerator, model, optimizer, scheduler, plan, settings.resume, settings.quiet)
-            images = to_tensor(split.images, size=config.image_size).to(accelerator.device, memory_format=layout)
-            self.fit_split(model, images, split, session, config)
+            self.fit_split(model, split, session, config)
             return self.score_model(model, dataset, config, seed) if accelerator.is_main_process else {}
 
         results = train_runs(
-            f"{self.name}-{Path(config.data).stem}-{config.preset_name}",
+            f"{self.title(config)}-{Path(config.data).stem}-{config.preset_name}",
             {"paper": self.name, "config": asdict(config)},
             run_one,
             out=out,
@@ -280,14 +295,20 @@ class ClusteringBaseline:
             self.draw_figures(results["folder"], dataset=dataset)
         return results
 
+    def title(self, config: Any) -> str:
+        """The method's name in folders and figures."""
+        return self.name
+
     def training_split(self, dataset: ImageDataset, config: Any) -> Split:
         """The images that are trained on."""
         return evaluation_splits(dataset, config.selection)[0]
 
-    def fit_split(self, model: Any, images: Tensor, split: Split, session: Session, config: Any) -> None:
-        """Trains on images; a supervised method overrides this and takes the labels of ``split`` too."""
+    def fit_split(self, model: Any, split: Split, session: Session, config: Any) -> None:
+        """Trains on images; a supervised method, which has no ``fit``, overrides this and takes the labels too."""
         assert self.fit is not None
-        self.fit(model, images, session, config)
+        images = to_tensor(split.images, size=config.image_size)
+        layout = preferred_layout(session.accelerator)
+        self.fit(model, images.to(session.device, memory_format=layout), session, config)
 
     def clustering(
         self, model: Any, dataset: ImageDataset, config: Any, seed: int, known: dict[str, Any] | None = None
@@ -298,7 +319,11 @@ class ClusteringBaseline:
         def of(split: Split, name: str) -> Representation:
             return represent(model, split, config, name=name, seed=seed)
 
-        return Clustering(of, model.centers(), {})
+        return Clustering(remembered(of), model.centers(), {})
+
+    def more_scores(self, model: Any, found: Representation, num_classes: int) -> dict[str, dict[str, float]]:
+        """Scores of one set that only this method has."""
+        return {}
 
     def score_model(self, model: Any, dataset: ImageDataset, config: Any, seed: int) -> dict[str, Any]:
         """Every protocol on every set of the data, and how the training images are spread over the clusters."""
@@ -312,7 +337,10 @@ class ClusteringBaseline:
             selection=config.selection,
             seed=seed,
         )
-        clusters = found.represent(evaluation_splits(dataset, config.selection)[0], "train").clusters
+        train, tests = evaluation_splits(dataset, config.selection)
+        for name, split in tests.items():
+            results["splits"][name] |= self.more_scores(model, found.represent(split, name), dataset.num_classes)
+        clusters = found.represent(train, "train").clusters
         if clusters is not None:
             usage = cluster_usage(clusters, number)
             collapsed = usage["largest_cluster"] > COLLAPSED

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ class GMVAEConfig(ClusteringConfig):
     start_temperature: float = 1.0  # tau of the Gumbel-softmax in the first epoch
     end_temperature: float = 0.5  # and the lowest
     temperature_rate: float = 0.013862944  # tau = start exp(-rate epoch)
-    schedule: str = "cosine"  # of the learning rate; or "constant"
+    schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate
 
     PRESETS: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "paper": {
@@ -91,8 +91,6 @@ class GMVAEConfig(ClusteringConfig):
                 "GMVAEConfig: the temperature falls from start_temperature to end_temperature at a temperature_rate of at least "
                 f"0; got {self.start_temperature}, {self.end_temperature} and {self.temperature_rate}"
             )
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"GMVAEConfig: schedule must be constant or cosine; got {self.schedule!r}")
 
     def learning_rate_factor(self, epoch: int) -> float:
         return cosine_factor(epoch, self.epochs) if self.schedule == "cosine" else 1.0

@@ -48,6 +48,7 @@ from .clustering import (
     ClusteringModel,
     cosine_factor,
     gaussian_sample,
+    remembered,
     represent,
     watch,
 )
@@ -207,7 +208,7 @@ class _VAEKMeans(ClusteringBaseline):
             found = reference if name == "train" else represent(model, split, config, name=name, seed=seed)
             return Representation(found.embeddings, found.labels, kmeans.predict(found.embeddings))
 
-        return Clustering(of, kmeans.cluster_centers_, results)
+        return Clustering(remembered(of), kmeans.cluster_centers_, results)
 
     def remarks(self, results: dict[str, Any]) -> list[str]:
         elbow = results["elbow"]

@@ -31,23 +31,20 @@ def draw(
     folder: Path, baseline: ClusteringBaseline, model: Any, config: Any, run: RunFolder, dataset: ImageDataset
 ) -> list[Path]:
     """Draws everything for the first scored set into ``folder`` and returns the paths."""
-    name = f"{baseline.name}, {config.preset_name}, {Path(config.data).stem}"
-    results, seed = run.results(), run.config()["seed"]
-    clustering = baseline.clustering(model, dataset, config, seed, known=results)
+    name = f"{baseline.title(config)}, {config.preset_name}, {Path(config.data).stem}"
+    figures = {"losses": training_curves(run, name)}
     split_name, split = next(iter(evaluation_splits(dataset, config.selection)[1].items()))
+    if model.generative:
+        images = to_tensor(split.images[:10], size=config.image_size)
+        title = f"{name}: reconstructions ({split_name})"
+        figures["reconstructions"] = reconstruction_rows(images, model.reconstruct(images), title=title)
+    clustering = baseline.clustering(model, dataset, config, run.config()["seed"], known=run.results())
     shown = clustering.represent(split, split_name)
-    decoded = model.decode(clustering.centers)
-    images = to_tensor(split.images[:10], size=config.image_size)
-    figures = {
-        "prototypes": _centers(
-            decoded, shown, dataset.class_names, f"{name}: decoded cluster centres, members in {split_name}"
-        ),
-        "tsne": _tsne(clustering.centers, decoded, shown, dataset.class_names, f"{name}: t-SNE of z ({split_name})"),
-        "reconstructions": reconstruction_rows(
-            images, model.reconstruct(images), title=f"{name}: reconstructions ({split_name})"
-        ),
-        "losses": training_curves(run, name),
-    }
+    if shown.clusters is not None:
+        decoded, names = model.decode(clustering.centers), dataset.class_names
+        title = f"{name}: decoded cluster centres, with the most frequent class and number of members in {split_name}"
+        figures["prototypes"] = _centers(decoded, shown, names, title)
+        figures["tsne"] = _tsne(clustering.centers, decoded, shown, names, f"{name}: t-SNE of z ({split_name})")
     if "elbow" in clustering.results:
         figures["elbow"] = elbow_curve(**clustering.results["elbow"], title=f"{name}: KMeans on z (train)")
     return [save_figure(figure, folder / f"{key}.png") for key, figure in figures.items()]
