@@ -100,6 +100,9 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
   library.def(
       "warp_affine_backward(Tensor grad, Tensor images, Tensor matrix, int padding, bool need_images, bool need_matrix) "
       "-> (Tensor grad_images, Tensor grad_matrix)");
+
+  // Nearest (ops/nearest.h): the k nearest rows of a bank for every query, with their distances.
+  library.def("nearest_search(Tensor queries, Tensor bank, int k, bool cosine) -> (Tensor distances, Tensor indices)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(protokernels, CompositeExplicitAutograd, library) { library.impl("build_info", TORCH_BOX(&build_info)); }

@@ -14,9 +14,10 @@ Modules: ``protokernels.nn`` (torch modules), ``protokernels.reference`` (the sa
 
 from __future__ import annotations
 
-from . import backend, nn, reference
+from . import backend, cluster, nn, reference
 from ._version import __version__
 from .ops.contrastive import cross_view_loss, local_contrastive_loss, nt_xent_loss, supcon_loss
+from .ops.nearest import NearestResult, nearest
 from .ops.prototypes import (
     PrototypeStep,
     PrototypeUpdate,
@@ -30,6 +31,7 @@ from .ops.sinkhorn import SinkhornResult, sinkhorn, sinkhorn_divergence, sinkhor
 from .ops.warp import affine_warp, blend_flip, gaussian_blur, gaussian_noise, rotate, soft_crop, transform
 
 __all__ = [
+    "NearestResult",
     "PrototypeStep",
     "PrototypeUpdate",
     "SinkhornResult",
@@ -38,10 +40,12 @@ __all__ = [
     "affine_warp",
     "backend",
     "blend_flip",
+    "cluster",
     "cross_view_loss",
     "gaussian_blur",
     "gaussian_noise",
     "local_contrastive_loss",
+    "nearest",
     "nn",
     "nt_xent_loss",
     "prototype_step",

@@ -35,6 +35,7 @@ OPERATORS = (
     "warp_backward",
     "warp_affine_forward",
     "warp_affine_backward",
+    "nearest_search",
 )
 """What the library must hold; the schemas stand in csrc/library.cpp."""
 

@@ -33,7 +33,7 @@ LIBRARY_SERVICES = frozenset({"build_info"})
 FLOORS = {
     **dict.fromkeys(("_version", "_native", "backend", "reference"), 0),
     **dict.fromkeys(("ops", "doctor"), 1),
-    **dict.fromkeys(("nn", "__init__"), 2),
+    **dict.fromkeys(("nn", "cluster", "__init__"), 2),
     **dict.fromkeys(("models", "data", "evaluation", "training", "inference"), 3),
     **dict.fromkeys(("papers", "baselines", "figures"), 4),
     **dict.fromkeys(("ablations", "cli", "commands", "prediction", "__main__"), 5),

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <new>
 #include <type_traits>
 
+#include "common/scratch.h"
 #include "common/tile_product.h"
 #include "ops/prototypes.h"
 
@@ -15,16 +15,6 @@ using namespace protokernels;
 
 template <class T>
 constexpr Kind kind_of = std::is_same_v<T, float> ? Kind::f32 : Kind::f64;
-
-// Uninitialised scratch, aligned for full-width vectors.
-template <class T>
-struct Scratch {
-  explicit Scratch(int64_t count) : data(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t{64}))) {}
-  ~Scratch() { ::operator delete(data, std::align_val_t{64}); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* data;
-};
 
 template <class T>
 PK_INLINE double inverse_temperature(const PrototypesProblem& problem) {

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: MIT
+"""k-means by Lloyd's iterations on two kernels: ``nearest`` with k = 1 assigns, the segmented mean of ``update_prototypes`` moves.
+
+S. Lloyd, Least squares quantization in PCM (1982). D. Arthur and S. Vassilvitskii, k-means++: the advantages of careful seeding (2007).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops._checks import check_matrix, check_same_device, describe
+from ..ops.nearest import nearest
+from ..ops.prototypes import update_prototypes
+
+BLOCK_ENTRIES = 1 << 21
+"""Differences held at a time while seeding."""
+
+
+class _Solution(NamedTuple):
+    centers: Tensor  # [K, D]
+    labels: Tensor  # [N]
+    inertia: float
+    iterations: int
+    empty: int
+
+
+class KMeans:
+    """Clusters rows so that ``sum_i |x_i - center of i's cluster|^2``, the inertia, is small.
+
+    From ``n_init`` starts by k-means++ (with 2 + log K trials a center, as in scikit-learn) rows go to their nearest center, centers
+    to the mean of their rows, until no row changes its cluster or the centers move less than ``tol`` allows; the start that
+    ends with the least inertia wins. A center without rows moves to the row that is farthest from its own. The result depends on ``random_state``
+    only: not on the number of threads, nor on the order in which sums are taken.
+
+    Names and meanings are those of ``sklearn.cluster.KMeans``; data are tensors, on any device.
+
+    Args:
+        n_clusters: K.
+        init: ``"k-means++"``, or centers [K, D] to start from, once.
+        n_init: number of starts.
+        max_iter: iterations of one start, at most.
+        tol: stops when the squared movement of all centers is at most ``tol`` times the mean variance of the columns.
+        random_state: seed of k-means++.
+
+    Attributes:
+        cluster_centers_: [K, D], float64 for float64 data, else float32.
+        labels_: [N] int64, cluster of each row of ``fit``.
+        inertia_: sum of squared distances to the own center.
+        n_iter_: iterations of the best start.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [0.2], [9.0], [9.4]])
+        >>> model = KMeans(2, random_state=0).fit(x)
+        >>> sorted(model.cluster_centers_[:, 0].tolist()), round(model.inertia_, 2)
+        ([0.10000000149011612, 9.199999809265137], 0.1)
+        >>> bool(model.predict(torch.tensor([[8.0]])) == model.labels_[2])
+        True
+    """
+
+    cluster_centers_: Tensor
+    labels_: Tensor
+    inertia_: float
+    n_iter_: int
+
+    def __init__(
+        self,
+        n_clusters: int = 8,
+        *,
+        init: str | Tensor = "k-means++",
+        n_init: int = 10,
+        max_iter: int = 300,
+        tol: float = 1e-4,
+        random_state: int = 0,
+    ) -> None:
+        for name, value in (("n_clusters", n_clusters), ("n_init", n_init), ("max_iter", max_iter)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"KMeans: {name} must be a positive integer; got {value!r}")
+        if not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
+            raise ValueError(f"KMeans: tol must be a finite number, not negative; got {tol!r}")
+        if not isinstance(init, Tensor) and init != "k-means++":
+            raise ValueError(f"KMeans: init must be 'k-means++' or a tensor of centers [K, D]; got {init!r}")
+        self.n_clusters, self.init, self.n_init = n_clusters, init, n_init
+        self.max_iter, self.tol, self.random_state = max_iter, tol, random_state
+
+    def fit(self, x: Tensor) -> KMeans:  # [N, D]
+        """Finds the centers of ``x``.
+
+        Raises:
+            TypeError: no floating-point tensor. ValueError: wrong shape, NaN or infinity, fewer rows than clusters.
+        """
+        x = self._checked("fit", x)
+        if len(x) < self.n_clusters:
+            raise ValueError(f"KMeans: {self.n_clusters} clusters need as many rows; got {describe(x)}")
+        generator = torch.Generator().manual_seed(self.random_state)
+        threshold = self.tol * float(x.double().var(dim=0, correction=0).mean()) if x.shape[1] else 0.0
+        best: _Solution | None = None
+        for _ in range(1 if isinstance(self.init, Tensor) else self.n_init):
+            found = self._lloyd(x, self._start(x, generator), threshold)
+            if best is None or found.inertia < best.inertia:
+                best = found
+        assert best is not None
+        if best.empty:
+            warnings.warn(
+                f"KMeans: {best.empty} of {self.n_clusters} clusters have no rows: there are fewer distinct rows than clusters",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.cluster_centers_, self.labels_ = best.centers, best.labels
+        self.inertia_, self.n_iter_ = best.inertia, best.iterations
+        return self
+
+    def predict(self, x: Tensor) -> Tensor:  # [N, D] -> [N] int64
+        """The cluster of each row: the nearest center, of equally near ones the first."""
+        return nearest(self._against_centers("predict", x), self.cluster_centers_, 1).indices[:, 0]
+
+    def fit_predict(self, x: Tensor) -> Tensor:  # [N, D] -> [N] int64
+        """``fit(x).labels_``."""
+        return self.fit(x).labels_
+
+    def transform(self, x: Tensor) -> Tensor:  # [N, D] -> [N, K]
+        """Euclidean distances to every center."""
+        x = self._against_centers("transform", x)
+        return torch.cdist(x, self.cluster_centers_.to(x.dtype), compute_mode="donot_use_mm_for_euclid_dist")
+
+    def _checked(self, method: str, x: Tensor) -> Tensor:
+        check_matrix(f"KMeans.{method}", "x", x, "[N, D]")
+        x = x.detach()
+        if x.dtype != torch.float64:
+            x = x.float()
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"KMeans.{method}: x holds NaN or infinity; leave those rows out, e.g. x[x.isfinite().all(1)]"
+            )
+        return x
+
+    def _against_centers(self, method: str, x: Tensor) -> Tensor:
+        if not hasattr(self, "cluster_centers_"):
+            raise RuntimeError(f"KMeans.{method}: call fit first")
+        x, centers = self._checked(method, x), self.cluster_centers_
+        check_same_device(f"KMeans.{method}", "x", x, "cluster_centers_", centers)
+        if x.shape[1] != centers.shape[1]:
+            raise ValueError(f"KMeans.{method}: x must have {centers.shape[1]} columns, as in fit; got {describe(x)}")
+        return x
+
+    def _start(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        if not isinstance(self.init, Tensor):
+            return _k_means_plus_plus(x, self.n_clusters, generator)
+        centers = self.init.detach().to(x.device, x.dtype)
+        if centers.shape != (self.n_clusters, x.shape[1]) or not bool(centers.isfinite().all()):
+            raise ValueError(
+                f"KMeans: init must hold finite centers [{self.n_clusters}, {x.shape[1]}]; got {describe(self.init)}"
+            )
+        return centers
+
+    def _lloyd(self, x: Tensor, centers: Tensor, threshold: float) -> _Solution:
+        labels, iterations, settled = None, 0, False
+        while iterations < self.max_iter and not settled:
+            found = nearest(x, centers, 1)
+            before, labels = labels, found.indices[:, 0]
+            iterations += 1
+            if before is not None and torch.equal(before, labels):
+                return _solution(centers, found.distances, labels, iterations)
+            moved = _means(x, centers, labels, found.distances[:, 0])
+            settled = float((moved.double() - centers.double()).square().sum()) <= threshold
+            centers = moved
+        found = nearest(x, centers, 1)  # the rows' clusters among the centers as they are now
+        return _solution(centers, found.distances, found.indices[:, 0], iterations)
+
+
+def _solution(centers: Tensor, distances: Tensor, labels: Tensor, iterations: int) -> _Solution:
+    empty = len(centers) - int((torch.bincount(labels, minlength=len(centers)) > 0).sum())
+    return _Solution(centers, labels, float(_total(distances)), iterations, empty)
+
+
+def _means(x: Tensor, centers: Tensor, labels: Tensor, distances: Tensor) -> Tensor:
+    """The mean of each cluster; one without rows takes the row that is farthest from its own center."""
+    moved, counts = update_prototypes(centers, x, labels, new_weight=1.0)
+    empty = (counts == 0).nonzero()[:, 0]
+    if len(empty) == 0:
+        return moved
+    far = distances.sort(descending=True, stable=True).indices[: len(empty)]
+    far = far[distances[far] > 0]  # rows on their own center are no use anywhere else
+    labels = labels.clone()
+    labels[far] = empty[: len(far)]
+    return update_prototypes(centers, x, labels, new_weight=1.0).prototypes
+
+
+def _k_means_plus_plus(x: Tensor, count: int, generator: torch.Generator) -> Tensor:  # [N, D] -> [count, D]
+    """Rows drawn in proportion to their squared distance from those drawn before; of a few draws the one that lowers the sum most."""
+    trials = 2 + int(math.log(count))
+    chosen = [int(torch.randint(len(x), (1,), generator=generator))]
+    closest = _squared_distances(x, x[chosen[0]])
+    for _ in range(count - 1):
+        cumulative = closest.cumsum(0)
+        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * cumulative[-1]
+        candidates = torch.searchsorted(cumulative, draws, right=True).clamp(max=len(x) - 1)
+        options = [torch.minimum(closest, _squared_distances(x, x[candidate])) for candidate in candidates]
+        best = int(torch.stack([_total(option) for option in options]).argmin())
+        closest = options[best]
+        chosen.append(int(candidates[best]))
+    return x[chosen]
+
+
+def _squared_distances(x: Tensor, center: Tensor) -> Tensor:  # [N, D], [D] -> [N] float64
+    blocks = x.split(max(1, BLOCK_ENTRIES // max(1, x.shape[1])))
+    return torch.cat([(block - center).square().sum(1, dtype=torch.float64) for block in blocks])
+
+
+def _total(values: Tensor) -> Tensor:
+    """The sum in float64, in an order that no number of threads changes: threads share rows, not a row."""
+    padded = torch.nn.functional.pad(values.double().flatten(), (0, -values.numel() % 1024))
+    return padded.reshape(-1, 1024).sum(1).cumsum(0)[-1] if padded.numel() else padded.sum()
