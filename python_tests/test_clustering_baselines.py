@@ -65,8 +65,8 @@ class TestVAE:
         config = vae_kmeans.VAEKMeansConfig(candidates=(2, 4, 6, 8, 10, 12, 400), kmeans_starts=3)
         elbow = vae_kmeans.choose_clusters(z, config, seed=0)
         assert (elbow.chosen, elbow.found) == (6, True) and 400 not in elbow.n_clusters
-        without = vae_kmeans.choose_clusters(z, replace(config, candidates=(2, 4)), seed=0)
-        assert (without.chosen, without.found) == (vae_kmeans.WITHOUT_ELBOW, False)
+        without = vae_kmeans.choose_clusters(z, replace(config, candidates=(2, 3, 4, 5)), seed=0)  # a straight line
+        assert (without.chosen, without.found) == (5, False)
 
 
 def count(module: torch.nn.Module) -> int:

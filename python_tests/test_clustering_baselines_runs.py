@@ -27,23 +27,33 @@ TINY: dict[str, dict[str, Any]] = {
     "vae_kmeans": {"image_size": 16, "latent_dim": 8, "candidates": (5, 10, 15, 20), "kmeans_starts": 2},
     "gmvae": {"image_size": 8, "hidden_dim": 32, "latent_dim": 8},
     "vade": {"image_size": 8, "hidden": (32, 16), "latent_dim": 5, "pretraining_epochs": 2},
-    "resnet_transfer": {"depth": 18, "batch_size": 30},
+    "resnet_transfer": {"depth": 18, "batch_size": 20},
 }
 FIGURES = {"vae_kmeans": 5, "gmvae": 4, "vade": 4, "resnet_transfer": 1}
 
 
+def first_digits(path: Path, train: int, others: int) -> str:
+    """The first images of each set of the embedded digits, as a file."""
+    arrays: dict[str, Any] = {}
+    for name, split in load_dataset("digits").splits.items():
+        count = train if name == "train" else others
+        arrays |= {
+            f"{name}_images": split.images[:count],
+            f"{name}_labels": split.labels[:count, None].astype(np.uint8),
+        }
+    np.savez(path, **arrays)
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The first digits, as a file."""
-    digits = load_dataset("digits")
-    parts = {"train": digits.train.take(slice(0, 300)), "val": digits.val, "test": digits.test}
-    arrays: dict[str, np.ndarray] = {}
-    for name, split in parts.items():
-        assert split is not None
-        arrays |= {f"{name}_images": split.images[:300], f"{name}_labels": split.labels[:300, None].astype(np.uint8)}
-    path = tmp_path_factory.mktemp("data") / "small.npz"
-    np.savez(path, **arrays)  # type: ignore[arg-type]
-    return str(path)
+    return first_digits(tmp_path_factory.mktemp("data") / "small.npz", 300, 100)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """For networks that take their time."""
+    return first_digits(tmp_path_factory.mktemp("data") / "few.npz", 40, 20)
 
 
 def baseline(name: str) -> Any:
@@ -82,10 +92,10 @@ class TestCommands:
     @pytest.mark.filterwarnings("ignore:resnet_transfer starts from random weights", "ignore:.*has collapsed")
     @pytest.mark.parametrize("name", CLUSTERING_BASELINES)
     def test_train_evaluate_and_figures(
-        self, name: str, small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, name: str, small: str, few: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        out = tmp_path / "run"
-        assert cli.main(["train", name.replace("_", "-"), "--out", str(out), *options(name, small)]) == 0
+        out, data = tmp_path / "run", small if name in UNSUPERVISED else few
+        assert cli.main(["train", name.replace("_", "-"), "--out", str(out), *options(name, data)]) == 0
         shown = capsys.readouterr().out
         assert f"{name}, preset fair" in shown and "NOT FINISHED" not in shown
         expected = "RANDOM INITIALISATION" if name == "resnet_transfer" else "clusters: "
@@ -93,7 +103,7 @@ class TestCommands:
         stored = json.loads((out / "results.json").read_text())
         assert stored["complete"] and set(stored["splits"]) == {"test", "val", "val+test"}
         scores = stored["splits"]["test"]
-        assert scores["knn"]["accuracy"] > 0.4 > scores["majority"]["accuracy"]  # ten classes
+        assert scores["knn"]["accuracy"] > (0.5 if name in UNSUPERVISED else 0.25) > scores["majority"]["accuracy"]
         kinds = {"statistical", "clustering"} if name in UNSUPERVISED else {"supervised"}
         assert scores.keys() == {"knn", "linear", "majority"} | kinds
         metrics = RunFolder(out).metrics()
@@ -122,12 +132,13 @@ class TestCommands:
 @pytest.mark.filterwarnings("ignore:resnet_transfer starts from random weights", "ignore:.*has collapsed")
 class TestRuns:
     @pytest.mark.parametrize(
-        ("name", "steps"), [("vae_kmeans", 8), ("gmvae", 8), ("vade", 3), ("vade", 13), ("resnet_transfer", 14)]
+        ("name", "steps"), [("vae_kmeans", 8), ("gmvae", 8), ("vade", 3), ("vade", 13), ("resnet_transfer", 4)]
     )
     def test_resume_to_the_bit(
-        self, name: str, steps: int, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, name: str, steps: int, small: str, few: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Stops in the middle of an epoch by an error, as a crash would; VaDE in both stages."""
+        small = small if name in UNSUPERVISED else few
         expected = train_tiny(name, tmp_path / "whole", small)
         optimise, calls = Session.optimise, 0
 
@@ -180,8 +191,8 @@ class TestRuns:
         train_tiny("vade", tmp_path / "cut", small, resume=True)
         assert same(final_model(tmp_path / "whole"), final_model(tmp_path / "cut"))
 
-    @pytest.mark.parametrize("name", CLUSTERING_BASELINES)
-    def test_labels_reach_the_supervised_one_only(
+    @pytest.mark.parametrize("name", UNSUPERVISED)
+    def test_labels_do_not_reach_training(
         self, name: str, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         dataset = load_dataset(small)
@@ -189,7 +200,7 @@ class TestRuns:
         train_tiny(name, tmp_path / "a", small, epochs=1)
         monkeypatch.setattr(clustering, "load_dataset", lambda *_a, **_k: shuffled)
         train_tiny(name, tmp_path / "b", small, epochs=1)
-        assert same(final_model(tmp_path / "a"), final_model(tmp_path / "b")) == (name in UNSUPERVISED)
+        assert same(final_model(tmp_path / "a"), final_model(tmp_path / "b"))
 
     @pytest.mark.parametrize("name", UNSUPERVISED)
     def test_seeds_differ_and_are_summarised(self, name: str, small: str, tmp_path: Path) -> None:
@@ -202,7 +213,7 @@ class TestRuns:
     @pytest.mark.parametrize("name", UNSUPERVISED)
     def test_selection_never_touches_the_test_set(self, name: str, small: str, tmp_path: Path) -> None:
         results = train_tiny(name, tmp_path / "run", small, selection=True, epochs=1)
-        assert results["images"] == {"train": 300, "val": 179}
+        assert results["images"] == {"train": 300, "val": 100}
 
     def test_transductive_means_train_and_test(self, small: str) -> None:
         dataset = load_dataset(small)
@@ -214,7 +225,7 @@ class TestRuns:
             for transductive in (True, False)
             for selection in (True, False)
         }
-        assert images == {(True, False): 600, (True, True): 300, (False, False): 300, (False, True): 300}
+        assert images == {(True, False): 400, (True, True): 300, (False, False): 300, (False, True): 300}
         results = {"config": {"transductive": True, "selection": False}}
         assert any("test images too" in line for line in baseline("vade").remarks(results))
 
@@ -225,10 +236,12 @@ class TestRuns:
 
     @pytest.mark.parametrize(
         ("name", "preset"),
-        [("vae_kmeans", "official"), ("vae_kmeans", "matched"), ("gmvae", "paper"), ("vade", "keras")],
+        [("vae_kmeans", "matched"), ("gmvae", "paper"), ("vade", "keras")],
     )
     def test_other_presets_run(self, name: str, preset: str, small: str, tmp_path: Path) -> None:
         changes = {key: value for key, value in TINY[name].items() if key != "image_size"}
+        if name == "vae_kmeans":
+            changes["networks"] = "official-mnist"  # a third of the preset's
         config = baseline(name).CONFIG.preset(preset, small, epochs=1, batch_size=100, image_size=16, **changes)
         results = baseline(name).train(config, tmp_path / "run", figures=False, quiet=True, device="cpu")
         assert results["protocol"]["linear_protocol"] == "official" and results["protocol"]["knn_k"] == 10
@@ -274,11 +287,11 @@ class TestCollapse:
 
 
 class TestTransfer:
-    def test_weights_from_a_local_file(self, small: str, tmp_path: Path) -> None:
+    def test_weights_from_a_local_file(self, few: str, tmp_path: Path) -> None:
         torch.manual_seed(3)
         source = ResNet18(channels=3)
         torch.save({**source.state_dict(), "fc.weight": torch.zeros(10, 512)}, tmp_path / "w.pth")
-        config = tiny("resnet_transfer", small, initial_weights=str(tmp_path / "w.pth"), frozen=True, epochs=1)
+        config = tiny("resnet_transfer", few, initial_weights=str(tmp_path / "w.pth"), frozen=True, epochs=1)
         results = baseline("resnet_transfer").train(config, tmp_path / "run", figures=False, quiet=True, device="cpu")
         assert results["protocol"]["initial weights"] == "ImageNet"
         trained = final_model(tmp_path / "run")
@@ -286,19 +299,19 @@ class TestTransfer:
         remarks = baseline("resnet_transfer").remarks(results)
         assert remarks[0].startswith("supervised: test 0.") and not any("RANDOM" in line for line in remarks)
 
-    def test_random_weights_are_called_so(self, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_random_weights_are_called_so(self, few: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         with pytest.warns(RuntimeWarning, match="random weights, which is no transfer"):
             results = baseline("resnet_transfer").train(
-                tiny("resnet_transfer", small, epochs=1), figures=False, quiet=True, device="cpu"
+                tiny("resnet_transfer", few, epochs=1), figures=False, quiet=True, device="cpu"
             )
-        assert results["folder"] == "runs/resnet18_random_init-small-fair"
+        assert results["folder"] == "runs/resnet18_random_init-few-fair"
         assert results["protocol"]["initial weights"] == "random" and results["protocol"]["labels"] == "all"
         assert "RANDOM INITIALISATION" in str(baseline("resnet_transfer").results_table(results, {}).caption)
 
-    def test_a_missing_file_is_noticed_before_a_folder_is_made(self, small: str, tmp_path: Path) -> None:
+    def test_a_missing_file_is_noticed_before_a_folder_is_made(self, few: str, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
-            train_tiny("resnet_transfer", tmp_path / "run", small, initial_weights=str(tmp_path / "none.pth"))
+            train_tiny("resnet_transfer", tmp_path / "run", few, initial_weights=str(tmp_path / "none.pth"))
         assert not (tmp_path / "run").exists()
 
 

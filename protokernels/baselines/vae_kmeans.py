@@ -22,8 +22,8 @@ Presets
 
 Known deviations
     The released baseline is scored on the 624 test images of PneumoniaMNIST only, VAESim on validation and test together; here
-    all sets are scored apart. Where the curve has no elbow, 20 clusters are taken (the released notebooks' choice for MNIST),
-    and the results say so.
+    all sets are scored apart. Where the curve has no elbow, 20 clusters are taken (the released notebooks' choice for MNIST; or
+    the largest candidate below), and the results say so.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class VAEKMeansConfig(ClusteringConfig):
         if not self.beta >= 0:
             raise ValueError(f"VAEKMeansConfig: beta must not be negative; got {self.beta}")
         rising = list(self.candidates) == sorted(set(self.candidates))
-        if not self.candidates or not rising or self.candidates[0] < 1:
+        if len(self.candidates) < 3 or not rising or self.candidates[0] < 1:
             raise ValueError(
-                "VAEKMeansConfig: candidates must be numbers of clusters of at least 1 in rising order; got "
+                "VAEKMeansConfig: candidates must be at least three numbers of clusters, of at least 1, in rising order; got "
                 f"{self.candidates}"
             )
 
@@ -186,7 +186,7 @@ def fit(model: VAE, images: Tensor, session: Session, config: VAEKMeansConfig) -
 def choose_clusters(z: Tensor, config: VAEKMeansConfig, seed: int) -> Elbow:  # [N, D]
     """KMeans for every candidate that there are enough images for, and the elbow."""
     candidates = [k for k in config.candidates if k <= len(z)]
-    fallback = min(WITHOUT_ELBOW, len(z))
+    fallback = max((k for k in candidates if k <= WITHOUT_ELBOW), default=None)
     return choose_n_clusters(z, candidates, fallback=fallback, n_init=config.kmeans_starts, random_state=seed)
 
 
