@@ -33,6 +33,7 @@ import torch
 from protokernels.baselines import CLUSTERING_BASELINES
 from protokernels.data import load_dataset, to_tensor
 from protokernels.evaluation import classification_scores, knn_predict, linear_probe
+from protokernels.papers._vaesim_published import PUBLISHED
 
 PROTOCOLS = ("statistical", "knn", "linear")
 SUPERVISED = "supervised"  # the accuracy of a network that has learned from labels
@@ -49,24 +50,6 @@ ROWS = tuple(
     for preset in presets
 )
 DEFAULT_ROWS = tuple(row for row in ROWS if row[1] == "fair")
-
-# Data -> method -> (runs, mean and deviation of the three accuracies), recomputed from the authors' table of runs; a deviation of
-# None where their table has rows that repeat each other, or where we have kept the means only.
-LOGGED: dict[str, dict[str, tuple[int | None, dict[str, tuple[float, float | None]]]]] = {
-    "mnist": {
-        "vae_kmeans": (10, {"statistical": (0.683, 0.014), "knn": (0.802, 0.005), "linear": (0.761, 0.005)}),
-        "gmvae": (3, {"statistical": (0.762, None), "knn": (0.906, None), "linear": (0.909, None)}),
-        "vade": (11, {"statistical": (0.813, 0.054), "knn": (0.967, 0.002), "linear": (0.923, 0.008)}),
-        "vaesim": (10, {"statistical": (0.834, 0.008), "knn": (0.967, 0.001), "linear": (0.857, 0.003)}),
-    },
-    "pneumoniamnist": {
-        "vae_kmeans": (None, {"statistical": (0.631, None), "knn": (0.614, None), "linear": (0.449, None)}),
-        "gmvae": (None, {"statistical": (0.625, None), "knn": (0.627, None), "linear": (0.429, None)}),
-        "vade": (None, {"statistical": (0.625, None), "knn": (0.747, None), "linear": (0.590, None)}),
-        "vaesim": (None, {"statistical": (0.678, None), "knn": (0.776, None), "linear": (0.671, None)}),
-    },
-}
-PAPER_AUGMENTED = {"mnist": {"statistical": 0.40, "knn": 0.90, "linear": 0.72}}  # "VAEsim (aug)", without deviations
 
 
 def module(method: str) -> Any:
@@ -242,37 +225,15 @@ def cell(row: dict[str, Any], protocol: str) -> str:
     return f"{row[protocol]['mean']:.3f}" + (f" ± {std:.3f}" if std is not None else "")
 
 
-def entry(value: tuple[float, float | None]) -> str:
-    mean, std = value
-    return f"{mean:.3f}" + (f" ± {std:.3f}" if std is not None else "")
-
-
 def published_lines(data: str, method: str) -> list[str]:
     """What the paper prints for a method, and what its authors' logs say."""
-    if method not in METHODS or data not in module(method).PAPER_RESULTS:
-        if method.startswith("resnet") and data in (paper := supervised_results()):
-            split, accuracy = paper[data]
-            return [f"| ResNet50 | *paper, Table 1* | {split} | | | | | {accuracy:.2f} | | | |"]
-        return []
-    split, values = module(method).PAPER_RESULTS[data]
-    lines = [
-        f"| {method} | *paper, Table 1* | {split} | | {' | '.join(entry(values[key]) for key in PROTOCOLS)} | | | 10 | |"
-    ]
-    if method in LOGGED.get(data, {}):
-        runs, logged = LOGGED[data][method]
-        cells = " | ".join(entry(logged[key]) for key in PROTOCOLS)
-        lines.append(f"| {method} | *authors' logs* | {split} | | {cells} | | | {runs or ''} | |")
-    if method == "vaesim" and data in PAPER_AUGMENTED:
-        cells = " | ".join(f"{PAPER_AUGMENTED[data][key]:.2f}" for key in PROTOCOLS)
-        lines.append(f"| {method} | *paper, augmented* | {split} | | {cells} | | | | |")
+    lines = []
+    for row in PUBLISHED.get(data, ()):
+        if row.method == ("resnet_transfer" if method.startswith("resnet50") else method):
+            scores = {key: {"mean": mean, "std": std} for key, (mean, std) in row.accuracies.items()}
+            cells = " | ".join(cell(scores, protocol) for protocol in (*PROTOCOLS, SUPERVISED))
+            lines.append(f"| {row.method} | *{row.source}* | {row.split} | | {cells} | | {row.runs or ''} | |")
     return lines
-
-
-def supervised_results() -> dict[str, tuple[str, float]]:
-    found: dict[str, tuple[str, float]] = importlib.import_module(
-        "protokernels.baselines.resnet_transfer"
-    ).PAPER_SUPERVISED
-    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:

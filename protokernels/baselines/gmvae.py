@@ -39,8 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..papers._vaesim_published import paper_results
 from ..training import Session
-from ..training.report import PaperResults
 from .clustering import (
     ClusteringBaseline,
     ClusteringConfig,
@@ -218,9 +218,4 @@ def fit(model: GMVAE, images: Tensor, session: Session, config: GMVAEConfig) -> 
         session.note(**watch(model, images))
 
 
-# Table 1 of the paper.
-PAPER_RESULTS: PaperResults = {
-    "mnist": ("test", {"statistical": (0.76, 0.01), "knn": (0.91, 0.001), "linear": (0.76, 0.01)}),
-    "pneumoniamnist": ("test", {"statistical": (0.625, 0.001), "knn": (0.627, 0.041), "linear": (0.429, 0.061)}),
-}
-BASELINE = ClusteringBaseline("gmvae", GMVAEConfig, GMVAE, fit, __doc__, PAPER_RESULTS)
+BASELINE = ClusteringBaseline("gmvae", GMVAEConfig, GMVAE, fit, __doc__, paper_results("gmvae"))

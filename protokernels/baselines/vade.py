@@ -49,8 +49,8 @@ from torch import Tensor, nn
 
 from ..data import ImageDataset, Split
 from ..evaluation.threads import one_thread
+from ..papers._vaesim_published import paper_results
 from ..training import Session
-from ..training.report import PaperResults
 from .clustering import (
     ClusteringBaseline,
     ClusteringConfig,
@@ -300,9 +300,4 @@ class _VaDE(ClusteringBaseline):
         return [*super().remarks(results), *(["trained on the test images too, without their labels"] if seen else [])]
 
 
-# Table 1 of the paper.
-PAPER_RESULTS: PaperResults = {
-    "mnist": ("test", {"statistical": (0.81, 0.05), "knn": (0.964, 0.001), "linear": (0.83, 0.008)}),
-    "pneumoniamnist": ("test", {"statistical": (0.625, 0.001), "knn": (0.747, 0.012), "linear": (0.590, 0.116)}),
-}
-BASELINE = _VaDE("vade", VaDEConfig, VaDE, fit, __doc__, PAPER_RESULTS)
+BASELINE = _VaDE("vade", VaDEConfig, VaDE, fit, __doc__, paper_results("vade"))

@@ -38,9 +38,9 @@ from ..cluster import Elbow, KMeans, choose_n_clusters
 from ..data import ImageDataset, Split
 from ..evaluation import Representation
 from ..models import NetworkName, build_networks
+from ..papers._vaesim_published import paper_results
 from ..papers.vaesim import kl_divergence
 from ..training import Session
-from ..training.report import PaperResults
 from .clustering import (
     Clustering,
     ClusteringBaseline,
@@ -216,9 +216,4 @@ class _VAEKMeans(ClusteringBaseline):
         return [*super().remarks(results), f"K = {elbow['chosen']}: {why}"]
 
 
-# Table 1 of the paper.
-PAPER_RESULTS: PaperResults = {
-    "mnist": ("test", {"statistical": (0.68, 0.01), "knn": (0.80, 0.004), "linear": (0.68, 0.04)}),
-    "pneumoniamnist": ("test", {"statistical": (0.631, 0.01), "knn": (0.613, 0.014), "linear": (0.451, 0.033)}),
-}
-BASELINE = _VAEKMeans("vae_kmeans", VAEKMeansConfig, VAE, fit, __doc__, PAPER_RESULTS)
+BASELINE = _VAEKMeans("vae_kmeans", VAEKMeansConfig, VAE, fit, __doc__, paper_results("vae_kmeans"))

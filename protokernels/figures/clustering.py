@@ -15,8 +15,9 @@ from ..data import ImageDataset, to_tensor
 from ..evaluation import Representation, tsne_embedding
 from ..training import RunFolder
 from ..training.scoring import evaluation_splits
-from .canvas import new_figure, save_figure
+from .canvas import save_figure
 from .curves import loss_curves
+from .elbow import elbow_curve
 from .embedding import embedding_pair
 from .grids import image_grid, reconstruction_rows
 
@@ -55,23 +56,6 @@ def training_curves(run: RunFolder, name: str) -> Figure:
     metrics = run.metrics()
     curves = dict.fromkeys(key for line in metrics for key in line if key not in NO_CURVE)
     return loss_curves(metrics, list(curves), title=f"{name}: training")
-
-
-def elbow_curve(
-    n_clusters: Sequence[int], inertias: Sequence[float], chosen: int, found: bool, *, title: str
-) -> Figure:
-    """Inertia over the number of clusters, with the chosen number."""
-    figure = new_figure(5.2, 3.4)
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots()
-    axes.plot(n_clusters, inertias, marker=".", linewidth=1.4)
-    axes.axvline(chosen, color="black", linestyle="--", linewidth=1)
-    axes.set_title(f"elbow at {chosen}" if found else f"no elbow; {chosen} taken", fontsize=9)
-    axes.set_xlabel("number of clusters", fontsize=8)
-    axes.set_ylabel("inertia", fontsize=8)
-    axes.tick_params(labelsize=7)
-    axes.grid(alpha=0.3)
-    return figure
 
 
 def _centers(decoded: Tensor, shown: Representation, class_names: Sequence[str], title: str) -> Figure:
