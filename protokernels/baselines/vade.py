@@ -234,9 +234,8 @@ def vade_loss(images: Tensor, output: VaDEOutput, mixture: Mixture) -> dict[str,
 
 
 def autoencoder_loss(images: Tensor, output: VaDEOutput) -> dict[str, Tensor]:  # images [B, C, H, W]
-    """||x - d(mu)||^2, the loss of the first stage."""
-    error = (images - torch.sigmoid(output.pixel_logits)).square().flatten(1).sum(dim=1).mean()
-    return {"loss": error, "squared_error": error}
+    """||x - d(mu)||^2, what the first stage minimises; under a name of its own, since it is no bound."""
+    return {"squared_error": (images - torch.sigmoid(output.pixel_logits)).square().flatten(1).sum(dim=1).mean()}
 
 
 def fit(model: VaDE, images: Tensor, session: Session, config: VaDEConfig) -> None:  # images [N, C, H, W] in [0, 1]
@@ -251,7 +250,7 @@ def fit(model: VaDE, images: Tensor, session: Session, config: VaDEConfig) -> No
             with session.accelerator.autocast():  # the bare model: each stage leaves some parameters without a gradient
                 output = model(x) if pretraining else model(x, step.normal(config.latent_dim))
             losses = autoencoder_loss(x, output) if pretraining else vade_loss(x, output, model.mixture)
-            session.optimise(losses["loss"], step, average=True)
+            session.optimise(losses["squared_error" if pretraining else "loss"], step, average=True)
             session.record(step, **losses)
         session.note(**watch(model, images))
 
