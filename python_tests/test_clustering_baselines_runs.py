@@ -98,7 +98,7 @@ class TestCommands:
         assert cli.main(["train", name.replace("_", "-"), "--out", str(out), *options(name, data)]) == 0
         shown = capsys.readouterr().out
         assert f"{name}, preset fair" in shown and "NOT FINISHED" not in shown
-        expected = "RANDOM INITIALISATION" if name == "resnet_transfer" else "clusters: "
+        expected = "RANDOM INITIALISATION" if name == "resnet_transfer" else "clusters used by test: "
         assert expected in shown
         stored = json.loads((out / "results.json").read_text())
         assert stored["complete"] and set(stored["splits"]) == {"test", "val", "val+test"}
@@ -113,8 +113,9 @@ class TestCommands:
         assert len(list((out / "figures").glob("*.png"))) == FIGURES[name]
         assert cli.main(["evaluate", str(out)]) == 0
         assert json.loads((out / "results.json").read_text()) == stored
-        assert cli.main(["figures", str(out)]) == 0
-        assert capsys.readouterr().out.count(".png") >= FIGURES[name]
+        if name == "vae_kmeans":  # which has the most to find again
+            assert cli.main(["figures", str(out)]) == 0
+            assert capsys.readouterr().out.count(".png") >= FIGURES[name]
 
     def test_an_unknown_name_lists_them(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["train", "idec"]) == 2
@@ -226,10 +227,10 @@ class TestRuns:
             for selection in (True, False)
         }
         assert images == {(True, False): 400, (True, True): 300, (False, False): 300, (False, True): 300}
-        results = {"config": {"transductive": True, "selection": False}}
+        results = {"config": {"transductive": True, "selection": False}, "splits": {"test": {}}}
         assert any("test images too" in line for line in baseline("vade").remarks(results))
 
-    @pytest.mark.parametrize("name", ["vae_kmeans", "gmvae", "vade"])
+    @pytest.mark.parametrize("name", ["gmvae", "vade"])
     def test_bf16(self, name: str, small: str, tmp_path: Path) -> None:
         results = train_tiny(name, tmp_path / "run", small, precision="bf16")
         assert results["splits"]["test"]["knn"]["accuracy"]["mean"] > 0.4
@@ -282,7 +283,8 @@ class TestCollapse:
         with pytest.warns(RuntimeWarning, match=r"gmvae has collapsed: 100\.0% of the training images"):
             results = train_tiny("gmvae", tmp_path / "run", small)
         assert results["collapsed"] is True and results["clusters"]["effective_clusters"] == 1.0
-        assert "COLLAPSED" in str(baseline("gmvae").results_table(results, {}).caption)
+        assert "COLLAPSED to one cluster: 1 of 1 runs" in str(baseline("gmvae").results_table(results, {}).caption)
+        assert results["splits"]["val"]["clustering"]["collapsed"]["mean"] == 1.0
         assert RunFolder(tmp_path / "run").metrics()[-1]["largest_cluster"] == 1.0
 
 

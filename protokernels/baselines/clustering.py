@@ -13,8 +13,8 @@ metrics therefore hold
     effective_clusters  exp(entropy of the shares): K where all are equally large, 1 after a collapse
     active_dimensions   dimensions of z whose mean varies over images by more than 0.01 (Burda et al. 2016, section 5)
 
-measured on the training images (at most 5,000 of them, evenly spaced); a run that ends with nearly everything in one cluster
-says so in a warning, in ``results.json`` (``"collapsed"``) and under its table.
+measured on the training images (at most 5,000 of them, evenly spaced). A run that ends with nearly everything in one cluster
+says so in a warning, in ``results.json`` (``"collapsed"``, and for every scored set) and under its table.
 """
 
 from __future__ import annotations
@@ -339,7 +339,11 @@ class ClusteringBaseline:
         )
         train, tests = evaluation_splits(dataset, config.selection)
         for name, split in tests.items():
-            results["splits"][name] |= self.more_scores(model, found.represent(split, name), dataset.num_classes)
+            shown, scores = found.represent(split, name), results["splits"][name]
+            scores |= self.more_scores(model, shown, dataset.num_classes)
+            if shown.clusters is not None:  # as numbers beside the scores, so that a summary over seeds keeps them
+                usage = cluster_usage(shown.clusters, number)
+                scores["clustering"] |= {**usage, "collapsed": float(usage["largest_cluster"] > COLLAPSED)}
         clusters = found.represent(train, "train").clusters
         if clusters is not None:
             usage = cluster_usage(clusters, number)
@@ -393,11 +397,17 @@ class ClusteringBaseline:
 
     def remarks(self, results: dict[str, Any]) -> list[str]:
         """Sentences about a result that nobody should miss."""
+        name, scores = next(iter(results["splits"].items()))
         if "clusters" not in results:
             return []
-        usage = results["clusters"]
-        line = f"clusters: {usage['clusters_used']:.0f} of {usage['number']} used, the largest with {usage['largest_cluster']:.1%}"
-        return [line, *(["COLLAPSED: nearly all images are in one cluster"] if results.get("collapsed") else [])]
+        usage = {key: value["mean"] for key, value in scores["clustering"].items()}
+        lines = [
+            f"clusters used by {name}: {usage['clusters_used']:.1f} of {results['clusters']['number']}, the largest with "
+            f"{usage['largest_cluster']:.1%}"
+        ]
+        if collapsed := round(usage["collapsed"] * results["number_of_runs"]):
+            lines.append(f"COLLAPSED to one cluster: {collapsed} of {results['number_of_runs']} runs")
+        return lines
 
     def _build(self, config: Any, dataset: ImageDataset) -> Any:
         return self.build(config, dataset.channels, dataset.num_classes)

@@ -213,7 +213,8 @@ class _VAEKMeans(ClusteringBaseline):
     def remarks(self, results: dict[str, Any]) -> list[str]:
         elbow = results["elbow"]
         why = "the elbow of the inertias" if elbow["found"] else "NO ELBOW in the inertias, so the default"
-        return [*super().remarks(results), f"K = {elbow['chosen']}: {why}"]
+        which = "" if results["number_of_runs"] == 1 else " (first run)"
+        return [*super().remarks(results), f"K = {elbow['chosen']}{which}: {why}"]
 
 
 BASELINE = _VAEKMeans("vae_kmeans", VAEKMeansConfig, VAE, fit, __doc__, paper_results("vae_kmeans"))
