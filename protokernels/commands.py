@@ -16,11 +16,14 @@ import tyro
 from rich.console import Console
 
 from .ablations import SUMMARY, ablation_tables, run_ablations
-from .baselines import BASELINES
+from .baselines import BASELINES as SELF_SUPERVISED
+from .baselines import CLUSTERING_BASELINES
 from .papers import PAPERS
 from .training import RunFolder
 from .training.report import results_table
 from .training.runs import RunSettings
+
+BASELINES = (*SELF_SUPERVISED, *CLUSTERING_BASELINES)
 
 
 @dataclass(frozen=True)
