@@ -12,9 +12,11 @@ import pytest
 
 pytest.importorskip("tyro", reason="the commands need the extra protokernels[train]")
 
+from protokernels.commands import find_paper
 from protokernels.papers._local_contrast_table import SCORES
 from protokernels.papers._optimized_views_table import OURS
-from protokernels.papers._vaesim_table import PROTOCOLS, joined, summary
+from protokernels.papers._vaesim_published import PAPER, PUBLISHED
+from protokernels.papers._vaesim_table import PRESETS, PROTOCOLS, joined, summary
 from protokernels.papers.optimized_views import STRATEGIES
 from protokernels.results import Job, Outcome, ResultRow
 from protokernels.tables import TableOptions, chosen_values, job_of, table_of, train_missing
@@ -43,7 +45,8 @@ class TestVAESim:
         splits = {"test": {**{protocol: summary(accuracies) for protocol in PROTOCOLS}, "majority_rate": 0.6}}
         return {
             "data": "made", "preset": "paper", "config": {"data": "made", "epochs": 3}, "protocol": {"knn_k": 5},
-            "images": {"test": 10}, "precision": "bf16", "precisions": ["bf16"], "processors": ["AVX2"], "commits": ["a"],
+            "images": {"test": 10}, "seconds": [1.0] * len(seeds), "collapsed": [], "precision": "bf16", "precisions": ["bf16"],
+            "processors": ["AVX2"], "commits": ["a"],
             "backends": ["auto"], "seeds": seeds, "splits": splits, "environment": {"cpu_capability": "AVX2"}, **changes,
         }  # fmt: skip
 
@@ -93,19 +96,71 @@ class TestVAESim:
         status, _, err = run("vaesim", tmp_path / "1", "--results", results, "--add")
         assert status == 1 and "the file has seeds [1] already" in err
 
-    def test_a_method_without_clusters_and_another_method(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        described = table_of("vaesim")
-        splits = vaesim_splits(0.5)
-        del splits["test"]["statistical"]
-        write_run(tmp_path / "a", "vaesim", {}, splits)
-        (row,) = described.collect([tmp_path])
-        assert "method" not in row and row["splits"]["test"]["majority_rate"] == 0.6
-        other = {**row, "method": "other"}
-        assert "| `fair` | test | 0.600 | | 0.500 |" in markdown("vaesim", [row])
-        assert "| other `fair` | test |" in markdown("vaesim", [other])
-        assert len(described.merge([row], [other])) == 2
+    def test_a_field_that_came_later_does_not_separate_seeds(self) -> None:
+        before, config = self.row([0], [0.7]), {"data": "made", "epochs": 3}
+        both = joined(before, self.row([1], [0.8], config={**config, "augment": False}))
+        assert both["seeds"] == [0, 1] and both["seconds"] == [1.0, 1.0]
+        with pytest.raises(ValueError, match="made vaesim paper: config differs"):
+            joined(before, self.row([1], [0.8], config={**config, "augment": True}))
+
+    def test_rows_are_told_apart_by_method(self) -> None:
+        merge = table_of("vaesim").merge
+        old, vade = self.row([0], [0.7]), self.row([0], [0.6], method="vade", paper="vade")
+        newer = self.row([1], [0.9], method="vaesim", paper="vaesim")
+        assert merge([old], [vade]) == [old, vade] and merge([old, vade], [newer]) == [newer, vade]
+
+    def test_a_supervised_network_has_no_clusters(self, tmp_path: Path) -> None:
+        splits = vaesim_splits(0.8)
+        splits["test"]["supervised"] = splits["test"].pop("statistical")
+        for name, weights in (("a", ""), ("b", "w.pth")):
+            config = {"depth": 50, "initial_weights": weights, "preset_name": name}
+            write_run(tmp_path / name, "resnet_transfer", config, splits)
+        first, second = collected("vaesim", tmp_path)
+        assert set(first["splits"]["test"]) == {"knn", "linear", "supervised", "majority_rate"}
+        assert {first["method"], second["method"]} == {"resnet50_random_init", "resnet50_imagenet"}
+
+    def test_what_was_published_what_was_logged_and_the_larger_class(self) -> None:
+        split = {
+            **{key: summary([0.7, 0.8]) for key in PROTOCOLS},
+            "majority_rate": 0.625,
+            "clusters_used": summary([9, 10]),
+        }
+        config = {"data": "pneumoniamnist", "epochs": 300, "pretraining_epochs": 50}
+        vade = {"data": "pneumoniamnist", "method": "vade", "paper": "vade", "preset": "pytorch", "config": config}
+        network = {"knn": summary([0.8]), "supervised": summary([0.85]), "majority_rate": 0.625}
+        random = {"data": "pneumoniamnist", "method": "resnet50_random_init", "paper": "resnet_transfer"}
+        splits = {"test": split, "val": {**split, "majority_rate": 0.742}}
+        rows = [
+            self.row([0, 1], [0.5]) | vade | {"splits": splits},
+            self.row([0], [0.5]) | vade | {"preset": "fair", "collapsed": [0], "splits": {"test": split}},
+            self.row([0], [0.5]) | random | {"splits": {"test": network}},
+        ]
+        lines = markdown("vaesim", rows).splitlines()
+        assert "| the larger class | | test | 0.625 | 0.625 | | | 0.625 | | | |" in lines
+        assert "| the larger class | | val | 0.742 | 0.742 | | | 0.742 | | | |" in lines
+        assert (
+            "| vade | *paper, Table 1* | test | | 0.625 ± 0.001 | 0.747 ± 0.012 | 0.590 ± 0.116 | | | 10 | |" in lines
+        )
+        assert "| vade | *authors' logs* | test | | 0.625 | 0.747 | 0.590 | | | | |" in lines
+        mean = "0.750 ± 0.071"
+        assert f"| vade | `pytorch` | val | 0.742 | {mean} | {mean} | {mean} | | 9.5 | 2 | 50 + 300 |" in lines
+        assert any("9.5 (collapsed: 1)" in line and "`fair`" in line for line in lines)
+        assert "| resnet_transfer | *paper, Table 1* | test | | | | | 0.850 | | | |" in lines
+        assert any(
+            line.startswith("| resnet50_random_init | `paper` | test | 0.625 | | 0.800 | | 0.850 |") for line in lines
+        )
+
+    def test_every_preset_can_be_run_and_published_numbers_belong_to_methods(self, tmp_path: Path) -> None:
+        described, options = table_of("vaesim"), TableOptions(data=("pneumoniamnist",))
+        combinations = described.combinations(chosen_values(described, options))
+        jobs = [job_of(described, values, 0, tmp_path, options) for values in combinations]
+        names = {job.folder.parent.name for job in jobs if job is not None}
+        assert names == {f"{method}-pneumoniamnist-{preset}" for method, known in PRESETS.items() for preset in known}
+        for data, published in PUBLISHED.items():
+            assert {row.method for row in published} == set(PRESETS)
+            for row in published:
+                if row.source == PAPER and "knn" in row.accuracies:
+                    assert find_paper(row.method).PAPER_RESULTS[data] == (row.split, row.accuracies)
 
 
 class TestOPTiML:
