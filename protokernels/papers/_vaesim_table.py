@@ -153,7 +153,8 @@ def joined(before: ResultRow, now: ResultRow) -> ResultRow:
     first = {"precisions": [before["precision"]], "processors": [str(before["environment"].get("cpu_capability"))]}
     ways = ("commits", "backends", "precisions", "processors")
     differences = {key: sorted({*before.get(key, first.get(key, [])), *now[key]}) for key in ways}
-    lists = {key: before.get(key, []) + now[key] for key in ("seconds", "collapsed", "elbow") if key in now}
+    more = ("seconds", "collapsed", "elbow")
+    lists: dict[str, Any] = {key: before.get(key, []) + now[key] for key in more if key in now}
     return {**before, **differences, **lists, "seeds": before["seeds"] + now["seeds"], "splits": splits}
 
 
