@@ -11,8 +11,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from .results import Job, Outcome, run_jobs
 from .training import RunFolderError, next_free_folder
-from .training.files import read_json, write_json
+from .training.files import exclusive, read_json, write_json
 from .training.runs import RunSettings
 
 SUMMARY = "ablations.json"
@@ -29,7 +30,7 @@ def run_ablations(
     download: bool = False,
     figures: bool = True,
     settings: RunSettings,
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[dict[str, Any], Path, Outcome]:
     """Trains and scores ``config`` with the changes of each of ``paper.ABLATIONS``.
 
     Args:
@@ -44,39 +45,49 @@ def run_ablations(
         settings: seeds and so on; with ``resume``, what is finished is left as it is.
 
     Returns:
-        Results by ablation, and the folder. Empty on processes other than the main one.
+        Results by ablation, the folder, and what did not finish. Results are empty on processes other than the main one.
 
     Raises:
         ValueError: an unknown ablation.
     """
     if unknown := [word for word in only if word not in paper.ABLATIONS]:
         raise ValueError(f"unknown ablations {', '.join(unknown)}; expected some of {', '.join(paper.ABLATIONS)}")
-    folder = out or next_free_folder(Path("runs") / f"{name}-{Path(config.data).stem}-{config.preset_name}-ablations")
-    if (folder / SUMMARY).exists() and not settings.resume:
-        raise RunFolderError(f"{folder} already holds ablations; pass --resume to continue them or another --out")
-    if getattr(config, "stages", None) == "":  # what ablations have in common is trained once
-        config = replace(config, stages=str(folder / "stages"))
-    results: dict[str, Any] = {}
+    folder = new_folder(out, name, config, "ablations", SUMMARY, resume=settings.resume)
+    config = with_shared_stages(config, folder)
     changes = {ablation: replace(config, **paper.ABLATIONS[ablation]) for ablation in only or paper.ABLATIONS}
     if not only:  # of several names for one configuration, the first
         changes = {ablation: changed for ablation, changed in changes.items() if first_of(changes, changed) == ablation}
-    for ablation, changed in changes.items():
-        done = paper.train(
-            changed,
-            folder / ablation,
-            data_root=data_root,
-            download=download,
-            figures=figures,
-            settings=settings,
-        )
-        if not done:  # not the main process
-            continue
-        results[ablation] = done
-        before = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
-        write_json(folder / SUMMARY, {**before, ablation: {key: done[key] for key in ("splits", "seeds", "complete")}})
+    results: dict[str, Any] = {}
+
+    def after(job: Job, done: dict[str, Any]) -> None:
+        results[job.name] = done
+        with exclusive(folder / f"{SUMMARY}.lock"):
+            before = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
+            entry = {key: done[key] for key in ("splits", "seeds", "complete")}
+            write_json(folder / SUMMARY, {**before, job.name: entry})
+
+    jobs = [Job(ablation, name, paper, changed, folder / ablation, settings) for ablation, changed in changes.items()]
+    outcome = run_jobs(jobs, data_root=data_root, download=download, figures=figures, after=after)
     if figures and results:
         getattr(paper, "draw_ablations", draw_ablations)(results, folder)
-    return results, folder
+    return results, folder, outcome
+
+
+def new_folder(out: Path | None, name: str, config: Any, kind: str, summary: str, *, resume: bool) -> Path:
+    """The folder of several runs: ``out``, or the first free one of ``runs/<name>-<data>-<preset>-<kind>``.
+
+    Raises:
+        RunFolderError: it holds such runs already, and ``resume`` is false.
+    """
+    folder = out or next_free_folder(Path("runs") / f"{name}-{Path(config.data).stem}-{config.preset_name}-{kind}")
+    if not resume and ((folder / summary).exists() or any(folder.glob("*/config.json"))):
+        raise RunFolderError(f"{folder} already holds runs; pass --resume to continue them or another --out")
+    return folder
+
+
+def with_shared_stages(config: Any, folder: Path) -> Any:
+    """What several runs have in common is trained once, where a paper has such stages."""
+    return replace(config, stages=str(folder / "stages")) if getattr(config, "stages", None) == "" else config
 
 
 def first_of(changes: Mapping[str, Any], config: Any) -> str:

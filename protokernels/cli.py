@@ -4,6 +4,8 @@
 protokernels train vaesim|optiml|local-contrast|optimized-views|contrastive-autoencoder [--preset NAME] [--data NAME] [...]
                              train, evaluate, draw
 protokernels ablate optiml|local-contrast|optimized-views [--only ABLATION ...] [...]   train and score every ablation of a paper
+protokernels sweep PAPER [--over FIELD=VALUE,VALUE ...] [...]   train and score a paper over values of its fields, one at a time
+protokernels table PAPER [SOURCE ...] [...]   a paper's table beside ours: what is missing is trained, or runs are collected
 protokernels evaluate RUN    score a run again from its newest checkpoint
 protokernels figures RUN     draw a run's pictures again
 protokernels predict local-contrast --checkpoint RUN VOLUME ...   label volumes for NIfTI volumes
@@ -25,6 +27,8 @@ _TRAIN_MODULES = ("accelerate", "matplotlib", "medmnist", "monai", "nibabel", "r
 _COMMANDS = {  # by the module that has a function of the command's name
     "train": "commands",
     "ablate": "commands",
+    "sweep": "sweeps",
+    "table": "tables",
     "evaluate": "commands",
     "figures": "commands",
     "predict": "prediction",

@@ -17,17 +17,19 @@ from rich.console import Console
 
 from .ablations import SUMMARY, ablation_tables, run_ablations
 from .baselines import BASELINES as SELF_SUPERVISED
-from .baselines import RESNET18_BASELINES
+from .baselines import CLUSTERING_BASELINES, RESNET18_BASELINES
 from .papers import PAPERS
 from .training import RunFolder
 from .training.report import results_table
 from .training.runs import RunSettings
 
-BASELINES = (*SELF_SUPERVISED, *RESNET18_BASELINES)
+BASELINES = (*SELF_SUPERVISED, *CLUSTERING_BASELINES, *RESNET18_BASELINES)
 
 
 @dataclass(frozen=True)
-class _TrainOptions:
+class TrainOptions:
+    """Where a run goes and what it starts from."""
+
     out: Path | None = None
     """Folder of the run; default: the first free one of runs/PAPER-DATA-PRESET, ...-2 and so on."""
     data_root: Path | None = None
@@ -39,7 +41,7 @@ class _TrainOptions:
 
 
 @dataclass(frozen=True)
-class _AblateOptions(_TrainOptions):
+class _AblateOptions(TrainOptions):
     only: tuple[str, ...] = ()
     """Ablations to run; default: all."""
 
@@ -54,15 +56,15 @@ class _RunOptions:
 
 def train(words: list[str]) -> int:
     """``protokernels train PAPER [options]``; a baseline's name instead of a paper's trains the baseline."""
-    words = _with_underscores(words)
+    words = with_underscores(words)
     if not words or words[0] in ("-h", "--help") or words[0] not in (*PAPERS, *BASELINES):
         print(
             f"protokernels train PAPER [options]\n\npapers: {', '.join(PAPERS)}\nbaselines: {', '.join(BASELINES)}\n"
             "`protokernels train PAPER --help` lists the options."
         )
         return 0 if words and words[0] in ("-h", "--help") else 2
-    paper = _paper(words[0])
-    options, settings, config = _parse(words, paper, "train")
+    paper = find_paper(words[0])
+    options, settings, config = parse_options(words, paper, "train", TrainOptions())
     try:
         results = paper.train(
             config,
@@ -73,7 +75,7 @@ def train(words: list[str]) -> int:
             settings=settings,
         )
     finally:
-        _leave_processes()
+        leave_processes()
     if results:  # the main process
         _show(paper, results, Path(results["folder"]))
     return 0
@@ -81,18 +83,20 @@ def train(words: list[str]) -> int:
 
 def ablate(words: list[str]) -> int:
     """``protokernels ablate PAPER [options]``."""
-    words = _with_underscores(words)
-    papers = [name for name in PAPERS if hasattr(_paper(name), "ABLATIONS")]
+    words = with_underscores(words)
+    papers = [name for name in PAPERS if hasattr(find_paper(name), "ABLATIONS")]
     if not words or words[0] in ("-h", "--help") or words[0] not in papers:
         print(
             f"protokernels ablate PAPER [--only ABLATION ...] [options]\n\npapers: {', '.join(papers)}\n"
             "`protokernels ablate PAPER --help` lists the options and the ablations."
         )
         return 0 if words and words[0] in ("-h", "--help") else 2
-    paper = _paper(words[0])
-    options, settings, config = _parse(words, paper, "ablate")
+    paper = find_paper(words[0])
+    options, settings, config = parse_options(
+        words, paper, "ablate", _AblateOptions(), f"Ablations: {', '.join(paper.ABLATIONS)}."
+    )
     try:
-        results, folder = run_ablations(
+        results, folder, outcome = run_ablations(
             paper,
             words[0],
             config,
@@ -104,17 +108,28 @@ def ablate(words: list[str]) -> int:
             settings=settings,
         )
     finally:
-        _leave_processes()
+        leave_processes()
     if results:
         console = Console()
         for table in getattr(paper, "ablation_tables", ablation_tables)(results):
             console.print(table)
-        _list_files(console, folder, SUMMARY)
-    return 0
+        list_files(console, folder, SUMMARY)
+    outcome.report()
+    return 1 if outcome.failed else 0
 
 
-def _parse(words: list[str], paper: Any, command: str) -> tuple[Any, RunSettings, Any]:
-    """Options of the files, how to run, and the paper's configuration, from the words behind ``command``."""
+def parse_options(
+    words: list[str], paper: Any, command: str, files: TrainOptions, more: str = ""
+) -> tuple[Any, RunSettings, Any]:
+    """Options of the command, how to run, and the paper's configuration, from the words behind ``command``.
+
+    Args:
+        words: the paper's name, and options.
+        paper: its module.
+        command: as it was called.
+        files: the command's own options with their defaults.
+        more: a sentence for --help.
+    """
     name = words[0]
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--preset", default="fair")
@@ -122,7 +137,6 @@ def _parse(words: list[str], paper: Any, command: str) -> tuple[Any, RunSettings
     chosen, rest = chooser.parse_known_args(words[1:])
     defaults = paper.CONFIG.preset(chosen.preset, data=chosen.data)
 
-    files: Any = _AblateOptions() if command == "ablate" else _TrainOptions()
     parts = (
         ("files", type(files), files),
         ("run", RunSettings, RunSettings()),
@@ -131,28 +145,28 @@ def _parse(words: list[str], paper: Any, command: str) -> tuple[Any, RunSettings
     all_options = make_dataclass(
         "AllOptions", [(part, kind, field(default=default)) for part, kind, default in parts], frozen=True
     )
-    ablations = f" Ablations: {', '.join(paper.ABLATIONS)}." if command == "ablate" else ""
     parsed: Any = tyro.cli(
         all_options,
         args=rest,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         prog=f"protokernels {command} {name}",
         description=(
-            f"{(paper.__doc__ or '').splitlines()[0]}{ablations} First choose --preset NAME and --data NAME: "
+            f"{(paper.__doc__ or '').splitlines()[0]}{' ' * bool(more)}{more} First choose --preset NAME and --data NAME: "
             f"they set the defaults of the options below, now those of --preset {chosen.preset} --data "
             f"{chosen.data}."
         ),
     )
-    _plain_warnings()
+    plain_warnings()
     return parsed.files, parsed.run, getattr(parsed, name)
 
 
-def _with_underscores(words: list[str]) -> list[str]:
+def with_underscores(words: list[str]) -> list[str]:
     """``local-contrast`` as well as ``local_contrast``."""
     return [words[0].replace("-", "_"), *words[1:]] if words and not words[0].startswith("-") else words
 
 
-def _leave_processes() -> None:
+def leave_processes() -> None:
+    """Ends the group of processes that train together, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -165,7 +179,7 @@ def evaluate(words: list[str]) -> int:
         prog="protokernels evaluate",
         description="Scores a run again from its newest checkpoint.",
     )
-    _plain_warnings()
+    plain_warnings()
     paper = _paper_of(command.run)
     _show(paper, paper.evaluate(command.run, data_root=command.data_root), command.run)
     return 0
@@ -176,13 +190,14 @@ def figures(words: list[str]) -> int:
     command = tyro.cli(
         _RunOptions, args=words, prog="protokernels figures", description="Draws a run's pictures again."
     )
-    _plain_warnings()
+    plain_warnings()
     for path in _paper_of(command.run).draw_figures(command.run, data_root=command.data_root):
         print(path)
     return 0
 
 
-def _paper(name: str) -> Any:
+def find_paper(name: str) -> Any:
+    """The module of a paper, or the baseline of that name."""
     if name in BASELINES:
         return importlib.import_module(f"protokernels.baselines.{name}").BASELINE
     return importlib.import_module(f"protokernels.papers.{name}")
@@ -193,7 +208,7 @@ def _paper_of(run: Path) -> Any:
     if name not in (*PAPERS, *BASELINES):
         known = ", ".join((*PAPERS, *BASELINES))
         raise ValueError(f"{run / 'config.json'} names the paper {name!r}; this version knows {known}")
-    return _paper(name)
+    return find_paper(name)
 
 
 def _show(paper: Any, results: dict[str, Any], folder: Path) -> None:
@@ -202,16 +217,17 @@ def _show(paper: Any, results: dict[str, Any], folder: Path) -> None:
     console.print(table(results, paper.PAPER_RESULTS))
     for warning in results.get("data_warnings", []):
         console.print(f"data: {warning}", style="yellow", highlight=False, markup=False)
-    _list_files(console, folder, "results.json")
+    list_files(console, folder, "results.json")
 
 
-def _list_files(console: Console, folder: Path, results: str) -> None:
+def list_files(console: Console, folder: Path, results: str) -> None:
+    """Where results and pictures of a folder lie."""
     console.print(f"results  {folder / results}", highlight=False, soft_wrap=True, markup=False)
     for path in sorted((folder / "figures").glob("*.png")):
         console.print(f"figure   {path}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _plain_warnings() -> None:
+def plain_warnings() -> None:
     """Warnings on the command line are one line each, without the source line that raised them."""
 
     def show(message: Warning | str, category: type[Warning], *_rest: Any, **_more: Any) -> None:

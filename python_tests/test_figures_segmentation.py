@@ -16,7 +16,7 @@ from matplotlib.image import imread
 
 from protokernels.figures import segmentation
 from protokernels.figures.canvas import class_colours, save_figure
-from protokernels.figures.segmentation import draw_overlays, draw_pixel_tsne, draw_sweep
+from protokernels.figures.segmentation import draw_overlays, draw_pixel_tsne
 
 
 @pytest.fixture
@@ -118,27 +118,3 @@ class TestPixels:
                 draw_pixel_tsne(tmp_path / "a.png", places, labels)
         with pytest.raises(ValueError, match="labels go up to 3"):
             draw_pixel_tsne(tmp_path / "a.png", torch.rand(1, 2), torch.tensor([3]), class_names=("a", "b"))
-
-
-class TestSweep:
-    def test_lines_and_bars(self, tmp_path: Path, drawn: list[Figure]) -> None:
-        means = {"block": [0.8, 0.9, 0.7], "stride": [0.5, float("nan"), 0.6]}
-        path = draw_sweep(tmp_path / "a.png", [16, 64, 4], means, {"block": [0.1, 0.2, 0.3]}, label="block size")
-        assert imread(path).std() > 0.01
-        (axes,) = drawn[0].axes
-        block, stride = axes.containers
-        np.testing.assert_array_equal(block.lines[0].get_xydata(), [[4, 0.7], [16, 0.8], [64, 0.9]])
-        assert block.has_yerr and not stride.has_yerr
-        assert axes.get_xscale() == "log" and [text.get_text() for text in axes.get_xticklabels()] == ["4", "16", "64"]
-        assert axes.get_xlabel() == "block size" and axes.get_ylabel() == "Dice"
-
-    def test_few_values_are_drawn_evenly(self, tmp_path: Path, drawn: list[Figure]) -> None:
-        draw_sweep(tmp_path / "a.png", [0.0, 0.1], {"x": [1, 2]}, {}, label="share")
-        assert drawn[0].axes[0].get_xscale() == "linear" and drawn[0].axes[0].get_legend() is None
-
-    @pytest.mark.parametrize(
-        ("means", "deviations"), [({}, {}), ({"a": [1.0]}, {}), ({"a": [1.0, 2.0]}, {"b": [1.0, 2.0]})]
-    )
-    def test_refusals(self, tmp_path: Path, means: dict[str, list[float]], deviations: dict[str, list[float]]) -> None:
-        with pytest.raises(ValueError, match="one mean per value"):
-            draw_sweep(tmp_path / "a.png", [1, 2], means, deviations, label="x")

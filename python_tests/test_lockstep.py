@@ -36,6 +36,8 @@ FLOORS = {
     **dict.fromkeys(("nn", "cluster", "__init__"), 2),
     **dict.fromkeys(("models", "data", "evaluation", "training", "inference"), 3),
     **dict.fromkeys(("papers", "baselines", "figures"), 4),
+    "results": 3,
+    **dict.fromkeys(("sweeps", "tables"), 5),
     **dict.fromkeys(("ablations", "cli", "commands", "prediction", "__main__"), 5),
 }
 """Every part of the package and the floor it stands on; a part imports its own floor and those below."""

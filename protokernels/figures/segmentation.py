@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The figures of segmentation: label maps over slices, pixel features in the plane, a score over a swept value."""
+"""The figures of segmentation: label maps over slices, pixel features in the plane."""
 
 from __future__ import annotations
 
@@ -131,73 +131,6 @@ def draw_pixel_tsne(
     if title:
         axes.set_title(title, fontsize=9)
     figure.legend(loc="outside lower center", ncols=4, fontsize=7, frameon=False, markerscale=2)
-    return save_figure(figure, path)
-
-
-def draw_sweep(
-    path: str | Path,
-    values: Sequence[float],
-    means: Mapping[str, Sequence[float]],
-    deviations: Mapping[str, Sequence[float]],
-    *,
-    label: str,
-    score: str = "Dice",
-    title: str = "",
-) -> Path:
-    """A score over a swept value, such as the size of a block or the temperature: one line per method, bars are standard
-    deviations.
-
-    Args:
-        path: of the png.
-        values: swept values, each marked on the axis; logarithmic where all are positive and the largest is at least
-            eight times the smallest.
-        means: score at each value by method; NaN where it was not run.
-        deviations: standard deviation at each value by method; a method without has no bars.
-        label: what was swept.
-        score: what is drawn.
-        title: of the figure.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        ValueError: no method, or another number of scores than values.
-    """
-    lengths = {len(values), *(len(line) for lines in (means, deviations) for line in lines.values())}
-    if not means or not len(values) or len(lengths) != 1 or set(deviations) - set(means):
-        raise ValueError(
-            f"draw_sweep: expected for every method one mean per value ({len(values)}), and as many deviations or none; "
-            f"got means { {name: len(line) for name, line in means.items()} }, deviations "
-            f"{ {name: len(line) for name, line in deviations.items()} }"
-        )
-    order = np.argsort(np.asarray(values, float), kind="stable")
-    places = np.asarray(values, float)[order]
-    figure = new_figure(4.2, 3.2)
-    axes = figure.subplots()
-    for colour, (name, line) in zip(class_colours(len(means)), means.items(), strict=True):
-        spread = np.asarray(deviations[name], float)[order] if name in deviations else None
-        axes.errorbar(
-            places,
-            np.asarray(line, float)[order],
-            spread,
-            color=colour,
-            label=name,
-            marker="o",
-            markersize=3,
-            capsize=2,
-        )
-    if places[0] > 0 and places[-1] >= 8 * places[0]:
-        axes.set_xscale("log")
-    axes.set_xticks(places, [f"{value:g}" for value in places])
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel(label, fontsize=8)
-    axes.set_ylabel(score, fontsize=8)
-    axes.tick_params(labelsize=7)
-    axes.grid(alpha=0.3)
-    if title:
-        axes.set_title(title, fontsize=9)
-    if len(means) > 1:
-        axes.legend(fontsize=6)
     return save_figure(figure, path)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .resnet import IMAGENET_MEAN, IMAGENET_STD, pooled, read_weights
+from .resnet import IMAGENET_MEAN, IMAGENET_STD, check_names, pooled, read_weights
 
 
 class DenseNetEncoder(nn.Module):
@@ -60,18 +60,5 @@ class DenseNetEncoder(nn.Module):
         first = state.get("conv0.weight", torch.empty(0))
         if self.channels == 1 and first.shape[1:2] == (3,):
             state["conv0.weight"] = first.sum(dim=1, keepdim=True)
-        needed = {name for name in own if not name.endswith("num_batches_tracked")}
-        if missing := sorted(needed - state.keys()):
-            raise ValueError(
-                f"{path} is not a DenseNet121 with torchvision's names: {len(missing)} tensors are missing, the first is "
-                f"{missing[0]!r}; the file starts with {', '.join(list(state)[:3]) or 'nothing of its kind'}"
-            )
-        if strange := sorted(state.keys() - own.keys()):
-            raise ValueError(
-                f"{path} holds {len(strange)} tensors that DenseNet121 does not have, the first is {strange[0]!r}; a deeper "
-                "network?"
-            )
-        for name, value in state.items():
-            if value.shape != own[name].shape:
-                raise ValueError(f"{path}: {name} must have shape {list(own[name].shape)}; got {list(value.shape)}")
+        check_names(own, state, Path(path), "DenseNet121")
         self.features.load_state_dict({**own, **state})

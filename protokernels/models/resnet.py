@@ -144,21 +144,7 @@ class ResNet18(nn.Module):
             state["conv1.weight"] = state["conv1.weight"].sum(dim=1, keepdim=True)
         own = self.state_dict()
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-        if missing := sorted(
-            own.keys() - state.keys() - {name for name in own if name.endswith("num_batches_tracked")}
-        ):
-            raise ValueError(
-                f"{path} is not a ResNet18 with torchvision's names: {len(missing)} tensors are missing, the first is "
-                f"{missing[0]!r}; the file starts with {', '.join(list(state)[:3]) or 'nothing'}"
-            )
-        if strange := sorted(state.keys() - own.keys()):
-            raise ValueError(
-                f"{path} holds {len(strange)} tensors that ResNet18 does not have, the first is {strange[0]!r}; a "
-                "deeper network?"
-            )
-        for name, value in state.items():
-            if value.shape != own[name].shape:
-                raise ValueError(f"{path}: {name} must have shape {list(own[name].shape)}; got {list(value.shape)}")
+        check_names(own, state, path, "ResNet18")
         self.load_state_dict({**own, **state})
 
 
@@ -169,6 +155,28 @@ def pooled(dense: Tensor) -> Tensor:  # [B, D, h, w] -> [B, D]
 
 def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(channels_in, channels_out, stride), BasicBlock(channels_out, channels_out, 1))
+
+
+def check_names(own: dict[str, Tensor], state: dict[str, Tensor], path: Path, network: str) -> None:
+    """Refuses weights that are not those of ``network``, which has the state ``own``; counters of batches may be missing.
+
+    Raises:
+        ValueError: names or shapes differ; says which is the first.
+    """
+    needed = {name for name in own if not name.endswith("num_batches_tracked")}
+    if missing := sorted(needed - state.keys()):
+        raise ValueError(
+            f"{path} is not a {network} with torchvision's names: {len(missing)} tensors are missing, the first is "
+            f"{missing[0]!r}; the file starts with {', '.join(list(state)[:3]) or 'nothing of its kind'}"
+        )
+    if strange := sorted(state.keys() - own.keys()):
+        raise ValueError(
+            f"{path} holds {len(strange)} tensors that {network} does not have, the first is {strange[0]!r}; a deeper "
+            "network?"
+        )
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            raise ValueError(f"{path}: {name} must have shape {list(own[name].shape)}; got {list(value.shape)}")
 
 
 def read_weights(path: Path, network: str, published: str) -> dict[str, Tensor]:

@@ -54,19 +54,19 @@ class ConditionalDecoder(nn.Module):
     """Image from a latent vector and a condition: each goes through a linear layer, the results are concatenated as
     channels.
 
-    The condition becomes one extra channel. The sigmoid is taken in float32 under autocast too, so that grey levels
-    keep their precision.
+    The condition becomes one extra channel; with ``condition_dim`` 0 there is none. The sigmoid is taken in float32 under
+    autocast too, so that grey levels keep their precision.
 
     Args:
         channels: image channels, 1 or 3.
         image_size: side of the square image in pixels.
         latent_dim: D.
-        condition_dim: K, length of the condition (VAESim: the soft assignment).
+        condition_dim: K, length of the condition (VAESim: the soft assignment); 0: a plain decoder.
         seed_channels: channels that the latent vector is mapped to, at side ``image_size / 2 ** len(widths)``.
         widths: output channels of the 4x4 stride-2 transposed convolutions.
         activated: ConvTranspose -> BatchNorm -> GELU; ``False``: bare transposed convolutions.
 
-    Shape: latent [B, D], condition [B, K] -> images [B, C, H, W] in (0, 1).
+    Shape: latent [B, D], condition [B, K] or None -> images [B, C, H, W] in (0, 1).
     """
 
     def __init__(
@@ -84,19 +84,21 @@ class ConditionalDecoder(nn.Module):
         self.side = _checked_side(image_size, len(widths))
         self.seed_channels = seed_channels
         self.latent = nn.Linear(latent_dim, seed_channels * self.side**2)
-        self.condition = nn.Linear(condition_dim, self.side**2)
+        self.condition = nn.Linear(condition_dim, self.side**2) if condition_dim else None
         layers: list[nn.Module] = []
-        for width_in, width_out in zip((seed_channels + 1, *widths), widths, strict=False):
+        for width_in, width_out in zip((seed_channels + (condition_dim > 0), *widths), widths, strict=False):
             layers.append(nn.ConvTranspose2d(width_in, width_out, kernel_size=4, stride=2, padding=1))
             if activated:
                 layers += [nn.BatchNorm2d(width_out), nn.GELU()]
         layers.append(nn.ConvTranspose2d(widths[-1], channels, kernel_size=3, padding=1))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, latent: Tensor, condition: Tensor) -> Tensor:  # [B, D], [B, K] -> [B, C, H, W]
+    def forward(self, latent: Tensor, condition: Tensor | None = None) -> Tensor:  # [B, D], [B, K] -> [B, C, H, W]
         seed = self.latent(latent).unflatten(1, (self.seed_channels, self.side, self.side))
-        condition_map = self.condition(condition).unflatten(1, (1, self.side, self.side))
-        return torch.sigmoid(self.layers(torch.cat([seed, condition_map], dim=1)).float())
+        if self.condition is not None:
+            condition_map = self.condition(condition).unflatten(1, (1, self.side, self.side))
+            seed = torch.cat([seed, condition_map], dim=1)
+        return torch.sigmoid(self.layers(seed).float())
 
 
 @dataclass(frozen=True)

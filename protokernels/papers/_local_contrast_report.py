@@ -81,7 +81,8 @@ def ablation_tables(results: Mapping[str, Any]) -> list[Table]:
 
 def draw_ablations(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """A curve over every setting of which at least two values were run; ``full`` is one of them."""
-    from ..figures.segmentation import draw_sweep
+    from ..figures import save_figure
+    from ..figures.sweeps import Panel, sweep_figure
 
     paths = []
     for field, label in (
@@ -103,16 +104,9 @@ def draw_ablations(results: Mapping[str, Any], folder: Path) -> list[Path]:
             means[title] = [score.get("mean", math.nan) for score in scores]
             deviations[title] = [score.get("std") or 0.0 for score in scores]
         config = next(iter(rows.values()))["config"]
-        paths.append(
-            draw_sweep(
-                folder / "figures" / f"sweep_{field}.png",
-                values,
-                means,
-                deviations,
-                label=label,
-                title=f"{config['data']}, {percent(config['labelled'])} labelled, {split}",
-            )
-        )
+        title = f"{config['data']}, {percent(config['labelled'])} labelled, {split}"
+        figure = sweep_figure([Panel(label, "Dice", values, means, deviations)], title=title)
+        paths.append(save_figure(figure, folder / "figures" / f"sweep_{field}.png"))
     return paths
 
 

@@ -93,6 +93,12 @@ def draw_ablations(results: Mapping[str, Any], folder: Path) -> list[Path]:
         folder: the picture goes into its ``figures``.
     """
     from ..figures import save_figure
+
+    return [save_figure(compare_curves(results), folder / "figures" / "auc.png")]
+
+
+def compare_curves(results: Mapping[str, Any]) -> Any:
+    """A matplotlib figure: AUC over epochs, see :func:`draw_ablations`."""
     from ..figures.optimized_views import auc_curves
 
     curves = {
@@ -102,7 +108,7 @@ def draw_ablations(results: Mapping[str, Any], folder: Path) -> list[Path]:
     flat = {name for name, result in results.items() if STRATEGIES[result["config"]["strategy"]].loss == "classes"}
     first = next(iter(results.values()))
     title = f"{Path(first['config']['data']).stem}, {next(iter(first['splits']))}: linear evaluation in hold-out sets"
-    return [save_figure(auc_curves(curves, flat=flat, title=title), folder / "figures" / "auc.png")]
+    return auc_curves(curves, flat=flat, title=title)
 
 
 def compare_views(folders: Mapping[str, str | Path], *, data_root: str | Path | None = None) -> Any:

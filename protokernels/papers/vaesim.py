@@ -18,6 +18,9 @@ Presets
                   prior N(0, 0.8^2), evaluation on sampled z, k = 10 neighbours on PneumoniaMNIST, a 10-way linear probe
                   of 10 epochs.
     ``fair``      ours: small networks and a schedule chosen on validation data, evaluation on the mean of z.
+    ``augmented`` ``official`` with ``augment``: the paper's "VAEsim (aug)" on MNIST (.40 statistical, .90 kNN, .72 linear): random
+                  histogram equalisation, rotation, scale and translation of every training image. The paper gives no strengths;
+                  ours are in :mod:`protokernels.data.augmentations`. The changed image is what is reconstructed.
 
 What the paper leaves open, and our choice
     beta and lambda are not given. beta = 0.16: the released code's 0.005 * mean KL beside the mean squared error, in
@@ -51,6 +54,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
 from ..data import ImageDataset, Split, load_dataset, to_tensor
+from ..data.augmentations import Augmentation, augment
 from ..evaluation import EvaluationConfig, Representation
 from ..models import NetworkName, build_networks
 from ..nn import LinearTemperature, Prototypes
@@ -66,14 +70,13 @@ from ..training import (
 )
 from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
 from ..training.scoring import evaluation_splits, score
+from ._vaesim_published import paper_results
 
-PresetName = Literal["paper", "official", "fair"]
+PresetName = Literal["paper", "official", "fair", "augmented"]
 
-# Table 1: the split it was scored on, then mean and standard deviation of the accuracies.
-PAPER_RESULTS: dict[str, tuple[str, dict[str, tuple[float, float]]]] = {
-    "mnist": ("test", {"statistical": (0.83, 0.01), "knn": (0.970, 0.001), "linear": (0.81, 0.003)}),
-    "pneumoniamnist": ("val+test", {"statistical": (0.677, 0.001), "knn": (0.778, 0.024), "linear": (0.671, 0.010)}),
-}
+PAPER_RESULTS = paper_results(
+    "vaesim"
+)  # Table 1: the split it was scored on, then mean and deviation of the accuracies
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class VAESimConfig:
     prior_std: float = 1.0  # s of the prior N(0, s^2)
     ortho_weight: float = 1.0  # lambda; shifts the printed loss only
     ortho_step: float = 0.0  # step size of a gradient step on Q along Eq. 3
+    augment: bool = False  # train on randomly equalised, turned, scaled and shifted images
     epochs: int = 20
     batch_size: int = 256
     learning_rate: float = 1e-3
@@ -105,14 +109,15 @@ class VAESimConfig:
     selection: bool = False  # for choosing hyper-parameters: score validation data only, never the test set
 
     def __post_init__(self) -> None:
+        sizes = ("image_size", "latent_dim", "num_prototypes", "epochs", "batch_size", "knn_k")
+        for name in (*sizes, "prior_std", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"VAESimConfig: {name} must be positive; got {getattr(self, name)}")
         if self.num_prototypes > self.batch_size:
             raise ValueError(
                 "VAESimConfig: prototypes start as samples of the first batch, so batch_size must be at least "
                 f"num_prototypes; got {self.batch_size} and {self.num_prototypes}"
             )
-        for name in ("prior_std", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"VAESimConfig: {name} must be positive; got {getattr(self, name)}")
         for name in ("beta", "ortho_weight", "ortho_step"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"VAESimConfig: {name} must not be negative; got {getattr(self, name)}")
@@ -141,15 +146,17 @@ class VAESimConfig:
 CONFIG = VAESimConfig  # the name under which the command line finds it
 
 _RELEASED: dict[str, Any] = {"learning_rate": 1e-4, "schedule": "step", "batch_size": 2000}
+_OFFICIAL: dict[str, Any] = {
+    "similarity": "dot",
+    "temperature": "constant",
+    "prior_std": 0.8,
+    "embedding": "sample",
+    "linear_protocol": "official",
+}
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"linear_protocol": "paper"},
-    "official": {
-        "similarity": "dot",
-        "temperature": "constant",
-        "prior_std": 0.8,
-        "embedding": "sample",
-        "linear_protocol": "official",
-    },
+    "official": _OFFICIAL,
+    "augmented": {**_OFFICIAL, "augment": True},
     "fair": {"new_weight": 0.1},
 }
 _FOR_DATA: dict[str, dict[str, dict[str, Any]]] = {
@@ -173,6 +180,7 @@ _FOR_DATA: dict[str, dict[str, dict[str, Any]]] = {
         "*": {"epochs": 60},
     },
 }
+_FOR_DATA["augmented"] = _FOR_DATA["official"]
 
 
 class VAESimOutput(NamedTuple):
@@ -272,6 +280,9 @@ def fit(model: VAESim, images: Tensor, session: Session, config: VAESimConfig) -
     for _ in session.epochs():
         for step in session.steps():  # "for x in the training set"
             x = images[step.indices]
+            if config.augment:
+                drawn = session.shared_generator(step, "augmentation")
+                x = augment(x, Augmentation(), drawn, rank=step.rank, processes=step.processes, batch=step.batch)
             Q.progress = step.progress  # tau
             Q.generator = session.step_generator(step, "labels")
             output = session.model(

@@ -109,9 +109,8 @@ def load_runs(folder: str | Path) -> list[RunFolder]:
     return [top] if seeds is None else [RunFolder.open(top.path / f"seed-{seed}") for seed in seeds]
 
 
-def write_summary(folder: str | Path) -> dict[str, Any]:
-    """Mean and standard deviation over the runs in ``folder`` that are finished; written beside them where there are
-    several.
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """Mean and standard deviation over the runs in ``folder`` that have results.
 
     Returns:
         The first run's results with ``"splits"`` replaced by the summary (see :func:`summarize_runs`), ``"seeds"`` and
@@ -124,13 +123,18 @@ def write_summary(folder: str | Path) -> dict[str, Any]:
     first = {
         key: value for key, value in results[0][1].items() if key not in ("seed", "splits", "seconds_since_resume")
     }
-    summary = {
+    return {
         **first,
         "seeds": [seed for seed, _ in results],
         "number_of_runs": len(results),
         "complete": all(result["complete"] for _, result in results) and len(results) == len(runs),
         "splits": summarize_runs([result["splits"] for _, result in results]),
     }
+
+
+def write_summary(folder: str | Path) -> dict[str, Any]:
+    """:func:`read_summary`, written beside the runs where there are several."""
+    summary = read_summary(folder)
     if RunFolder(folder).config().get("seeds") is not None:
         RunFolder(folder).write_results(summary)
     return summary

@@ -60,6 +60,9 @@ class PretrainingConfig:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # preset -> a method's own fields
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "width", "last_stride", "batch_size", "crop_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{type(self).__name__}: {name} must be positive; got {getattr(self, name)}")
         if not self.learning_rate > 0 or not self.weight_decay >= 0:
             raise ValueError(
                 f"{type(self).__name__}: learning_rate must be positive and weight_decay not negative; got "

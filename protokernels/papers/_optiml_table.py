@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""The table of ``protokernels.papers.optiml``: transfer to few labels, beside the baselines. The paper has no numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..baselines import BASELINES
+from ..results import FinishedRun, PaperTable, Recipe, ResultRow, ResultTable, Row, Score, Values, seconds_of
+from .optiml import OPTiML
+
+METHODS = ("optiml", *BASELINES)
+TITLES = {
+    ("labels", "probe"): "linear probe, one label per image",
+    ("labels", "fine_tune"): "fine-tuning, one label per image",
+    ("targets", "probe"): "linear probe, all findings",
+    ("targets", "fine_tune"): "fine-tuning, all findings",
+}
+SEES_LABELS = "supervised"
+
+
+def identity(run: FinishedRun) -> Values:
+    """The method's name is the folder's where the configuration is not the preset's own (an ablation, a weight file)."""
+    method = run.results["paper"] if run.name in METHODS else run.name
+    return {"data": run.config["data"], "preset": run.config["preset_name"], "method": method}
+
+
+def details(runs: Sequence[FinishedRun]) -> Values:
+    """The method, seconds, and the classes without an area."""
+    first = runs[0].results
+    return {
+        "paper": first["paper"],
+        "images": first["images"],
+        "pretraining_seconds": seconds_of(runs),
+        "left_out": left_out(first["splits"]),
+    }
+
+
+def left_out(splits: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Set -> classes that have no area there, because all of its images have them, or none."""
+    return {
+        split: sorted(
+            {
+                name
+                for ways in tasks.values()
+                for rows in ways.values()
+                for row in rows.values()
+                for name in row["left_out"]
+            }
+        )
+        for split, tasks in splits.items()
+    }
+
+
+def ranking(rows: Sequence[ResultRow], split: str, task: str, way: str) -> ResultTable | None:
+    """Method x label fraction, best mean over the fractions first, whichever that is."""
+    scored = [(row, row["splits"].get(split, {}).get(task, {}).get(way, {})) for row in rows]
+    table = {row["method"]: (row, values) for row, values in scored if any("macro_auroc" in v for v in values.values())}
+    if not table:
+        return None
+    fractions = list(dict.fromkeys(fraction for _, values in table.values() for fraction in values))
+
+    def average(values: Mapping[str, Any]) -> float:
+        return statistics.fmean(value["macro_auroc"]["mean"] for value in values.values() if "macro_auroc" in value)
+
+    images = [
+        round(next(v[fraction]["images"]["mean"] for _, v in table.values() if fraction in v)) for fraction in fractions
+    ]
+    heads = [f"{fraction} ({count})" for fraction, count in zip(fractions, images, strict=True)]
+    lines = []
+    for method in sorted(table, key=lambda method: -average(table[method][1])):
+        row, values = table[method]
+        name = method + (" (has seen all labels)" if method == SEES_LABELS else "")
+        scores = (Score.of(values.get(fraction, {}).get("macro_auroc")) for fraction in fractions)
+        cells = (*scores, Score(average(values)), len(row["seeds"]), row["config"]["epochs"])
+        lines.append(Row(f"**{method}**" if row["paper"] == "optiml" else name, cells, row["protocol"]))
+    return ResultTable(("", *heads, "mean", "seeds", "epochs"), tuple(lines), title=f"{split}: {TITLES[task, way]}")
+
+
+def protocol(row: ResultRow) -> str:
+    """How the rows were scored."""
+    ways = row["protocol"]
+    return (
+        f"Protocol: transfer {ways['transfer']}, areas under the ROC curve as means over classes; the probe by "
+        f"{ways.get('probe', 'lbfgs')}, its weight decay chosen on the validation set."
+    )
+
+
+def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
+    """By data set and preset; the last table of a set says what its means leave out."""
+    made = []
+    for data, preset in dict.fromkeys((row["data"], row["preset"]) for row in rows):
+        group = [row for row in rows if (row["data"], row["preset"]) == (data, preset)]
+        for split in dict.fromkeys(split for row in group for split in row["splits"]):
+            found = [table for task, way in TITLES if (table := ranking(group, split, task, way)) is not None]
+            notes = [*dict.fromkeys(protocol(row) for row in group)]
+            if missing := sorted({name for row in group for name in row["left_out"].get(split, [])}):
+                notes.append(f"Left out of the mean in {split}, where no image has them or all: {', '.join(missing)}.")
+            for table in found:
+                last = table is found[-1]
+                made.append(
+                    ResultTable(
+                        table.columns,
+                        table.rows,
+                        title=table.title,
+                        group=f"{data}, preset `{preset}`, macro AUROC",
+                        notes=tuple(notes) if last else (),
+                    )
+                )
+    return made
+
+
+TABLE = PaperTable(
+    paper="optiml",
+    modules=METHODS,
+    axes={"data": ("chest_nih",), "preset": ("fair",), "method": METHODS},
+    row_key=("data", "preset", "method"),
+    identity=identity,
+    runs=3,
+    details=details,
+    tables=tables,
+    recipe=lambda values, _paper: Recipe(values["method"], values["preset"]),
+    folder=lambda values, seed: Path(values["method"]) / f"seed-{seed}",
+    check=lambda config: OPTiML(config, channels=1),
+)

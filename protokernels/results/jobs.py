@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""Several runs, each in a folder of its own: what is finished is passed over, what another process is at is left to it, what
+fails does not stop the others."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..training.files import exclusive
+from ..training.run_folder import RunFolder, RunFolderError
+from ..training.runs import RunSettings, read_summary
+from .fields import as_record, completed
+from .finished import read_finished
+
+_STOPS_ONE = (ValueError, OSError, RuntimeError, FloatingPointError)  # a run; anything else is an error of ours
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration to train, one or several seeds."""
+
+    name: str  # for messages
+    paper: str  # as the run's config.json has it
+    module: Any  # of the paper or baseline: its ``train`` is called
+    config: Any
+    folder: Path
+    settings: RunSettings  # with ``resume``
+
+
+@dataclass
+class Outcome:
+    """What became of the jobs that did not finish here."""
+
+    failed: dict[str, str] = field(default_factory=dict)  # name -> what went wrong
+    busy: list[str] = field(default_factory=list)  # another process is at them
+
+    def report(self) -> None:
+        """Says it on stderr, a line per reason."""
+        if not is_main_process():
+            return
+        for message in dict.fromkeys(self.failed.values()):
+            names = [name for name, other in self.failed.items() if other == message]
+            print(f"not finished: {', '.join(names)}: {message}", file=sys.stderr)
+        if self.failed:
+            print("run the same command again to continue", file=sys.stderr)
+        if self.busy:
+            print(f"left to another process: {', '.join(self.busy)}", file=sys.stderr)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    data_root: Path | None = None,
+    download: bool = False,
+    figures: bool = False,
+    keep_finished: bool = False,
+    dataset_of: Callable[[Any], tuple[Hashable, Callable[[], Any]]] | None = None,
+    after: Callable[[Job, dict[str, Any]], None] = lambda job, results: None,
+) -> Outcome:
+    """Trains every job that is not finished, in their order.
+
+    The same command may run several times at once, on one machine or over a shared file system with locks: every job is
+    done by one of them. A job that fails is named in the outcome, and the next one begins; only an interruption stops all.
+
+    Args:
+        jobs: see :class:`Job`.
+        data_root: where the data lies.
+        download: fetch data that is not there.
+        figures: draw pictures of every run.
+        keep_finished: take finished runs as they are, also those of another configuration.
+        dataset_of: configuration -> what its data depends on, and how it is loaded; data of equal keys is loaded once
+            and given to ``train`` as ``dataset``. Default: every run loads its own.
+        after: called with every job that is finished now, and what its ``train`` returns.
+
+    Raises:
+        RunFolderError: before anything is trained: a folder holds another configuration than its job's.
+    """
+    check_folders(jobs, keep_finished=keep_finished)
+    outcome = Outcome()
+    loaded: tuple[Hashable, Any] | None = None
+    for job in jobs:
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = job.folder.with_name(f"{job.folder.name}.lock")
+        with exclusive(lock, wanted=not is_distributed(), wait=False) as free:
+            if not free:
+                outcome.busy.append(job.name)
+                continue
+            try:
+                if is_finished(job):
+                    results = {**read_summary(job.folder), "folder": str(job.folder)} if is_main_process() else {}
+                else:
+                    if is_main_process():
+                        print(job.folder, file=sys.stderr, flush=True)
+                    more = {}
+                    if dataset_of is not None:
+                        key, load = dataset_of(job.config)
+                        if loaded is None or loaded[0] != key:
+                            loaded = (key, load())
+                        more = {"dataset": loaded[1]}
+                    results = job.module.train(
+                        job.config,
+                        job.folder,
+                        data_root=data_root,
+                        download=download,
+                        figures=figures,
+                        settings=job.settings,
+                        **more,
+                    )
+            except _STOPS_ONE as error:
+                outcome.failed[job.name] = str(error) or type(error).__name__
+                continue
+            if results:  # the main process
+                after(job, results)
+    return outcome
+
+
+def check_folders(jobs: Sequence[Job], *, keep_finished: bool = False) -> None:
+    """``RunFolderError`` where a folder holds a run of another paper, configuration or precision than its job's, or two
+    jobs share one; with ``keep_finished``, finished runs may be others."""
+    folders: dict[Path, Job] = {}
+    for job in jobs:
+        if job.folder in folders:
+            raise RunFolderError(f"{folders[job.folder].name} and {job.name} would both lie in {job.folder}")
+        folders[job.folder] = job
+        for folder in seed_folders(job):
+            if not (folder / "config.json").exists() or (keep_finished and read_finished(folder) is not None):
+                continue
+            pairs = differences(RunFolder(folder).config(), job)
+            if pairs:
+                raise RunFolderError(
+                    f"{folder} holds another run than {job.name} ({', '.join(pairs)}); choose another folder, or give "
+                    "the options that it was started with"
+                )
+
+
+def differences(there: Mapping[str, Any], job: Job) -> list[str]:
+    """What a run's ``config.json`` has otherwise than ``job``; a field that is newer than the run has its default there."""
+    before, config = completed(type(job.config), there.get("config", {})), as_record(job.config)
+    then = {"paper": there.get("paper"), "precision": there.get("precision"), **before}
+    now = {"paper": job.paper, "precision": job.settings.precision, **config}
+    return [
+        f"{key}: {then.get(key)!r} there, {now.get(key)!r} now"
+        for key in dict.fromkeys((*now, *then))
+        if then.get(key) != now.get(key)
+    ]
+
+
+def is_finished(job: Job) -> bool:
+    """Whether all seeds of a job are complete. ``ValueError`` where the results of one are broken."""
+    return all(read_finished(folder) is not None for folder in seed_folders(job))
+
+
+def seed_folders(job: Job) -> list[Path]:
+    """The run folders of a job, one per seed (see :mod:`protokernels.training.runs`)."""
+    if job.settings.runs == 1:
+        return [job.folder]
+    return [job.folder / f"seed-{job.settings.seed + index}" for index in range(job.settings.runs)]
+
+
+def is_distributed() -> bool:
+    """Whether several processes train one run together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_main_process() -> bool:
+    """Whether this one speaks for all."""
+    return os.environ.get("RANK", "0") == "0"

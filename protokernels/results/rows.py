@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""Rows of results: made from the finished runs of one configuration, kept in a JSON file, merged with what it holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..training.files import exclusive, read_json, write_bytes
+from ..training.summary import summarize_runs
+from .finished import FinishedRun
+
+ResultRow = dict[str, Any]
+
+
+def grouped(
+    runs: Iterable[FinishedRun],
+    key: Callable[[FinishedRun], tuple[Any, ...]],
+    config_of: Callable[[FinishedRun], dict[str, Any]] = lambda run: run.config,
+) -> list[list[FinishedRun]]:
+    """The runs of each key, by seed; ``config_of`` gives the configuration in which they have to agree.
+
+    Raises:
+        ValueError: runs of one key have different configurations, or the same seed.
+    """
+    groups: dict[tuple[Any, ...], dict[int, FinishedRun]] = {}
+    for run in runs:
+        group = groups.setdefault(key(run), {})
+        for other in group.values():
+            config, before = config_of(run), config_of(other)
+            if differing := [name for name in config | before if config.get(name) != before.get(name)]:
+                raise ValueError(
+                    f"{other.path} and {run.path} hold runs of different configurations ({', '.join(differing)}) and would "
+                    "be one row; collect them apart"
+                )
+        if run.seed in group:
+            raise ValueError(
+                f"{group[run.seed].path} and {run.path} hold the same seed {run.seed} of one row; leave one of them out"
+            )
+        group[run.seed] = run
+    return [[group[seed] for seed in sorted(group)] for group in groups.values()]
+
+
+def common_row(runs: Sequence[FinishedRun]) -> ResultRow:
+    """What every row has: data, preset, configuration, seeds, where it was made, and scores as mean, standard deviation
+    and number of runs."""
+    first = runs[0].results
+    environments = [run.environment for run in runs]
+    return {
+        "data": first["config"]["data"],
+        "preset": first["config"]["preset_name"],
+        "config": first["config"],
+        "protocol": first.get("protocol", {}),
+        "precision": first.get("precision"),
+        "precisions": sorted({str(run.results.get("precision")) for run in runs}),
+        "seeds": [run.seed for run in runs],
+        "data_warnings": first.get("data_warnings", []),
+        "environment": environments[0],
+        "commits": sorted({str(environment.get("commit")) for environment in environments}),
+        "backends": sorted({str(environment.get("backend")) for environment in environments}),
+        "splits": summarize_runs([run.results["splits"] for run in runs]),
+    }
+
+
+def seconds_of(runs: Sequence[FinishedRun]) -> list[float]:
+    """Seconds of training by run."""
+    return [round(sum(line.get("seconds", 0) for line in run.metrics), 1) for run in runs]
+
+
+def read_rows(path: Path) -> list[ResultRow]:
+    """The rows in a results file.
+
+    Raises:
+        ValueError: the file is missing, does not parse, or holds something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected a results file (.json) or folders with runs")
+    rows = read_json(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "splits" in row for row in rows):
+        raise ValueError(f"{path} holds no rows of results; expected a list of objects with splits")
+    return rows
+
+
+def merged(before: Sequence[ResultRow], now: Sequence[ResultRow], key: Callable[[ResultRow], Any]) -> list[ResultRow]:
+    """The rows of ``before`` with those of ``now`` in their place or at the end."""
+    return list({key(row): row for row in [*before, *now]}.values())
+
+
+def update_rows(path: Path, change: Callable[[list[ResultRow]], list[ResultRow]]) -> list[ResultRow]:
+    """Replaces the rows of a results file by ``change`` of them, and returns those; an absent file has none.
+
+    Other processes that do the same wait; the file is whole at every moment.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(path.with_name(f"{path.name}.lock")):
+        rows = change(read_rows(path) if path.exists() else [])
+        write_bytes(path, (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode())
+    return rows

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""`protokernels table`: what is trained, collected, merged and printed, paper by paper."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tyro", reason="the commands need the extra protokernels[train]")
+
+from protokernels.papers import PAPERS
+from protokernels.tables import TableOptions, chosen_values, job_of, papers_with_a_table, table_of, train_missing
+from protokernels.training.files import exclusive
+
+from .run_folders import Run, table_command, vaesim_splits, write_run
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`protokernels table ...` -> status, output, errors."""
+    return table_command(capsys)
+
+
+class TestCommand:
+    def test_every_paper_has_a_table(self) -> None:
+        assert papers_with_a_table() == list(PAPERS)
+        for paper in PAPERS:
+            described = table_of(paper)
+            assert described.paper == paper and next(iter(described.axes)) == "data" and "preset" in described.axes
+
+    def test_words(self, run: Run) -> None:
+        status, out, _ = run("--help")
+        assert status == 0 and "papers: vaesim, optiml" in out
+        status, out, err = run("fly")
+        assert status == 2 and "unknown paper 'fly'" in err and "papers: vaesim" in out
+        assert run()[0] == 2
+        assert run("local-contrast", "--only", "fold")[0] == 1  # hyphens as in train
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--only", "size=3"], "unknown axis size; the table of vaesim has data, paper, preset"),
+            (["--add"], "name it with --results"),
+            (["--runs", "0"], "--runs must be at least 1; got 0"),
+            (["--figures", "f"], "vaesim has no pictures of several rows"),
+            (["nowhere"], "nowhere is no folder"),
+            (["nowhere.json"], "nowhere.json does not exist"),
+            (["--preset", "best"], "no run of the table has preset best; it has some of fair, official"),
+            (["--only", "paper=magic"], "unknown paper magic; expected some of vaesim"),
+            (["--only", "paper=vaesim", "--preset", "fair", "--set", "latent=3"], "did you mean latent_dim"),
+            (["--only", "paper=vaesim", "--preset", "fair", "--set", "latent_dim=0"], "latent_dim must be positive"),
+            (["--data", "imagenet", "--preset", "fair", "--runs", "1"], "digits"),
+        ],
+    )
+    def test_problems_are_named_and_nothing_is_trained(
+        self, words: list[str], message: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        status, out, err = run("vaesim", *words)
+        assert status == 1 and message in err and "Traceback" not in err and out == ""
+        assert not list(tmp_path.rglob("config.json"))
+
+    def test_formats_and_files(self, run: Run, tmp_path: Path) -> None:
+        write_run(tmp_path / "runs" / "a", "vaesim", {"data": "mnist"}, vaesim_splits(0.9))
+        _, text, _ = run("vaesim", tmp_path / "runs")
+        assert text.startswith("mnist\n") and "0.830 ± 0.010" in text and "0.900" in text  # the paper's and ours
+        _, text, _ = run("vaesim", tmp_path / "runs", "--format", "markdown", "--out", tmp_path / "a.md")
+        assert text == "" and "| `fair` | test | 0.600 | 0.900 |" in (tmp_path / "a.md").read_text()
+        _, text, _ = run("vaesim", tmp_path / "runs", "--format", "json")
+        (table,) = json.loads(text)
+        assert [row["name"] for row in table["rows"]] == [
+            "the larger class",
+            *["vaesim"] * 4,
+        ]  # paper, logs, paper (aug), ours
+        assert table["rows"][1]["cells"]["kNN"] == {"mean": 0.97, "std": 0.001, "runs": 10}
+        assert table["rows"][-1]["cells"]["kNN"] == {"mean": 0.9, "std": None, "runs": 1}
+
+    def test_a_combination_that_the_table_lacks_is_named(self, run: Run, tmp_path: Path) -> None:
+        described = replace(table_of("vaesim"), recipe=lambda values, _paper: None)
+        with pytest.raises(ValueError, match="no run of the table has preset fair; it has some of fair, official"):
+            train_missing(described, tmp_path, {"preset": ["fair"]}, TableOptions())
+        pixels = {"preset": ["pixels"], "data": ["digits"]}
+        assert not train_missing(described, tmp_path, pixels, TableOptions()).failed
+
+    def test_values_are_set_together(self, tmp_path: Path) -> None:
+        described, options = table_of("vaesim"), TableOptions(data=("digits",), set=("batch_size=8", "prototypes=6"))
+        values = described.combinations(chosen_values(described, options))[0]
+        job = job_of(described, values, 0, tmp_path, options)
+        assert job is not None and (job.config.batch_size, job.config.num_prototypes) == (
+            8,
+            6,
+        )  # 8 is below the 40 of the preset
+
+    def test_an_older_run_and_a_newer_one_are_one_row(self, run: Run, tmp_path: Path) -> None:
+        write_run(tmp_path / "a", "vaesim", {}, vaesim_splits(0.5))
+        write_run(tmp_path / "b", "vaesim", {"knn_k": 5}, vaesim_splits(0.6), seed=1)  # what `a` has by default
+        status, text, _ = run("vaesim", tmp_path)
+        assert status == 0 and "0.550 ± 0.071" in text
+
+    def test_results_are_merged_and_chosen(self, run: Run, tmp_path: Path) -> None:
+        results = tmp_path / "results.json"
+        for data, preset, score in (("x", "fair", 0.5), ("x", "paper", 0.6), ("y", "fair", 0.7)):
+            config = {"data": data, "preset_name": preset}
+            write_run(tmp_path / f"{data}-{preset}", "vaesim", config, vaesim_splits(score))
+        assert run("vaesim", tmp_path / "x-fair", tmp_path / "y-fair", "--results", results)[0] == 0
+        status, text, _ = run("vaesim", tmp_path / "x-paper", "--results", results, "--format", "markdown")
+        assert status == 0 and text.count("**") == 4 and "`paper`" in text
+        assert [(row["data"], row["preset"]) for row in json.loads(results.read_text())] == [
+            ("x", "fair"),
+            ("y", "fair"),
+            ("x", "paper"),
+        ]
+        _, text, _ = run("vaesim", results, "--data", "x", "--preset", "paper", "--format", "json")
+        assert [row["cells"]["preset"] for table in json.loads(text) for row in table["rows"]] == [None, "paper"]
+        status, _, err = run("vaesim", results, "--data", "z")
+        assert status == 1 and "no finished run of vaesim" in err
+        status, _, err = run("optiml", tmp_path / "x-fair", "--results", tmp_path / "o.json", "--add")
+        assert status == 1 and "cannot be joined" in err
+
+    def test_figures_need_runs(self, run: Run, tmp_path: Path) -> None:
+        source = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "optimized_views.json"
+        status, _, err = run("optimized-views", source, "--figures", tmp_path / "f")
+        assert status == 1 and "a results file has no weights" in err
+
+
+class TestTraining:
+    """On the smallest real runs."""
+
+    SMALL = ("epochs=1", "num_prototypes=12", "image_size=16", "batch_size=200")
+    WORDS = (
+        "vaesim",
+        "--data",
+        "digits",
+        "--only",
+        "paper=vaesim",
+        "--preset",
+        "fair",
+        "--device",
+        "cpu",
+        "--quiet",
+        "--set",
+        *SMALL,
+    )
+
+    def test_what_is_missing_is_trained_once(self, run: Run, tmp_path: Path) -> None:
+        words = (*self.WORDS, "--folder", tmp_path / "table")
+        with exclusive(self.lock(tmp_path / "table", 1)):
+            status, text, err = run(*words, "--runs", 2)
+        assert status == 0 and "2 runs below" in err and "left to another process: vaesim-digits-fair/seed-1" in err
+        assert re.search(r"vaesim +fair +test .* 1 +1\n", text)  # one seed, one epoch
+        first = (tmp_path / "table" / "vaesim-digits-fair" / "seed-0" / "results.json").read_bytes()
+        status, text, err = run(*words, "--runs", 2, "--results", tmp_path / "r.json", "--format", "json")
+        assert (
+            status == 0 and "1 of them finished" in err and str(tmp_path / "table/vaesim-digits-fair/seed-0") not in err
+        )
+        assert (tmp_path / "table" / "vaesim-digits-fair" / "seed-0" / "results.json").read_bytes() == first
+        (row,) = json.loads((tmp_path / "r.json").read_text())
+        assert row["seeds"] == [0, 1] and row["config"]["image_size"] == 16
+        knn = row["splits"]["test"]["knn"]
+        assert knn["mean"] == pytest.approx(statistics.fmean(knn["values"])) and len(set(knn["values"])) <= 2
+        assert json.loads(text)[0]["rows"][-1]["cells"]["kNN"]["runs"] == 2
+        status, _, err = run(*self.WORDS[:-4], "epochs=2", "--folder", tmp_path / "table", "--runs", 1)
+        assert status == 1 and "epochs: 1 there, 2 now" in err and "--keep takes finished runs as they are" in err
+        status, text, _ = run(*self.WORDS[:-4], "epochs=2", "--folder", tmp_path / "table", "--runs", 1, "--keep")
+        assert status == 0 and " 2" in text  # both finished seeds count
+
+    def test_pixels_need_no_training_and_are_computed_once(self, run: Run, tmp_path: Path) -> None:
+        words = ("vaesim", "--data", "digits", "--preset", "pixels", "--folder", tmp_path, "--format", "markdown")
+        status, text, err = run(*words)
+        assert (
+            status == 0
+            and re.search(r"\| raw pixels \| \| test \| \| \| 0\.9\d\d \| 0\.9\d\d \| \| \| 1 \| \|", text)
+            and err == ""
+        )
+        kept = tmp_path / "computed" / "digits-pixels.json"
+        kept.write_text(kept.read_text().replace("0.9", "0.1"))
+        assert "| 0.1" in run(*words)[1]
+
+    def test_a_run_that_fails_is_named_and_the_others_are_shown(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from protokernels.papers import vaesim
+
+        trained = vaesim.train
+
+        def train(config: Any, out: Path, **more: Any) -> dict[str, Any]:
+            if more["settings"].seed == 0:
+                raise FloatingPointError("the loss is nan")
+            return trained(config, out, **more)
+
+        monkeypatch.setattr(vaesim, "train", train)
+        status, text, err = run(*self.WORDS, "--folder", tmp_path, "--runs", 2)
+        assert status == 1 and "not finished: vaesim-digits-fair/seed-0: the loss is nan" in err and "kNN" in text
+
+    def lock(self, folder: Path, seed: int) -> Path:
+        (folder / "vaesim-digits-fair").mkdir(parents=True)
+        return folder / "vaesim-digits-fair" / f"seed-{seed}.lock"
