@@ -11,8 +11,10 @@ from ..training.classification_report import METHODS, digits
 from ._contrastive_autoencoder_config import PAPER_RESULTS
 from .contrastive_autoencoder import ContrastiveAutoencoder, ContrastiveAutoencoderConfig
 
+UNTRAINED = "untrained"
+"""Beside the presets: the decoder of ``fair`` on an encoder that was never trained, the floor of all the others."""
 PRESETS = {  # module -> its presets
-    "contrastive_autoencoder": ("fair", "paper", "official"),
+    "contrastive_autoencoder": ("fair", "paper", "official", UNTRAINED),
     "resnet18_transfer": ("fair", "paper"),
     "resnet18_kmeans": ("fair", "paper"),
 }
@@ -24,7 +26,7 @@ def identity(run: FinishedRun) -> Values:
     """Data, preset, module, and of a network where its weights came from."""
     return {
         "data": run.config["data"],
-        "preset": run.config["preset_name"],
+        "preset": UNTRAINED if run.config.get("warmup_epochs") == 0 else run.config["preset_name"],
         "paper": run.results["paper"],
         "weights": run.results.get("weights"),
     }
@@ -64,6 +66,16 @@ def _line(name: str, row: ResultRow, split: str, method: str, *, show: bool) -> 
     return Row(name, (*cells, seeds, number if show else None), row.get("protocol", {}))
 
 
+def recipe(values: Values, _paper: str) -> Recipe | None:
+    """What is trained for a row; none for a preset that a baseline does not have."""
+    module, preset = values["paper"], values["preset"]
+    if preset not in PRESETS[module]:
+        return None
+    if preset == UNTRAINED:
+        return Recipe(module, "fair", {"epochs": 1, "warmup_epochs": 0, "ramp_epochs": 0})
+    return Recipe(module, preset)
+
+
 def _check(config: object) -> None:
     if isinstance(config, ContrastiveAutoencoderConfig):
         ContrastiveAutoencoder(config, channels=1)
@@ -72,15 +84,17 @@ def _check(config: object) -> None:
 TABLE = PaperTable(
     paper="contrastive_autoencoder",
     modules=tuple(PRESETS),
-    axes={"data": ("pneumoniamnist", "mnist"), "paper": tuple(PRESETS), "preset": ("fair", "paper", "official")},
+    axes={
+        "data": ("pneumoniamnist", "mnist"),
+        "paper": tuple(PRESETS),
+        "preset": ("fair", "paper", "official", UNTRAINED),
+    },
     row_key=("data", "preset", "paper", "weights"),
     identity=identity,
     runs=5,
     details=details,
     tables=tables,
-    recipe=lambda values, _paper: (
-        Recipe(values["paper"], values["preset"]) if values["preset"] in PRESETS[values["paper"]] else None
-    ),
+    recipe=recipe,
     folder=lambda values, seed: (
         Path(f"{values['paper']}-{Path(values['data']).stem}-{values['preset']}") / f"seed-{seed}"
     ),
