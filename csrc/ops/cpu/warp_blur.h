@@ -220,7 +220,7 @@ struct Blur {
         shifts_of(room.extended);
         sum_rows<T, true>(room.list, p.W, room.sum, room.slope);
         sum_over_row<T, 1>(
-            p.W,
+            0, p.W,
             [&](int64_t i, Vec<T>(&v)[1]) {
               v[0] = load(room.gradient + i) * load(room.slope + i) + load(room.gradient_slope + i) * load(room.sum + i);
             },

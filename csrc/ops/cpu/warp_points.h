@@ -157,7 +157,7 @@ struct Points {
     const int rows = y == mirror ? 1 : 2;
     const auto add = [&](int column, const auto& term) {
       sum_over_row<T, 1>(
-          W, [&](int64_t i, Vec<T>(&v)[1]) { v[0] = term(i); }, [&](const Vec<T>(&v)[1]) { sums[column].add(v[0]); });
+          0, W, [&](int64_t i, Vec<T>(&v)[1]) { v[0] = term(i); }, [&](const Vec<T>(&v)[1]) { sums[column].add(v[0]); });
     };
     if (stage == WarpStage::vflip) {
       if (sums && rows == 2) add(5, [&](int64_t i) { return (load(g[0] + i) - load(g[1] + i)) * (load(x[1] + i) - load(x[0] + i)); });
@@ -186,7 +186,7 @@ struct Points {
     const Vec<T> of_row = broadcast(room.crop_y.argument[row]);
     const double slope = room.crop_y.slope[row];
     sum_over_row<T, 2>(
-        p.W,
+        0, p.W,
         [&](int64_t i, Vec<T>(&v)[2]) {
           const Vec<T> product = load(grad + i) * load(in + i);
           const auto x_is_smaller = load(room.crop_x.argument + i) <= of_row;

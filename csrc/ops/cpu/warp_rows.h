@@ -140,13 +140,13 @@ struct Sum {
 
 constexpr int64_t SUM_BLOCK = 512;  // pixels of a row that add up in T
 
-// function(i, values) gives N vectors of terms for the pixels at i; take(sums) gets their sums over a part of [0, W) at a time. Lanes beyond W do not
-// count.
+// function(i, values) gives N vectors of terms for the pixels at i; take(sums) gets their sums over a part of [first, last) at a time. Lanes from last on
+// do not count.
 template <class T, int N, class Function, class Take>
-PK_INLINE void sum_over_row(int64_t W, const Function& function, const Take& take) {
-  for (int64_t begin = 0; begin < W; begin += SUM_BLOCK) {
+PK_INLINE void sum_over_row(int64_t first, int64_t last, const Function& function, const Take& take) {
+  for (int64_t begin = first; begin < last; begin += SUM_BLOCK) {
     Vec<T> sums[N]{};
-    const int64_t end = std::min(W, begin + SUM_BLOCK);
+    const int64_t end = std::min(last, begin + SUM_BLOCK);
     for (int64_t i = begin; i < end; i += LANES<T>) {  // one loop for the last vector too: a second copy of the function would not be inlined
       Vec<T> values[N];
       function(i, values);
