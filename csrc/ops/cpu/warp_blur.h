@@ -104,7 +104,7 @@ PK_INLINE void filter(const Source& source, const Taps<T>& taps, int64_t first, 
 // Memory of a blur for one plane at a time, and the taps of the last sigma.
 template <class T>
 struct BlurRoom {
-  T *extended, *sum;              // a row with its border; a result with its border
+  T *extended, *sums[2];          // a row with its border; results with theirs
   T *gradient, *gradient_slope;   // a row between zeros; another
   T* zeros;                       // a row of them
   const T** lines;                // the rows under the taps
@@ -115,7 +115,7 @@ struct BlurRoom {
 
   BlurRoom(const WarpProblem& p, Arena& arena)
       : extended(take_row<T>(arena, p.W, p.radius_x + LANES<T>)),
-        sum(take_row<T>(arena, p.W, p.radius_x + 2 * LANES<T>)),
+        sums{take_row<T>(arena, p.W, p.radius_x + 2 * LANES<T>), take_row<T>(arena, p.W, p.radius_x + 2 * LANES<T>)},
         gradient(take_row<T>(arena, p.W, 2 * p.radius_x + 2 * LANES<T>)),
         gradient_slope(take_row<T>(arena, p.W)),
         zeros(take_row<T>(arena, p.W)),
@@ -150,7 +150,7 @@ struct Blur {
     room.along_y.fill(p.radius_y, sigma), room.along_x.fill(p.radius_x, sigma);
   }
 
-  // Row y with its border.
+  // Row y with its border. Best made some time before it is used: what reads across two writes waits until both have left the core.
   Shifts<T> extended(const Rows& in, int64_t y) const {
     T* const row = room.extended;
     in.copy(y, row);
@@ -165,18 +165,20 @@ struct Blur {
   // across: for the rows blurred along x. Each is used while it is in the first-level cache.
   void forward(const Rows& in, const Plane<T>& across, const Rows& out) const {
     int64_t ready = 0;
+    Shifts<T> next = extended(in, 0);
     for (int64_t y = 0; y < p.H; ++y) {
       for (; ready < std::min(p.H, y + along_y.reach + 1); ++ready) {
         T* const row = across.row(ready);
-        filter<T, false>(extended(in, ready), along_x, 0, p.W, [&](int64_t at, Vec<T> sum, Vec<T>) { store(row + at, sum); });
+        filter<T, false>(next, along_x, 0, p.W, [&](int64_t at, Vec<T> sum, Vec<T>) { store(row + at, sum); });
+        if (ready + 1 < p.H) next = extended(in, ready + 1);
       }
       for (int64_t k = -along_y.reach; k <= along_y.reach; ++k) {
         const int64_t from = room.place_y[y + k];
         room.lines[k] = from < 0 ? room.zeros : across.row(from);
       }
-      T* const row = out.place(y, room.sum);
+      T* const row = out.place(y, room.sums[0]);
       filter<T, false>(Lines<T>{room.lines}, along_y, 0, p.W, [&](int64_t at, Vec<T> sum, Vec<T>) { store(row + at, sum); });
-      out.done(y, row, room.sum);
+      out.done(y, row, room.sums[0]);
     }
   }
 
@@ -217,10 +219,9 @@ struct Blur {
     }
   }
 
-  // The adjoint along x of room.gradient, in room.sum: what the border received goes back to where it came from.
-  void adjoint_row() const {
+  // The adjoint along x of room.gradient: what the border received goes back to where it came from.
+  void adjoint_row(T* out) const {
     const int64_t R = along_x.reach;
-    T* const out = room.sum;
     std::fill_n(room.gradient + p.W, 2 * R + LANES<T>, T(0));
     filter<T, false>(Shifts<T>{room.gradient}, along_x, -round_up(R, LANES<T>), p.W + R, [&](int64_t at, Vec<T> sum, Vec<T>) { store(out + at, sum); });
     for (int64_t i = 1; i <= R; ++i) {
@@ -230,9 +231,8 @@ struct Blur {
     }
   }
 
-  // sum G (K'_y K_x + K_y K'_x) X of row y of the input, after adjoint_column<true>.
-  void row_sum(const Rows& in, int64_t y, Sum<T>& sum_of_plane) const {
-    const Shifts<T> row = extended(in, y);
+  // sum G (K'_y K_x + K_y K'_x) X of a row of the input, after adjoint_column<true>.
+  void row_sum(const Shifts<T>& row, Sum<T>& sum_of_plane) const {
     for (int64_t begin = 0; begin < p.W; begin += SUM_BLOCK) {
       Vec<T> total{};
       const int64_t end = std::min(p.W, begin + SUM_BLOCK);
@@ -247,12 +247,18 @@ struct Blur {
   // grad_in: by the input, or null. grad_sigma: is added to, or null; needs the input.
   void backward(const Plane<T>& grad, const Rows& in, const Rows* grad_in, Sum<T>* grad_sigma) const {
     for (int64_t y = 0; y < p.H; ++y) {
-      grad_sigma ? adjoint_column<true>(grad, y) : adjoint_column<false>(grad, y);
-      if (grad_sigma) row_sum(in, y, *grad_sigma);
+      if (grad_sigma) {
+        const Shifts<T> row = extended(in, y);
+        adjoint_column<true>(grad, y);
+        row_sum(row, *grad_sigma);
+      } else {
+        adjoint_column<false>(grad, y);
+      }
       if (!grad_in) continue;
-      adjoint_row();
-      grad_in->write(y, room.sum);
+      if (y > 0) grad_in->write(y - 1, room.sums[(y - 1) % 2]);
+      adjoint_row(room.sums[y % 2]);
     }
+    if (grad_in) grad_in->write(p.H - 1, room.sums[(p.H - 1) % 2]);
   }
 };
 

@@ -12,7 +12,7 @@ namespace {
 
 // Columns of R(2 pi l): the angle is reduced in quarters, so that quarter turns are exact.
 struct Rotation {
-  double cosine, sine;
+  double cosine, sine, inverse_cosine, inverse_sine;
 
   explicit Rotation(double turns) {
     const double rest = turns - std::round(turns), quarters = std::round(4 * rest), angle = 6.283185307179586 * (rest - quarters / 4);
@@ -23,19 +23,20 @@ struct Rotation {
       case 2: cosine = -c, sine = -s; break;
       default: cosine = s, sine = -c;
     }
+    inverse_cosine = 1 / cosine, inverse_sine = 1 / sine;
   }
 
   // Pixels of row y from which taps may lie on the plane: all others, and a few of these, have none there.
   void span(const WarpProblem& p, int64_t y, int64_t& first, int64_t& last) const {
     const double cx = 0.5 * static_cast<double>(p.W - 1), cy = 0.5 * static_cast<double>(p.H - 1), dy = static_cast<double>(y) - cy;
     double from = 0, to = static_cast<double>(p.W);
-    const auto meet = [&](double step, double start, int64_t size) {  // start + step (x - cx) in [-slack, size + slack)
+    const auto meet = [&](double step, double inverse, double start, int64_t size) {  // start + step (x - cx) in [-slack, size + slack)
       const double n = static_cast<double>(size), slack = 2 + 1e-6 * n, low = -slack - start, high = n + slack - start;
       if (std::abs(step) < 1e-12) return void(low > 0 || high < 0 ? to = 0 : to);
-      const double inverse = 1 / step, a = cx + low * inverse, b = cx + high * inverse;
+      const double a = cx + low * inverse, b = cx + high * inverse;
       from = std::max(from, std::min(a, b)), to = std::min(to, std::max(a, b) + 1);
     };
-    meet(cosine, cx - sine * dy, p.W), meet(sine, cy + cosine * dy, p.H);
+    meet(cosine, inverse_cosine, cx - sine * dy, p.W), meet(sine, inverse_sine, cy + cosine * dy, p.H);
     first = static_cast<int64_t>(std::min(from, static_cast<double>(p.W))), last = std::max(static_cast<int64_t>(to), first);
   }
 

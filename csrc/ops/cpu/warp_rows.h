@@ -34,6 +34,15 @@ struct Arena {
 template <class T>
 constexpr Kind KIND = sizeof(T) == 8 ? Kind::f64 : Kind::f32;
 
+// A row of T as it is: whole vectors, of which the last two overlap.
+template <class T>
+PK_INLINE void copy_row(const T* in, T* out, int64_t W) {
+  if (W < LANES<T>) return void(std::memcpy(out, in, static_cast<size_t>(W) * sizeof(T)));
+  const Vec<T> last = load(in + W - LANES<T>);
+  for (int64_t i = 0; i + LANES<T> < W; i += LANES<T>) store(out + i, load(in + i));
+  store(out + W - LANES<T>, last);
+}
+
 // Rows of W elements at base[start + y stride]. Kernels see them as rows of T that may be read up to a whole vector: in place where that is safe, else
 // through a buffer.
 struct Rows {
@@ -46,11 +55,12 @@ struct Rows {
   const T* read(int64_t y, T* buffer) const {
     const int64_t at = start + y * stride;
     if (kind == KIND<T> && (has_margin || W % LANES<T> == 0)) return static_cast<const T*>(base) + at;
-    read_row(base, kind, at, buffer, W);
+    copy(y, buffer);
     return buffer;
   }
   template <class T>
   void copy(int64_t y, T* out) const {
+    if (kind == KIND<T>) return copy_row(static_cast<const T*>(base) + start + y * stride, out, W);
     read_row(base, kind, start + y * stride, out, W);
   }
   // Where a kernel puts whole vectors; then done.
@@ -60,10 +70,11 @@ struct Rows {
   }
   template <class T>
   void done(int64_t y, const T* placed, const T* buffer) const {
-    if (placed == buffer) write_row(base, kind, start + y * stride, buffer, W);
+    if (placed == buffer) write(y, buffer);
   }
   template <class T>
   void write(int64_t y, const T* in) const {
+    if (kind == KIND<T>) return copy_row(in, static_cast<T*>(base) + start + y * stride, W);
     write_row(base, kind, start + y * stride, in, W);
   }
 };
