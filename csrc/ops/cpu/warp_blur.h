@@ -104,10 +104,10 @@ PK_INLINE void filter(const Source& source, const Taps<T>& taps, int64_t first, 
 // Memory of a blur for one plane at a time, and the taps of the last sigma.
 template <class T>
 struct BlurRoom {
-  T *extended, *sums[2];          // a row with its border; results with theirs
-  T *gradient, *gradient_slope;   // a row between zeros; another
-  T* zeros;                       // a row of them
-  const T** lines;                // the rows under the taps
+  T *extended, *sums[2];           // a row with its border; results with theirs
+  T *gradient, *gradient_slope;    // a row between zeros; another
+  T* zeros;                        // a row of them
+  const T** lines;                 // the rows under the taps
   T *border_value, *border_slope;  // weights of the rows that a border row of the adjoint receives from
   int64_t *place_y, *place_x;      // what padding puts at -radius .. size + radius - 1
   double sigma = -1;
@@ -223,7 +223,8 @@ struct Blur {
   void adjoint_row(T* out) const {
     const int64_t R = along_x.reach;
     std::fill_n(room.gradient + p.W, 2 * R + LANES<T>, T(0));
-    filter<T, false>(Shifts<T>{room.gradient}, along_x, -round_up(R, LANES<T>), p.W + R, [&](int64_t at, Vec<T> sum, Vec<T>) { store(out + at, sum); });
+    filter<T, false>(Shifts<T>{room.gradient}, along_x, -round_up(R, LANES<T>), p.W + R,
+                     [&](int64_t at, Vec<T> sum, Vec<T>) { store(out + at, sum); });
     for (int64_t i = 1; i <= R; ++i) {
       const int64_t before = room.place_x[-i], after = room.place_x[p.W - 1 + i];
       if (before >= 0) out[before] += out[-i];

@@ -34,7 +34,11 @@ struct Room {
   T* row;
 
   Room(const WarpProblem& p, bool backward, Arena& arena)
-      : blur(p, arena), points(p, arena), cells(arena, p, backward), different(backward ? most_passes(p) + 1 : 2), row(take_row<T>(arena, p.W)) {
+      : blur(p, arena),
+        points(p, arena),
+        cells(arena, p, backward),
+        different(backward ? most_passes(p) + 1 : 2),
+        row(take_row<T>(arena, p.W)) {
     for (int k = 0; k < SPARE; ++k) plane[k] = k < different ? Plane<T>(arena, p.H, p.W) : plane[k - different];
     plane[SPARE] = Plane<T>(arena, p.H, p.W);
   }

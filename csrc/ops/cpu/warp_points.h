@@ -31,7 +31,8 @@ template <class T>
 struct CropAxis {
   T *argument, *value, *slope;
 
-  CropAxis(Arena& arena, int64_t size) : argument(take_row<T>(arena, size)), value(take_row<T>(arena, size)), slope(take_row<T>(arena, size)) {}
+  CropAxis(Arena& arena, int64_t size)
+      : argument(take_row<T>(arena, size)), value(take_row<T>(arena, size)), slope(take_row<T>(arena, size)) {}
 
   void fill(int64_t size, double center, double half, double sharpness) const {
     const T middle = static_cast<T>(center) * static_cast<T>(size), k = static_cast<T>(sharpness), scale = k * static_cast<T>(size);
@@ -57,7 +58,8 @@ struct PointsRoom {
   int64_t plane = -1;               // whose noise and mask these are
   uint32_t ready = 0;               // bit k: what stage k needs is there
 
-  PointsRoom(const WarpProblem& p, Arena& arena) : noise(arena.take<T>(normal_room<T>(p.H * p.W) + 2 * LANES<T>)), crop_y(arena, p.H), crop_x(arena, p.W) {
+  PointsRoom(const WarpProblem& p, Arena& arena)
+      : noise(arena.take<T>(normal_room<T>(p.H * p.W) + 2 * LANES<T>)), crop_y(arena, p.H), crop_x(arena, p.W) {
     if (noise) noise += LANES<T>;
     for (int r = 0; r < 2; ++r) in[r] = take_row<T>(arena, p.W), out[r] = take_row<T>(arena, p.W), gradient[r] = take_row<T>(arena, p.W);
   }
@@ -143,7 +145,8 @@ struct PointStages {
   // Adds what a block gives to the derivative by the stage's parameters: x its input there, g the gradient by its output. MIDDLE: the block and its
   // mirror image meet or overlap, and the pixels from the middle of the row on count in the mirror image alone.
   template <int ROWS, bool MIDDLE>
-  inline __attribute__((always_inline)) void add(WarpStage kind, int64_t y, int64_t i, const Block<T, ROWS>& x, const Block<T, ROWS>& g, PointTotals<T>& totals) const {
+  inline __attribute__((always_inline)) void add(WarpStage kind, int64_t y, int64_t i, const Block<T, ROWS>& x, const Block<T, ROWS>& g,
+                                                 PointTotals<T>& totals) const {
     const auto counted = [&](Vec<T> term, int side) { return MIDDLE ? first_lanes<T>(term, (side ? W : W + 1) / 2 - i) : term; };
     if (kind == WarpStage::noise) {
       for (int r = 0; r < ROWS; ++r) {
@@ -171,7 +174,8 @@ struct PointStages {
   }
 
   template <int ROWS, bool SUMS, bool MIDDLE>
-  inline __attribute__((always_inline)) void backward_block(const T* const (&x)[2], const T* const (&g)[2], T* const (&out)[2], int64_t y, int64_t i, PointTotals<T>& totals) const {
+  inline __attribute__((always_inline)) void backward_block(const T* const (&x)[2], const T* const (&g)[2], T* const (&out)[2], int64_t y,
+                                                            int64_t i, PointTotals<T>& totals) const {
     Block<T, ROWS> input[POINT_STAGES], gradient = read<ROWS>(g, i);
     if constexpr (SUMS) {
       input[0] = read<ROWS>(x, i);
@@ -198,7 +202,8 @@ struct Points {
       if (columns >= SUM_BLOCK / 4) save();
     }
     void save() {
-      sums[1].add(totals.noise), sums[2].add(totals.crop_x), sums[3].add(totals.crop_y), sums[4].add(totals.hflip), sums[5].add(totals.vflip);
+      sums[1].add(totals.noise), sums[2].add(totals.crop_x), sums[3].add(totals.crop_y), sums[4].add(totals.hflip),
+          sums[5].add(totals.vflip);
       totals = {}, columns = 0;
     }
   };
@@ -207,9 +212,20 @@ struct Points {
   PointsRoom<T>& room;
   PointStages<T> all;
 
-  Points(const WarpProblem& problem, PointsRoom<T>& points_room, const Pass& pass, const Sample& sample, int64_t plane, bool with_noise = true)
-      : p(problem), room(points_room), all{p.H, p.W, pass.count, {}, static_cast<T>(p.noise_std) * static_cast<T>(sample.param[1]),
-                                           static_cast<T>(sample.param[4]), static_cast<T>(sample.param[5]), nullptr, room.crop_y, room.crop_x} {
+  Points(const WarpProblem& problem, PointsRoom<T>& points_room, const Pass& pass, const Sample& sample, int64_t plane,
+         bool with_noise = true)
+      : p(problem),
+        room(points_room),
+        all{p.H,
+            p.W,
+            pass.count,
+            {},
+            static_cast<T>(p.noise_std) * static_cast<T>(sample.param[1]),
+            static_cast<T>(sample.param[4]),
+            static_cast<T>(sample.param[5]),
+            nullptr,
+            room.crop_y,
+            room.crop_x} {
     const uint64_t first = static_cast<uint64_t>(plane % p.C * p.H * p.W);
     all.noise = room.noise + first % 4;
     if (room.plane != plane) room.plane = plane, room.ready = 0;

@@ -43,7 +43,9 @@ struct Rotation {
   template <class T>
   Course<T, 2> course(const WarpProblem& p, int64_t y) const {
     const double cx = 0.5 * static_cast<double>(p.W - 1), cy = 0.5 * static_cast<double>(p.H - 1), dy = static_cast<double>(y) - cy;
-    return {{static_cast<T>(cosine), static_cast<T>(sine)}, {static_cast<T>(cx - sine * dy), static_cast<T>(cy + cosine * dy)}, static_cast<T>(cx)};
+    return {{static_cast<T>(cosine), static_cast<T>(sine)},
+            {static_cast<T>(cx - sine * dy), static_cast<T>(cy + cosine * dy)},
+            static_cast<T>(cx)};
   }
 };
 
@@ -72,8 +74,7 @@ struct Cells {
   T* memory;
   int64_t stride, H, W;
 
-  Cells(Arena& arena, const WarpProblem& p, bool wanted)
-      : stride(round_up(p.W + 2 * MARGIN, LANES<T>)), H(p.H), W(p.W) {
+  Cells(Arena& arena, const WarpProblem& p, bool wanted) : stride(round_up(p.W + 2 * MARGIN, LANES<T>)), H(p.H), W(p.W) {
     memory = wanted ? arena.take<T>(4 * elements()) : nullptr;
   }
   int64_t elements() const { return (H + 2 * MARGIN) * stride + 2 * LANES<T>; }
@@ -85,13 +86,16 @@ struct Cells {
 PK_INLINE void add_to_cells(float* cells, const int64_t* offset, __m256 w0, __m256 w1, __m256 w2, __m256 w3) {
   const __m256d upper_low = _mm256_castps_pd(_mm256_unpacklo_ps(w0, w1)), upper_high = _mm256_castps_pd(_mm256_unpackhi_ps(w0, w1));
   const __m256d lower_low = _mm256_castps_pd(_mm256_unpacklo_ps(w2, w3)), lower_high = _mm256_castps_pd(_mm256_unpackhi_ps(w2, w3));
-  const __m256 a = _mm256_castpd_ps(_mm256_unpacklo_pd(upper_low, lower_low)), b = _mm256_castpd_ps(_mm256_unpackhi_pd(upper_low, lower_low));
-  const __m256 c = _mm256_castpd_ps(_mm256_unpacklo_pd(upper_high, lower_high)), d = _mm256_castpd_ps(_mm256_unpackhi_pd(upper_high, lower_high));
+  const __m256 a = _mm256_castpd_ps(_mm256_unpacklo_pd(upper_low, lower_low)),
+               b = _mm256_castpd_ps(_mm256_unpackhi_pd(upper_low, lower_low));
+  const __m256 c = _mm256_castpd_ps(_mm256_unpacklo_pd(upper_high, lower_high)),
+               d = _mm256_castpd_ps(_mm256_unpackhi_pd(upper_high, lower_high));
   const auto add = [&](int lane, __m128 four) {
     float* const cell = cells + 4 * offset[lane];
     _mm_store_ps(cell, _mm_add_ps(_mm_load_ps(cell), four));
   };
-  add(0, _mm256_castps256_ps128(a)), add(1, _mm256_castps256_ps128(b)), add(2, _mm256_castps256_ps128(c)), add(3, _mm256_castps256_ps128(d));
+  add(0, _mm256_castps256_ps128(a)), add(1, _mm256_castps256_ps128(b)), add(2, _mm256_castps256_ps128(c)),
+      add(3, _mm256_castps256_ps128(d));
   add(4, _mm256_extractf128_ps(a, 1)), add(5, _mm256_extractf128_ps(b, 1));
   add(6, _mm256_extractf128_ps(c, 1)), add(7, _mm256_extractf128_ps(d, 1));
 }
@@ -103,7 +107,9 @@ PK_INLINE void add_to_cells(T* cells, const Offsets<T>& offset, Vec<T> w0, Vec<T
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     const auto half = [](Vec<float> v, auto part) { return _mm512_extractf32x8_ps(reinterpret_cast<__m512>(v), part.value); };
-    const auto add = [&](auto part) { add_to_cells(cells, offset.numbers + 8 * part.value, half(w0, part), half(w1, part), half(w2, part), half(w3, part)); };
+    const auto add = [&](auto part) {
+      add_to_cells(cells, offset.numbers + 8 * part.value, half(w0, part), half(w1, part), half(w2, part), half(w3, part));
+    };
     return add(std::integral_constant<int, 0>{}), add(std::integral_constant<int, 1>{});
   }
 #elif defined(__AVX2__)
@@ -146,8 +152,8 @@ PK_INLINE Vec<T> sum_of_cells(const T* here, const T* above) {
 // The way back through a row: every pixel's part goes to the cells (if CELLS), and the sum of the derivatives by the angle is returned (if SUM). c_dy
 // and s_dy are what the row adds to the turned offset from the centre.
 template <bool CELLS, bool SUM, class T>
-PK_INLINE void row_back(const Source<T, 2>& source, T* cells, const Course<T, 2>& course, T c_dy, T s_dy, const T* grad, int64_t first, int64_t last,
-                        int64_t W, Sum<T>* sum) {
+PK_INLINE void row_back(const Source<T, 2>& source, T* cells, const Course<T, 2>& course, T c_dy, T s_dy, const T* grad, int64_t first,
+                        int64_t last, int64_t W, Sum<T>* sum) {
   const T c = course.step[0], s = course.step[1];
   const T high_x = static_cast<T>(source.size[0]), high_y = static_cast<T>(source.size[1]);
   const auto stride = static_cast<typename Offsets<T>::Lane>(source.stride[1]);
@@ -181,7 +187,8 @@ PK_INLINE void row_back(const Source<T, 2>& source, T* cells, const Course<T, 2>
 // grad: by the rotation's output. Writes the gradient by its input to out (null: not wanted; else cells work for it); adds the derivative by the angle
 // to sum (null: not wanted; else in is the input, with a margin).
 template <bool CELLS, bool SUM, class T>
-void rotate_back(const WarpProblem& p, const Plane<T>& in, const Cells<T>& cells, double turns, T* row, const Rows& grad, const Rows* out, Sum<T>* sum) {
+void rotate_back(const WarpProblem& p, const Plane<T>& in, const Cells<T>& cells, double turns, T* row, const Rows& grad, const Rows* out,
+                 Sum<T>* sum) {
   const Rotation rotation(turns);
   const double cy = 0.5 * static_cast<double>(p.H - 1);
   const Source<T, 2> source = source_of(in);
@@ -191,8 +198,8 @@ void rotate_back(const WarpProblem& p, const Plane<T>& in, const Cells<T>& cells
     int64_t first, last;
     rotation.span(p, y, first, last);
     first = first / LANES<T> * LANES<T>;
-    row_back<CELLS, SUM, T>(source, cells.row(0), rotation.course<T>(p, y), static_cast<T>(rotation.cosine * dy), static_cast<T>(rotation.sine * dy),
-                            grad.read(y, row), first, last, p.W, sum);
+    row_back<CELLS, SUM, T>(source, cells.row(0), rotation.course<T>(p, y), static_cast<T>(rotation.cosine * dy),
+                            static_cast<T>(rotation.sine * dy), grad.read(y, row), first, last, p.W, sum);
   }
   if constexpr (CELLS)
     for (int64_t y = 0; y < p.H; ++y) {
@@ -203,7 +210,8 @@ void rotate_back(const WarpProblem& p, const Plane<T>& in, const Cells<T>& cells
 }
 
 template <class T>
-void rotate_backward(const WarpProblem& p, const Plane<T>& in, const Cells<T>& cells, double turns, T* row, const Rows& grad, const Rows* out, Sum<T>* sum) {
+void rotate_backward(const WarpProblem& p, const Plane<T>& in, const Cells<T>& cells, double turns, T* row, const Rows& grad,
+                     const Rows* out, Sum<T>* sum) {
   const auto run = out && sum ? rotate_back<true, true, T> : out ? rotate_back<true, false, T> : rotate_back<false, true, T>;
   run(p, in, cells, turns, row, grad, out, sum);
 }

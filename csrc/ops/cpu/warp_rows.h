@@ -158,7 +158,8 @@ PK_INLINE void sum_over_row(int64_t first, int64_t last, const Function& functio
   for (int64_t begin = first; begin < last; begin += SUM_BLOCK) {
     Vec<T> sums[N]{};
     const int64_t end = std::min(last, begin + SUM_BLOCK);
-    for (int64_t i = begin; i < end; i += LANES<T>) {  // one loop for the last vector too: a second copy of the function would not be inlined
+    for (int64_t i = begin; i < end;
+         i += LANES<T>) {  // one loop for the last vector too: a second copy of the function would not be inlined
       Vec<T> values[N];
       function(i, values);
       if (i + LANES<T> > end)

@@ -28,7 +28,8 @@ PK_INLINE Vec<T> rounded_down(Vec<T> x) {
 template <class T>
 PK_INLINE Vec<T> clamped(Vec<T> x, T low, T high) {
 #if defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return at_least(at_most(broadcast(high), x), broadcast(low));  // at_most gives its first argument up for a number only
+  if constexpr (sizeof(T) == 4)
+    return at_least(at_most(broadcast(high), x), broadcast(low));  // at_most gives its first argument up for a number only
 #endif
   const Vec<T> below = x < high ? x : broadcast(high);
   return below > low ? below : broadcast(low);
@@ -58,7 +59,8 @@ struct Offsets {
 struct Pairs {  // left and right of eight lanes
   __m256 left, right;
   __attribute__((always_inline)) Pairs(__m128 ab, __m128 cd, __m128 ef, __m128 gh) {
-    const __m256 abef = _mm256_insertf128_ps(_mm256_castps128_ps256(ab), ef, 1), cdgh = _mm256_insertf128_ps(_mm256_castps128_ps256(cd), gh, 1);
+    const __m256 abef = _mm256_insertf128_ps(_mm256_castps128_ps256(ab), ef, 1),
+                 cdgh = _mm256_insertf128_ps(_mm256_castps128_ps256(cd), gh, 1);
     left = _mm256_shuffle_ps(abef, cdgh, 0x88), right = _mm256_shuffle_ps(abef, cdgh, 0xdd);
   }
 };
