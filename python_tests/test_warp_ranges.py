@@ -108,7 +108,9 @@ class TestValue:
         for now, then in zip(*results, strict=True):
             torch.testing.assert_close(now, then, rtol=0, atol=1e-11 * max(1.0, then.abs().max().item()))
 
-    @pytest.mark.parametrize("order", [("noise", "crop", "hflip", "vflip"), ("vflip", "rotate", "hflip", "noise")], ids="-".join)
+    @pytest.mark.parametrize(
+        "order", [("noise", "crop", "hflip", "vflip"), ("vflip", "rotate", "hflip", "noise")], ids="-".join
+    )
     def test_every_width(self, place: Place, order: Sequence[Any]) -> None:
         """Blocks of pixels meet their mirror images in the middle of a row: each pixel counts once, whatever is left over there."""
         for width in [*range(1, 50), 127, 600]:
@@ -121,7 +123,14 @@ class TestValue:
             for now, then in zip(*results, strict=True):
                 torch.testing.assert_close(now, then, rtol=1e-10, atol=1e-10 * max(1.0, then.abs().max().item()))
             with place.selected():
-                single = run(images.float(), params.float(), grad.float(), place.device, seed=seed.to(place.device), order=order[:1])
+                single = run(
+                    images.float(),
+                    params.float(),
+                    grad.float(),
+                    place.device,
+                    seed=seed.to(place.device),
+                    order=order[:1],
+                )
             with backend.use("reference"):
                 exact = run(images, params, grad, "cpu", seed=seed, order=order[:1])
             for now, then in zip(single, exact, strict=True):

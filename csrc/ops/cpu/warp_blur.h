@@ -144,10 +144,11 @@ struct Blur {
   const Taps<T>&along_y, &along_x;
 
   Blur(const WarpProblem& problem, BlurRoom<T>& blur_room, double sigma)
-      : p(problem), room(blur_room), along_y(room.along_y), along_x(room.along_x) {
+      : p(problem), room(blur_room), along_y(room.along_y), along_x(p.radius_x == p.radius_y ? room.along_y : room.along_x) {
     if (room.sigma == sigma) return;
     room.sigma = sigma;
-    room.along_y.fill(p.radius_y, sigma), room.along_x.fill(p.radius_x, sigma);
+    room.along_y.fill(p.radius_y, sigma);
+    if (p.radius_x != p.radius_y) room.along_x.fill(p.radius_x, sigma);
   }
 
   // Row y with its border. Best made some time before it is used: what reads across two writes waits until both have left the core.

@@ -36,7 +36,7 @@ struct Room {
   Room(const WarpProblem& p, bool backward, Arena& arena)
       : blur(p, arena),
         points(p, arena),
-        cells(arena, p, backward),
+        cells(arena, p, backward && std::count(p.order, p.order + p.stages, WarpStage::rotate)),
         different(backward ? most_passes(p) + 1 : 2),
         row(take_row<T>(arena, p.W)) {
     for (int k = 0; k < SPARE; ++k) plane[k] = k < different ? Plane<T>(arena, p.H, p.W) : plane[k - different];

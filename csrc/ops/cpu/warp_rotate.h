@@ -37,7 +37,7 @@ struct Rotation {
       from = std::max(from, std::min(a, b)), to = std::min(to, std::max(a, b) + 1);
     };
     meet(cosine, inverse_cosine, cx - sine * dy, p.W), meet(sine, inverse_sine, cy + cosine * dy, p.H);
-    first = static_cast<int64_t>(std::min(from, static_cast<double>(p.W))), last = std::max(static_cast<int64_t>(to), first);
+    first = static_cast<int64_t>(std::min(from, static_cast<double>(p.W))), last = std::max(static_cast<int64_t>(std::max(to, 0.0)), first);
   }
 
   template <class T>
