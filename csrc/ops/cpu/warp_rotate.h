@@ -149,18 +149,18 @@ PK_INLINE Vec<T> sum_of_cells(const T* here, const T* above) {
   return load(found);
 }
 
-// The way back through a row: every pixel's part goes to the cells (if CELLS), and the sum of the derivatives by the angle is returned (if SUM). c_dy
-// and s_dy are what the row adds to the turned offset from the centre.
+// The way back through a row: every pixel's part goes to the cells (if CELLS), and the derivatives by the angle are added to sum (if SUM).
+// Products have one use each, so that compilers fuse the same ones whatever is asked for: gradients do not depend on which others are computed.
 template <bool CELLS, bool SUM, class T>
-PK_INLINE void row_back(const Source<T, 2>& source, T* cells, const Course<T, 2>& course, T c_dy, T s_dy, const T* grad, int64_t first,
+PK_INLINE void row_back(const Source<T, 2>& source, T* cells, const Course<T, 2>& course, T center_y, const T* grad, int64_t first,
                         int64_t last, int64_t W, Sum<T>* sum) {
   const T c = course.step[0], s = course.step[1];
   const T high_x = static_cast<T>(source.size[0]), high_y = static_cast<T>(source.size[1]);
   const auto stride = static_cast<typename Offsets<T>::Lane>(source.stride[1]);
   Vec<T> dx = __builtin_convertvector(lane_numbers<T>(), Vec<T>) + (static_cast<T>(first) - course.center), total{};
   for (int64_t i = first; i < last; i += LANES<T>, dx += static_cast<T>(LANES<T>)) {
-    const Vec<T> c_dx = c * dx, s_dx = s * dx;
-    const Vec<T> x = clamped<T>(c_dx + course.start[0], -MARGIN, high_x), y = clamped<T>(s_dx + course.start[1], -MARGIN, high_y);
+    const Vec<T> turned_x = c * dx + course.start[0], turned_y = s * dx + course.start[1];
+    const Vec<T> x = clamped<T>(turned_x, -MARGIN, high_x), y = clamped<T>(turned_y, -MARGIN, high_y);
     const Vec<T> left = rounded_down<T>(x), top = rounded_down<T>(y), fx = x - left, fy = y - top;
     Offsets<T> offset;
     offset.set(__builtin_convertvector(top, Index<T>) * stride + __builtin_convertvector(left, Index<T>));
@@ -171,7 +171,7 @@ PK_INLINE void row_back(const Source<T, 2>& source, T* cells, const Course<T, 2>
       load_taps<T>(source.origin, source.stride[1], offset, q00, q01, q10, q11);
       const Vec<T> upper = q01 - q00, lower = q11 - q10;
       const Vec<T> by_x = between<T>(upper, lower, fy), by_y = between<T>(q10 - q00, q11 - q01, fx);
-      Vec<T> term = by_y * (c_dx - s_dy) - by_x * (s_dx + c_dy);
+      Vec<T> term = by_y * (turned_x - course.center) - by_x * (turned_y - center_y);
       if (i + LANES<T> > W) term = first_lanes<T>(term, W - i);
       total += g * term;
     }
@@ -194,12 +194,10 @@ void rotate_back(const WarpProblem& p, const Plane<T>& in, const Cells<T>& cells
   const Source<T, 2> source = source_of(in);
   if constexpr (CELLS) cells.clear();
   for (int64_t y = 0; y < p.H; ++y) {
-    const double dy = static_cast<double>(y) - cy;
     int64_t first, last;
     rotation.span(p, y, first, last);
     first = first / LANES<T> * LANES<T>;
-    row_back<CELLS, SUM, T>(source, cells.row(0), rotation.course<T>(p, y), static_cast<T>(rotation.cosine * dy),
-                            static_cast<T>(rotation.sine * dy), grad.read(y, row), first, last, p.W, sum);
+    row_back<CELLS, SUM, T>(source, cells.row(0), rotation.course<T>(p, y), static_cast<T>(cy), grad.read(y, row), first, last, p.W, sum);
   }
   if constexpr (CELLS)
     for (int64_t y = 0; y < p.H; ++y) {
