@@ -108,6 +108,56 @@ class TestValue:
         for now, then in zip(*results, strict=True):
             torch.testing.assert_close(now, then, rtol=0, atol=1e-11 * max(1.0, then.abs().max().item()))
 
+    @pytest.mark.parametrize(
+        "order", [("noise", "crop", "hflip", "vflip"), ("vflip", "rotate", "hflip", "noise")], ids="-".join
+    )
+    def test_every_width(self, place: Place, order: Sequence[Any]) -> None:
+        """Blocks of pixels meet their mirror images in the middle of a row: each pixel counts once, whatever is left over there."""
+        for width in [*range(1, 50), 127, 600]:
+            images, params, seed = draw((2, 1, 2 + width % 2, width), seed=13, dtype=torch.float64)
+            grad = torch.randn(images.shape, generator=torch.Generator().manual_seed(14), dtype=torch.float64)
+            results = []
+            for name, device in ((place.backend, place.device), ("reference", "cpu")):
+                with backend.use(name):
+                    results.append(run(images, params, grad, device, seed=seed.to(device), order=order))
+            for now, then in zip(*results, strict=True):
+                torch.testing.assert_close(now, then, rtol=1e-10, atol=1e-10 * max(1.0, then.abs().max().item()))
+            with place.selected():
+                single = run(
+                    images.float(),
+                    params.float(),
+                    grad.float(),
+                    place.device,
+                    seed=seed.to(place.device),
+                    order=order[:1],
+                )
+            with backend.use("reference"):
+                exact = run(images, params, grad, "cpu", seed=seed, order=order[:1])
+            for now, then in zip(single, exact, strict=True):
+                torch.testing.assert_close(now.double(), then, rtol=0, atol=1e-5 * max(1.0, then.abs().max().item()))
+
+    @pytest.mark.parametrize("padding", PADDINGS)
+    def test_narrow_blurs(self, place: Place, padding: Any) -> None:
+        """Where most weights are too small to count: on a single bright pixel an error shows as what it is beside that pixel."""
+        sigma = torch.tensor([1.1e-3, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.1, 2.0], dtype=torch.float64)
+        images = torch.zeros(len(sigma), 1, 17, 23, dtype=torch.float64)
+        images[:, :, 3, 20] = 1
+        params = torch.zeros(len(sigma), 7, dtype=torch.float64)
+        params[:, 0] = sigma
+        grad = torch.randn(images.shape, generator=torch.Generator().manual_seed(15), dtype=torch.float64)
+        options: dict[str, Any] = {"order": ["blur"], "sigma_max": 1.0, "blur_padding": padding}
+        with backend.use("reference"):
+            expected = run(images, params, grad, "cpu", **options)
+        with place.selected():
+            single = run(images.float(), params.float(), grad.float(), place.device, **options)
+            double = run(images, params, grad, place.device, **options)
+        for now, then in zip(double, expected, strict=True):
+            torch.testing.assert_close(now, then, rtol=0, atol=1e-14 * 8)
+        for now, then, atol in zip(single[:2], expected[:2], (3e-7, 2e-6), strict=True):
+            torch.testing.assert_close(now.double(), then, rtol=0, atol=atol)
+        # sigma itself is rounded to float32, which sharp exponentials feel: relative to each derivative
+        torch.testing.assert_close(single[2].double(), expected[2], rtol=1e-3, atol=1e-30)
+
     @pytest.mark.parametrize("shape", [(1, 7, 9), (2, 8, 8), (1, 1, 12), (1, 20, 3)])
     def test_gradients_at_all_angles(self, place: Place, shape: tuple[int, ...]) -> None:
         """A pixel's contributions come from outputs near the turned-back pixel: none is missed at any angle."""

@@ -37,9 +37,11 @@ PK_INLINE Words multiply_low(Words a, uint32_t b) {
 #endif
 }
 
-// The key of every round.
+constexpr uint32_t PHILOX_0 = 0xD2511F53u, PHILOX_1 = 0xCD9E8D57u;
+
+// The key of every round, and for small counters what the second round makes of the key alone: words 2 (without the first product) and 3.
 struct PhiloxRounds {
-  Words low[10], high[10];
+  Words low[10], high[10], second, third;
 
   // Not inlined: compilers would rather make them again in every round than read them.
   __attribute__((noinline)) explicit PhiloxRounds(PhiloxKey key) {
@@ -47,22 +49,32 @@ struct PhiloxRounds {
       low[round] = Words{} + static_cast<uint64_t>(key.low + round * 0x9E3779B9u);
       high[round] = Words{} + static_cast<uint64_t>(key.high + round * 0xBB67AE85u);
     }
+    third = multiply_low(low[0], PHILOX_0), second = (third >> 32) ^ high[1];
   }
 };
 
-// N counters in every lane, round by round for all: each waits for its own products only.
-template <int N>
+// N counters in every lane, round by round for all: each waits for its own products only. SMALL: no counter reaches 2^32. Its upper three words are zero
+// then, two products of the first two rounds are known, and what they do to the key has been done (PhiloxRounds).
+template <int N, bool SMALL>
 PK_INLINE void philox(const Words (&counter)[N], const PhiloxRounds& key, Words (&words)[N][4]) {
-  for (int n = 0; n < N; ++n) words[n][0] = counter[n], words[n][1] = counter[n] >> 32, words[n][2] = words[n][3] = Words{};
+  for (int n = 0; n < N; ++n) {
+    Words(&c)[4] = words[n];
+    if constexpr (SMALL) {
+      const Words p0 = multiply_low(counter[n], PHILOX_0), p1 = multiply_low((p0 >> 32) ^ key.high[0], PHILOX_1);
+      c[0] = (p1 >> 32) ^ key.low[1], c[1] = p1, c[2] = p0 ^ key.second, c[3] = key.third;
+    } else {
+      c[0] = counter[n], c[1] = counter[n] >> 32, c[2] = c[3] = Words{};
+    }
+  }
 #pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round)
+  for (int round = SMALL ? 2 : 0; round < 10; ++round)
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) {
       Words(&c)[4] = words[n];
-      const Words p0 = multiply_low(c[0], 0xD2511F53u), p1 = multiply_low(c[2], 0xCD9E8D57u);
-      c[0] = (p1 >> 32) ^ c[1] ^ key.low[round];
+      const Words p0 = multiply_low(c[0], PHILOX_0), p1 = multiply_low(c[2], PHILOX_1);
+      c[0] = (c[1] ^ key.low[round]) ^ (p1 >> 32);  // in this order only one step waits for the product
       c[1] = p1;
-      c[2] = (p0 >> 32) ^ c[3] ^ key.high[round];
+      c[2] = (c[3] ^ key.high[round]) ^ (p0 >> 32);
       c[3] = p0;
     }
 }
@@ -80,10 +92,10 @@ PK_INLINE Vec<float> square_root(Vec<float> x) {
 #endif
 }
 
-PK_INLINE Vec<float> with_sign_of(Vec<float> x, Packed bits) {  // flips x where bit 1 is set
+PK_INLINE Vec<float> with_sign_of(Vec<float> x, Packed bits) {  // flips x where the highest bit is set
   Packed raw;
   std::memcpy(&raw, &x, sizeof raw);
-  raw ^= (bits & 2u) << 30;
+  raw ^= bits & 0x80000000u;
   std::memcpy(&x, &raw, sizeof raw);
   return x;
 }
@@ -92,23 +104,22 @@ PK_INLINE Vec<float> with_sign_of(Vec<float> x, Packed bits) {  // flips x where
 PK_INLINE void box_muller(const Packed (&radius_word)[2], const Packed (&angle_word)[2], Vec<float> (&first)[2], Vec<float> (&second)[2]) {
   typedef Index<float> I;
   Vec<float> m[2], e[2], logs[2], x[2], square[2], s[2], c[2];
-  Packed quarter[2];
+  Packed turned[2];
   for (int k = 0; k < 2; ++k) {
     // -2 ln u1. t is u1 or, in the upper half, 1 - u1: the small one of the two has all its digits.
     const I word = reinterpret_cast<I>(radius_word[k]), upper = word >> 31;
     const Vec<float> t = (__builtin_convertvector(word ^ upper, Vec<float>) + 0.5f) * 2.3283064365386963e-10f;
     I exponent;
-    split_for_log(upper != 0 ? 1.0f - t : t, m[k], exponent);
+    split_for_log(word < 0 ? 1.0f - t : t, m[k], exponent);
     m[k] = exponent == 0 ? -t : m[k];  // only in the upper half
     e[k] = __builtin_convertvector(exponent, Vec<float>);
   }
   log_of_parts<2>(m, e, logs);
   for (int k = 0; k < 2; ++k) {
     // The nearest quarter turn, and what remains of the angle: |x| <= pi / 4.
-    const Packed shifted = angle_word[k] + 0x20000000u;
-    quarter[k] = shifted >> 30;
-    const I rest = reinterpret_cast<I>(shifted & 0x3fffffffu) - 0x20000000;
-    x[k] = __builtin_convertvector(rest, Vec<float>) * 1.4629180792671596e-9f, square[k] = x[k] * x[k];
+    turned[k] = angle_word[k] + 0x20000000u;  // its two highest bits count the quarters
+    const I rest = reinterpret_cast<I>(angle_word[k] << 2);
+    x[k] = __builtin_convertvector(rest, Vec<float>) * 3.657295198167899e-10f, square[k] = x[k] * x[k];
     s[k] = broadcast(-1.9515295891e-4f), c[k] = broadcast(2.443315711809948e-5f);
   }
   for (int k = 0; k < 2; ++k) s[k] = s[k] * square[k] + 8.3321608736e-3f, c[k] = c[k] * square[k] - 1.388731625493765e-3f;
@@ -116,9 +127,9 @@ PK_INLINE void box_muller(const Packed (&radius_word)[2], const Packed (&angle_w
   for (int k = 0; k < 2; ++k) s[k] = s[k] * square[k] * x[k] + x[k], c[k] = c[k] * square[k] * square[k] + (1.0f - 0.5f * square[k]);
   for (int k = 0; k < 2; ++k) {
     const Vec<float> radius = square_root(logs[k] * -2.0f);
-    const auto odd = (quarter[k] & 1u) != 0u;
-    first[k] = radius * with_sign_of(odd ? s[k] : c[k], quarter[k] + 1u);
-    second[k] = radius * with_sign_of(odd ? c[k] : s[k], quarter[k]);
+    const auto odd = reinterpret_cast<I>(turned[k] << 1) < 0;
+    first[k] = radius * with_sign_of(odd ? s[k] : c[k], turned[k] + 0x40000000u);
+    second[k] = radius * with_sign_of(odd ? c[k] : s[k], turned[k]);
   }
 }
 
@@ -134,7 +145,8 @@ PK_INLINE Words lane_counters(bool odd) {
 PK_INLINE void normal_block(const PhiloxRounds& key, uint64_t q, float* out) {
   constexpr auto every = std::make_integer_sequence<int, LANES<float>>{};
   Words words[2][4];
-  philox<2>({lane_counters(false) + q, lane_counters(true) + q}, key, words);
+  const Words counters[2] = {lane_counters(false) + q, lane_counters(true) + q};
+  q + LANES<float> <= uint64_t{1} << 32 ? philox<2, true>(counters, key, words) : philox<2, false>(counters, key, words);
   const auto packed = [&](int k) { return reinterpret_cast<Packed>((words[0][k] & 0xffffffffu) | (words[1][k] << 32)); };
   Vec<float> cosines[2], sines[2];
   box_muller({packed(0), packed(2)}, {packed(1), packed(3)}, cosines, sines);
@@ -151,7 +163,7 @@ PK_INLINE void normal_block(const PhiloxRounds& key, uint64_t q, float* out) {
 PK_INLINE void normal_block(const PhiloxRounds& key, uint64_t q, double* out) {
   for (int lane = 0; lane < LANES<double>; ++lane) {
     Words all[1][4];
-    philox<1>({Words{} + (q + static_cast<uint64_t>(lane))}, key, all);
+    philox<1, false>({Words{} + (q + static_cast<uint64_t>(lane))}, key, all);
     const Words(&words)[4] = all[0];
     for (int k = 0; k < 4; k += 2) {
       const double u1 = (static_cast<double>(static_cast<uint32_t>(words[k][0])) + 0.5) * 0x1p-32;

@@ -16,7 +16,7 @@
 //   noise   dX = G; dl = noise_std sum G n
 //   crop    dX = G m; dl_x = sum G X m (1 - m) k sign(x + .5 - l_x W) W over the pixels where the x term is the smaller (ties: x), dl_y the others
 //   flip    dX = (1 - l) G + l mirror G; dl = sum G (mirror X - X)
-//   rotate  dX: the adjoint, gathered: a pixel receives from the 3 x 3 outputs around the turned-back pixel at most (a rotation does not scale);
+//   rotate  dX: the adjoint; a pixel receives from the 3 x 3 outputs around the turned-back pixel at most (a rotation does not scale);
 //           dl = 2 pi sum G (dO/dsx (-sin dx - cos dy) + dO/dsy (cos dx - sin dy)), (dx, dy) = pixel - c
 //
 // The angle is reduced before sine and cosine, l - round(l), so that quarter turns of square images are exact. A parameter that is not finite makes

@@ -107,7 +107,7 @@ void forward_unit(const WarpAffineForward& f, const AffineRoom<T, DIMS>& room, i
   with_padding(f.padding, [&](auto padding) {
     for (int64_t z = 0; z < f.out[0]; ++z)
       for (int64_t y = 0; y < f.out[1]; ++y) {
-        sample_row<padding.value, T, DIMS>(room.images.source(), map.course(z, y), f.out[2], room.row);
+        sample_row<padding.value, T, DIMS>(room.images.source(), map.course(z, y), 0, f.out[2], room.row);
         out.write(z * f.out[1] + y, room.row);
       }
   });

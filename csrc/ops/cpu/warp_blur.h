@@ -1,30 +1,42 @@
 // SPDX-License-Identifier: MIT
-// The Gaussian blur of a plane, its adjoint and its derivative by sigma. Both axes are sums of rows with weights: along y of rows of the plane,
-// along x of one row at shifted positions, with its border written out beside it.
+// The Gaussian blur of a plane, its adjoint and its derivative by sigma. Along y a row of the result is a weighted sum of rows of the plane, along x of
+// one row at shifted positions, with its border written out beside it. The weights are symmetric: what lies equally far on both sides is added first,
+// and one multiplication serves the two.
 #pragma once
 
 #include "ops/cpu/warp_rows.h"
 
 namespace {
 
-// A weight and its derivative by sigma for every distance.
+// A weight and its derivative by sigma for every distance, on both sides: value[k] = value[-k].
 template <class T>
 struct Taps {
-  T value[WARP_MOST_RADIUS + 1], slope[WARP_MOST_RADIUS + 1];
+  static constexpr int64_t MOST = WARP_MOST_RADIUS;
+  T values[2 * MOST + 1], slopes[2 * MOST + 1];
+  const T *value, *slope;
+  int64_t reach;  // beyond it weights are too small to change a sum in T, and so are derivatives beside the largest of them
 
   void fill(int64_t radius, double sigma) {
-    double w[WARP_MOST_RADIUS + 1], sum = 1, moment = 0;
+    constexpr double least = sizeof(T) == 4 ? 1e-9 : 1e-19;
+    double w[MOST + 1], slopes_wide[MOST + 1], sum = 1, moment = 0, steepest = 0;
     w[0] = 1;
     for (int64_t k = 1; k <= radius; ++k) {
       const double square = static_cast<double>(k * k);
       w[k] = std::exp(-square / (2 * sigma * sigma));
       sum += 2 * w[k], moment += 2 * w[k] * square;
     }
-    moment /= sum;
+    moment /= sum, reach = 0;
     for (int64_t k = 0; k <= radius; ++k) {
-      const double weight = w[k] / sum, derivative = weight * (static_cast<double>(k * k) - moment) / (sigma * sigma * sigma);
-      value[k] = flushed(weight), slope[k] = flushed(derivative);
+      w[k] /= sum;
+      slopes_wide[k] = w[k] * (static_cast<double>(k * k) - moment) / (sigma * sigma * sigma);
+      steepest = std::max(steepest, std::abs(slopes_wide[k]));
     }
+    for (int64_t k = 0; k <= radius; ++k) {
+      if (w[k] > least || std::abs(slopes_wide[k]) > least * steepest) reach = k;
+      values[MOST + k] = values[MOST - k] = flushed(w[k]);
+      slopes[MOST + k] = slopes[MOST - k] = flushed(slopes_wide[k]);
+    }
+    value = values + MOST, slope = slopes + MOST;
   }
   // Tiny weights would make every product a denormal number, at a hundred times the cost on some machines.
   static T flushed(double x) { return std::abs(x) < 1e-37 && sizeof(T) == 4 ? T(0) : static_cast<T>(x); }
@@ -41,70 +53,82 @@ inline int64_t padded_index(int64_t i, int64_t n, WarpBlurPadding padding) {
   return i < n ? i : period - i;
 }
 
-// Rows with weights, whose sum is a row of the result.
+// What the taps weigh: [k] is the row that tap k multiplies.
 template <class T>
-struct RowList {
-  const T** rows;
-  T *value, *slope;
-  int count;
-
-  RowList(Arena& arena, int64_t most) : rows(arena.take<const T*>(most)), value(arena.take<T>(most)), slope(arena.take<T>(most)) {}
-  void add(const T* row, T v, T s) { rows[count] = row, value[count] = v, slope[count] = s, ++count; }
+struct Shifts {
+  const T* row;
+  const T* operator[](int64_t k) const { return row + k; }
 };
 
-template <class T, int N, bool SLOPE>
-PK_INLINE void sum_rows_block(const RowList<T>& list, int64_t at, T* out, T* out_slope) {
-  Vec<T> sum[N]{}, slope[N]{};
-  for (int j = 0; j < list.count; ++j) {
-    const T* const row = list.rows[j] + at;
-    const Vec<T> v = broadcast(list.value[j]), s = SLOPE ? broadcast(list.slope[j]) : Vec<T>{};
+template <class T>
+struct Lines {
+  const T* const* rows;
+  const T* operator[](int64_t k) const { return rows[k]; }
+};
+
+template <class T, int N, bool SLOPE, class Source, class Finish>
+PK_INLINE void filter_block(const Source& source, const Taps<T>& taps, int64_t at, const Finish& finish) {
+  Vec<T> sum[N], slope[N];
+  const T* const middle = source[0] + at;
+  const Vec<T> value_0 = broadcast(taps.value[0]), slope_0 = SLOPE ? broadcast(taps.slope[0]) : Vec<T>{};
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    const Vec<T> x = load(middle + n * LANES<T>);
+    sum[n] = value_0 * x;
+    if constexpr (SLOPE) slope[n] = slope_0 * x;
+  }
+#pragma GCC unroll 1
+  for (int64_t k = 1; k <= taps.reach; ++k) {
+    const T *const before = source[-k] + at, *const after = source[k] + at;
+    const Vec<T> value_k = broadcast(taps.value[k]), slope_k = SLOPE ? broadcast(taps.slope[k]) : Vec<T>{};
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const Vec<T> x = load(row + n * LANES<T>);
-      sum[n] += v * x;
-      if constexpr (SLOPE) slope[n] += s * x;
+      const Vec<T> both = load(before + n * LANES<T>) + load(after + n * LANES<T>);
+      sum[n] += value_k * both;
+      if constexpr (SLOPE) slope[n] += slope_k * both;
     }
   }
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) {
-    store(out + at + n * LANES<T>, sum[n]);
-    if constexpr (SLOPE) store(out_slope + at + n * LANES<T>, slope[n]);
-  }
+  for (int n = 0; n < N; ++n) finish(at + n * LANES<T>, sum[n], slope[n]);
 }
 
-// out = sum value row over [0, W), and with a second place for it sum slope row; both are written up to a whole vector.
-template <class T, bool SLOPE>
-void sum_rows(const RowList<T>& list, int64_t W, T* out, T* out_slope = nullptr) {
-  constexpr int most = SLOPE ? 4 : 8;
-  int64_t at = 0;
-  for (; at + (most - 1) * LANES<T> < W; at += most * LANES<T>) sum_rows_block<T, most, SLOPE>(list, at, out, out_slope);
-  for (; at + 3 * LANES<T> < W; at += 4 * LANES<T>) sum_rows_block<T, 4, SLOPE>(list, at, out, out_slope);
-  for (; at + LANES<T> < W; at += 2 * LANES<T>) sum_rows_block<T, 2, SLOPE>(list, at, out, out_slope);
-  for (; at < W; at += LANES<T>) sum_rows_block<T, 1, SLOPE>(list, at, out, out_slope);
+// finish(at, sum value x, sum slope x) for the vectors from first on that cover [first, last).
+template <class T, bool SLOPE, class Source, class Finish>
+PK_INLINE void filter(const Source& source, const Taps<T>& taps, int64_t first, int64_t last, const Finish& finish) {
+  int64_t at = first;
+  for (; at + 3 * LANES<T> < last; at += 4 * LANES<T>) filter_block<T, 4, SLOPE>(source, taps, at, finish);
+  for (; at + LANES<T> < last; at += 2 * LANES<T>) filter_block<T, 2, SLOPE>(source, taps, at, finish);
+  if (at < last) filter_block<T, 1, SLOPE>(source, taps, at, finish);
 }
 
 // Memory of a blur for one plane at a time, and the taps of the last sigma.
 template <class T>
 struct BlurRoom {
-  T *extended, *sum, *slope;  // a row with its border; results
-  T *gradient, *gradient_slope;
-  RowList<T> list;
-  T *border_value, *border_slope;  // of the rows that a border row of the adjoint takes
+  T *extended, *sums[2];           // a row with its border; results with theirs
+  T *gradient, *gradient_slope;    // a row between zeros; another
+  T* zeros;                        // a row of them
+  const T** lines;                 // the rows under the taps
+  T *border_value, *border_slope;  // weights of the rows that a border row of the adjoint receives from
   int64_t *place_y, *place_x;      // what padding puts at -radius .. size + radius - 1
   double sigma = -1;
   Taps<T> along_y, along_x;
 
   BlurRoom(const WarpProblem& p, Arena& arena)
-      : extended(take_row<T>(arena, p.W, 2 * p.radius_x + LANES<T>)),
-        sum(take_row<T>(arena, p.W, 2 * p.radius_x + LANES<T>)),
-        slope(take_row<T>(arena, p.W)),
-        gradient(take_row<T>(arena, p.W, 3 * p.radius_x + LANES<T>)),
+      : extended(take_row<T>(arena, p.W, p.radius_x + LANES<T>)),
+        sums{take_row<T>(arena, p.W, p.radius_x + 2 * LANES<T>), take_row<T>(arena, p.W, p.radius_x + 2 * LANES<T>)},
+        gradient(take_row<T>(arena, p.W, 2 * p.radius_x + 2 * LANES<T>)),
         gradient_slope(take_row<T>(arena, p.W)),
-        list(arena, 4 * std::max(p.radius_y, p.radius_x) + 4),
-        border_value(arena.take<T>(4 * p.radius_y + 4)),
-        border_slope(arena.take<T>(4 * p.radius_y + 4)),
+        zeros(take_row<T>(arena, p.W)),
+        lines(arena.take<const T*>(2 * p.radius_y + 1)),
+        border_value(arena.take<T>(2 * p.radius_y + 2)),
+        border_slope(arena.take<T>(2 * p.radius_y + 2)),
         place_y(places(p, arena, p.H, p.radius_y)),
-        place_x(places(p, arena, p.W, p.radius_x)) {}
+        place_x(places(p, arena, p.W, p.radius_x)) {
+    if (!arena.block) return;
+    std::fill_n(zeros, round_up(p.W, LANES<T>), T(0));
+    std::fill(gradient - 2 * p.radius_x - 2 * LANES<T>, gradient, T(0));
+    lines += p.radius_y;
+  }
 
   static int64_t* places(const WarpProblem& p, Arena& arena, int64_t size, int64_t radius) {
     int64_t* const memory = arena.take<int64_t>(size + 2 * radius);
@@ -120,72 +144,64 @@ struct Blur {
   const Taps<T>&along_y, &along_x;
 
   Blur(const WarpProblem& problem, BlurRoom<T>& blur_room, double sigma)
-      : p(problem), room(blur_room), along_y(room.along_y), along_x(room.along_x) {
+      : p(problem), room(blur_room), along_y(room.along_y), along_x(p.radius_x == p.radius_y ? room.along_y : room.along_x) {
     if (room.sigma == sigma) return;
     room.sigma = sigma;
     room.along_y.fill(p.radius_y, sigma);
-    p.radius_x == p.radius_y ? void(room.along_x = room.along_y) : room.along_x.fill(p.radius_x, sigma);
+    if (p.radius_x != p.radius_y) room.along_x.fill(p.radius_x, sigma);
   }
 
-  // Row y with its border, in room.extended.
-  void extend(const Rows& in, int64_t y) const {
+  // Row y with its border. Best made some time before it is used: what reads across two writes waits until both have left the core.
+  Shifts<T> extended(const Rows& in, int64_t y) const {
     T* const row = room.extended;
     in.copy(y, row);
-    for (int64_t i = 1; i <= p.radius_x; ++i) {
+    for (int64_t i = 1; i <= along_x.reach; ++i) {
       const int64_t before = room.place_x[-i], after = room.place_x[p.W - 1 + i];
       row[-i] = before < 0 ? T(0) : row[before];
       row[p.W - 1 + i] = after < 0 ? T(0) : row[after];
     }
+    return {row};
   }
 
-  // The taps as shifts of one row, the middle first: sums start with their largest term.
-  void shifts_of(const T* row) const {
-    room.list.count = 0;
-    room.list.add(row, along_x.value[0], along_x.slope[0]);
-    for (int64_t k = 1; k <= p.radius_x; ++k) {
-      room.list.add(row - k, along_x.value[k], along_x.slope[k]);
-      room.list.add(row + k, along_x.value[k], along_x.slope[k]);
-    }
-  }
-
-  // across: for the rows blurred along x.
+  // across: for the rows blurred along x. Each is used while it is in the first-level cache.
   void forward(const Rows& in, const Plane<T>& across, const Rows& out) const {
+    int64_t ready = 0;
+    Shifts<T> next = extended(in, 0);
     for (int64_t y = 0; y < p.H; ++y) {
-      extend(in, y);
-      shifts_of(room.extended);
-      sum_rows<T, false>(room.list, p.W, across.row(y));
-    }
-    for (int64_t y = 0; y < p.H; ++y) {
-      room.list.count = 0;
-      room.list.add(across.row(y), along_y.value[0], T(0));
-      for (int64_t k = 1; k <= p.radius_y; ++k)
-        for (const int64_t from : {room.place_y[y - k], room.place_y[y + k]})
-          if (from >= 0) room.list.add(across.row(from), along_y.value[k], T(0));
-      T* const row = out.place(y, room.sum);
-      sum_rows<T, false>(room.list, p.W, row);
-      out.done(y, row, room.sum);
+      for (; ready < std::min(p.H, y + along_y.reach + 1); ++ready) {
+        T* const row = across.row(ready);
+        filter<T, false>(next, along_x, 0, p.W, [&](int64_t at, Vec<T> sum, Vec<T>) { store(row + at, sum); });
+        if (ready + 1 < p.H) next = extended(in, ready + 1);
+      }
+      for (int64_t k = -along_y.reach; k <= along_y.reach; ++k) {
+        const int64_t from = room.place_y[y + k];
+        room.lines[k] = from < 0 ? room.zeros : across.row(from);
+      }
+      T* const row = out.place(y, room.sums[0]);
+      filter<T, false>(Lines<T>{room.lines}, along_y, 0, p.W, [&](int64_t at, Vec<T> sum, Vec<T>) { store(row + at, sum); });
+      out.done(y, row, room.sums[0]);
     }
   }
 
-  // The rows of the gradient that row y of the input receives from, with their weights.
-  void list_adjoint(const Plane<T>& grad, int64_t y) const {
-    const int64_t R = p.radius_y;
-    room.list.count = 0;
-    if (y >= R + 1 && y < p.H - R - 1) {
-      room.list.add(grad.row(y), along_y.value[0], along_y.slope[0]);
-      for (int64_t k = 1; k <= R; ++k) {
-        room.list.add(grad.row(y - k), along_y.value[k], along_y.slope[k]);
-        room.list.add(grad.row(y + k), along_y.value[k], along_y.slope[k]);
-      }
-      return;
+  // The adjoint along y for row y of the input, and with SLOPE the one of the filter's derivative.
+  template <bool SLOPE>
+  void adjoint_column(const Plane<T>& grad, int64_t y) const {
+    const int64_t R = along_y.reach;
+    const auto keep = [&](int64_t at, Vec<T> sum, Vec<T> slope) {
+      store(room.gradient + at, sum);
+      if constexpr (SLOPE) store(room.gradient_slope + at, slope);
+    };
+    if (y > R && y < p.H - R - 1) {
+      for (int64_t k = -R; k <= R; ++k) room.lines[k] = grad.row(y + k);
+      return filter<T, SLOPE>(Lines<T>{room.lines}, along_y, 0, p.W, keep);
     }
     // Near a border: output s has read y at every position e within R of it that padding maps to y.
     const int64_t near = std::min(p.H, 2 * R + 2), first = y <= R ? 0 : p.H - near;
     std::fill_n(room.border_value, near, T(0)), std::fill_n(room.border_slope, near, T(0));
     const auto add_position = [&](int64_t e) {
       for (int64_t s = std::max(first, e - R); s <= std::min(first + near - 1, e + R); ++s) {
-        room.border_value[s - first] += along_y.value[std::abs(s - e)];
-        room.border_slope[s - first] += along_y.slope[std::abs(s - e)];
+        room.border_value[s - first] += along_y.value[s - e];
+        room.border_slope[s - first] += along_y.slope[s - e];
       }
     };
     add_position(y);
@@ -193,16 +209,23 @@ struct Blur {
       if (room.place_y[-i] == y) add_position(-i);
       if (room.place_y[p.H - 1 + i] == y) add_position(p.H - 1 + i);
     }
-    for (int64_t s = 0; s < near; ++s) room.list.add(grad.row(first + s), room.border_value[s], room.border_slope[s]);
+    for (int64_t at = 0; at < p.W; at += LANES<T>) {
+      Vec<T> sum{}, slope{};
+      for (int64_t s = 0; s < near; ++s) {
+        const Vec<T> x = load(grad.row(first + s) + at);
+        sum += room.border_value[s] * x;
+        if constexpr (SLOPE) slope += room.border_slope[s] * x;
+      }
+      keep(at, sum, slope);
+    }
   }
 
-  // The adjoint along x of room.gradient, in room.sum: what the border received goes back to where it came from.
-  void adjoint_row() const {
-    const int64_t R = p.radius_x;
-    T *const row = room.gradient, *const out = room.sum;
-    std::fill(row - 2 * R, row, T(0)), std::fill(row + p.W, row + p.W + 2 * R, T(0));
-    shifts_of(row - R);
-    sum_rows<T, false>(room.list, p.W + 2 * R, out - R);
+  // The adjoint along x of room.gradient: what the border received goes back to where it came from.
+  void adjoint_row(T* out) const {
+    const int64_t R = along_x.reach;
+    std::fill_n(room.gradient + p.W, 2 * R + LANES<T>, T(0));
+    filter<T, false>(Shifts<T>{room.gradient}, along_x, -round_up(R, LANES<T>), p.W + R,
+                     [&](int64_t at, Vec<T> sum, Vec<T>) { store(out + at, sum); });
     for (int64_t i = 1; i <= R; ++i) {
       const int64_t before = room.place_x[-i], after = room.place_x[p.W - 1 + i];
       if (before >= 0) out[before] += out[-i];
@@ -210,28 +233,34 @@ struct Blur {
     }
   }
 
+  // sum G (K'_y K_x + K_y K'_x) X of a row of the input, after adjoint_column<true>.
+  void row_sum(const Shifts<T>& row, Sum<T>& sum_of_plane) const {
+    for (int64_t begin = 0; begin < p.W; begin += SUM_BLOCK) {
+      Vec<T> total{};
+      const int64_t end = std::min(p.W, begin + SUM_BLOCK);
+      filter<T, true>(row, along_x, begin, end, [&](int64_t at, Vec<T> sum, Vec<T> slope) {
+        const Vec<T> term = load(room.gradient + at) * slope + load(room.gradient_slope + at) * sum;
+        total += at + LANES<T> <= p.W ? term : first_lanes<T>(term, p.W - at);
+      });
+      sum_of_plane.add(total);
+    }
+  }
+
   // grad_in: by the input, or null. grad_sigma: is added to, or null; needs the input.
   void backward(const Plane<T>& grad, const Rows& in, const Rows* grad_in, Sum<T>* grad_sigma) const {
     for (int64_t y = 0; y < p.H; ++y) {
-      list_adjoint(grad, y);
       if (grad_sigma) {
-        sum_rows<T, true>(room.list, p.W, room.gradient, room.gradient_slope);
-        extend(in, y);
-        shifts_of(room.extended);
-        sum_rows<T, true>(room.list, p.W, room.sum, room.slope);
-        sum_over_row<T, 1>(
-            p.W,
-            [&](int64_t i, Vec<T>(&v)[1]) {
-              v[0] = load(room.gradient + i) * load(room.slope + i) + load(room.gradient_slope + i) * load(room.sum + i);
-            },
-            [&](const Vec<T>(&sums)[1]) { grad_sigma->add(sums[0]); });
+        const Shifts<T> row = extended(in, y);
+        adjoint_column<true>(grad, y);
+        row_sum(row, *grad_sigma);
       } else {
-        sum_rows<T, false>(room.list, p.W, room.gradient);
+        adjoint_column<false>(grad, y);
       }
       if (!grad_in) continue;
-      adjoint_row();
-      grad_in->write(y, room.sum);
+      if (y > 0) grad_in->write(y - 1, room.sums[(y - 1) % 2]);
+      adjoint_row(room.sums[y % 2]);
     }
+    if (grad_in) grad_in->write(p.H - 1, room.sums[(p.H - 1) % 2]);
   }
 };
 

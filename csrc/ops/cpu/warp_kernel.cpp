@@ -27,13 +27,18 @@ template <class T>
 struct Room {
   BlurRoom<T> blur;
   PointsRoom<T> points;
+  Cells<T> cells;
   Plane<T> plane[SPARE + 1];
   bool has_margin[SPARE + 1] = {};
   int different;
   T* row;
 
   Room(const WarpProblem& p, bool backward, Arena& arena)
-      : blur(p, arena), points(p, arena), different(backward ? most_passes(p) + 1 : 2), row(take_row<T>(arena, p.W)) {
+      : blur(p, arena),
+        points(p, arena),
+        cells(arena, p, backward && std::count(p.order, p.order + p.stages, WarpStage::rotate)),
+        different(backward ? most_passes(p) + 1 : 2),
+        row(take_row<T>(arena, p.W)) {
     for (int k = 0; k < SPARE; ++k) plane[k] = k < different ? Plane<T>(arena, p.H, p.W) : plane[k - different];
     plane[SPARE] = Plane<T>(arena, p.H, p.W);
   }
@@ -118,8 +123,8 @@ void backward_plane(const WarpBackward& b, Room<T>& room, int64_t plane, double*
       import(now, room.plane[before]);
       Blur<T>(b, room.blur, sample.sigma).backward(room.plane[before], in, target, wanted);
     } else {
-      if (wanted) import(in, room.with_margin(k)), rotate_sums(b, room.plane[k], sample.param[6], room.row, now, sums[6]);
-      if (goes_on) import(now, room.with_margin(before)), rotate_adjoint(b, room.plane[before], sample.param[6], room.row, out);
+      if (wanted) import(in, room.with_margin(k));
+      rotate_backward(b, room.plane[k], room.cells, sample.param[6], room.row, now, target, wanted ? &sums[6] : nullptr);
     }
     now = out;
   }

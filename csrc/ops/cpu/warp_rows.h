@@ -34,6 +34,15 @@ struct Arena {
 template <class T>
 constexpr Kind KIND = sizeof(T) == 8 ? Kind::f64 : Kind::f32;
 
+// A row of T as it is: whole vectors, of which the last two overlap.
+template <class T>
+PK_INLINE void copy_row(const T* in, T* out, int64_t W) {
+  if (W < LANES<T>) return void(std::memcpy(out, in, static_cast<size_t>(W) * sizeof(T)));
+  const Vec<T> last = load(in + W - LANES<T>);
+  for (int64_t i = 0; i + LANES<T> < W; i += LANES<T>) store(out + i, load(in + i));
+  store(out + W - LANES<T>, last);
+}
+
 // Rows of W elements at base[start + y stride]. Kernels see them as rows of T that may be read up to a whole vector: in place where that is safe, else
 // through a buffer.
 struct Rows {
@@ -46,11 +55,12 @@ struct Rows {
   const T* read(int64_t y, T* buffer) const {
     const int64_t at = start + y * stride;
     if (kind == KIND<T> && (has_margin || W % LANES<T> == 0)) return static_cast<const T*>(base) + at;
-    read_row(base, kind, at, buffer, W);
+    copy(y, buffer);
     return buffer;
   }
   template <class T>
   void copy(int64_t y, T* out) const {
+    if (kind == KIND<T>) return copy_row(static_cast<const T*>(base) + start + y * stride, out, W);
     read_row(base, kind, start + y * stride, out, W);
   }
   // Where a kernel puts whole vectors; then done.
@@ -60,10 +70,11 @@ struct Rows {
   }
   template <class T>
   void done(int64_t y, const T* placed, const T* buffer) const {
-    if (placed == buffer) write_row(base, kind, start + y * stride, buffer, W);
+    if (placed == buffer) write(y, buffer);
   }
   template <class T>
   void write(int64_t y, const T* in) const {
+    if (kind == KIND<T>) return copy_row(in, static_cast<T*>(base) + start + y * stride, W);
     write_row(base, kind, start + y * stride, in, W);
   }
 };
@@ -140,14 +151,15 @@ struct Sum {
 
 constexpr int64_t SUM_BLOCK = 512;  // pixels of a row that add up in T
 
-// function(i, values) gives N vectors of terms for the pixels at i; take(sums) gets their sums over a part of [0, W) at a time. Lanes beyond W do not
-// count.
+// function(i, values) gives N vectors of terms for the pixels at i; take(sums) gets their sums over a part of [first, last) at a time. Lanes from last on
+// do not count.
 template <class T, int N, class Function, class Take>
-PK_INLINE void sum_over_row(int64_t W, const Function& function, const Take& take) {
-  for (int64_t begin = 0; begin < W; begin += SUM_BLOCK) {
+PK_INLINE void sum_over_row(int64_t first, int64_t last, const Function& function, const Take& take) {
+  for (int64_t begin = first; begin < last; begin += SUM_BLOCK) {
     Vec<T> sums[N]{};
-    const int64_t end = std::min(W, begin + SUM_BLOCK);
-    for (int64_t i = begin; i < end; i += LANES<T>) {  // one loop for the last vector too: a second copy of the function would not be inlined
+    const int64_t end = std::min(last, begin + SUM_BLOCK);
+    for (int64_t i = begin; i < end;
+         i += LANES<T>) {  // one loop for the last vector too: a second copy of the function would not be inlined
       Vec<T> values[N];
       function(i, values);
       if (i + LANES<T> > end)

@@ -28,44 +28,79 @@ PK_INLINE Vec<T> rounded_down(Vec<T> x) {
 template <class T>
 PK_INLINE Vec<T> clamped(Vec<T> x, T low, T high) {
 #if defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return at_least(at_most(broadcast(high), x), broadcast(low));  // at_most gives its first argument up for a number only
+  if constexpr (sizeof(T) == 4)
+    return at_least(at_most(broadcast(high), x), broadcast(low));  // at_most gives its first argument up for a number only
 #endif
   const Vec<T> below = x < high ? x : broadcast(high);
   return below > low ? below : broadcast(low);
 }
 
-// The lanes of offsets, out of memory: that is one instruction each. Volatile, or the compiler would take them out of the vector with two.
+// The lanes of offsets as numbers. Two at a time leave the vector: by way of memory, or one by one, they take longer.
 template <class T>
 struct Offsets {
   typedef std::remove_reference_t<decltype(Index<T>{}[0])> Lane;
-  alignas(VECTOR_BYTES) Lane numbers[LANES<T>];
+  int64_t numbers[LANES<T>];
 
-  __attribute__((always_inline)) void set(Index<T> offset) { std::memcpy(numbers, &offset, sizeof numbers); }
-  __attribute__((always_inline)) int64_t operator[](int lane) const { return *const_cast<const volatile Lane*>(numbers + lane); }
+  __attribute__((always_inline)) void set(Index<T> offset) {
+    if constexpr (sizeof(T) == 4) {
+      typedef int64_t Twice __attribute__((vector_size(VECTOR_BYTES)));
+      const Twice twos = reinterpret_cast<Twice>(offset);
+#pragma GCC unroll 8
+      for (int i = 0; i < LANES<T>; i += 2) numbers[i] = static_cast<int32_t>(twos[i / 2]), numbers[i + 1] = twos[i / 2] >> 32;
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < LANES<T>; ++i) numbers[i] = offset[i];
+    }
+  }
+  __attribute__((always_inline)) int64_t operator[](int lane) const { return numbers[lane]; }
 };
 
-// left = p[offset], right = p[offset + 1] of every lane. Neighbours come in one load: half as many as a gather would make.
+#if defined(__AVX2__)
+struct Pairs {  // left and right of eight lanes
+  __m256 left, right;
+  __attribute__((always_inline)) Pairs(__m128 ab, __m128 cd, __m128 ef, __m128 gh) {
+    const __m256 abef = _mm256_insertf128_ps(_mm256_castps128_ps256(ab), ef, 1),
+                 cdgh = _mm256_insertf128_ps(_mm256_castps128_ps256(cd), gh, 1);
+    left = _mm256_shuffle_ps(abef, cdgh, 0x88), right = _mm256_shuffle_ps(abef, cdgh, 0xdd);
+  }
+};
+#endif
+
+// The four taps of every lane: p[offset], p[offset + 1] and the two below them. Neighbours come in one load: half as many as a gather would make.
 template <class T>
-PK_INLINE void load_pairs(const T* p, const Offsets<T>& offset, Vec<T>& left, Vec<T>& right) {
+PK_INLINE void load_taps(const T* p, int64_t stride, const Offsets<T>& offset, Vec<T>& a, Vec<T>& b, Vec<T>& c, Vec<T>& d) {
 #if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
+    const float* const below = p + stride;
     for (int part = 0; part < LANES<float>; part += 8) {
-      const auto two = [&](int i, int j) {
-        const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + offset[part + i])));
-        return _mm_loadh_pi(low, reinterpret_cast<const __m64*>(p + offset[part + j]));
-      };
-      const __m256 a = _mm256_insertf128_ps(_mm256_castps128_ps256(two(0, 1)), two(4, 5), 1);
-      const __m256 b = _mm256_insertf128_ps(_mm256_castps128_ps256(two(2, 3)), two(6, 7), 1);
-      const __m256 l = _mm256_shuffle_ps(a, b, 0x88), r = _mm256_shuffle_ps(a, b, 0xdd);
-      std::memcpy(reinterpret_cast<float*>(&left) + part, &l, sizeof l);
-      std::memcpy(reinterpret_cast<float*>(&right) + part, &r, sizeof r);
+      __m128 upper[4], lower[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int64_t first = offset[part + 2 * i], second = offset[part + 2 * i + 1];
+        const auto two = [&](const float* from) {
+          const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + first)));
+          return _mm_loadh_pi(low, reinterpret_cast<const __m64*>(from + second));
+        };
+        upper[i] = two(p), lower[i] = two(below);
+      }
+      const Pairs u(upper[0], upper[1], upper[2], upper[3]), l(lower[0], lower[1], lower[2], lower[3]);
+      if constexpr (LANES<T> == 8) {
+        a = reinterpret_cast<Vec<T>>(u.left), b = reinterpret_cast<Vec<T>>(u.right);
+        c = reinterpret_cast<Vec<T>>(l.left), d = reinterpret_cast<Vec<T>>(l.right);
+      } else {
+        const auto put = [&](Vec<T>& v, __m256 half) { std::memcpy(reinterpret_cast<float*>(&v) + part, &half, sizeof half); };
+        put(a, u.left), put(b, u.right), put(c, l.left), put(d, l.right);
+      }
     }
     return;
   }
 #endif
-  T found[2][LANES<T>];
-  for (int i = 0; i < LANES<T>; ++i) found[0][i] = p[offset[i]], found[1][i] = p[offset[i] + 1];
-  left = load(found[0]), right = load(found[1]);
+  T found[4][LANES<T>];
+  for (int i = 0; i < LANES<T>; ++i) {
+    const T* const first = p + offset[i];
+    found[0][i] = first[0], found[1][i] = first[1], found[2][i] = first[stride], found[3][i] = first[stride + 1];
+  }
+  a = load(found[0]), b = load(found[1]), c = load(found[2]), d = load(found[3]);
 }
 
 // A plane (DIMS 2) or a volume of planes with a margin; axes in the order x, y, z.
@@ -135,8 +170,7 @@ PK_INLINE Vec<T> interpolate(const Source<T, DIMS>& source, const Spot<T, DIMS>&
   for (int z = 0; z + 2 < DIMS + 1; ++z) {
     const T* const plane = source.origin + (DIMS == 3 ? z * source.stride[DIMS - 1] : 0);
     Vec<T> a{}, b{}, c{}, d{};
-    load_pairs<T>(plane, taps.offset, a, b);
-    load_pairs<T>(plane + source.stride[1], taps.offset, c, d);
+    load_taps<T>(plane, source.stride[1], taps.offset, a, b, c, d);
     const Vec<T> top = between<T>(a, b, f[0]), bottom = between<T>(c, d, f[0]);
     down[z] = bottom - top;
     value[z] = top + f[1] * down[z];
@@ -178,11 +212,11 @@ PK_INLINE void scatter(const Source<T, DIMS>& target, const Spot<T, DIMS>& taps,
   }
 }
 
-// A row of W pixels, written up to a whole vector.
+// Pixels first .. last - 1 of a row, written up to a whole vector.
 template <WarpAffinePadding PADDING, class T, int DIMS>
-void sample_row(const Source<T, DIMS>& source, const Course<T, DIMS>& course, int64_t W, T* out) {
-  Vec<T> x = __builtin_convertvector(lane_numbers<T>(), Vec<T>) - course.center, unused[DIMS];
-  for (int64_t i = 0; i < W; i += LANES<T>, x += static_cast<T>(LANES<T>))
+void sample_row(const Source<T, DIMS>& source, const Course<T, DIMS>& course, int64_t first, int64_t last, T* out) {
+  Vec<T> x = __builtin_convertvector(lane_numbers<T>(), Vec<T>) + (static_cast<T>(first) - course.center), unused[DIMS];
+  for (int64_t i = first; i < last; i += LANES<T>, x += static_cast<T>(LANES<T>))
     store(out + i, interpolate<T, DIMS>(source, taps_at<PADDING, T, DIMS>(source, course, x), unused));
 }
 
@@ -204,7 +238,7 @@ PK_INLINE void sample_row_back(const Source<T, DIMS>& source, const Source<T, DI
     }
     if (target.origin) scatter<T, DIMS>(target, taps, g, std::min<int64_t>(LANES<T>, W - i));
   };
-  sum_over_row<T, N>(W, step, take);
+  sum_over_row<T, N>(0, W, step, take);
 }
 
 }  // namespace
