@@ -41,6 +41,7 @@ def gaussian_blur(
         images: float32, float64, bfloat16 or float16 (computed in float32, rounded once).
         sigma: in pixels, one for all or one for each sample.
         radius: taps on either side, at most 64; 3 sigma keeps 99.7 % of the weight, which is divided by its sum.
+            On the CPU taps with less than 1e-9 of the weight (float64: 1e-19) are left out; so is a NaN that only they reach.
         padding: ``"reflect"`` (mirrored without repeating the edge; any side, also shorter than the radius), ``"replicate"``, ``"zeros"``.
 
     Raises:
