@@ -1,0 +1,412 @@
+// SPDX-License-Identifier: MIT
+// Nearest on the GPU: the filter of ops/nearest.h on tensor cores, ranking of what it leaves, and the launches of the whole.
+//
+// 1. nearest_pack.cu moves and scales queries and bank and writes them as fp16, which has tf32's 11 bits and twice its speed.
+// 2. A warp has 32 queries, their fp16 fragments in registers where D <= 64, and meets the bank 32 rows at a time in chunks that the block copies
+//    to shared memory. A score is compared by taking the least of eight neighbouring rows and that with the query's limit; what is within goes to
+//    the query's list, which is cut down whenever it has grown by about k, and so is the limit (nearest_candidates.cuh). First limits come
+//    from an eighth of the bank, of which only the least of 16 groups of rows are kept. Chunks are taken in an order without neighbours, since
+//    a bank sorted by class would raise and lower limits in waves.
+// 3. The warp ranks what is left by float64 distances, all its queries side by side.
+// 4. nearest_exact.cu merges parts of the bank, which there are where queries alone would not fill the GPU, and does the rest.
+//
+// Bounds. X and Y are a row of the bank and a query, moved and scaled by S = 2^e; beta and alpha their lengths; h = |X - Y|^2 / 2 = S^2 d / 2.
+// A score is v = B - X.Y with B = beta^2 / 2 - E(beta), so v is about h - alpha^2 / 2, less E(beta). Its errors:
+//   fp16    x becomes x (1 + t) + n, |t| <= 2^-11, |n| <= 2^-25 (below 2^-14): of X.Y at most 2^-10 (1 + 2^-12) alpha beta
+//           + 2^-25 (1 + 2^-11) sqrt(D) (alpha + beta) + D 2^-50, by Cauchy and Schwarz
+//   sums    products of fp16 numbers are exact. A tensor core adds up to 16 of them and the sum so far after cutting each off at the last of at least
+//           24 bits of the largest, perhaps in several steps of 4 or 8, each cut off again: fewer than 32 cuts of 2^-23 of |B| + 1.002 alpha beta for
+//           every 16 dimensions, 2^-18 of that
+//   d       the definition's own sums: (D + 3) 2^-53 h, h <= alpha^2 + beta^2; |X|^2, the center's differences, B as a float: less than the 1 % below
+// With alpha beta <= (alpha^2 + beta^2) / 2 they are at most E(alpha) + E(beta), for
+//   E(r) = a r^2 / 2 + w r + z,  a = 1.01 (2^-10 + ceil(D / 16) 2^-17 + (4 D + 16) 2^-53),  w = 1.01 2^-25 sqrt(D),  z = D 2^-49
+// and so   v - E(alpha)  <=  S^2 d / 2 - alpha^2 / 2  <=  v + 2 E(beta) + E(alpha).
+// If k rows have v <= V, the k-th smallest d is at most what the right side gives for V and the longest of them, and no row of a smaller or equal d
+// has v > V + 2 E(alpha) + 2 E(beta): the limit. beta <= alpha + sqrt(2 h); with 2 E(beta) <= 2 a beta^2 + w^2 / a + 2 z and beta^2 <=
+// 2 alpha^2 + 4 h,  h (1 - 8 a) <= V + alpha^2 / 2 + E(alpha) + 4 a alpha^2 + w^2 / a + 2 z. Cosine: vectors of length 2^14, d = 1 - X.Y / 2^28
+// to a rounding, B = -E(beta), beta = alpha. Rows without finite numbers have B = NaN, which is within no limit.
+//
+// Limit at N = 60000, M = 10000, D = 32, k = 5 on an H200: 38.4 GFLOP, 62 us of fp16 mma.sync at 620 TFLOP/s; beside it an instruction for every
+// score, 41 us at 64 a cycle; lists, about a third of the issue slots.
+
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
+#include "ops/cuda/nearest_candidates.cuh"
+
+namespace {
+
+constexpr int MOST_WARPS = 8, SLICE = 8;  // blocks of dimensions that are in shared memory at a time where there are more than two
+constexpr int TILE_VECTORS = 128;         // 16-byte pieces of a tile in one block of dimensions
+constexpr int GROUPS = 4;                 // whose least scores a lane keeps for first limits
+
+// BLOCKS of dimensions, whose fragments of the queries stay in registers; 0: any number.
+template <int BLOCKS>
+struct Shape {
+  static constexpr int TILES = BLOCKS > 0 ? NEAREST_CHUNK / NEAREST_TILE : 1;  // of a stage
+  static constexpr int DEPTH = BLOCKS > 0 ? BLOCKS : SLICE;
+  static constexpr int VECTORS = TILES * DEPTH * TILE_VECTORS;  // of a stage
+  static constexpr int BYTES = VECTORS * 16 + TILES * NEAREST_TILE * 4;
+};
+
+using Scores = float[2][4][4];  // [t][f][2 h + e]: query 16 t + 8 h + group, row 8 member + 2 f + e of the tile
+using Left = unsigned[2][2][4];
+
+// Fragments of the warp's queries in a block of dimensions. The four neighbours of 8 fp16 numbers that a lane reads are its k of two steps, for both
+// factors.
+__device__ __forceinline__ void load_left(Left& a, const uint4* packed) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const uint4 v = __ldg(packed + lane + 32 * r);
+    a[r / 2][0][r % 2] = v.x, a[r / 2][0][2 + r % 2] = v.y, a[r / 2][1][r % 2] = v.z, a[r / 2][1][2 + r % 2] = v.w;
+  }
+}
+
+__device__ __forceinline__ void begin_scores(Scores& s, const float* bias) {
+  const int member = threadIdx.x % 4;
+  const float4 low = pk::load_vector<float4>(bias + 8 * member), high = pk::load_vector<float4>(bias + 8 * member + 4);
+  const float b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int f = 0; f < 4; ++f)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[t][f][i] = b[2 * f + i % 2];
+}
+
+// Queries are packed with the opposite sign.
+__device__ __forceinline__ void add_products(Scores& s, const Left& a, const uint4* tile) {
+  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+#pragma unroll
+  for (int f = 0; f < 4; ++f) {
+    const uint4 v = pk::load_vector<uint4>(tile + (group / 2 * 8 + 2 * f + group % 2) * 4 + member);
+    const unsigned steps[2][2] = {{v.x, v.y}, {v.z, v.w}};
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+#pragma unroll
+      for (int t = 0; t < 2; ++t) pk::mma_m16n8k16_f16(s[t][f], a[t][step], steps[step]);
+  }
+}
+
+// The least score of each of a lane's queries, 8 r + group.
+__device__ __forceinline__ void least_scores(const Scores& s, float (&least)[4]) {
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    float x[4];
+#pragma unroll
+    for (int f = 0; f < 4; ++f) x[f] = fminf(s[r / 2][f][r % 2 * 2], s[r / 2][f][r % 2 * 2 + 1]);
+    least[r] = fminf(fminf(x[0], x[1]), fminf(x[2], x[3]));
+  }
+}
+
+// A lane's copies of what concerns its four queries.
+struct Watch {
+  float limit[4];
+  int count[4];
+
+  __device__ __forceinline__ void take(const Own& own) {
+    const int group = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) limit[r] = __shfl_sync(ALL, own.limit, 8 * r + group), count[r] = __shfl_sync(ALL, own.count, 8 * r + group);
+  }
+  __device__ __forceinline__ void give(Own& own) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int other = __shfl_sync(ALL, count[r], lane % 8 * 4);
+      if (lane / 8 == r) own.count = other;
+    }
+  }
+};
+
+// Lists what is within the limits, after a tile; group: the lane's eight rows. Returns whether a list should be cut down.
+__device__ __forceinline__ bool collect(const Scores& s, const float (&least)[4], Watch& watch, uint2* lists, unsigned group, int enough) {
+  const int lane = threadIdx.x % 32, member = lane % 4;
+  bool within = false;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) within |= least[r] <= watch.limit[r];
+  if (!__any_sync(ALL, within)) return false;
+  int longest = 0;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const bool hit = least[r] <= watch.limit[r];
+    const unsigned hits = __ballot_sync(ALL, hit);
+    if (hits == 0) continue;
+    const unsigned quad = hits >> (lane & 28) & 15u;
+    if (hit) {
+      unsigned mask = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) mask |= s[r / 2][i / 2][r % 2 * 2 + i % 2] <= watch.limit[r] ? 1u << i : 0u;
+      const int at = watch.count[r] + __popc(quad & ((1u << member) - 1));
+      pk::store_vector(lists + at * 32 + 8 * r + lane / 4, uint2{__float_as_uint(least[r]), group << 8 | mask});
+    }
+    watch.count[r] += __popc(quad);
+    longest = max(longest, watch.count[r]);
+  }
+  return __any_sync(ALL, longest > enough);
+}
+
+// First limits: from the least scores of 16 groups of rows, four of them in each lane of a quad.
+template <bool few>
+__device__ __forceinline__ void first_limits(const float (&least)[GROUPS][4], uint2* lists, Own& own, const Bounds& bounds, int k) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) pk::store_vector(lists + (lane % 4 * GROUPS + g) * 32 + 8 * r + lane / 4, uint2{__float_as_uint(least[g][r]), 0});
+  __syncwarp();
+  if (own.limit == own.limit) own.limit = bounds.limit(kth_score<few>(lists + lane, 4 * GROUPS, k), own.length);
+  __syncwarp();
+}
+
+// resources: dynamic shared 82944 bytes
+template <int BLOCKS, bool few>
+__global__ void __launch_bounds__(MOST_WARPS * 32, 2) filter_kernel(const NearestTask p, const int first_chunks, const int stride) {
+  using S = Shape<BLOCKS>;
+  PK_DYNAMIC_SHARED(unsigned char, shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int part = static_cast<int>(blockIdx.x % p.parts);
+  const int64_t tile = static_cast<int64_t>(blockIdx.x / p.parts) * p.warps + warp, first_query = tile * NEAREST_TILE;
+  const bool active = tile < p.query_tiles;  // the others of the block help with copying
+  if (!trusted(p)) {
+    if (active && first_query + lane < p.N) leave(p, first_query + lane);
+    return;
+  }
+  uint2* const lists = reinterpret_cast<uint2*>(shared + 2 * S::BYTES) + warp * p.capacity * 32;
+  const Bounds bounds(p);
+  Own own = {active ? p.lengths[first_query + lane] : 0.0f, INFINITY, 0};
+  if (own.length != own.length) own.limit = own.length;
+
+  // The walk: chunk after chunk of the part; of each the slices; the first first_chunks of them twice, for the limits and then for candidates.
+  const int chunk0 = part * p.part_chunks, chunks = min(p.part_chunks, p.chunks - chunk0), leap = stride % chunks;
+  const int slices = BLOCKS > 0 ? 1 : (p.blocks + SLICE - 1) / SLICE, stages_of_chunk = BLOCKS > 0 ? 1 : slices * (NEAREST_CHUNK / NEAREST_TILE);
+  const int first = min(first_chunks, chunks), total = (first + chunks) * stages_of_chunk;
+  const uint4* const bank = static_cast<const uint4*>(p.packed_bank);
+  int next_chunk = 0, next_step = 0, next_turn = 0;  // what is copied next
+  const auto copy = [&](int stage) {
+    unsigned char* const target = shared + stage % 2 * S::BYTES;
+    const int64_t tile0 = static_cast<int64_t>(chunk0 + next_chunk) * (NEAREST_CHUNK / NEAREST_TILE) + (BLOCKS > 0 ? 0 : next_step / slices);
+    const int slice = BLOCKS > 0 ? 0 : next_step % slices, depth = BLOCKS > 0 ? BLOCKS : min(SLICE, p.blocks - slice * SLICE);
+    const uint4* const source = bank + (tile0 * p.blocks + slice * SLICE) * TILE_VECTORS;
+    for (int i = threadIdx.x; i < S::TILES * depth * TILE_VECTORS; i += blockDim.x) pk::copy_async_16(target + i * 16, source + i);
+    for (int i = threadIdx.x; i < S::TILES * NEAREST_TILE / 4; i += blockDim.x)
+      pk::copy_async_16(target + S::VECTORS * 16 + i * 16, p.bias + tile0 * NEAREST_TILE + 4 * i);
+    if (++next_step < stages_of_chunk) return;
+    next_step = 0;
+    next_chunk += leap;
+    if (next_chunk >= chunks) next_chunk -= chunks;
+    if (++next_turn == first) next_chunk = 0;
+  };
+
+  Left a[BLOCKS > 0 ? BLOCKS : 1];
+  const uint4* const queries = static_cast<const uint4*>(p.packed_queries) + tile * p.blocks * TILE_VECTORS;
+  if (BLOCKS > 0) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      if (active)
+        load_left(a[b], queries + b * TILE_VECTORS);
+      else
+        own.limit = __int_as_float(0x7fc00000);
+    }
+  }
+  if (!active) own.limit = __int_as_float(0x7fc00000);
+
+  float least_of[GROUPS][4];
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) least_of[g][r] = INFINITY;
+  Watch watch;
+  watch.take(own);
+  int enough = min(p.capacity - 4, 2 * p.k + 6), chunk = 0, step = 0, turn = 0;
+  Scores s;
+  copy(0);
+  pk::copy_async_commit();
+#pragma unroll 1
+  for (int stage = 0; stage < total; ++stage) {
+    if (stage + 1 < total) copy(stage + 1);
+    pk::copy_async_commit();  // perhaps of nothing: what is needed now is one group behind
+    pk::copy_async_wait<1>();
+    __syncthreads();
+    const unsigned char* const here = shared + stage % 2 * S::BYTES;
+    const uint4* const vectors = reinterpret_cast<const uint4*>(here);
+    const float* const bias = reinterpret_cast<const float*>(here + S::VECTORS * 16);
+    const int slice = BLOCKS > 0 ? 0 : step % slices;
+    if (active) {
+#pragma unroll 1
+      for (int t = 0; t < S::TILES; ++t) {
+        if (BLOCKS > 0 || slice == 0) begin_scores(s, bias + t * NEAREST_TILE);
+        if constexpr (BLOCKS > 0) {
+#pragma unroll
+          for (int b = 0; b < BLOCKS; ++b) add_products(s, a[b], vectors + (t * BLOCKS + b) * TILE_VECTORS);
+        } else {
+          const int depth = min(SLICE, p.blocks - slice * SLICE);
+#pragma unroll 1
+          for (int b = 0; b < depth; ++b) {
+            load_left(a[0], queries + (slice * SLICE + b) * TILE_VECTORS);
+            add_products(s, a[0], vectors + b * TILE_VECTORS);
+          }
+          if (slice + 1 < slices) continue;
+        }
+        float least[4];
+        least_scores(s, least);
+        if (turn < first) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {  // the groups take turns
+            const float longest_ago = least_of[0][r];
+#pragma unroll
+            for (int g = 0; g + 1 < GROUPS; ++g) least_of[g][r] = least_of[g + 1][r];
+            least_of[GROUPS - 1][r] = fminf(longest_ago, least[r]);
+          }
+          continue;
+        }
+        const int tile_of_chunk = BLOCKS > 0 ? t : step / slices;
+        const unsigned group = static_cast<unsigned>((chunk * (NEAREST_CHUNK / NEAREST_TILE) + tile_of_chunk) * 4 + lane % 4);
+        if (!collect(s, least, watch, lists, group, enough)) continue;
+        watch.give(own);
+        __syncwarp();
+        shrink<few>(lists + lane, own, bounds, p);
+        __syncwarp();
+        enough = min(p.capacity - 4, __reduce_max_sync(ALL, own.count) + p.k + 4);
+        watch.take(own);
+      }
+    }
+    __syncthreads();
+    if (++step < stages_of_chunk) continue;
+    step = 0;
+    chunk += leap;
+    if (chunk >= chunks) chunk -= chunks;
+    if (++turn != first) continue;
+    chunk = 0;
+    if (!active) continue;
+    first_limits<few>(least_of, lists, own, bounds, p.k);
+    watch.take(own);
+  }
+  if (!active) return;
+  watch.give(own);
+  __syncwarp();
+  shrink<few>(lists + lane, own, bounds, p);
+  __syncwarp();
+  double* const distances = reinterpret_cast<double*>(shared) + warp * p.survivors;
+  unsigned* const codes = reinterpret_cast<unsigned*>(reinterpret_cast<double*>(shared) + p.warps * p.survivors) + warp * p.survivors;
+  rank_candidates(p, lists + lane, own, first_query, part, chunk0 * NEAREST_CHUNK, distances, codes);
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ launch
+
+int64_t stage_bytes(int blocks) { return 2 * (blocks == 1 ? Shape<1>::BYTES : blocks == 2 ? Shape<2>::BYTES : Shape<0>::BYTES); }
+int64_t list_bytes(const NearestTask& p) { return static_cast<int64_t>(p.capacity) * NEAREST_TILE * static_cast<int64_t>(sizeof(uint2)); }
+
+// Parts of the bank, so that blocks fill the GPU in few full waves; each costs as much as some chunks.
+int parts_of(int64_t query_blocks, int chunks, int64_t slots) {
+  int best = 1;
+  double least = INFINITY;
+  for (int parts = 1; parts <= 128 && (parts == 1 || chunks / parts >= 4); ++parts) {
+    const double waves = static_cast<double>((query_blocks * parts + slots - 1) / slots);
+    const double cost = waves * ((chunks + parts - 1) / parts * 1.125 + 16) + parts / 8.0;
+    if (cost < least) least = cost, best = parts;
+  }
+  return best;
+}
+
+void plan(NearestTask& p, const NearestProblem& problem) {
+  p.N = problem.N, p.M = static_cast<int>(problem.M), p.D = static_cast<int>(problem.D), p.k = static_cast<int>(problem.k);
+  p.queries = problem.queries, p.queries_kind = problem.queries_kind, p.queries_stride = problem.queries_stride;
+  p.bank = problem.bank, p.bank_kind = problem.bank_kind, p.bank_stride = problem.bank_stride;
+  const auto aligned = [](const void* values, Kind kind, int64_t stride) {
+    const uintptr_t bytes = kind == Kind::bf16 || kind == Kind::f16 ? 8 : 16;
+    return reinterpret_cast<uintptr_t>(values) % bytes == 0 && stride % 4 == 0;
+  };
+  p.queries_aligned = aligned(p.queries, p.queries_kind, p.queries_stride);
+  p.bank_aligned = aligned(p.bank, p.bank_kind, p.bank_stride);
+  p.cosine = problem.cosine, p.double_compute = problem.double_compute;
+  p.distances = problem.distances, p.indices = problem.indices;
+
+  const double depth = static_cast<double>(problem.D);
+  p.query_tiles = (p.N + NEAREST_TILE - 1) / NEAREST_TILE;
+  p.blocks = static_cast<int>((problem.D + NEAREST_BLOCK - 1) / NEAREST_BLOCK);
+  p.error = {1.01 * (0x1p-10 + 2.0 * p.blocks * 0x1p-17 + (4 * depth + 16) * 0x1p-53), 1.01 * 0x1p-25 * std::sqrt(depth), depth * 0x1p-49};
+  p.filter = p.D > 0 && p.error.a <= 1.0 / 32;
+  p.capacity = p.k <= FEW ? 32 : 2 * p.k + 16;
+  const int64_t stages = stage_bytes(p.blocks), limit = static_cast<int64_t>(pk::shared_memory_limit());
+  p.warps = MOST_WARPS;
+  while (p.warps > 1 && (p.warps / 2 >= p.query_tiles || stages + p.warps * list_bytes(p) > limit)) p.warps /= 2;
+  p.survivors = static_cast<int>(stages / p.warps / 12 < 512 ? stages / p.warps / 12 : 512) / 32 * 32;
+  p.chunks = static_cast<int>((problem.M + NEAREST_CHUNK - 1) / NEAREST_CHUNK);
+  const int64_t query_blocks = (p.query_tiles + p.warps - 1) / p.warps;
+  const int64_t together = 2 * (stages + p.warps * list_bytes(p) + 1024) <= limit + 1024 ? 2 : 1;
+  p.parts = parts_of(query_blocks, p.chunks, together * pk::multiprocessor_count());
+  const int most = 1 << 20;  // chunks of a part: a group of eight rows has 24 bits
+  if ((p.chunks + p.parts - 1) / p.parts > most) p.parts = (p.chunks + most - 1) / most;
+  p.part_chunks = (p.chunks + p.parts - 1) / p.parts;
+  p.parts = (p.chunks + p.part_chunks - 1) / p.part_chunks;
+}
+
+// Gives out the workspace; returns the bytes of all.
+int64_t divide_workspace(NearestTask& p, void* workspace) {
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(workspace) + 255) / 256 * 256;
+  int64_t used = 0;
+  const auto take = [&](auto*& pointer, int64_t bytes) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(start + static_cast<uintptr_t>(used));
+    used += (bytes + 255) / 256 * 256;
+  };
+  const int64_t rows = static_cast<int64_t>(p.chunks) * NEAREST_CHUNK, places = p.query_tiles * NEAREST_TILE, packed = int64_t{64} * p.blocks;
+  take(p.state, sizeof(NearestState));
+  take(p.center, p.D * int64_t{8});
+  take(p.packed_queries, places * packed);
+  take(p.lengths, places * 4);
+  take(p.packed_bank, rows * packed);
+  take(p.bias, rows * 4);
+  take(p.flags, p.N * 4);
+  take(p.left, p.N * 8);
+  take(p.candidates, p.parts > 1 ? p.N * p.parts * p.k * static_cast<int64_t>(sizeof(NearestCandidate)) : 0);
+  return used + 256;
+}
+
+template <int BLOCKS>
+int launch_filter(const NearestTask& p, void* stream) {
+  const int64_t blocks = (p.query_tiles + p.warps - 1) / p.warps * p.parts;
+  const std::size_t bytes = static_cast<std::size_t>(stage_bytes(p.blocks) + p.warps * list_bytes(p));
+  const int first = p.k <= FEW ? (p.part_chunks + 7) / 8 : 0;
+  const auto divisor = [](int x, int y) {
+    while (y != 0) x %= y, std::swap(x, y);
+    return x;
+  };
+  // About the golden section of a part, without a common divisor, so that every chunk is met once. The last part may be shorter.
+  const int last = p.chunks - (p.parts - 1) * p.part_chunks;
+  int stride = static_cast<int>(p.part_chunks * 0.618);
+  while (divisor(p.part_chunks, stride) != 1 || divisor(last, stride) != 1) ++stride;
+  const dim3 grid(static_cast<unsigned>(blocks)), threads(static_cast<unsigned>(32 * p.warps));
+  if (p.k <= FEW) return PK_LAUNCH((filter_kernel<BLOCKS, true>), grid, threads, bytes, stream, p, first, stride);
+  return PK_LAUNCH((filter_kernel<BLOCKS, false>), grid, threads, bytes, stream, p, first, stride);
+}
+
+}  // namespace
+
+namespace protokernels {
+
+int launch_nearest_filter(const NearestTask& p, void* stream) {
+  if (p.blocks == 1) return launch_filter<1>(p, stream);
+  if (p.blocks == 2) return launch_filter<2>(p, stream);
+  return launch_filter<0>(p, stream);
+}
+
+int64_t nearest_workspace(const NearestProblem& problem) {
+  NearestTask p{};
+  plan(p, problem);
+  return divide_workspace(p, nullptr);
+}
+
+int launch_nearest(const NearestProblem& problem, void* workspace, void* stream) {
+  if (problem.N == 0) return 0;
+  NearestTask p{};
+  plan(p, problem);
+  divide_workspace(p, workspace);
+  int status = p.filter ? launch_nearest_pack(p, stream) : 0;
+  if (status == 0 && p.filter) status = launch_nearest_filter(p, stream);
+  return status == 0 ? launch_nearest_exact(p, stream) : status;
+}
+
+}  // namespace protokernels
