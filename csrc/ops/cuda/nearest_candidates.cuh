@@ -25,26 +25,19 @@ struct Own {
   int count;     // entries
 };
 
-// The bounds of nearest_kernel.cu in float32: the last 1 % of NearestError is for rounding here.
-struct Bounds {
-  float a, w, z;
-  bool cosine;
-  __device__ __forceinline__ explicit Bounds(const NearestTask& p)
-      : a(static_cast<float>(p.error.a)), w(static_cast<float>(p.error.w)), z(static_cast<float>(p.error.z)), cosine(p.cosine) {}
-
-  // No row among the nearest k has a greater score, if k rows have scores of at most `score`.
-  __device__ __forceinline__ float limit(float score, float length) const {
-    if (!(score < INFINITY)) return INFINITY;
-    const float own = (a / 2 * length + w) * length + z;
-    float reach = length;  // of the k rows: at least their lengths
-    if (!cosine) {
-      const float height = fmaxf(score + length * length / 2 + own, 0.0f);
-      const float crude = (height + 4 * a * length * length + w * w / a + 2 * z) / (1 - 8 * a);
-      reach += sqrtf(2 * crude) * (1 + 0x1p-20f);
-    }
-    return score + 2 * own + ((a * reach + 2 * w) * reach + 2 * z);
+// No row among the nearest k has a greater score than this, if k rows have scores of at most `score` (nearest_kernel.cu). The last 1 % of
+// NearestError is for rounding here.
+__device__ __forceinline__ float limit_of(const NearestTask& p, float score, float length) {
+  if (!(score < INFINITY)) return INFINITY;
+  const NearestBounds& e = p.bounds;
+  const float own = (e.half_a * length + e.w) * length + e.z;
+  float reach = length;  // of the k rows: at least their lengths
+  if (!p.cosine) {
+    const float height = fmaxf(score + length * length * 0.5f + own, 0.0f);
+    reach += sqrtf((height + e.crude_a * length * length + e.crude_z) * e.crude) * (1 + 0x1p-20f);
   }
-};
+  return score + 2 * own + 2 * ((e.half_a * reach + e.w) * reach + e.z);
+}
 
 __device__ __forceinline__ unsigned ordered_bits(float x) {
   const unsigned bits = __float_as_uint(x);
@@ -84,8 +77,8 @@ __device__ __forceinline__ float kth_score(const uint2* list, int count, int k) 
 
 // Takes from a list what the best k in it rule out, and lowers the limit accordingly. Between two __syncwarp().
 template <bool few>
-__device__ __forceinline__ void shrink(uint2* list, Own& own, const Bounds& bounds, const NearestTask& p) {
-  own.limit = own.limit != own.limit ? own.limit : fminf(own.limit, bounds.limit(kth_score<few>(list, own.count, p.k), own.length));
+__device__ __forceinline__ void shrink(uint2* list, Own& own, const NearestTask& p) {
+  own.limit = own.limit != own.limit ? own.limit : fminf(own.limit, limit_of(p, kth_score<few>(list, own.count, p.k), own.length));
   int kept = 0;
   for (int e = 0; e < own.count; ++e) {
     const uint2 entry = pk::load_vector<uint2>(list + e * 32);

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const NearestTask p) {
   if (query >= p.N || p.flags[query] != 0) return;
   const NearestCandidate* const own = p.candidates + query * p.parts * p.k;
   double distance[LISTS];
-  int index[LISTS], taken[LISTS];
+  int index[LISTS], taken[LISTS] = {};
   const auto read = [&](int i) {
     const int part = lane + 32 * i;
     const bool there = part < p.parts && taken[i] < p.k;
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const NearestTask p) {
     index[i] = there ? static_cast<int>(from->index) : 0x7fffffff;
   };
 #pragma unroll
-  for (int i = 0; i < LISTS; ++i) taken[i] = 0, read(i);
+  for (int i = 0; i < LISTS; ++i) read(i);
   for (int rank = 0; rank < p.k; ++rank) {
     double best = distance[0];
     int best_index = index[0];

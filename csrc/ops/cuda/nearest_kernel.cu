@@ -34,61 +34,12 @@
 #include <utility>
 
 #include "ops/cuda/nearest_candidates.cuh"
+#include "ops/cuda/nearest_walk.cuh"
 
 namespace {
 
-constexpr int MOST_WARPS = 8, SLICE = 8;  // blocks of dimensions that are in shared memory at a time where there are more than two
-constexpr int TILE_VECTORS = 128;         // 16-byte pieces of a tile in one block of dimensions
-constexpr int GROUPS = 4;                 // whose least scores a lane keeps for first limits
-
-// BLOCKS of dimensions, whose fragments of the queries stay in registers; 0: any number.
-template <int BLOCKS>
-struct Shape {
-  static constexpr int TILES = BLOCKS > 0 ? NEAREST_CHUNK / NEAREST_TILE : 1;  // of a stage
-  static constexpr int DEPTH = BLOCKS > 0 ? BLOCKS : SLICE;
-  static constexpr int VECTORS = TILES * DEPTH * TILE_VECTORS;  // of a stage
-  static constexpr int BYTES = VECTORS * 16 + TILES * NEAREST_TILE * 4;
-};
-
-using Scores = float[2][4][4];  // [t][f][2 h + e]: query 16 t + 8 h + group, row 8 member + 2 f + e of the tile
-using Left = unsigned[2][2][4];
-
-// Fragments of the warp's queries in a block of dimensions. The four neighbours of 8 fp16 numbers that a lane reads are its k of two steps, for both
-// factors.
-__device__ __forceinline__ void load_left(Left& a, const uint4* packed) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const uint4 v = __ldg(packed + lane + 32 * r);
-    a[r / 2][0][r % 2] = v.x, a[r / 2][0][2 + r % 2] = v.y, a[r / 2][1][r % 2] = v.z, a[r / 2][1][2 + r % 2] = v.w;
-  }
-}
-
-__device__ __forceinline__ void begin_scores(Scores& s, const float* bias) {
-  const int member = threadIdx.x % 4;
-  const float4 low = pk::load_vector<float4>(bias + 8 * member), high = pk::load_vector<float4>(bias + 8 * member + 4);
-  const float b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-  for (int t = 0; t < 2; ++t)
-#pragma unroll
-    for (int f = 0; f < 4; ++f)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[t][f][i] = b[2 * f + i % 2];
-}
-
-// Queries are packed with the opposite sign.
-__device__ __forceinline__ void add_products(Scores& s, const Left& a, const uint4* tile) {
-  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
-#pragma unroll
-  for (int f = 0; f < 4; ++f) {
-    const uint4 v = pk::load_vector<uint4>(tile + (group / 2 * 8 + 2 * f + group % 2) * 4 + member);
-    const unsigned steps[2][2] = {{v.x, v.y}, {v.z, v.w}};
-#pragma unroll
-    for (int step = 0; step < 2; ++step)
-#pragma unroll
-      for (int t = 0; t < 2; ++t) pk::mma_m16n8k16_f16(s[t][f], a[t][step], steps[step]);
-  }
-}
+constexpr int MOST_WARPS = 8;
+constexpr int GROUPS = 4;
 
 // The least score of each of a lane's queries, 8 r + group.
 __device__ __forceinline__ void least_scores(const Scores& s, float (&least)[4]) {
@@ -148,150 +99,75 @@ __device__ __forceinline__ bool collect(const Scores& s, const float (&least)[4]
   return __any_sync(ALL, longest > enough);
 }
 
-// First limits: from the least scores of 16 groups of rows, four of them in each lane of a quad.
-template <bool few>
-__device__ __forceinline__ void first_limits(const float (&least)[GROUPS][4], uint2* lists, Own& own, const Bounds& bounds, int k) {
-  const int lane = threadIdx.x % 32;
+// The least scores of groups of rows, GROUPS in each lane of a quad and so 4 GROUPS for a query, kept where its list will be.
+struct FirstScores {
+  uint2* const lists;  // from the lane's first on
+
+  __device__ __forceinline__ explicit FirstScores(uint2* lists_) : lists(lists_ + threadIdx.x % 4 * GROUPS * 32 + threadIdx.x % 32 / 4) {
 #pragma unroll
-  for (int g = 0; g < GROUPS; ++g)
+    for (int g = 0; g < GROUPS; ++g)
 #pragma unroll
-    for (int r = 0; r < 4; ++r) pk::store_vector(lists + (lane % 4 * GROUPS + g) * 32 + 8 * r + lane / 4, uint2{__float_as_uint(least[g][r]), 0});
-  __syncwarp();
-  if (own.limit == own.limit) own.limit = bounds.limit(kth_score<few>(lists + lane, 4 * GROUPS, k), own.length);
-  __syncwarp();
-}
+      for (int r = 0; r < 4; ++r) put(g, r, INFINITY);
+  }
+  __device__ __forceinline__ void put(int g, int r, float score) const {
+    pk::store_vector(lists + g * 32 + 8 * r, uint2{__float_as_uint(score), 0});
+  }
+  __device__ __forceinline__ void add(int g, const float (&least)[4]) const {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) put(g, r, fminf(__uint_as_float(lists[g * 32 + 8 * r].x), least[r]));
+  }
+};
 
 // resources: dynamic shared 82944 bytes
 template <int BLOCKS, bool few>
 __global__ void __launch_bounds__(MOST_WARPS * 32, 2) filter_kernel(const NearestTask p, const int first_chunks, const int stride) {
-  using S = Shape<BLOCKS>;
   PK_DYNAMIC_SHARED(unsigned char, shared);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int part = static_cast<int>(blockIdx.x % p.parts);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = static_cast<int>(blockIdx.x % p.parts);
   const int64_t tile = static_cast<int64_t>(blockIdx.x / p.parts) * p.warps + warp, first_query = tile * NEAREST_TILE;
-  const bool active = tile < p.query_tiles;  // the others of the block help with copying
   if (!trusted(p)) {
-    if (active && first_query + lane < p.N) leave(p, first_query + lane);
+    if (first_query + lane < p.N) leave(p, first_query + lane);
     return;
   }
-  uint2* const lists = reinterpret_cast<uint2*>(shared + 2 * S::BYTES) + warp * p.capacity * 32;
-  const Bounds bounds(p);
-  Own own = {active ? p.lengths[first_query + lane] : 0.0f, INFINITY, 0};
+  Walk<BLOCKS> walk(p, shared, part, stride, tile);
+  uint2* const lists = reinterpret_cast<uint2*>(shared + 2 * Shape<BLOCKS>::BYTES) + warp * p.capacity * 32;
+  Own own = {walk.active ? p.lengths[first_query + lane] : 0.0f, INFINITY, 0};
   if (own.length != own.length) own.limit = own.length;
 
-  // The walk: chunk after chunk of the part; of each the slices; the first first_chunks of them twice, for the limits and then for candidates.
-  const int chunk0 = part * p.part_chunks, chunks = min(p.part_chunks, p.chunks - chunk0), leap = stride % chunks;
-  const int slices = BLOCKS > 0 ? 1 : (p.blocks + SLICE - 1) / SLICE, stages_of_chunk = BLOCKS > 0 ? 1 : slices * (NEAREST_CHUNK / NEAREST_TILE);
-  const int first = min(first_chunks, chunks), total = (first + chunks) * stages_of_chunk;
-  const uint4* const bank = static_cast<const uint4*>(p.packed_bank);
-  int next_chunk = 0, next_step = 0, next_turn = 0;  // what is copied next
-  const auto copy = [&](int stage) {
-    unsigned char* const target = shared + stage % 2 * S::BYTES;
-    const int64_t tile0 = static_cast<int64_t>(chunk0 + next_chunk) * (NEAREST_CHUNK / NEAREST_TILE) + (BLOCKS > 0 ? 0 : next_step / slices);
-    const int slice = BLOCKS > 0 ? 0 : next_step % slices, depth = BLOCKS > 0 ? BLOCKS : min(SLICE, p.blocks - slice * SLICE);
-    const uint4* const source = bank + (tile0 * p.blocks + slice * SLICE) * TILE_VECTORS;
-    for (int i = threadIdx.x; i < S::TILES * depth * TILE_VECTORS; i += blockDim.x) pk::copy_async_16(target + i * 16, source + i);
-    for (int i = threadIdx.x; i < S::TILES * NEAREST_TILE / 4; i += blockDim.x)
-      pk::copy_async_16(target + S::VECTORS * 16 + i * 16, p.bias + tile0 * NEAREST_TILE + 4 * i);
-    if (++next_step < stages_of_chunk) return;
-    next_step = 0;
-    next_chunk += leap;
-    if (next_chunk >= chunks) next_chunk -= chunks;
-    if (++next_turn == first) next_chunk = 0;
-  };
-
-  Left a[BLOCKS > 0 ? BLOCKS : 1];
-  const uint4* const queries = static_cast<const uint4*>(p.packed_queries) + tile * p.blocks * TILE_VECTORS;
-  if (BLOCKS > 0) {
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      if (active)
-        load_left(a[b], queries + b * TILE_VECTORS);
-      else
-        own.limit = __int_as_float(0x7fc00000);
-    }
+  if (few) {
+    const FirstScores first(lists);
+    int turn = 0;
+    walk.run(min(first_chunks, walk.chunks), [&](const Scores& s, int) {
+      float least[4];
+      least_scores(s, least);
+      first.add(turn++ % GROUPS, least);
+    });
+    __syncwarp();
+    if (own.limit == own.limit) own.limit = limit_of(p, kth_score<few>(lists + lane, 4 * GROUPS, p.k), own.length);
+    __syncwarp();
   }
-  if (!active) own.limit = __int_as_float(0x7fc00000);
 
-  float least_of[GROUPS][4];
-#pragma unroll
-  for (int g = 0; g < GROUPS; ++g)
-#pragma unroll
-    for (int r = 0; r < 4; ++r) least_of[g][r] = INFINITY;
   Watch watch;
   watch.take(own);
-  int enough = min(p.capacity - 4, 2 * p.k + 6), chunk = 0, step = 0, turn = 0;
-  Scores s;
-  copy(0);
-  pk::copy_async_commit();
-#pragma unroll 1
-  for (int stage = 0; stage < total; ++stage) {
-    if (stage + 1 < total) copy(stage + 1);
-    pk::copy_async_commit();  // perhaps of nothing: what is needed now is one group behind
-    pk::copy_async_wait<1>();
-    __syncthreads();
-    const unsigned char* const here = shared + stage % 2 * S::BYTES;
-    const uint4* const vectors = reinterpret_cast<const uint4*>(here);
-    const float* const bias = reinterpret_cast<const float*>(here + S::VECTORS * 16);
-    const int slice = BLOCKS > 0 ? 0 : step % slices;
-    if (active) {
-#pragma unroll 1
-      for (int t = 0; t < S::TILES; ++t) {
-        if (BLOCKS > 0 || slice == 0) begin_scores(s, bias + t * NEAREST_TILE);
-        if constexpr (BLOCKS > 0) {
-#pragma unroll
-          for (int b = 0; b < BLOCKS; ++b) add_products(s, a[b], vectors + (t * BLOCKS + b) * TILE_VECTORS);
-        } else {
-          const int depth = min(SLICE, p.blocks - slice * SLICE);
-#pragma unroll 1
-          for (int b = 0; b < depth; ++b) {
-            load_left(a[0], queries + (slice * SLICE + b) * TILE_VECTORS);
-            add_products(s, a[0], vectors + b * TILE_VECTORS);
-          }
-          if (slice + 1 < slices) continue;
-        }
-        float least[4];
-        least_scores(s, least);
-        if (turn < first) {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {  // the groups take turns
-            const float longest_ago = least_of[0][r];
-#pragma unroll
-            for (int g = 0; g + 1 < GROUPS; ++g) least_of[g][r] = least_of[g + 1][r];
-            least_of[GROUPS - 1][r] = fminf(longest_ago, least[r]);
-          }
-          continue;
-        }
-        const int tile_of_chunk = BLOCKS > 0 ? t : step / slices;
-        const unsigned group = static_cast<unsigned>((chunk * (NEAREST_CHUNK / NEAREST_TILE) + tile_of_chunk) * 4 + lane % 4);
-        if (!collect(s, least, watch, lists, group, enough)) continue;
-        watch.give(own);
-        __syncwarp();
-        shrink<few>(lists + lane, own, bounds, p);
-        __syncwarp();
-        enough = min(p.capacity - 4, __reduce_max_sync(ALL, own.count) + p.k + 4);
-        watch.take(own);
-      }
-    }
-    __syncthreads();
-    if (++step < stages_of_chunk) continue;
-    step = 0;
-    chunk += leap;
-    if (chunk >= chunks) chunk -= chunks;
-    if (++turn != first) continue;
-    chunk = 0;
-    if (!active) continue;
-    first_limits<few>(least_of, lists, own, bounds, p.k);
+  int enough = min(p.capacity - 4, 2 * p.k + 6);
+  walk.run(walk.chunks, [&](const Scores& s, int t) {
+    float least[4];
+    least_scores(s, least);
+    if (!collect(s, least, watch, lists, static_cast<unsigned>(t * 4 + lane % 4), enough)) return;
+    watch.give(own);
+    __syncwarp();
+    shrink<few>(lists + lane, own, p);
+    __syncwarp();
+    enough = min(p.capacity - 4, __reduce_max_sync(ALL, own.count) + p.k + 4);
     watch.take(own);
-  }
-  if (!active) return;
+  });
+  if (!walk.active) return;
   watch.give(own);
   __syncwarp();
-  shrink<few>(lists + lane, own, bounds, p);
+  shrink<few>(lists + lane, own, p);
   __syncwarp();
   double* const distances = reinterpret_cast<double*>(shared) + warp * p.survivors;
   unsigned* const codes = reinterpret_cast<unsigned*>(reinterpret_cast<double*>(shared) + p.warps * p.survivors) + warp * p.survivors;
-  rank_candidates(p, lists + lane, own, first_query, part, chunk0 * NEAREST_CHUNK, distances, codes);
+  rank_candidates(p, lists + lane, own, first_query, part, walk.chunk0 * NEAREST_CHUNK, distances, codes);
 }
 
 // ------------------------------------------------------------------------------------------------------------------------ launch
@@ -328,6 +204,9 @@ void plan(NearestTask& p, const NearestProblem& problem) {
   p.query_tiles = (p.N + NEAREST_TILE - 1) / NEAREST_TILE;
   p.blocks = static_cast<int>((problem.D + NEAREST_BLOCK - 1) / NEAREST_BLOCK);
   p.error = {1.01 * (0x1p-10 + 2.0 * p.blocks * 0x1p-17 + (4 * depth + 16) * 0x1p-53), 1.01 * 0x1p-25 * std::sqrt(depth), depth * 0x1p-49};
+  const auto [a, w, z] = p.error;
+  const auto as_float = [](double x) { return static_cast<float>(x); };
+  p.bounds = {as_float(a / 2), as_float(w), as_float(z), as_float(4 * a), as_float(w * w / a + 2 * z), as_float(2 / (1 - 8 * a))};
   p.filter = p.D > 0 && p.error.a <= 1.0 / 32;
   p.capacity = p.k <= FEW ? 32 : 2 * p.k + 16;
   const int64_t stages = stage_bytes(p.blocks), limit = static_cast<int64_t>(pk::shared_memory_limit());

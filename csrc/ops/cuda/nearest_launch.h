@@ -25,6 +25,12 @@ struct NearestError {
   double a, w, z;
 };
 
+// The same as the warps of the filter use it.
+struct NearestBounds {
+  float half_a, w, z;
+  float crude_a, crude_z, crude;  // 4 a, w^2 / a + 2 z, 2 / (1 - 8 a)
+};
+
 // Everything a kernel needs to know, passed by value.
 struct NearestTask {
   int64_t N;
@@ -47,6 +53,7 @@ struct NearestTask {
   int parts;        // of the bank
   int part_chunks;  // of a part
   NearestError error;
+  NearestBounds bounds;
   // The workspace.
   NearestState* state;
   double* center;  // [D]

@@ -75,7 +75,7 @@ __device__ __forceinline__ double quad_sum(double x) {
 __device__ __forceinline__ unsigned pair(double x, double y) { return pk::pack_f16(static_cast<float>(x), static_cast<float>(y)); }
 
 // Four threads to a row: thread `member` has columns 8 member ... 8 member + 7 of every block. Rows behind the last are zeros.
-__global__ void __launch_bounds__(THREADS) pack_kernel(const NearestTask p) {
+__global__ void __launch_bounds__(THREADS, 4) pack_kernel(const NearestTask p) {
   const int member = threadIdx.x % 4;
   const int64_t place = static_cast<int64_t>(blockIdx.x) * (THREADS / 4) + threadIdx.x / 4;
   const int64_t query_places = p.query_tiles * NEAREST_TILE;
