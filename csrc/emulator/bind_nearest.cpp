@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "emulator/host.h"
+#include "ops/cuda/nearest_launch.h"
 #include "ops/nearest.h"
 
 using namespace pk::emulator;
@@ -30,9 +31,9 @@ struct Workspace {
   Output<double> buffer;
 };
 
-// Rows of D values, as far apart as the arrays are wide.
+// Rows of D values, as far apart as the arrays are wide. Returns how many queries the filter left to the comparison with the whole bank.
 template <typename Q, typename B>
-void search(const Array& queries_array, const Array& bank_array, int64_t D, int64_t k, bool cosine, const Array& distances_array,
+int64_t search(const Array& queries_array, const Array& bank_array, int64_t D, int64_t k, bool cosine, const Array& distances_array,
             const Array& indices_array) {
   constexpr bool wide = std::is_same_v<Q, double> || std::is_same_v<B, double>;
   const Input<Q> queries(queries_array, "queries");
@@ -44,6 +45,9 @@ void search(const Array& queries_array, const Array& bank_array, int64_t D, int6
                          distances.data(), indices.data()};
   const Workspace workspace(nearest_workspace(p));
   check(launch_nearest(p, workspace.buffer.data(), nullptr));
+  if (p.N == 0 || D == 0) return p.N;
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(workspace.buffer.data()) + 255) / 256 * 256;  // as in nearest_kernel.cu
+  return reinterpret_cast<const NearestState*>(start)->left;
 }
 
 template <typename Q>

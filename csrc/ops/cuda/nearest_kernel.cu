@@ -74,26 +74,25 @@ struct Watch {
 
 // Lists what is within the limits, after a tile; group: the lane's eight rows. Returns whether a list should be cut down.
 __device__ __forceinline__ bool collect(const Scores& s, const float (&least)[4], Watch& watch, uint2* lists, unsigned group, int enough) {
-  const int lane = threadIdx.x % 32, member = lane % 4;
-  bool within = false;
+  const int lane = threadIdx.x % 32;
+  bool hit[4], within = false;
 #pragma unroll
-  for (int r = 0; r < 4; ++r) within |= least[r] <= watch.limit[r];
+  for (int r = 0; r < 4; ++r) hit[r] = least[r] <= watch.limit[r], within |= hit[r];
   if (!__any_sync(ALL, within)) return false;
+  const unsigned quad = 15u << (lane & 28), before = quad & ((1u << lane) - 1);
   int longest = 0;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const bool hit = least[r] <= watch.limit[r];
-    const unsigned hits = __ballot_sync(ALL, hit);
+    const unsigned hits = __ballot_sync(ALL, hit[r]);
     if (hits == 0) continue;
-    const unsigned quad = hits >> (lane & 28) & 15u;
-    if (hit) {
+    if (hit[r]) {
       unsigned mask = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) mask |= s[r / 2][i / 2][r % 2 * 2 + i % 2] <= watch.limit[r] ? 1u << i : 0u;
-      const int at = watch.count[r] + __popc(quad & ((1u << member) - 1));
+      const int at = watch.count[r] + __popc(hits & before);
       pk::store_vector(lists + at * 32 + 8 * r + lane / 4, uint2{__float_as_uint(least[r]), group << 8 | mask});
     }
-    watch.count[r] += __popc(quad);
+    watch.count[r] += __popc(hits & quad);
     longest = max(longest, watch.count[r]);
   }
   return __any_sync(ALL, longest > enough);
@@ -118,7 +117,7 @@ struct FirstScores {
   }
 };
 
-// resources: dynamic shared 82944 bytes
+// resources: dynamic shared 83968 bytes
 template <int BLOCKS, bool few>
 __global__ void __launch_bounds__(MOST_WARPS * 32, 2) filter_kernel(const NearestTask p, const int first_chunks, const int stride) {
   PK_DYNAMIC_SHARED(unsigned char, shared);
@@ -237,7 +236,7 @@ int64_t divide_workspace(NearestTask& p, void* workspace) {
   take(p.packed_queries, places * packed);
   take(p.lengths, places * 4);
   take(p.packed_bank, rows * packed);
-  take(p.bias, rows * 4);
+  take(p.bias, rows * 8);
   take(p.flags, p.N * 4);
   take(p.left, p.N * 8);
   take(p.candidates, p.parts > 1 ? p.N * p.parts * p.k * static_cast<int64_t>(sizeof(NearestCandidate)) : 0);

@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(THREADS, 4) pack_kernel(const NearestTask p) {
   } else {
     const NearestError& e = p.error;
     const double error = (e.a / 2 * length + e.w) * length + e.z;
-    p.bias[row] = static_cast<float>(there && usable ? (p.cosine ? 0.0 : square / 2) - error : nan);
+    float* const bias = p.bias + row / 2 * 4 + row % 2;
+    bias[0] = bias[2] = static_cast<float>(there && usable ? (p.cosine ? 0.0 : square / 2) - error : nan);
   }
 }
 

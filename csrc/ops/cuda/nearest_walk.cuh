@@ -19,7 +19,7 @@ struct Shape {
   static constexpr int TILES = BLOCKS > 0 ? NEAREST_CHUNK / NEAREST_TILE : 1;  // of a stage
   static constexpr int DEPTH = BLOCKS > 0 ? BLOCKS : SLICE;
   static constexpr int VECTORS = TILES * DEPTH * TILE_VECTORS;  // of a stage
-  static constexpr int BYTES = VECTORS * 16 + TILES * NEAREST_TILE * 4;
+  static constexpr int BYTES = VECTORS * 16 + TILES * NEAREST_TILE * 8;
 };
 
 using Scores = float[2][4][4];  // [t][f][2 h + e]: query 16 t + 8 h + group, row 8 member + 2 f + e of the tile
@@ -35,16 +35,15 @@ __device__ __forceinline__ void load_left(Left& a, const uint4* packed) {
   }
 }
 
+// The bias of two rows and once more the same, 16 bytes, is a fragment of a sum: products are added to it without a move.
 __device__ __forceinline__ void begin_scores(Scores& s, const float* bias) {
   const int member = threadIdx.x % 4;
-  const float4 low = pk::load_vector<float4>(bias + 8 * member), high = pk::load_vector<float4>(bias + 8 * member + 4);
-  const float b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-  for (int t = 0; t < 2; ++t)
+  for (int f = 0; f < 4; ++f) {
+    const float4 b = pk::load_vector<float4>(bias + (4 * member + f) * 4);
 #pragma unroll
-    for (int f = 0; f < 4; ++f)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[t][f][i] = b[2 * f + i % 2];
+    for (int t = 0; t < 2; ++t) s[t][f][0] = b.x, s[t][f][1] = b.y, s[t][f][2] = b.z, s[t][f][3] = b.w;
+  }
 }
 
 // Queries are packed with the opposite sign.
@@ -114,8 +113,8 @@ struct Walk {
 #pragma unroll 2
     for (int i = threadIdx.x; i < vectors; i += blockDim.x) pk::copy_async_16(target + i * 16, source + i);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < S::TILES * NEAREST_TILE / 4; i += blockDim.x)
-      pk::copy_async_16(target + S::VECTORS * 16 + i * 16, p.bias + tile * NEAREST_TILE + 4 * i);
+    for (int i = threadIdx.x; i < S::TILES * NEAREST_TILE / 2; i += blockDim.x)
+      pk::copy_async_16(target + S::VECTORS * 16 + i * 16, p.bias + tile * NEAREST_TILE * 2 + 4 * i);
   }
 
   // Calls body(scores, tile of the part) for the tiles of the first `visits` chunks.
@@ -146,7 +145,7 @@ struct Walk {
     if constexpr (BLOCKS > 0) {
 #pragma unroll 1
       for (int t = 0; t < S::TILES; ++t) {
-        begin_scores(s, bias + t * NEAREST_TILE);
+        begin_scores(s, bias + t * NEAREST_TILE * 2);
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) add_products(s, a[b], vectors + (t * BLOCKS + b) * TILE_VECTORS);
         body(s, at.tile + t);
