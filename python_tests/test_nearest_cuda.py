@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The op `nearest` on CUDA beyond its values: streams, graphs, no waiting for the device, the bounds on real tensor cores, large problems."""
+"""The op `nearest` on CUDA beyond its values: streams, graphs, no waiting for the device, real tensor cores, large problems."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TestValue:
 
     @pytest.mark.parametrize("D", [7, 32, 64, 200, 2048])
     def test_the_bounds_hold_where_all_terms_have_one_sign(self, D: int) -> None:
-        """Sums that only grow are cut off at every step of a tensor core, always to the same side; neighbours here are that close together."""
+        """Sums that only grow are cut off at every step of a tensor core, always to the same side."""
         generator = torch.Generator().manual_seed(D)
         bank = torch.rand(3000, D, generator=generator) + 1
         bank[0] = -40  # the center is not the mean any more

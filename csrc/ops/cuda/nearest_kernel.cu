@@ -1,25 +1,27 @@
 // SPDX-License-Identifier: MIT
 // Nearest on the GPU: the filter of ops/nearest.h on tensor cores, ranking of what it leaves, and the launches of the whole.
 //
-// 1. nearest_pack.cu moves and scales queries and bank and writes them as fp16, which has tf32's 11 bits and twice its speed.
+// 1. nearest_pack.cu moves and scales queries and bank and writes them as fp16, which has tf32's 11 bits and twice its speed. Neighbours in few
+//    dimensions (D <= 21) are nearer than 11 bits can tell: numbers are split in two, which up to D = 10 costs nothing.
 // 2. A warp has 32 queries, their fp16 fragments in registers where D <= 64, and meets the bank 32 rows at a time in chunks that the block copies
 //    to shared memory. A score is compared by taking the least of eight neighbouring rows and that with the query's limit; what is within goes to
 //    the query's list, which is cut down whenever it has grown by about k, and so is the limit (nearest_candidates.cuh). First limits come
-//    from an eighth of the bank, of which only the least of 16 groups of rows are kept. Chunks are taken in an order without neighbours, since
-//    a bank sorted by class would raise and lower limits in waves.
+//    from an eighth of the bank: for a small k from the least scores of 16 groups of its rows. Chunks are taken in an order without neighbours,
+//    since in a bank sorted by class the nearest rows might come last.
 // 3. The warp ranks what is left by float64 distances, all its queries side by side.
 // 4. nearest_exact.cu merges parts of the bank, which there are where queries alone would not fill the GPU, and does the rest.
 //
 // Bounds. X and Y are a row of the bank and a query, moved and scaled by S = 2^e; beta and alpha their lengths; h = |X - Y|^2 / 2 = S^2 d / 2.
 // A score is v = B - X.Y with B = beta^2 / 2 - E(beta), so v is about h - alpha^2 / 2, less E(beta). Its errors:
 //   fp16    x becomes x (1 + t) + n, |t| <= 2^-11, |n| <= 2^-25 (below 2^-14): of X.Y at most 2^-10 (1 + 2^-12) alpha beta
-//           + 2^-25 (1 + 2^-11) sqrt(D) (alpha + beta) + D 2^-50, by Cauchy and Schwarz
+//           + 2^-25 (1 + 2^-11) sqrt(D) (alpha + beta) + D 2^-50, by Cauchy and Schwarz. Split, |t| <= 2^-22 and low times low, at most
+//           2^-22 alpha beta and some more n, is left out: 3 2^-22 alpha beta, 2^-25 (1 + 2^-10) sqrt(D) (alpha + beta) and D 2^-49
 //   sums    products of fp16 numbers are exact. A tensor core adds up to 16 of them and the sum so far after cutting each off at the last of at least
-//           24 bits of the largest, perhaps in several steps of 4 or 8, each cut off again: fewer than 32 cuts of 2^-23 of |B| + 1.002 alpha beta for
-//           every 16 dimensions, 2^-18 of that
+//           24 bits of the largest, perhaps in several steps of 4 or 8, each cut off again: fewer than 32 cuts of 2^-23 of |B| + 1.004 alpha beta for
+//           every 16 packed dimensions, 2^-18 of that
 //   d       the definition's own sums: (D + 3) 2^-53 h, h <= alpha^2 + beta^2; |X|^2, the center's differences, B as a float: less than the 1 % below
 // With alpha beta <= (alpha^2 + beta^2) / 2 they are at most E(alpha) + E(beta), for
-//   E(r) = a r^2 / 2 + w r + z,  a = 1.01 (2^-10 + ceil(D / 16) 2^-17 + (4 D + 16) 2^-53),  w = 1.01 2^-25 sqrt(D),  z = D 2^-49
+//   E(r) = a r^2 / 2 + w r + z,  a = 1.01 (2^-10 + steps 2^-17 + (4 D + 16) 2^-53), split 3 2^-22 for 2^-10,  w = 1.01 2^-25 sqrt(D),  z = D 2^-48
 // and so   v - E(alpha)  <=  S^2 d / 2 - alpha^2 / 2  <=  v + 2 E(beta) + E(alpha).
 // If k rows have v <= V, the k-th smallest d is at most what the right side gives for V and the longest of them, and no row of a smaller or equal d
 // has v > V + 2 E(alpha) + 2 E(beta): the limit. beta <= alpha + sqrt(2 h); with 2 E(beta) <= 2 a beta^2 + w^2 / a + 2 z and beta^2 <=
@@ -29,6 +31,7 @@
 // Limit at N = 60000, M = 10000, D = 32, k = 5 on an H200: 38.4 GFLOP, 62 us of fp16 mma.sync at 620 TFLOP/s; beside it an instruction for every
 // score, 41 us at 64 a cycle; lists, about a third of the issue slots.
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 #include <utility>
@@ -119,7 +122,7 @@ struct FirstScores {
 
 // resources: dynamic shared 83968 bytes
 template <int BLOCKS, bool few>
-__global__ void __launch_bounds__(MOST_WARPS * 32, 2) filter_kernel(const NearestTask p, const int first_chunks, const int stride) {
+__global__ void __launch_bounds__(MOST_WARPS * 32, few || BLOCKS == 1 ? 2 : 1) filter_kernel(const NearestTask p, const int first_chunks, const int stride) {
   PK_DYNAMIC_SHARED(unsigned char, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = static_cast<int>(blockIdx.x % p.parts);
   const int64_t tile = static_cast<int64_t>(blockIdx.x / p.parts) * p.warps + warp, first_query = tile * NEAREST_TILE;
@@ -145,25 +148,29 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2) filter_kernel(const Neares
     __syncwarp();
   }
 
-  Watch watch;
-  watch.take(own);
-  int enough = min(p.capacity - 4, 2 * p.k + 6);
-  walk.run(walk.chunks, [&](const Scores& s, int t) {
-    float least[4];
-    least_scores(s, least);
-    if (!collect(s, least, watch, lists, static_cast<unsigned>(t * 4 + lane % 4), enough)) return;
+#pragma unroll 1
+  for (int pass = few ? 1 : 0; pass < 2; ++pass) {
+    Watch watch;
+    watch.take(own);
+    int enough = min(p.capacity - 4, 2 * p.k + 6);
+    walk.run(pass == 0 ? min(first_chunks, walk.chunks) : walk.chunks, [&](const Scores& s, int t) {
+      float least[4];
+      least_scores(s, least);
+      if (!collect(s, least, watch, lists, static_cast<unsigned>(t * 4 + lane % 4), enough)) return;
+      watch.give(own);
+      __syncwarp();
+      shrink<few>(lists + lane, own, p);
+      __syncwarp();
+      enough = min(p.capacity - 4, __reduce_max_sync(ALL, own.count) + p.k + 4);
+      watch.take(own);
+    });
     watch.give(own);
     __syncwarp();
     shrink<few>(lists + lane, own, p);
     __syncwarp();
-    enough = min(p.capacity - 4, __reduce_max_sync(ALL, own.count) + p.k + 4);
-    watch.take(own);
-  });
+    if (pass == 0) own.count = 0;  // many rows were listed that the limit now leaves out
+  }
   if (!walk.active) return;
-  watch.give(own);
-  __syncwarp();
-  shrink<few>(lists + lane, own, p);
-  __syncwarp();
   double* const distances = reinterpret_cast<double*>(shared) + warp * p.survivors;
   unsigned* const codes = reinterpret_cast<unsigned*>(reinterpret_cast<double*>(shared) + p.warps * p.survivors) + warp * p.survivors;
   rank_candidates(p, lists + lane, own, first_query, part, walk.chunk0 * NEAREST_CHUNK, distances, codes);
@@ -201,8 +208,10 @@ void plan(NearestTask& p, const NearestProblem& problem) {
 
   const double depth = static_cast<double>(problem.D);
   p.query_tiles = (p.N + NEAREST_TILE - 1) / NEAREST_TILE;
-  p.blocks = static_cast<int>((problem.D + NEAREST_BLOCK - 1) / NEAREST_BLOCK);
-  p.error = {1.01 * (0x1p-10 + 2.0 * p.blocks * 0x1p-17 + (4 * depth + 16) * 0x1p-53), 1.01 * 0x1p-25 * std::sqrt(depth), depth * 0x1p-49};
+  p.split = 3 * problem.D <= 2 * NEAREST_BLOCK;
+  p.blocks = static_cast<int>(((p.split ? 3 : 1) * problem.D + NEAREST_BLOCK - 1) / NEAREST_BLOCK);
+  const double rounding = p.split ? 3 * 0x1p-22 : 0x1p-10;
+  p.error = {1.01 * (rounding + 2.0 * p.blocks * 0x1p-17 + (4 * depth + 16) * 0x1p-53), 1.01 * 0x1p-25 * std::sqrt(depth), depth * 0x1p-48};
   const auto [a, w, z] = p.error;
   const auto as_float = [](double x) { return static_cast<float>(x); };
   p.bounds = {as_float(a / 2), as_float(w), as_float(z), as_float(4 * a), as_float(w * w / a + 2 * z), as_float(2 / (1 - 8 * a))};
@@ -247,7 +256,7 @@ template <int BLOCKS>
 int launch_filter(const NearestTask& p, void* stream) {
   const int64_t blocks = (p.query_tiles + p.warps - 1) / p.warps * p.parts;
   const std::size_t bytes = static_cast<std::size_t>(stage_bytes(p.blocks) + p.warps * list_bytes(p));
-  const int first = p.k <= FEW ? (p.part_chunks + 7) / 8 : 0;
+  const int first = std::max((p.part_chunks + 7) / 8, p.k <= FEW ? 1 : (2 * p.k + 15) / 16);  // groups of 8 rows, 16 in a chunk
   const auto divisor = [](int x, int y) {
     while (y != 0) x %= y, std::swap(x, y);
     return x;

@@ -45,7 +45,8 @@ struct NearestTask {
   // The plan.
   bool filter;
   int64_t query_tiles;
-  int blocks;       // of dimensions
+  bool split;       // numbers are packed as sums of two, in three products
+  int blocks;       // of packed dimensions
   int warps;        // of a block of threads of the filter
   int capacity;     // candidates of a query
   int survivors;    // rows of the bank that a warp can rank at a time

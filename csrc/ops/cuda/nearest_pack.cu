@@ -2,8 +2,11 @@
 // Nearest on the GPU: queries and bank as the filter reads them (nearest_kernel.cu): moved by a center, scaled by a power of two, fp16.
 // Two passes over the inputs, limited by reading them: the largest magnitude, and beside it the center; then the rows.
 //
-// Squared Euclidean. The center is a mean of some rows of the bank, so not longer in any dimension than the largest magnitude, and no moved number
+// Squared Euclidean. The center is a mean of some rows of the bank in every dimension, so not longer in any dimension than the largest magnitude, and no moved number
 // exceeds twice that: the scale takes it below 2^15. The moved numbers are differences in float64. Cosine: rows become 2^14 times unit vectors.
+//
+// Split (few dimensions): a number is the sum of two fp16 numbers, high + low, and a row of D is packed as 3 D dimensions: queries high, high, low;
+// the bank high, low, high. Their product is all of that of the sums but low times low.
 
 #include "ops/cuda/nearest_rows.cuh"
 
@@ -16,26 +19,34 @@ constexpr double LARGE_SQUARE = 0x1p1000;
 
 __device__ __forceinline__ bool is_finite(double x) { return __dadd_rn(x, -x) == 0; }
 
-// Columns 32 c ... of the center, by a block: eight threads for a column.
+// Columns 32 c ... of the center, by a block: the median of eight means, which a few very long rows do not move.
 __device__ __forceinline__ void find_center(const NearestTask& p, int c) {
-  PK_SHARED(double, sums, THREADS / 32, 32);
-  PK_SHARED(int, counts, THREADS / 32, 32);
+  constexpr int SLICES = THREADS / 32;
+  PK_SHARED(double, means, SLICES, 32);
   const int lane = threadIdx.x % 32, slice = threadIdx.x / 32, column = c * 32 + lane;
   const int step = (p.M - 1) / SAMPLE + 1;
   double sum = 0;
   int count = 0;
   if (column < p.D) {
 #pragma unroll 4
-    for (int64_t row = static_cast<int64_t>(slice) * step; row < p.M; row += static_cast<int64_t>(THREADS / 32) * step) {
+    for (int64_t row = static_cast<int64_t>(slice) * step; row < p.M; row += static_cast<int64_t>(SLICES) * step) {
       const double x = read_one(p.bank, p.bank_kind, row * p.bank_stride + column);
       if (is_finite(x)) sum += x, ++count;
     }
   }
-  sums[slice][lane] = sum, counts[slice][lane] = count;
+  means[slice][lane] = sum / count;  // NaN without numbers
   __syncthreads();
   if (slice > 0 || column >= p.D) return;
-  for (int s = 1; s < THREADS / 32; ++s) sum += sums[s][lane], count += counts[s][lane];
-  p.center[column] = count > 0 && is_finite(sum) ? sum / count : 0.0;
+  int found = 0;
+  for (int i = 0; i < SLICES; ++i) found += is_finite(means[i][lane]);
+  double center = 0;
+  for (int i = 0; i < SLICES; ++i) {
+    const double mean = means[i][lane];
+    int before = 0;
+    for (int o = 0; o < SLICES; ++o) before += means[o][lane] < mean || (means[o][lane] == mean && o < i);
+    if (is_finite(mean) && before == (found - 1) / 2) center = mean;
+  }
+  p.center[column] = center;
 }
 
 // The largest finite magnitude in rows first, first + step, ... (or, if they lie without gaps, of all their values), by a warp.
@@ -57,9 +68,10 @@ __device__ __forceinline__ double largest_of(const void* values, Kind kind, int6
 }
 
 __global__ void __launch_bounds__(THREADS) measure_kernel(const NearestTask p) {
-  if (static_cast<int>(blockIdx.x) < p.blocks) return find_center(p, static_cast<int>(blockIdx.x));
-  const int64_t warp = static_cast<int64_t>(blockIdx.x - p.blocks) * (THREADS / 32) + threadIdx.x / 32;
-  const int64_t warps = static_cast<int64_t>(gridDim.x - p.blocks) * (THREADS / 32);
+  const unsigned of_center = static_cast<unsigned>(p.D + 31) / 32;
+  if (blockIdx.x < of_center) return find_center(p, static_cast<int>(blockIdx.x));
+  const int64_t warp = static_cast<int64_t>(blockIdx.x - of_center) * (THREADS / 32) + threadIdx.x / 32;
+  const int64_t warps = static_cast<int64_t>(gridDim.x - of_center) * (THREADS / 32);
   double largest = largest_of(p.queries, p.queries_kind, p.queries_stride, p.N, p.D, warp, warps);
   largest = max(largest, largest_of(p.bank, p.bank_kind, p.bank_stride, p.M, p.D, warp, warps));
 #pragma unroll
@@ -73,6 +85,10 @@ __device__ __forceinline__ double quad_sum(double x) {
 }
 
 __device__ __forceinline__ unsigned pair(double x, double y) { return pk::pack_f16(static_cast<float>(x), static_cast<float>(y)); }
+
+__device__ __forceinline__ double nearest_half(double x) {
+  return static_cast<double>(pk::unpack_f16(pk::pack_f16(static_cast<float>(x), 0.0f)).x);
+}
 
 // Four threads to a row: thread `member` has columns 8 member ... 8 member + 7 of every block. Rows behind the last are zeros.
 __global__ void __launch_bounds__(THREADS, 4) pack_kernel(const NearestTask p) {
@@ -103,7 +119,7 @@ __global__ void __launch_bounds__(THREADS, 4) pack_kernel(const NearestTask p) {
   if (p.cosine) {
     double square = 0;
     bool finite = true;
-    for (int block = 0; block < p.blocks; ++block) {
+    for (int block = 0; block * NEAREST_BLOCK < p.D; ++block) {
       double x[8];
       read(block, x);
 #pragma unroll
@@ -128,15 +144,19 @@ __global__ void __launch_bounds__(THREADS, 4) pack_kernel(const NearestTask p) {
   double square = 0;
   for (int block = 0; block < p.blocks; ++block) {
     double x[8];
-    read(block, x);
+    if (!p.split) read(block, x);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int column = block * NEAREST_BLOCK + member * 8 + i;
-      if (!p.cosine && there && column < p.D) x[i] -= p.center[column];
+      const int packed_column = block * NEAREST_BLOCK + member * 8 + i, repeat = p.split ? packed_column / p.D : 0;
+      const int column = packed_column - repeat * p.D;
+      if (p.split) x[i] = there && repeat < 3 ? read_one(values, kind, from + column) : 0.0;
+      if (!p.cosine && there && repeat < 3 && column < p.D) x[i] -= p.center[column];
       x[i] *= scale;
-      square += x[i] * x[i];
+      if (repeat == 0) square += x[i] * x[i];
+      if (repeat == (of_queries ? 2 : 1)) x[i] -= nearest_half(x[i]);
     }
-    if (padded) pk::store_vector(packed + block * 128 + row % NEAREST_TILE * 4 + member, uint4{pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7])});
+    if (padded) pk::store_vector(packed + block * 128 + row % NEAREST_TILE * 4 + member, 
+                                 uint4{pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7])});
   }
   square = quad_sum(square);
   usable &= is_finite(square);
@@ -162,7 +182,7 @@ int launch_nearest_pack(const NearestTask& p, void* stream) {
   int status = pk::memset_async(p.state, 0, sizeof(NearestState), stream);
   if (status == 0 && !p.cosine) {
     const int64_t values = (p.N + p.M) * p.D, wanted = values / (THREADS * 8) + 1, most = 4 * static_cast<int64_t>(pk::multiprocessor_count());
-    const int64_t blocks = p.blocks + (wanted < most ? wanted : most);
+    const int64_t blocks = (p.D + 31) / 32 + (wanted < most ? wanted : most);
     status = PK_LAUNCH((measure_kernel), dim3(static_cast<unsigned>(blocks)), dim3(THREADS), 0, stream, p);
   }
   if (status != 0) return status;
