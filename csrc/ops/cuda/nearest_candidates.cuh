@@ -20,9 +20,8 @@ __device__ __forceinline__ Entry entry_at(const uint2* list, int e) {
 
 // What a lane knows of its query.
 struct Own {
-  float length;  // of its vector
-  float limit;   // of scores; NaN: no candidates any more, the filter cannot decide this query
-  int count;     // entries
+  float limit;  // of scores; NaN: no candidates any more, the filter cannot decide this query
+  int count;    // entries
 };
 
 // No row among the nearest k has a greater score than this, if k rows have scores of at most `score` (nearest_kernel.cu). The last 1 % of
@@ -75,10 +74,16 @@ __device__ __forceinline__ float kth_score(const uint2* list, int count, int k) 
   }
 }
 
+// Lowers the limit to what the best k of a list's `count` scores allow.
+template <bool few>
+__device__ __forceinline__ void lower(const uint2* list, Own& own, int count, const NearestTask& p, int64_t query) {
+  if (own.limit == own.limit) own.limit = fminf(own.limit, limit_of(p, kth_score<few>(list, count, p.k), p.lengths[query]));
+}
+
 // Takes from a list what the best k in it rule out, and lowers the limit accordingly. Between two __syncwarp().
 template <bool few>
-__device__ __forceinline__ void shrink(uint2* list, Own& own, const NearestTask& p) {
-  own.limit = own.limit != own.limit ? own.limit : fminf(own.limit, limit_of(p, kth_score<few>(list, own.count, p.k), own.length));
+__device__ __forceinline__ void shrink(uint2* list, Own& own, const NearestTask& p, int64_t query) {
+  lower<few>(list, own, own.count, p, query);
   int kept = 0;
   for (int e = 0; e < own.count; ++e) {
     const uint2 entry = pk::load_vector<uint2>(list + e * 32);

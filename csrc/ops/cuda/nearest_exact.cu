@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const NearestTask p) {
 }
 
 // A block for every query: the nearest so far, sorted, and the rows among the next THREADS that come before the last of them.
-__global__ void __launch_bounds__(THREADS) whole_bank_kernel(const NearestTask p) {
+__global__ void __launch_bounds__(THREADS, 4) whole_bank_kernel(const NearestTask p) {
   PK_SHARED(double, distances, 2, MOST);
   PK_SHARED(int, indices, 2, MOST);
   PK_SHARED(double, new_distances, THREADS);

@@ -120,6 +120,8 @@ struct FirstScores {
   }
 };
 
+// 128 registers, for two blocks on a multiprocessor; on sm_100 one address waits outside of them from the beginning of the walk to its end.
+// resources: spills at most 8 bytes
 // resources: dynamic shared 83968 bytes
 template <int BLOCKS, bool few>
 __global__ void __launch_bounds__(MOST_WARPS * 32, few || BLOCKS == 1 ? 2 : 1) filter_kernel(const NearestTask p, const int first_chunks, const int stride) {
@@ -132,8 +134,8 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, few || BLOCKS == 1 ? 2 : 1) f
   }
   Walk<BLOCKS> walk(p, shared, part, stride, tile);
   uint2* const lists = reinterpret_cast<uint2*>(shared + 2 * Shape<BLOCKS>::BYTES) + warp * p.capacity * 32;
-  Own own = {walk.active ? p.lengths[first_query + lane] : 0.0f, INFINITY, 0};
-  if (own.length != own.length) own.limit = own.length;
+  Own own = {__int_as_float(0x7fc00000), 0};
+  if (walk.active && p.lengths[first_query + lane] < INFINITY) own.limit = INFINITY;
 
   if (few) {
     const FirstScores first(lists);
@@ -144,7 +146,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, few || BLOCKS == 1 ? 2 : 1) f
       first.add(turn++ % GROUPS, least);
     });
     __syncwarp();
-    if (own.limit == own.limit) own.limit = limit_of(p, kth_score<few>(lists + lane, 4 * GROUPS, p.k), own.length);
+    lower<few>(lists + lane, own, 4 * GROUPS, p, first_query + lane);
     __syncwarp();
   }
 
@@ -159,14 +161,14 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, few || BLOCKS == 1 ? 2 : 1) f
       if (!collect(s, least, watch, lists, static_cast<unsigned>(t * 4 + lane % 4), enough)) return;
       watch.give(own);
       __syncwarp();
-      shrink<few>(lists + lane, own, p);
+      shrink<few>(lists + lane, own, p, first_query + lane);
       __syncwarp();
       enough = min(p.capacity - 4, __reduce_max_sync(ALL, own.count) + p.k + 4);
       watch.take(own);
     });
     watch.give(own);
     __syncwarp();
-    shrink<few>(lists + lane, own, p);
+    shrink<few>(lists + lane, own, p, first_query + lane);
     __syncwarp();
     if (pass == 0) own.count = 0;  // many rows were listed that the limit now leaves out
   }
