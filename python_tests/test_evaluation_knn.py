@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Nearest neighbours: scikit-learn and the definition as oracles, ties, cancellation, bounded memory."""
+"""Nearest neighbours: scikit-learn and the definition as oracles, ties, cancellation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from protokernels.evaluation import knn as knn_module
 from protokernels.evaluation import knn_predict
 from python_tests.blobs import blobs
 
@@ -84,31 +83,17 @@ class TestKnn:
         same = torch.full((100, 8), 0.1)
         assert knn_predict(same, labels, same[:5], k=5, num_classes=2).tolist() == [1] * 5  # indices 0 to 4
 
-    def test_chunks_threads_and_repeats_do_not_show(self) -> None:
+    def test_threads_and_repeats_do_not_show(self) -> None:
         before = torch.get_num_threads()
         bank, labels = blobs(2000, 16)
         queries, _ = blobs(301, 16, seed=1)
         expected = knn_predict(bank, labels, queries, num_classes=4)
         try:
-            for count in (1, 2):
+            for count in (1, 2, 2):
                 torch.set_num_threads(count)
-                for chunk in (1, 7, 301, 1000):
-                    assert torch.equal(knn_predict(bank, labels, queries, num_classes=4, chunk=chunk), expected)
+                assert torch.equal(knn_predict(bank, labels, queries, num_classes=4), expected)
         finally:
             torch.set_num_threads(before)
-
-    def test_memory_stays_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        bank, labels = blobs(400, 4)
-        queries, _ = blobs(100, 4, seed=1)
-        expected = knn_predict(bank, labels, queries, num_classes=4)
-        sizes = []
-        nearest = knn_module._Search.nearest
-        monkeypatch.setattr(knn_module, "MATRIX_ENTRIES", 400 * 9 + 399)
-        monkeypatch.setattr(
-            knn_module._Search, "nearest", lambda self, rows: sizes.append(len(rows)) or nearest(self, rows)
-        )
-        assert torch.equal(knn_predict(bank, labels, queries, num_classes=4), expected)
-        assert sizes == [9] * 11 + [1]
 
     def test_half_precision_and_gradients(self) -> None:
         bank, labels = blobs(50)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ class TestKMeans:
         x = torch.randn(400, 3, generator=torch.Generator().manual_seed(3)).to(place.device)
         start = x[:6].clone()
         falling = [KMeans(6, init=start, max_iter=n, tol=0.0).fit(x).inertia_ for n in range(1, 12)]
-        assert all(b <= a * (1 + 1e-6) for a, b in zip(falling, falling[1:], strict=False))
+        assert all(b <= a * (1 + 1e-6) for a, b in pairwise(falling))
 
     def test_as_good_as_scikit_learn(self, place: Place) -> None:
         cluster = pytest.importorskip("sklearn.cluster", reason="scikit-learn is not installed")

@@ -10,7 +10,7 @@
 //
 // How it is found. A filter computes s = |b|^2 - 2 <q, b> (cosine: -2 <q^, b^>) in the compute type T from vectors moved by some center, which
 // makes them short. s + |q|^2 (cosine: s / 2 + 1) is d up to an error of at most e_b + e_q,
-//   e_b = 2 c |b|^2,  e_q = 2 c |q|^2  (cosine: 2 c each),   c = 1.01 (u_T (D / 2 + 8) + u_64 (2 D + 8)),   u: unit roundoff
+//   e_b = 2 c |b|^2,  e_q = 2 c |q|^2  (cosine: 2 c each),   c = 1.01 (u_T (D + 10) + u_64 (2 D + 8)),   u: unit roundoff
 // and some underflow. So nothing with s - e_b > (k-th smallest s + e_b so far) + 2 e_q can be a neighbour: k rows before it have a smaller d as
 // defined above. What the filter leaves, little more than k rows, is ranked by d itself. Where it leaves too much (thousands of equal rows), or
 // numbers are too large to square, the query is compared with the whole bank. A long row widens its own bound only.

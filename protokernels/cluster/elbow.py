@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """How many clusters: the elbow of the inertia by the kneedle criterion.
 
-V. Satopää, J. Albrecht, D. Irwin, B. Raghavan. Finding a "kneedle" in a haystack: detecting knee points in system behavior. ICDCS workshops 2011.
+V. Satopää, J. Albrecht, D. Irwin, B. Raghavan. Finding a "kneedle" in a haystack: detecting knee points in system
+behavior. ICDCS workshops 2011.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -31,8 +33,9 @@ class Elbow(NamedTuple):
 def find_elbow(n_clusters: Sequence[int], inertias: Sequence[float], *, sensitivity: float = 1.0) -> int | None:
     """The number of clusters from which on more of them lower the inertia no more than on the whole.
 
-    Both axes are stretched to [0, 1]; the elbow is the first point whose distance ``(1 - y) - x`` from the diagonal is a local maximum and from which it
-    falls by ``sensitivity`` mean steps of x before it rises to the next one (kneedle, for a convex decreasing curve).
+    Both axes are stretched to [0, 1]; the elbow is the first point whose distance ``(1 - y) - x`` from the diagonal is a
+    local maximum and from which it falls by ``sensitivity`` mean steps of x before it rises to the next one (kneedle, for
+    a convex decreasing curve).
 
     Args:
         n_clusters: at least three numbers, ascending.
@@ -52,7 +55,7 @@ def find_elbow(n_clusters: Sequence[int], inertias: Sequence[float], *, sensitiv
     x, y = [float(n) for n in n_clusters], [float(value) for value in inertias]
     if len(x) != len(y) or len(x) < 3:
         raise ValueError(f"find_elbow: expected at least three points, as many of each; got {len(x)} and {len(y)}")
-    if any(b <= a for a, b in zip(x, x[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(x)):
         raise ValueError(f"find_elbow: n_clusters must ascend; got {list(n_clusters)}")
     if not all(map(math.isfinite, y)):
         raise ValueError(f"find_elbow: inertias must be finite; got {list(inertias)}")

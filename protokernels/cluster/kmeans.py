@@ -32,10 +32,11 @@ class _Solution(NamedTuple):
 class KMeans:
     """Clusters rows so that ``sum_i |x_i - center of i's cluster|^2``, the inertia, is small.
 
-    From ``n_init`` starts by k-means++ (with 2 + log K trials a center, as in scikit-learn) rows go to their nearest center, centers
-    to the mean of their rows, until no row changes its cluster or the centers move less than ``tol`` allows; the start that
-    ends with the least inertia wins. A center without rows moves to the row that is farthest from its own. The result depends on ``random_state``
-    only: not on the number of threads, nor on the order in which sums are taken.
+    From ``n_init`` starts by k-means++ (with 2 + log K trials a center, as in scikit-learn) rows go to their nearest
+    center, centers to the mean of their rows, until no row changes its cluster or the centers move less than ``tol``
+    allows; the start that ends with the least inertia wins. A center without rows moves to the row that is farthest from
+    its own. The result depends on ``random_state`` only: not on the number of threads, nor on the order in which sums are
+    taken.
 
     Names and meanings are those of ``sklearn.cluster.KMeans``; data are tensors, on any device.
 

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: MIT
-// Nearest on the CPU: float64 distances, four rows at a time because one sum waits for its own additions, and ranking by them.
+// Nearest on the CPU: float64 distances, four at a time because one sum waits for its own additions, and ranking by them.
 // A product that is fused with its addition is not rounded on the way: CMakeLists.txt forbids that here, so that every level gives the same bits.
 #include "ops/cpu/nearest_exact.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "common/scratch.h"
 #include "common/simd.h"
 
 namespace {
@@ -15,91 +14,117 @@ using namespace protokernels;
 
 constexpr int TOGETHER = 4;
 
-// The query as double, and memory for the rows of the bank that have to be converted.
-struct Query {
-  Query(const NearestProblem& problem, int64_t query)
-      : p(problem), values(p.D), converted(p.bank_kind == Kind::bf16 || p.bank_kind == Kind::f16 ? TOGETHER * p.D : 0) {
-    read_row(p.queries, p.queries_kind, query * p.queries_stride, values.data, p.D);
-    double square = 0;
-    if (p.cosine)
-      for (int64_t j = 0; j < p.D; ++j) square += values.data[j] * values.data[j];
-    norm = std::sqrt(square);
-  }
-  const NearestProblem& p;
-  Scratch<double> values;
-  Scratch<float> converted;
-  double norm;
+bool is_half(Kind kind) { return kind == Kind::bf16 || kind == Kind::f16; }
+
+int64_t workspace_bytes(const NearestProblem& p) {  // rows of half precision as float
+  return (is_half(p.queries_kind) + is_half(p.bank_kind)) * TOGETHER * p.D * static_cast<int64_t>(sizeof(float));
+}
+
+// Rows of a matrix as float or double: where they are, or converted.
+template <class T>
+struct Rows {
+  const T* row[TOGETHER];
 };
 
-template <class B>
-PK_INLINE void squared_distances(const Query& query, const B* const (&rows)[TOGETHER], double (&out)[TOGETHER]) {
+PK_INLINE Rows<double> double_rows(const void* base, int64_t stride, const int64_t (&indices)[TOGETHER]) {
+  Rows<double> rows;
+  for (int i = 0; i < TOGETHER; ++i) rows.row[i] = static_cast<const double*>(base) + indices[i] * stride;
+  return rows;
+}
+
+PK_INLINE Rows<float> float_rows(const void* base, Kind kind, int64_t stride, const int64_t (&indices)[TOGETHER], int64_t D,
+                                 float* converted) {
+  Rows<float> rows;
+  for (int i = 0; i < TOGETHER; ++i) {
+    rows.row[i] = static_cast<const float*>(base) + indices[i] * stride;
+    if (kind == Kind::f32) continue;
+    read_row(base, kind, indices[i] * stride, converted + i * D, D);
+    rows.row[i] = converted + i * D;
+  }
+  return rows;
+}
+
+template <class Q, class B>
+PK_INLINE void squared_distances(const Rows<Q>& q, const Rows<B>& b, int64_t D, double (&out)[TOGETHER]) {
   double total[TOGETHER]{};
-  for (int64_t j = 0; j < query.p.D; ++j)
+  for (int64_t j = 0; j < D; ++j)
     for (int i = 0; i < TOGETHER; ++i) {
-      const double difference = query.values.data[j] - static_cast<double>(rows[i][j]);
+      const double difference = static_cast<double>(q.row[i][j]) - static_cast<double>(b.row[i][j]);
       total[i] += difference * difference;
     }
   for (int i = 0; i < TOGETHER; ++i) out[i] = total[i];
 }
 
-template <class B>
-PK_INLINE void cosine_distances(const Query& query, const B* const (&rows)[TOGETHER], double (&out)[TOGETHER]) {
-  double product[TOGETHER]{}, square[TOGETHER]{};
-  for (int64_t j = 0; j < query.p.D; ++j)
+template <class Q, class B>
+PK_INLINE void cosine_distances(const Rows<Q>& q, const Rows<B>& b, int64_t D, double (&out)[TOGETHER]) {
+  double product[TOGETHER]{}, q_square[TOGETHER]{}, b_square[TOGETHER]{};
+  for (int64_t j = 0; j < D; ++j)
     for (int i = 0; i < TOGETHER; ++i) {
-      const double b = static_cast<double>(rows[i][j]);
-      product[i] += query.values.data[j] * b;
-      square[i] += b * b;
+      const double x = static_cast<double>(q.row[i][j]), y = static_cast<double>(b.row[i][j]);
+      product[i] += x * y;
+      q_square[i] += x * x;
+      b_square[i] += y * y;
     }
   for (int i = 0; i < TOGETHER; ++i) {
-    const double norm = std::sqrt(square[i]);
-    const bool zero = query.norm <= NEAREST_NORM_FLOOR || norm <= NEAREST_NORM_FLOOR;
-    const double distance = 1.0 - (zero ? 0.0 : product[i] / (query.norm * norm));
+    const double q_norm = std::sqrt(q_square[i]), b_norm = std::sqrt(b_square[i]);
+    const bool zero = q_norm <= NEAREST_NORM_FLOOR || b_norm <= NEAREST_NORM_FLOOR;
+    const double distance = 1.0 - (zero ? 0.0 : product[i] / (q_norm * b_norm));
     out[i] = distance < 0.0 ? 0.0 : distance;
   }
 }
 
-// Distances of TOGETHER rows of the bank.
-PK_INLINE void distances_of(const Query& query, const int64_t (&indices)[TOGETHER], double (&out)[TOGETHER]) {
-  const NearestProblem& p = query.p;
-  const auto measure = [&](const auto& rows) { p.cosine ? cosine_distances(query, rows, out) : squared_distances(query, rows, out); };
-  if (p.bank_kind == Kind::f64) {
-    const double* rows[TOGETHER];
-    for (int i = 0; i < TOGETHER; ++i) rows[i] = static_cast<const double*>(p.bank) + indices[i] * p.bank_stride;
-    return measure(rows);
-  }
-  const float* rows[TOGETHER];
-  for (int i = 0; i < TOGETHER; ++i) {
-    rows[i] = static_cast<const float*>(p.bank) + indices[i] * p.bank_stride;
-    if (p.bank_kind == Kind::f32) continue;
-    float* const row = query.converted.data + i * p.D;
-    read_row(p.bank, p.bank_kind, indices[i] * p.bank_stride, row, p.D);
-    rows[i] = row;
-  }
-  measure(rows);
+// Distances of TOGETHER pairs of a query and a row of the bank.
+void distances_of(const NearestProblem& p, const int64_t (&queries)[TOGETHER], const int64_t (&rows)[TOGETHER], float* converted,
+                  double (&out)[TOGETHER]) {
+  const auto measure = [&](const auto& q, const auto& b) {
+    p.cosine ? cosine_distances(q, b, p.D, out) : squared_distances(q, b, p.D, out);
+  };
+  const auto against = [&](const auto& q) {
+    if (p.bank_kind == Kind::f64)
+      measure(q, double_rows(p.bank, p.bank_stride, rows));
+    else
+      measure(q, float_rows(p.bank, p.bank_kind, p.bank_stride, rows, p.D, converted + (is_half(p.queries_kind) ? TOGETHER * p.D : 0)));
+  };
+  if (p.queries_kind == Kind::f64)
+    against(double_rows(p.queries, p.queries_stride, queries));
+  else
+    against(float_rows(p.queries, p.queries_kind, p.queries_stride, queries, p.D, converted));
 }
 
-void rank(const NearestProblem& p, int64_t index, NearestCandidate* found, int64_t count) {
-  const Query query(p, index);
+// of(i) is the query of found[i].
+template <class QueryOf>
+PK_INLINE void measure_all(const NearestProblem& p, QueryOf of, NearestCandidate* found, int64_t count, void* workspace) {
   for (int64_t first = 0; first < count; first += TOGETHER) {
-    int64_t indices[TOGETHER];
+    int64_t queries[TOGETHER], rows[TOGETHER];
     double distances[TOGETHER];
-    for (int i = 0; i < TOGETHER; ++i) indices[i] = found[std::min<int64_t>(first + i, count - 1)].index;
-    distances_of(query, indices, distances);
+    for (int i = 0; i < TOGETHER; ++i) {
+      const int64_t one = std::min<int64_t>(first + i, count - 1);
+      queries[i] = of(one);
+      rows[i] = found[one].index;
+    }
+    distances_of(p, queries, rows, static_cast<float*>(workspace), distances);
     for (int i = 0; i < TOGETHER && first + i < count; ++i) found[first + i].distance = distances[i];
   }
-  std::partial_sort(found, found + p.k, found + count, Nearer{});
+}
+
+void measure(const NearestProblem& p, const int64_t* queries, NearestCandidate* found, int64_t count, void* workspace) {
+  measure_all(p, [&](int64_t i) { return queries[i]; }, found, count, workspace);
+}
+
+void rank(const NearestProblem& p, int64_t query, NearestCandidate* found, int64_t count, void* workspace) {
+  measure_all(p, [&](int64_t) { return query; }, found, count, workspace);
+  std::sort(found, found + count, Nearer{});
 }
 
 // A heap whose front is the farthest of the nearest k so far.
-void rank_all(const NearestProblem& p, int64_t index, int64_t first_row, int64_t last_row, NearestCandidate* nearest) {
-  const Query query(p, index);
+void rank_all(const NearestProblem& p, int64_t query, int64_t first_row, int64_t last_row, NearestCandidate* nearest, void* workspace) {
   for (int64_t i = 0; i < p.k; ++i) nearest[i] = NO_CANDIDATE;
+  const int64_t queries[TOGETHER] = {query, query, query, query};
   for (int64_t first = first_row; first < last_row; first += TOGETHER) {
-    int64_t indices[TOGETHER];
+    int64_t rows[TOGETHER];
     double distances[TOGETHER];
-    for (int i = 0; i < TOGETHER; ++i) indices[i] = std::min(first + i, last_row - 1);
-    distances_of(query, indices, distances);
+    for (int i = 0; i < TOGETHER; ++i) rows[i] = std::min(first + i, last_row - 1);
+    distances_of(p, queries, rows, static_cast<float*>(workspace), distances);
     for (int i = 0; i < TOGETHER && first + i < last_row; ++i) {
       const NearestCandidate candidate = {distances[i], first + i};
       if (!Nearer{}(candidate, nearest[0])) continue;
@@ -115,6 +140,6 @@ void rank_all(const NearestProblem& p, int64_t index, int64_t first_row, int64_t
 
 namespace protokernels {
 
-const NearestExact PK_LEVEL_TABLE(nearest_exact) = {rank, rank_all};
+const NearestExact PK_LEVEL_TABLE(nearest_exact) = {workspace_bytes, measure, rank, rank_all};
 
 }  // namespace protokernels

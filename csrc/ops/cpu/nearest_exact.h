@@ -23,10 +23,13 @@ constexpr protokernels::NearestCandidate NO_CANDIDATE = {__builtin_nan(""), INT6
 namespace protokernels {
 
 struct NearestExact {
-  // Fills in the distances of found[count] from their indices and moves the nearest k, in order, to the front.
-  void (*rank)(const NearestProblem&, int64_t query, NearestCandidate* found, int64_t count);
+  int64_t (*workspace_bytes)(const NearestProblem&);
+  // Fills in the distances of found[count], each from its own query, by their indices.
+  void (*measure)(const NearestProblem&, const int64_t* queries, NearestCandidate* found, int64_t count, void* workspace);
+  // The same for one query, and sorts the nearest k to the front.
+  void (*rank)(const NearestProblem&, int64_t query, NearestCandidate* found, int64_t count, void* workspace);
   // The nearest k of rows [first, last), in order; NO_CANDIDATE where there are fewer.
-  void (*rank_all)(const NearestProblem&, int64_t query, int64_t first, int64_t last, NearestCandidate* nearest);
+  void (*rank_all)(const NearestProblem&, int64_t query, int64_t first, int64_t last, NearestCandidate* nearest, void* workspace);
 };
 extern const NearestExact PK_LEVEL_TABLE(nearest_exact);
 

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT
 // Nearest on the CPU: the filter of ops/nearest.h. Queries stand in the lanes, two vectors of them side by side; rows of the bank are broadcast.
-// A register tile of rows x 2 vectors of s meets the limits of its queries while it is in registers; what is below goes to a query's
-// candidates, and a full set of candidates is cut down to those a k-th best still allows, which gives the next limit.
+// A register tile of rows x 2 vectors of s meets the limits of its queries while it is in registers. What is below goes to a query's
+// candidates and into the sorted list of its k smallest s + e_b, whose last one is the next limit.
 //
-// Limit at N = 60000, M = 10000, D = 32: 38.4 GFLOP of FMA. Beside it: two instructions for every s to compare it, one row in a few thousand
-// to keep, and the bank, converted and moved to its center once for every block of queries (1 part in 500).
+// Limit at N = 60000, M = 10000, D = 32: 38.4 GFLOP of FMA. Beside it: an instruction for every s to compare it, k (1 + ln(M / k)) rows of
+// a query to keep, and the bank, converted and moved to its center once for every block of queries (1 part in 500).
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "common/scratch.h"
 #include "common/tile_product.h"
@@ -20,14 +21,19 @@ namespace {
 using namespace protokernels;
 
 template <class T>
+using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // of Index<T>
+template <class T>
 constexpr int WIDTH = 2 * LANES<T>;  // queries of a panel
-constexpr int64_t TILE_BYTES = 48 << 10;
+constexpr int64_t TILE_BYTES = 128 << 10;
+constexpr int64_t DEPTH = 256;  // columns at a time: that much of a panel stays in the first-level cache
+constexpr int64_t LINEAR = 16;  // k up to which a list is searched and moved one by one
+constexpr int64_t MOST_FILTERED = 1024;  // k; a longer sorted list costs more than what it saves
 constexpr double LARGE = 1.0 / 16;  // of the largest number of T: squares beyond it are not trusted
 
 template <class T>
 double error_factor(int64_t D) {  // c of ops/nearest.h
   const double depth = static_cast<double>(D);
-  return 1.01 * (std::numeric_limits<T>::epsilon() / 2 * (depth / 2 + 8) + 0x1p-53 * (2 * depth + 8));
+  return 1.01 * (std::numeric_limits<T>::epsilon() / 2 * (depth + 10) + 0x1p-53 * (2 * depth + 8));
 }
 
 // No less than x.
@@ -39,7 +45,7 @@ T rounded_up(double x) {
 
 template <class T>
 struct Candidate {
-  T low, high;  // s - e_b, s + e_b
+  T low;        // s - e_b
   int32_t row;  // of the part
 };
 
@@ -54,6 +60,7 @@ struct Tile {
         rows(most * stride),
         low(most),
         width(most),
+        partial(problem.D > DEPTH ? most * WIDTH<T> : 0),
         factor(error_factor<T>(problem.D)) {}
 
   // Rows first..first + count of the bank; false if one is too long for T. Rows that hold no finite numbers are never candidates.
@@ -61,14 +68,13 @@ struct Tile {
     bool trusted = true;
     for (int64_t i = 0; i < round_up(count, MOST_ROWS); ++i) {
       T* const row = rows.data + i * stride;
-      low.data[i] = std::numeric_limits<T>::quiet_NaN();
+      const double square = i < count ? read(p.bank, p.bank_kind, (first + i) * p.bank_stride, row) : double(NAN);
+      low.data[i] = std::numeric_limits<T>::infinity();
       width.data[i] = 0;
-      if (i >= count) {
+      if (!std::isfinite(square)) {
         for (int64_t j = 0; j < p.D; ++j) row[j] = 0;
         continue;
       }
-      const double square = read(p.bank, p.bank_kind, (first + i) * p.bank_stride, row);
-      if (!std::isfinite(square)) continue;
       if (square > std::numeric_limits<T>::max() * LARGE) trusted = false;
       const double error = 2 * factor * (p.cosine ? 1.0 : square);
       low.data[i] = static_cast<T>((p.cosine ? 0.0 : square) - error);
@@ -94,6 +100,7 @@ struct Tile {
   const T* center;
   const int64_t stride, most;
   Scratch<T> rows, low, width;
+  Scratch<T> partial;  // scores of the columns so far
   const double factor;
 };
 
@@ -104,81 +111,100 @@ struct Block {
       : p(problem),
         capacity(problem.k == 1 ? 0 : nearest_capacity(problem.k)),
         padded(round_up(block, WIDTH<T>)),
+        stride(round_up(problem.D, LANES<T>)),
+        rows(WIDTH<T> * stride),
         panels(padded * problem.D),
         margin(padded),
         limit(padded),
         second(padded),
+        height(padded),
         trusted(padded),
         counts(padded),
+        nearest(padded),
         candidates(padded * capacity),
-        heights(capacity) {}
+        heights(problem.k == 1 ? 0 : padded * problem.k) {}
 
-  void begin(int64_t first, int64_t count, Tile<T>& tile) {
-    Scratch<T> row(p.D);
+  void begin(int64_t first, int64_t count, const Tile<T>& tile) {
+    constexpr T infinity = std::numeric_limits<T>::infinity(), most = std::numeric_limits<T>::max();
     for (int64_t i = 0; i < padded; ++i) {
+      T* const row = rows.data + i % WIDTH<T> * stride;
+      const double square = i < count ? tile.read(p.queries, p.queries_kind, (first + i) * p.queries_stride, row) : double(NAN);
+      trusted.data[i] = square <= most * LARGE;
       counts.data[i] = 0;
-      trusted.data[i] = false;
-      limit.data[i] = -std::numeric_limits<T>::infinity();  // no candidates, for those that are none and those that cannot be trusted
-      second.data[i] = std::numeric_limits<T>::infinity();
-      T* const lane = panels.data + i / WIDTH<T> * WIDTH<T> * p.D + i % WIDTH<T>;
-      if (i >= count) {
-        for (int64_t j = 0; j < p.D; ++j) lane[j * WIDTH<T>] = 0;
-        continue;
-      }
-      const double square = tile.read(p.queries, p.queries_kind, (first + i) * p.queries_stride, row.data);
-      for (int64_t j = 0; j < p.D; ++j) lane[j * WIDTH<T>] = -2 * row.data[j];
-      if (!(square <= std::numeric_limits<T>::max() * LARGE)) continue;
-      trusted.data[i] = true;
-      limit.data[i] = std::numeric_limits<T>::infinity();
+      limit.data[i] = trusted.data[i] ? most : -infinity;  // the latter lets nothing in
+      second.data[i] = height.data[i] = infinity;
       margin.data[i] = 4 * tile.factor * (p.cosine ? 1.0 : square) + 8 * (static_cast<double>(p.D) + 8) * std::numeric_limits<T>::min();
+      for (int64_t j = 0; j < (trusted.data[i] ? 0 : p.D); ++j) row[j] = 0;
+      if (i % WIDTH<T> == WIDTH<T> - 1) pack(panels.data + (i - i % WIDTH<T>)*p.D);
     }
+    for (int64_t i = 0; p.k > 1 && i < padded * p.k; ++i) heights.data[i] = infinity;
   }
 
-  void distrust() {
-    for (int64_t i = 0; i < padded; ++i) {
-      trusted.data[i] = false;
-      limit.data[i] = -std::numeric_limits<T>::infinity();
-    }
+  // -2 times the WIDTH rows, transposed.
+  void pack(T* panel) const {
+    constexpr int lanes = LANES<T>;
+    for (int64_t j = 0; j < p.D; j += lanes)
+      for (int half = 0; half < 2; ++half) {
+        Vec<T> square[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) square[i] = load(rows.data + (half * lanes + i) * stride + j) * T(-2);
+        transpose<T>(square);
+        const int columns = static_cast<int>(std::min<int64_t>(lanes, p.D - j));
+        for (int i = 0; i < columns; ++i) store(panel + (j + i) * WIDTH<T> + half * lanes, square[i]);
+      }
   }
 
+  void distrust(int64_t query) {
+    trusted.data[query] = false;
+    limit.data[query] = -std::numeric_limits<T>::infinity();
+  }
+
+  // Takes a row with s <= limit; the smallest k of s + e_b, in order, give the next limit.
   void push(int64_t query, T s, T width, int32_t row) {
-    Candidate<T>* const own = candidates.data + query * capacity;
-    own[counts.data[query]++] = {s, s + width, row};
-    if (counts.data[query] == capacity) {
-      shrink(query);
-      if (counts.data[query] <= capacity * 3 / 4) return;
-      trusted.data[query] = false;  // too many rows too close to each other
-      limit.data[query] = -std::numeric_limits<T>::infinity();
+    T* const own = heights.data + query * p.k;
+    const T high = s + width;
+    if (high < own[p.k - 1]) {
+      int64_t place = p.k - 1;
+      if (p.k <= LINEAR) {
+        for (; place > 0 && own[place - 1] > high; --place) own[place] = own[place - 1];
+      } else {
+        int32_t before = 0;  // counted, not searched: no branch to guess
+        for (int64_t i = 0; i < p.k; ++i) before += own[i] <= high;
+        place = before;
+        std::memmove(own + place + 1, own + place, static_cast<size_t>(p.k - 1 - place) * sizeof(T));
+      }
+      own[place] = high;
+      if (own[p.k - 1] < std::numeric_limits<T>::infinity())
+        limit.data[query] = rounded_up<T>(static_cast<double>(own[p.k - 1]) + margin.data[query]);
     }
+    candidates.data[query * capacity + counts.data[query]++] = {s, row};
+    if (counts.data[query] < capacity) return;
+    shrink(query);
+    if (counts.data[query] > capacity * 3 / 4) distrust(query);  // too many rows too close to each other
   }
 
   // Leaves the candidates that may still be among the nearest k.
   void shrink(int64_t query) {
     Candidate<T>* const own = candidates.data + query * capacity;
-    const int32_t count = counts.data[query];
-    for (int32_t i = 0; i < count; ++i) heights.data[i] = own[i].high;
-    std::nth_element(heights.data, heights.data + p.k - 1, heights.data + count, Less{});
-    limit.data[query] = rounded_up<T>(static_cast<double>(heights.data[p.k - 1]) + margin.data[query]);
     int32_t kept = 0;
-    for (int32_t i = 0; i < count; ++i)
+    for (int32_t i = 0; i < counts.data[query]; ++i)
       if (own[i].low <= limit.data[query]) own[kept++] = own[i];
     counts.data[query] = kept;
   }
 
-  struct Less {
-    bool operator()(T x, T y) const { return x < y; }
-  };
-
   const NearestProblem& p;
-  const int64_t capacity, padded;
+  const int64_t capacity, padded, stride;
+  Scratch<T> rows;  // [WIDTH, stride]
   Scratch<T> panels;
   Scratch<double> margin;  // 2 e_q and underflow
   Scratch<T> limit;        // of s; for k = 1 the smallest s
   Scratch<T> second;       // k = 1: the second smallest s
+  Scratch<T> height;       // k = 1: s + 2 e_b of the smallest
   Scratch<bool> trusted;
-  Scratch<int32_t> counts;  // k = 1: the row of the smallest s
+  Scratch<int32_t> counts;
+  Scratch<Lane<T>> nearest;  // k = 1: the row of the smallest s
   Scratch<Candidate<T>> candidates;
-  Scratch<T> heights;
+  Scratch<T> heights;  // [padded, k]
 };
 
 template <class V>
@@ -196,12 +222,39 @@ PK_INLINE bool any_lane(V mask) {
 #endif
 }
 
-// s of MOST_ROWS rows against a panel, without |q|^2.
+// A bit for every lane with x <= y.
 template <class T>
-PK_INLINE void scores(const T* rows, int64_t stride, const T* low, const T* panel, int64_t D, Vec<T> (&s)[MOST_ROWS][2]) {
+PK_INLINE unsigned lanes_not_above(Vec<T> x, Vec<T> y) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_cmpps512_mask(x, y, 18, -1, 4);  // 18: <=, false for NaN, quiet
+  else return __builtin_ia32_cmppd512_mask(x, y, 18, -1, 4);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return static_cast<unsigned>(__builtin_ia32_movmskps256((Vec<float>)(x <= y)));
+  else return static_cast<unsigned>(__builtin_ia32_movmskpd256((Vec<double>)(x <= y)));
+#else
+  unsigned bits = 0;
+  for (int lane = 0; lane < LANES<T>; ++lane) bits |= static_cast<unsigned>(x[lane] <= y[lane]) << lane;
+  return bits;
+#endif
+}
+
+template <class T>
+PK_INLINE Vec<T> smaller(Vec<T> x, Vec<T> y) {  // of numbers that are none of them NaN
+  if constexpr (sizeof(T) == 4) return at_most(x, y);
+  return x < y ? x : y;
+}
+
+// s of MOST_ROWS rows against a panel, without |q|^2, for columns [first, last); the sums go on in partial [MOST_ROWS, WIDTH] from the first
+// columns to the last.
+template <class T>
+PK_INLINE void scores(const T* rows, int64_t stride, const T* low, const T* panel, int64_t first, int64_t last, const T* partial,
+                      Vec<T> (&s)[MOST_ROWS][2]) {
 #pragma GCC unroll 16
-  for (int i = 0; i < MOST_ROWS; ++i) s[i][0] = s[i][1] = Vec<T>{};
-  for (int64_t j = 0; j < D; ++j) {
+  for (int i = 0; i < MOST_ROWS; ++i) {
+    s[i][0] = first == 0 ? broadcast(low[i]) : load(partial + i * WIDTH<T>);
+    s[i][1] = first == 0 ? s[i][0] : load(partial + i * WIDTH<T> + LANES<T>);
+  }
+  for (int64_t j = first; j < last; ++j) {
     const Vec<T> q0 = load(panel + j * WIDTH<T>), q1 = load(panel + j * WIDTH<T> + LANES<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < MOST_ROWS; ++i) {
@@ -210,11 +263,29 @@ PK_INLINE void scores(const T* rows, int64_t stride, const T* low, const T* pane
       s[i][1] += b * q1;
     }
   }
+}
+
+template <class T>
+PK_INLINE void keep_scores(const Vec<T> (&s)[MOST_ROWS][2], T* out) {
 #pragma GCC unroll 16
   for (int i = 0; i < MOST_ROWS; ++i) {
-    s[i][0] += low[i];
-    s[i][1] += low[i];
+    store(out + i * WIDTH<T>, s[i][0]);
+    store(out + i * WIDTH<T> + LANES<T>, s[i][1]);
   }
+}
+
+// The scores of a tile against a panel but for the last DEPTH columns or fewer, which begin at the column returned.
+template <class T>
+PK_INLINE int64_t partial_scores(const Tile<T>& tile, int64_t rows, const T* panel, T* partial) {
+  int64_t first = 0;
+  for (; first + DEPTH < tile.p.D; first += DEPTH)
+    for (int64_t i0 = 0; i0 < rows; i0 += MOST_ROWS) {
+      Vec<T> s[MOST_ROWS][2];
+      T* const own = partial + i0 * WIDTH<T>;
+      scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, first, first + DEPTH, own, s);
+      keep_scores(s, own);
+    }
+  return first;
 }
 
 // Candidates of a panel among the rows of a tile.
@@ -222,41 +293,46 @@ template <class T>
 void scan(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t first_query, Block<T>& block) {
   const T* const panel = block.panels.data + first_query * block.p.D;
   T* const limit = block.limit.data + first_query;
+  const int64_t column = partial_scores(tile, rows, panel, tile.partial.data);
   for (int64_t i0 = 0; i0 < rows; i0 += MOST_ROWS) {
     Vec<T> s[MOST_ROWS][2];
-    scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, block.p.D, s);
+    scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, column, block.p.D,
+           tile.partial.data + i0 * WIDTH<T>, s);
     const Vec<T> limits[2] = {load(limit), load(limit + LANES<T>)};
-    Index<T> below{};
+    Vec<T> least[2] = {s[0][0], s[0][1]};
 #pragma GCC unroll 16
-    for (int i = 0; i < MOST_ROWS; ++i) below |= (s[i][0] <= limits[0]) | (s[i][1] <= limits[1]);
-    if (!any_lane(below)) continue;
+    for (int i = 1; i < MOST_ROWS; ++i)
+      for (int half = 0; half < 2; ++half) least[half] = smaller<T>(s[i][half], least[half]);
+    if (!any_lane((least[0] <= limits[0]) | (least[1] <= limits[1]))) continue;
     alignas(64) T found[MOST_ROWS][WIDTH<T>];
-#pragma GCC unroll 16
-    for (int i = 0; i < MOST_ROWS; ++i) {
-      store(found[i], s[i][0]);
-      store(found[i] + LANES<T>, s[i][1]);
-    }
-    for (int i = 0; i < MOST_ROWS; ++i) {
-      const T width = tile.width.data[i0 + i];
-      const int32_t row = first_row + static_cast<int32_t>(i0) + i;
-      for (int half = 0; half < 2; ++half) {
-        if (!any_lane(load(found[i] + half * LANES<T>) <= load(limit + half * LANES<T>))) continue;
-        for (int lane = half * LANES<T>; lane < (half + 1) * LANES<T>; ++lane)
-          if (found[i][lane] <= limit[lane]) block.push(first_query + lane, found[i][lane], width, row);
-      }
-    }
+    keep_scores(s, found[0]);
+    for (int i = 0; i < MOST_ROWS; ++i)
+      for (int half = 0; half < 2; ++half)
+        for (unsigned bits = lanes_not_above<T>(load(found[i] + half * LANES<T>), load(limit + half * LANES<T>)); bits; bits &= bits - 1) {
+          const int lane = half * LANES<T> + __builtin_ctz(bits);
+          block.push(first_query + lane, found[i][lane], tile.width.data[i0 + i], first_row + static_cast<int32_t>(i0) + i);
+        }
   }
 }
 
 // The same for k = 1: the smallest and second smallest s stay in registers.
 template <class T>
-void scan_one(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t first_query, Block<T>& block, Index<T> (&nearest)[2]) {
+void scan_one(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t first_query, Block<T>& block) {
   const T* const panel = block.panels.data + first_query * block.p.D;
-  T *const best_s = block.limit.data + first_query, *const second_s = block.second.data + first_query;
-  Vec<T> best[2] = {load(best_s), load(best_s + LANES<T>)}, second[2] = {load(second_s), load(second_s + LANES<T>)};
+  T* const states[3] = {block.limit.data + first_query, block.second.data + first_query, block.height.data + first_query};
+  const int64_t column = partial_scores(tile, rows, panel, tile.partial.data);
+  Index<T> nearest[2];
+  Vec<T> best[2], second[2], height[2];
+  for (int half = 0; half < 2; ++half) {
+    std::memcpy(&nearest[half], block.nearest.data + first_query + half * LANES<T>, sizeof nearest[half]);
+    best[half] = load(states[0] + half * LANES<T>);
+    second[half] = load(states[1] + half * LANES<T>);
+    height[half] = load(states[2] + half * LANES<T>);
+  }
   for (int64_t i0 = 0; i0 < rows; i0 += MOST_ROWS) {
     Vec<T> s[MOST_ROWS][2];
-    scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, block.p.D, s);
+    scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, column, block.p.D,
+           tile.partial.data + i0 * WIDTH<T>, s);
 #pragma GCC unroll 16
     for (int i = 0; i < MOST_ROWS; ++i)
 #pragma GCC unroll 2
@@ -265,12 +341,15 @@ void scan_one(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t firs
         const Vec<T> loser = less ? best[half] : s[i][half];
         second[half] = loser < second[half] ? loser : second[half];
         best[half] = less ? s[i][half] : best[half];
+        height[half] = less ? s[i][half] + tile.width.data[i0 + i] : height[half];
         nearest[half] = less ? Index<T>{} + (first_row + static_cast<int32_t>(i0) + i) : nearest[half];
       }
   }
   for (int half = 0; half < 2; ++half) {
-    store(best_s + half * LANES<T>, best[half]);
-    store(second_s + half * LANES<T>, second[half]);
+    std::memcpy(block.nearest.data + first_query + half * LANES<T>, &nearest[half], sizeof nearest[half]);
+    store(states[0] + half * LANES<T>, best[half]);
+    store(states[1] + half * LANES<T>, second[half]);
+    store(states[2] + half * LANES<T>, height[half]);
   }
 }
 
@@ -278,40 +357,36 @@ template <class T>
 void scan_block(const NearestProblem& p, Tile<T>& tile, Block<T>& block, int64_t first_row, int64_t last_row) {
   for (int64_t first = first_row; first < last_row; first += tile.most) {
     const int64_t rows = std::min(tile.most, last_row - first);
-    if (!tile.fill(first, rows)) return block.distrust();
+    if (!tile.fill(first, rows)) {
+      for (int64_t query = 0; query < block.padded; ++query) block.distrust(query);
+      return;
+    }
     const int32_t part_row = static_cast<int32_t>(first - first_row);
     for (int64_t query = 0; query < block.padded; query += WIDTH<T>) {
       if (p.k > 1) {
         scan(tile, rows, part_row, query, block);
         continue;
       }
-      Index<T> nearest[2];
-      for (int lane = 0; lane < WIDTH<T>; ++lane) nearest[lane / LANES<T>][lane % LANES<T>] = block.counts.data[query + lane];
-      scan_one(tile, rows, part_row, query, block, nearest);
-      for (int lane = 0; lane < WIDTH<T>; ++lane)
-        block.counts.data[query + lane] = static_cast<int32_t>(nearest[lane / LANES<T>][lane % LANES<T>]);
+      scan_one(tile, rows, part_row, query, block);
     }
   }
 }
 
 // What the filter left of a query after rows [first_row, ...), into found: how many, or -1 if it cannot tell.
 template <class T>
-int64_t leave(Block<T>& block, const Tile<T>& tile, int64_t query, int64_t first_row, T* row, NearestCandidate* found) {
+int64_t leave(Block<T>& block, int64_t query, int64_t first_row, NearestCandidate* found) {
   const NearestProblem& p = block.p;
   if (!block.trusted.data[query]) return -1;
-  if (p.k > 1) {
-    if (block.counts.data[query] < p.k) return -1;
-    block.shrink(query);
-    const Candidate<T>* const own = block.candidates.data + query * block.capacity;
-    for (int32_t i = 0; i < block.counts.data[query]; ++i) found[i].index = first_row + own[i].row;
-    return block.counts.data[query];
+  if (p.k == 1) {
+    if (block.limit.data[query] == std::numeric_limits<T>::max()) return -1;  // no row was finite
+    found[0].index = first_row + block.nearest.data[query];
+    return block.second.data[query] > rounded_up<T>(static_cast<double>(block.height.data[query]) + block.margin.data[query]) ? 1 : -1;
   }
-  const T best = block.limit.data[query];
-  if (!(best < std::numeric_limits<T>::infinity())) return -1;
-  found[0].index = first_row + block.counts.data[query];
-  const double square = tile.read(p.bank, p.bank_kind, found[0].index * p.bank_stride, row);
-  const double reach = static_cast<double>(best) + 4 * tile.factor * (p.cosine ? 1.0 : square) + block.margin.data[query];
-  return static_cast<double>(block.second.data[query]) > reach * (reach > 0 ? 1 + 0x1p-20 : 1) ? 1 : -1;
+  if (block.counts.data[query] < p.k) return -1;
+  block.shrink(query);
+  const Candidate<T>* const own = block.candidates.data + query * block.capacity;
+  for (int32_t i = 0; i < block.counts.data[query]; ++i) found[i].index = first_row + own[i].row;
+  return block.counts.data[query];
 }
 
 template <class T>
@@ -322,14 +397,23 @@ void write(const NearestProblem& p, int64_t query, const NearestCandidate* neare
   }
 }
 
+// The neighbours of a query: the result, or one of several parts.
+template <class T>
+PK_INLINE void deliver(const NearestProblem& p, int64_t query, const NearestCandidate* nearest, NearestCandidate* candidates, int64_t part,
+                       int64_t parts) {
+  if (!candidates) return write<T>(p, query, nearest);
+  for (int64_t i = 0; i < p.k; ++i) candidates[(query * parts + part) * p.k + i] = nearest[i];
+}
+
 template <class T>
 void search_units(const NearestProblem& p, NearestUnits units, const T* center, NearestCandidate* candidates, int64_t begin, int64_t end) {
   const NearestExact& exact = PK_LEVEL_TABLE(nearest_exact);
-  const bool filter = p.N > 4 && p.D > 0;  // few queries do not fill the lanes
+  const bool filter = p.N > 4 && p.D > 0 && p.k <= MOST_FILTERED;  // few queries do not fill the lanes
   Tile<T> tile(p, center);
-  Block<T> block(p, units.block);
-  Scratch<T> row(p.D);
-  Scratch<NearestCandidate> found(std::max(p.k, block.capacity));
+  Block<T> block(p, filter ? units.block : 0);
+  Scratch<char> workspace(exact.workspace_bytes(p));
+  Scratch<NearestCandidate> found(std::max(p.k, block.capacity)), ones(p.k == 1 ? units.block : 0);
+  Scratch<int64_t> queries(p.k == 1 ? units.block : 0);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t part = unit % units.parts, first_query = unit / units.parts * units.block;
     const int64_t count = std::min(units.block, p.N - first_query);
@@ -338,19 +422,22 @@ void search_units(const NearestProblem& p, NearestUnits units, const T* center, 
       block.begin(first_query, count, tile);
       scan_block(p, tile, block, first_row, last_row);
     }
+    int64_t known = 0;  // k = 1: queries whose neighbour the filter has found, measured together
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t query = first_query + i, left = filter ? leave(block, tile, i, first_row, row.data, found.data) : -1;
-      if (left < 0)
-        exact.rank_all(p, query, first_row, last_row, found.data);
-      else
-        exact.rank(p, query, found.data, left);
-      if (!candidates) {
-        write<T>(p, query, found.data);
+      const int64_t query = first_query + i, left = filter ? leave(block, i, first_row, found.data) : -1;
+      if (left == 1 && p.k == 1) {
+        queries.data[known] = query;
+        ones.data[known++].index = found.data[0].index;
         continue;
       }
-      NearestCandidate* const out = candidates + (query * units.parts + part) * p.k;
-      for (int64_t j = 0; j < p.k; ++j) out[j] = found.data[j];
+      if (left < 0)
+        exact.rank_all(p, query, first_row, last_row, found.data, workspace.data);
+      else
+        exact.rank(p, query, found.data, left, workspace.data);
+      deliver<T>(p, query, found.data, candidates, part, units.parts);
     }
+    exact.measure(p, queries.data, ones.data, known, workspace.data);
+    for (int64_t i = 0; i < known; ++i) deliver<T>(p, queries.data[i], ones.data + i, candidates, part, units.parts);
   }
 }
 
