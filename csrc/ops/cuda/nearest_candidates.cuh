@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// A warp's candidates: for each of its 32 queries a list in shared memory of groups of eight neighbouring rows of the bank. An entry holds the least
-// score among them and which of them were within the limit. Lane q looks after the list of query q; entry e of it lies at [e][q].
+// A warp's candidates: for each of its 32 queries a list in shared memory of groups of eight neighbouring rows of the bank. An entry holds
+// the least score among them and which of them were within the limit. Lane q looks after the list of query q; entry e of it lies at [e][q].
 #pragma once
 
 #include "ops/cuda/nearest_rows.cuh"
@@ -93,9 +93,10 @@ __device__ __forceinline__ void shrink(uint2* list, Own& own, const NearestTask&
   if (kept > p.capacity - 4) own.limit = __int_as_float(0x7fc00000), own.count = 0;  // too many rows too close to each other
 }
 
-// Distances and ranks of what is left of 32 queries from first_query on, as many of them at a time as there is room for. row0: the first of the part.
-__device__ __forceinline__ void rank_candidates(const NearestTask& p, const uint2* list, const Own& own, int64_t first_query, int part, int row0,
-                                                double* distances, unsigned* codes) {
+// Distances and ranks of what is left of 32 queries from first_query on, as many of them at a time as there is room for. row0: the first of
+// the part.
+__device__ __forceinline__ void rank_candidates(const NearestTask& p, const uint2* list, const Own& own, int64_t first_query, int part,
+                                                int row0, double* distances, unsigned* codes) {
   const int lane = threadIdx.x % 32;
   const bool valid = first_query + lane < p.N;
   int rows = 0;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Nearest on the GPU, beside the filter: the best of a query's parts of the bank, and queries that are compared with the whole bank, because
-// there is no filter or because it could not decide them.
+// Nearest on the GPU, beside the filter: the best of a query's parts of the bank, and queries that are compared with the whole bank,
+// because there is no filter or because it could not decide them.
 
+#include "common/simt.cuh"
 #include "ops/cuda/nearest_rows.cuh"
 
 namespace {

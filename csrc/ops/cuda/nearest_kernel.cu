@@ -1,41 +1,44 @@
 // SPDX-License-Identifier: MIT
 // Nearest on the GPU: the filter of ops/nearest.h on tensor cores, ranking of what it leaves, and the launches of the whole.
 //
-// 1. nearest_pack.cu moves and scales queries and bank and writes them as fp16, which has tf32's 11 bits and twice its speed. Neighbours in few
-//    dimensions (D <= 21) are nearer than 11 bits can tell: numbers are split in two, which up to D = 10 costs nothing.
-// 2. A warp has 32 queries, their fp16 fragments in registers where D <= 64, and meets the bank 32 rows at a time in chunks that the block copies
-//    to shared memory. A score is compared by taking the least of eight neighbouring rows and that with the query's limit; what is within goes to
-//    the query's list, which is cut down whenever it has grown by about k, and so is the limit (nearest_candidates.cuh). First limits come
-//    from an eighth of the bank: for a small k from the least scores of 16 groups of its rows. Chunks are taken in an order without neighbours,
-//    since in a bank sorted by class the nearest rows might come last.
+// 1. nearest_pack.cu moves and scales queries and bank and writes them as fp16, which has tf32's 11 bits and twice its speed. Neighbours in
+//    few dimensions (D <= 21) are nearer than 11 bits can tell: numbers are split in two, which up to D = 10 costs nothing.
+// 2. A warp has 32 queries, their fp16 fragments in registers where D <= 64, and meets the bank 32 rows at a time in chunks that the block
+//    copies to shared memory. A score is compared by taking the least of eight neighbouring rows and that with the query's limit; what is
+//    within goes to the query's list, which is cut down whenever it has grown by about k, and so is the limit (nearest_candidates.cuh).
+//    First limits come from an eighth of the bank: for a small k from the least scores of 16 groups of its rows. Chunks are taken in an
+//    order without neighbours, since in a bank sorted by class the nearest rows might come last.
 // 3. The warp ranks what is left by float64 distances, all its queries side by side.
 // 4. nearest_exact.cu merges parts of the bank, which there are where queries alone would not fill the GPU, and does the rest.
 //
-// Bounds. X and Y are a row of the bank and a query, moved and scaled by S = 2^e; beta and alpha their lengths; h = |X - Y|^2 / 2 = S^2 d / 2.
-// A score is v = B - X.Y with B = beta^2 / 2 - E(beta), so v is about h - alpha^2 / 2, less E(beta). Its errors:
+// Bounds. X and Y are a row of the bank and a query, moved and scaled by S = 2^e; beta and alpha their lengths; h = |X - Y|^2 / 2, which is
+// S^2 d / 2. A score is v = B - X.Y with B = beta^2 / 2 - E(beta), so v is about h - alpha^2 / 2, less E(beta). Its errors:
 //   fp16    x becomes x (1 + t) + n, |t| <= 2^-11, |n| <= 2^-25 (below 2^-14): of X.Y at most 2^-10 (1 + 2^-12) alpha beta
 //           + 2^-25 (1 + 2^-11) sqrt(D) (alpha + beta) + D 2^-50, by Cauchy and Schwarz. Split, |t| <= 2^-22 and low times low, at most
 //           2^-22 alpha beta and some more n, is left out: 3 2^-22 alpha beta, 2^-25 (1 + 2^-10) sqrt(D) (alpha + beta) and D 2^-49
-//   sums    products of fp16 numbers are exact. A tensor core adds up to 16 of them and the sum so far after cutting each off at the last of at least
-//           24 bits of the largest, perhaps in several steps of 4 or 8, each cut off again: fewer than 32 cuts of 2^-23 of |B| + 1.004 alpha beta for
-//           every 16 packed dimensions, 2^-18 of that
-//   d       the definition's own sums: (D + 3) 2^-53 h, h <= alpha^2 + beta^2; |X|^2, the center's differences, B as a float: less than the 1 % below
-// With alpha beta <= (alpha^2 + beta^2) / 2 they are at most E(alpha) + E(beta), for
-//   E(r) = a r^2 / 2 + w r + z,  a = 1.01 (2^-10 + steps 2^-17 + (4 D + 16) 2^-53), split 3 2^-22 for 2^-10,  w = 1.01 2^-25 sqrt(D),  z = D 2^-48
+//   sums    products of fp16 numbers are exact. A tensor core adds up to 16 of them and the sum so far after cutting each off at the last
+//           of at least 24 bits of the largest, perhaps in several steps of 4 or 8, each cut off again: fewer than 32 cuts of 2^-23 of |B|
+//           + 1.004 alpha beta for every 16 packed dimensions, 2^-18 of that
+//   d       the definition's own sums: (D + 3) 2^-53 h, h <= alpha^2 + beta^2; |X|^2, the center's differences, B as a float: less than the
+//           1 % below
+// With alpha beta <= (alpha^2 + beta^2) / 2 they are at most E(alpha) + E(beta), for E(r) = a r^2 / 2 + w r + z and
+//   a = 1.01 (2^-10 + steps 2^-17 + (4 D + 16) 2^-53), split 3 2^-22 for 2^-10;   w = 1.01 2^-25 sqrt(D);   z = D 2^-48
 // and so   v - E(alpha)  <=  S^2 d / 2 - alpha^2 / 2  <=  v + 2 E(beta) + E(alpha).
-// If k rows have v <= V, the k-th smallest d is at most what the right side gives for V and the longest of them, and no row of a smaller or equal d
-// has v > V + 2 E(alpha) + 2 E(beta): the limit. beta <= alpha + sqrt(2 h); with 2 E(beta) <= 2 a beta^2 + w^2 / a + 2 z and beta^2 <=
-// 2 alpha^2 + 4 h,  h (1 - 8 a) <= V + alpha^2 / 2 + E(alpha) + 4 a alpha^2 + w^2 / a + 2 z. Cosine: vectors of length 2^14, d = 1 - X.Y / 2^28
-// to a rounding, B = -E(beta), beta = alpha. Rows without finite numbers have B = NaN, which is within no limit.
+// If k rows have v <= V, the k-th smallest d is at most what the right side gives for V and the longest of them, and no row of a smaller or
+// equal d has v > V + 2 E(alpha) + 2 E(beta): the limit. There beta <= alpha + sqrt(2 h), and h follows from 2 E(beta) <= 2 a beta^2 +
+// w^2 / a + 2 z and beta^2 <= 2 alpha^2 + 4 h:   h (1 - 8 a) <= V + alpha^2 / 2 + E(alpha) + 4 a alpha^2 + w^2 / a + 2 z.
+// Cosine: vectors of length 2^14, d = 1 - X.Y / 2^28 to a rounding, B = -E(beta), beta = alpha.
+// Rows without finite numbers have B = NaN, which is within no limit.
 //
-// Limit at N = 60000, M = 10000, D = 32, k = 5 on an H200: 38.4 GFLOP, 62 us of fp16 mma.sync at 620 TFLOP/s; beside it an instruction for every
-// score, 41 us at 64 a cycle; lists, about a third of the issue slots.
+// Limit at N = 60000, M = 10000, D = 32, k = 5 on an H200: 38.4 GFLOP, 62 us of fp16 mma.sync at 620 TFLOP/s; beside it an instruction for
+// every score, 41 us at 64 a cycle; lists, about a third of the issue slots.
 
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 #include <utility>
 
+#include "common/simt.cuh"
 #include "ops/cuda/nearest_candidates.cuh"
 #include "ops/cuda/nearest_walk.cuh"
 
@@ -63,7 +66,10 @@ struct Watch {
   __device__ __forceinline__ void take(const Own& own) {
     const int group = threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int r = 0; r < 4; ++r) limit[r] = __shfl_sync(ALL, own.limit, 8 * r + group), count[r] = __shfl_sync(ALL, own.count, 8 * r + group);
+    for (int r = 0; r < 4; ++r) {
+      limit[r] = __shfl_sync(ALL, own.limit, 8 * r + group);
+      count[r] = __shfl_sync(ALL, own.count, 8 * r + group);
+    }
   }
   __device__ __forceinline__ void give(Own& own) const {
     const int lane = threadIdx.x % 32;
@@ -122,9 +128,10 @@ struct FirstScores {
 
 // 128 registers, for two blocks on a multiprocessor; on sm_100 one address waits outside of them from the beginning of the walk to its end.
 // resources: spills at most 8 bytes
-// resources: dynamic shared 83968 bytes
+// resources: dynamic shared 75776 bytes
 template <int BLOCKS, bool few>
-__global__ void __launch_bounds__(MOST_WARPS * 32, few || BLOCKS == 1 ? 2 : 1) filter_kernel(const NearestTask p, const int first_chunks, const int stride) {
+__global__ void __launch_bounds__(MOST_WARPS * 32, few || BLOCKS == 1 ? 2 : 1)
+    filter_kernel(const NearestTask p, const int first_chunks, const int stride) {
   PK_DYNAMIC_SHARED(unsigned char, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = static_cast<int>(blockIdx.x % p.parts);
   const int64_t tile = static_cast<int64_t>(blockIdx.x / p.parts) * p.warps + warp, first_query = tile * NEAREST_TILE;
@@ -218,7 +225,7 @@ void plan(NearestTask& p, const NearestProblem& problem) {
   const auto as_float = [](double x) { return static_cast<float>(x); };
   p.bounds = {as_float(a / 2), as_float(w), as_float(z), as_float(4 * a), as_float(w * w / a + 2 * z), as_float(2 / (1 - 8 * a))};
   p.filter = p.D > 0 && p.error.a <= 1.0 / 32;
-  p.capacity = p.k <= FEW ? 32 : 2 * p.k + 16;
+  p.capacity = p.k <= FEW ? 28 : 2 * p.k + 16;
   const int64_t stages = stage_bytes(p.blocks), limit = static_cast<int64_t>(pk::shared_memory_limit());
   p.warps = MOST_WARPS;
   while (p.warps > 1 && (p.warps / 2 >= p.query_tiles || stages + p.warps * list_bytes(p) > limit)) p.warps /= 2;
@@ -241,7 +248,8 @@ int64_t divide_workspace(NearestTask& p, void* workspace) {
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(start + static_cast<uintptr_t>(used));
     used += (bytes + 255) / 256 * 256;
   };
-  const int64_t rows = static_cast<int64_t>(p.chunks) * NEAREST_CHUNK, places = p.query_tiles * NEAREST_TILE, packed = int64_t{64} * p.blocks;
+  const int64_t rows = static_cast<int64_t>(p.chunks) * NEAREST_CHUNK, places = p.query_tiles * NEAREST_TILE;
+  const int64_t packed = int64_t{64} * p.blocks;
   take(p.state, sizeof(NearestState));
   take(p.center, p.D * int64_t{8});
   take(p.packed_queries, places * packed);

@@ -2,12 +2,14 @@
 // Nearest on the GPU: queries and bank as the filter reads them (nearest_kernel.cu): moved by a center, scaled by a power of two, fp16.
 // Two passes over the inputs, limited by reading them: the largest magnitude, and beside it the center; then the rows.
 //
-// Squared Euclidean. The center is a mean of some rows of the bank in every dimension, so not longer in any dimension than the largest magnitude, and no moved number
-// exceeds twice that: the scale takes it below 2^15. The moved numbers are differences in float64. Cosine: rows become 2^14 times unit vectors.
+// Squared Euclidean. The center is a mean of some rows of the bank in every dimension, so not longer in any dimension than the largest
+// magnitude, and no moved number exceeds twice that: the scale takes it below 2^15. The moved numbers are differences in float64. Cosine:
+// rows become 2^14 times unit vectors.
 //
-// Split (few dimensions): a number is the sum of two fp16 numbers, high + low, and a row of D is packed as 3 D dimensions: queries high, high, low;
-// the bank high, low, high. Their product is all of that of the sums but low times low.
+// Split (few dimensions): a number is the sum of two fp16 numbers, high + low, and a row of D is packed as 3 D dimensions: queries high,
+// high, low; the bank high, low, high. Their product is all of that of the sums but low times low.
 
+#include "common/simt.cuh"
 #include "ops/cuda/nearest_rows.cuh"
 
 namespace {
@@ -50,7 +52,8 @@ __device__ __forceinline__ void find_center(const NearestTask& p, int c) {
 }
 
 // The largest finite magnitude in rows first, first + step, ... (or, if they lie without gaps, of all their values), by a warp.
-__device__ __forceinline__ double largest_of(const void* values, Kind kind, int64_t stride, int64_t rows, int D, int64_t first, int64_t step) {
+__device__ __forceinline__ double largest_of(const void* values, Kind kind, int64_t stride, int64_t rows, int D, int64_t first,
+                                             int64_t step) {
   const int lane = threadIdx.x % 32;
   double largest = 0;
   const auto look = [&](int64_t at) {
@@ -181,7 +184,7 @@ namespace protokernels {
 int launch_nearest_pack(const NearestTask& p, void* stream) {
   int status = pk::memset_async(p.state, 0, sizeof(NearestState), stream);
   if (status == 0 && !p.cosine) {
-    const int64_t values = (p.N + p.M) * p.D, wanted = values / (THREADS * 8) + 1, most = 4 * static_cast<int64_t>(pk::multiprocessor_count());
+    const int64_t wanted = (p.N + p.M) * p.D / (THREADS * 8) + 1, most = 4 * static_cast<int64_t>(pk::multiprocessor_count());
     const int64_t blocks = (p.D + 31) / 32 + (wanted < most ? wanted : most);
     status = PK_LAUNCH((measure_kernel), dim3(static_cast<unsigned>(blocks)), dim3(THREADS), 0, stream, p);
   }

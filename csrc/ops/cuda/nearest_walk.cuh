@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
-// Scores of a warp's 32 queries with 32 rows of the bank at a time, and a block's way through the bank. nearest_kernel.cu says what a score is.
+// Scores of a warp's 32 queries with 32 rows of the bank at a time, and a block's way through the bank. nearest_kernel.cu says what a score
+// is.
 //
-// Packed rows are fp16; 32 dimensions of 32 rows, a tile in one block of dimensions, are 2 KB side by side. A lane reads 16 bytes at a time, eight
-// dimensions of a row, and takes them as its k of two steps of the tensor core, in both factors. The columns of four fragments of 8 are renamed
-// so that a lane ends with eight neighbouring rows of the bank: column 2 m + e of fragment f is row 8 m + 2 f + e.
+// Packed rows are fp16; 32 dimensions of 32 rows, a tile in one block of dimensions, are 2 KB side by side. A lane reads 16 bytes at a
+// time, eight dimensions of a row, and takes them as its k of two steps of the tensor core, in both factors. The columns of four fragments
+// of 8 are renamed so that a lane ends with eight neighbouring rows of the bank: column 2 m + e of fragment f is row 8 m + 2 f + e.
 #pragma once
 
 #include "ops/cuda/nearest_rows.cuh"
@@ -60,8 +61,8 @@ __device__ __forceinline__ void add_products(Scores& s, const Left& a, const uin
   }
 }
 
-// A block's way through a part of the bank: chunk after chunk, `leap` apart, of each the tiles, of each the slices. The next stage of shared memory
-// is filled while this one is read.
+// A block's way through a part of the bank: chunk after chunk, `leap` apart, of each the tiles, of each the slices. The next stage of
+// shared memory is filled while this one is read.
 template <int BLOCKS>
 struct Walk {
   using S = Shape<BLOCKS>;
