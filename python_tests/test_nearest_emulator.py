@@ -133,7 +133,7 @@ class TestValue:
         assert check(plain, queries, bank, k, metric) == 0
         assert check(plain, queries + 50, bank + 50, k, "sqeuclidean") == 0  # far from the origin
         assert check(plain, bank[:40] + 1e-3 * queries, bank, k, metric) == 0  # next to one of them
-        clusters = bank[torch.arange(700) % 4] + (0.1 if D <= 21 else 0.3) * bank
+        clusters = bank[torch.arange(700) % 4] + (0.1 if D <= 21 else 0.5) * bank
         assert check(plain, clusters[:40], clusters, k, metric) == 0
 
 
@@ -190,6 +190,13 @@ class TestNumbers:
             check(plain, scale * queries, scale * bank, 3, metric)
             check(plain, queries, scale * bank, 3, metric)
 
+    def test_one_row_whose_square_is_beyond_float64(self, plain: Any) -> None:
+        queries, bank = draw(40, 60, 6, seed=12, dtype=torch.float64)
+        bank[7] *= 1e200  # its norm is infinite, its cosine 0 / infinity
+        for metric in METRICS:
+            check(plain, queries, bank, 40, metric)
+            check(plain, bank[:20], bank, 40, metric)
+
     def test_one_outlier_in_bank_and_queries(self, plain: Any) -> None:
         queries, bank = draw(40, 300, 9, seed=11)
         for size in (1e3, 1e7, 1e20, 3e38):
@@ -204,6 +211,8 @@ class TestNumbers:
         for k in (1, 5, 50):
             check(plain, queries, bank, k, "cosine")
             check(plain, queries.double(), bank, k, "cosine")
+        bank[0] = float("nan")  # also at distance one from a zero vector
+        check(plain, queries, bank, 5, "cosine")
         bank[20] = torch.tensor([1e-12, 0, 0, 0, 0, 0])  # as long as the line between zero and something
         check(plain, queries, bank, 5, "cosine")
 
