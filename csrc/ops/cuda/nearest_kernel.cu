@@ -30,8 +30,9 @@
 // Cosine: vectors of length 2^14, d = 1 - X.Y / 2^28 to a rounding, B = -E(beta), beta = alpha.
 // Rows without finite numbers have B = NaN, which is within no limit.
 //
-// Limit at N = 60000, M = 10000, D = 32, k = 5 on an H200: 38.4 GFLOP, 62 us of fp16 mma.sync at 620 TFLOP/s; beside it an instruction for
-// every score, 41 us at 64 a cycle; lists, about a third of the issue slots.
+// Limit at N = 60000, M = 10000, D = 32, k = 5 on an H200: 38.4 GFLOP, 62 us of fp16 mma.sync at 620 TFLOP/s. Beside it 68 instructions of a
+// warp for 32 x 32 scores, 28 of them for their least, about 45 us, and about as many for the 21 or so rows of the bank that come into a
+// query's list one after another.
 
 #include <algorithm>
 #include <cmath>
@@ -81,14 +82,25 @@ struct Watch {
   }
 };
 
+// Where a lane lists what it finds. Passed through a shuffle the numbers stay in registers: the compiler would compute them anew at every use.
+struct Desk {
+  unsigned quad, before;  // lanes that have the same queries; of them, those before this one
+  int at;                 // of the lane's first query, in entries
+
+  __device__ __forceinline__ Desk(int list, bool stay) {
+    const int lane = threadIdx.x % 32;
+    quad = 15u << (lane & 28), before = quad & ((1u << lane) - 1), at = list + lane / 4;
+    if (stay) quad = __shfl_sync(ALL, quad, lane), before = __shfl_sync(ALL, before, lane), at = __shfl_sync(ALL, at, lane);
+  }
+};
+
 // Lists what is within the limits, after a tile; group: the lane's eight rows. Returns whether a list should be cut down.
-__device__ __forceinline__ bool collect(const Scores& s, const float (&least)[4], Watch& watch, uint2* lists, unsigned group, int enough) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ bool collect(const Scores& s, const float (&least)[4], Watch& watch, uint2* lists, const Desk& desk, unsigned group,
+                                        int enough) {
   bool hit[4], within = false;
 #pragma unroll
   for (int r = 0; r < 4; ++r) hit[r] = least[r] <= watch.limit[r], within |= hit[r];
   if (!__any_sync(ALL, within)) return false;
-  const unsigned quad = 15u << (lane & 28), before = quad & ((1u << lane) - 1);
   int longest = 0;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
@@ -98,10 +110,10 @@ __device__ __forceinline__ bool collect(const Scores& s, const float (&least)[4]
       unsigned mask = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) mask |= s[r / 2][i / 2][r % 2 * 2 + i % 2] <= watch.limit[r] ? 1u << i : 0u;
-      const int at = watch.count[r] + __popc(hits & before);
-      pk::store_vector(lists + at * 32 + 8 * r + lane / 4, uint2{__float_as_uint(least[r]), group << 8 | mask});
+      const int at = watch.count[r] + __popc(hits & desk.before);
+      pk::store_vector(lists + desk.at + at * 32 + 8 * r, uint2{__float_as_uint(least[r]), group << 8 | mask});
     }
-    watch.count[r] += __popc(hits & quad);
+    watch.count[r] += __popc(hits & desk.quad);
     longest = max(longest, watch.count[r]);
   }
   return __any_sync(ALL, longest > enough);
@@ -140,7 +152,9 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, few || BLOCKS == 1 ? 2 : 1)
     return;
   }
   Walk<BLOCKS> walk(p, shared, part, stride, tile);
-  uint2* const lists = reinterpret_cast<uint2*>(shared + 2 * Shape<BLOCKS>::BYTES) + warp * p.capacity * 32;
+  uint2* const all_lists = reinterpret_cast<uint2*>(shared + 2 * Shape<BLOCKS>::BYTES);
+  uint2* const lists = all_lists + warp * p.capacity * 32;
+  const Desk desk(warp * p.capacity * 32, BLOCKS == 1);  // with more fragments of queries there is no room
   Own own = {__int_as_float(0x7fc00000), 0};
   if (walk.active && p.lengths[first_query + lane] < INFINITY) own.limit = INFINITY;
 
@@ -165,7 +179,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, few || BLOCKS == 1 ? 2 : 1)
     walk.run(pass == 0 ? min(first_chunks, walk.chunks) : walk.chunks, [&](const Scores& s, int t) {
       float least[4];
       least_scores(s, least);
-      if (!collect(s, least, watch, lists, static_cast<unsigned>(t * 4 + lane % 4), enough)) return;
+      if (!collect(s, least, watch, all_lists, desk, static_cast<unsigned>(t * 4 + lane % 4), enough)) return;
       watch.give(own);
       __syncwarp();
       shrink<few>(lists + lane, own, p, first_query + lane);
