@@ -30,8 +30,8 @@
 // Cosine: vectors of length 2^14, d = 1 - X.Y / 2^28 to a rounding, B = -E(beta), beta = alpha.
 // Rows without finite numbers have B = NaN, which is within no limit.
 //
-// Limit at N = 60000, M = 10000, D = 32, k = 5 on an H200: 38.4 GFLOP, 62 us of fp16 mma.sync at 620 TFLOP/s. Beside it 68 instructions of a
-// warp for 32 x 32 scores, 28 of them for their least, about 45 us, and about as many for the 21 or so rows of the bank that come into a
+// Limit at N = 60000, M = 10000, D = 32, k = 5 on an H200: 38.4 GFLOP, 62 us of fp16 mma.sync at 620 TFLOP/s. Beside it 68 instructions of
+// a warp for 32 x 32 scores, 28 of them for their least, about 45 us, and about as many for the 21 or so rows of the bank that come into a
 // query's list one after another.
 
 #include <algorithm>
@@ -82,7 +82,7 @@ struct Watch {
   }
 };
 
-// Where a lane lists what it finds. Passed through a shuffle the numbers stay in registers: the compiler would compute them anew at every use.
+// Where a lane lists what it finds. Passed through a shuffle the numbers stay in registers; the compiler would compute them at every use.
 struct Desk {
   unsigned quad, before;  // lanes that have the same queries; of them, those before this one
   int at;                 // of the lane's first query, in entries
@@ -95,8 +95,8 @@ struct Desk {
 };
 
 // Lists what is within the limits, after a tile; group: the lane's eight rows. Returns whether a list should be cut down.
-__device__ __forceinline__ bool collect(const Scores& s, const float (&least)[4], Watch& watch, uint2* lists, const Desk& desk, unsigned group,
-                                        int enough) {
+__device__ __forceinline__ bool collect(const Scores& s, const float (&least)[4], Watch& watch, uint2* lists, const Desk& desk,
+                                        unsigned group, int enough) {
   bool hit[4], within = false;
 #pragma unroll
   for (int r = 0; r < 4; ++r) hit[r] = least[r] <= watch.limit[r], within |= hit[r];
