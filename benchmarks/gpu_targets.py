@@ -72,6 +72,11 @@ def warp(B: int, C: int, side: int) -> Call:
     return lambda: torch.autograd.grad(pk.transform(images, params), (images, params), grad.detach())
 
 
+def nearest(N: int, M: int, D: int, k: int) -> Call:
+    queries, bank = torch.randn(N, D, device="cuda"), torch.randn(M, D, device="cuda")
+    return lambda: pk.nearest(queries, bank, k)
+
+
 CASES: dict[str, tuple[float | None, Callable[[], Call]]] = {
     "prototypes, step 2048x32x10": (8, partial(prototypes, 2048, 32, 10)),
     "prototypes, step 2048x128x256": (None, partial(prototypes, 2048, 128, 256)),
@@ -98,6 +103,8 @@ CASES: dict[str, tuple[float | None, Callable[[], Call]]] = {
     "contrastive f+b, 8192x128, bf16": (200, partial(embeddings, 8192, "medium")),
     "contrastive f+b, 32768x128, tf32": (3200, partial(embeddings, 32768, "high")),
     "contrastive f+b, 32768x128, bf16": (2200, partial(embeddings, 32768, "medium")),
+    "nearest, 60000x10000x32, k = 5": (160, partial(nearest, 60000, 10000, 32, 5)),
+    "nearest, 60000x50x32, k = 1": (None, partial(nearest, 60000, 50, 32, 1)),
     "warp, chain f+b 64x1x28x28": (10, partial(warp, 64, 1, 28)),
     "warp, chain f+b 32x1x128x128": (12, partial(warp, 32, 1, 128)),
     "warp, chain f+b 16x3x224x224": (40, partial(warp, 16, 3, 224)),
