@@ -120,6 +120,26 @@ class TestValue:
         for k in (1, 5, 40):
             check(*on(place, queries, bank), k, metric)
 
+    def test_a_zero_query_is_as_near_to_what_is_no_number(self, place: Place) -> None:
+        """At cosine distance 1 from every row, NaN rows among them."""
+        queries, bank = draw(40, 20, 6, seed=15)
+        queries[3], queries[8], bank[0], bank[5] = 0, 1e-12 / 6**0.5, float("nan"), 1e-12 / 6**0.5
+        for k in (1, 5, 20):
+            check(*on(place, queries, bank), k, "cosine")
+
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_squares_beyond_the_range_of_float64(self, place: Place, metric: str) -> None:
+        queries, bank = draw(30, 60, 6, seed=16, dtype=torch.float64)
+        bank[7] *= 1e200
+        queries[4], bank[9, 2] = bank[7], float("inf")
+        for k in (1, 5, 40):
+            check(*on(place, queries, bank), k, metric)
+        single = draw(30, 60, 6, seed=17)
+        single[1][7], single[0][4] = 3e38, 3e38
+        single[1][8] = -3e38  # moved to the center it is beyond float32
+        for k in (1, 5, 40):
+            check(*on(place, *single), k, metric)
+
     def test_no_queries(self, place: Place) -> None:
         found = nearest(*on(place, *draw(0, 7, 3)), 2)
         assert found.distances.shape == found.indices.shape == (0, 2)

@@ -13,10 +13,11 @@
 //   e_b = 2 c |b|^2,  e_q = 2 c |q|^2  (cosine: 2 c each),   c = 1.01 (u_T (D + 10) + u_64 (2 D + 8)),   u: unit roundoff
 // and some underflow. So nothing with s - e_b > (k-th smallest s + e_b so far) + 2 e_q can be a neighbour: k rows before it have a smaller d as
 // defined above. What the filter leaves, little more than k rows, is ranked by d itself. Where it leaves too much (thousands of equal rows), or
-// numbers are too large to square, the query is compared with the whole bank. A long row widens its own bound only.
+// numbers are too large to square, the query is compared with the whole bank. On the CPU a long row widens its own bound only; the CUDA kernels have a
+// filter of their own, whose bound stands in nearest_kernel.cu.
 //
 // Shapes: queries [N, D], bank [M, D], 1 <= k <= M. Cost: 2 N M D flop; the bank is read once for every block of queries. Memory beyond the
-// outputs: what one thread's blocks hold, independent of N and M. No gradient.
+// outputs: on the CPU what one thread's blocks hold, independent of N and M; on CUDA half-precision copies of both sides. No gradient.
 #pragma once
 
 #include <cstdint>
@@ -77,7 +78,7 @@ const NearestCpu& nearest_cpu();  // the best table this machine can run
 
 constexpr int64_t NEAREST_MOST_CUDA = 64;  // the largest k of the CUDA kernels; protokernels/ops/nearest.py sends larger ones to the reference
 
-// Returns a cudaError_t as int; the workspace is in bytes and depends on the shape only.
+// Returns a cudaError_t as int; the workspace is in bytes and depends on shape and device only.
 int64_t nearest_workspace(const NearestProblem&);
 int launch_nearest(const NearestProblem&, void* workspace, void* stream);
 
