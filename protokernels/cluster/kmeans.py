@@ -98,7 +98,7 @@ class KMeans:
         if len(x) < self.n_clusters:
             raise ValueError(f"KMeans: {self.n_clusters} clusters need as many rows; got {describe(x)}")
         generator = torch.Generator().manual_seed(self.random_state)
-        threshold = self.tol * float(x.double().var(dim=0, correction=0).mean()) if x.shape[1] else 0.0
+        threshold = self.tol * _mean_variance(x) if self.tol > 0 else 0.0
         best: _Solution | None = None
         for _ in range(1 if isinstance(self.init, Tensor) else self.n_init):
             found = self._lloyd(x, self._start(x, generator), threshold)
@@ -133,7 +133,7 @@ class KMeans:
         x = x.detach()
         if x.dtype != torch.float64:
             x = x.float()
-        if not bool(x.isfinite().all()):
+        if not bool(x.sum().isfinite() or x.isfinite().all()):  # a finite sum has finite terms only
             raise ValueError(
                 f"KMeans.{method}: x holds NaN or infinity; leave those rows out, e.g. x[x.isfinite().all(1)]"
             )
@@ -171,6 +171,15 @@ class KMeans:
             centers = moved
         found = nearest(x, centers, 1)  # the rows' clusters among the centers as they are now
         return _solution(centers, found.distances, found.indices[:, 0], iterations)
+
+
+def _mean_variance(x: Tensor) -> float:
+    """The mean of the variances of the columns: the squared distances from the mean row, over all entries."""
+    if x.numel() == 0:
+        return 0.0
+    everything = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    mean = update_prototypes(torch.zeros_like(x[:1]), x, everything, new_weight=1.0).prototypes
+    return float(_total(nearest(x, mean, 1).distances)) / x.numel()
 
 
 def _solution(centers: Tensor, distances: Tensor, labels: Tensor, iterations: int) -> _Solution:

@@ -77,7 +77,7 @@ struct Tile {
         for (int64_t j = 0; j < p.D; ++j) row[j] = 0;
         continue;
       }
-      if (p.cosine && is_nearly_zero(square) && square > 0) trusted = false;
+      if (p.cosine && is_nearly_zero(square) && square > 0.999 * NEAREST_NORM_FLOOR * NEAREST_NORM_FLOOR) trusted = false;
       if (square > most_square<T>(p.cosine)) trusted = false;
       const double error = 2 * factor * (p.cosine ? 1.0 : square);
       low.data[i] = static_cast<T>((p.cosine ? 0.0 : square) - error);
