@@ -231,10 +231,12 @@ class TestTwoProcesses:
 @pytest.mark.skipif("PROTOKERNELS_DATA" not in os.environ, reason="PROTOKERNELS_DATA does not point at real data")
 class TestRealData:
     def test_pneumonia_clusters_tell_more_than_a_constant(self, tmp_path: Path) -> None:
-        """Validation data of PneumoniaMNIST after two minutes. A random encoder's clusters are mapped to the most frequent class, .742, all
-        of them, and its neighbours are right in .918."""
-        config = CONFIG.preset("fair", "pneumoniamnist", epochs=7, warmup_epochs=6, ramp_epochs=1, selection=True)
+        """Validation data of PneumoniaMNIST after two epochs of phase 1, with 8 clusters: .844 and .926 here, .786 and .916
+        with another seed. A random encoder's clusters are mapped to the most frequent class, .742, all of them, and its
+        neighbours are right in .918."""
+        short = {"epochs": 3, "warmup_epochs": 2, "ramp_epochs": 1, "num_prototypes": 8}
+        config = CONFIG.preset("fair", "pneumoniamnist", **short, selection=True)
         scores = train_tiny(tmp_path / "run", config)["splits"]["val"]
         assert scores["majority"]["accuracy"]["mean"] == pytest.approx(389 / 524)
-        assert scores["statistical"]["accuracy"]["mean"] > 0.8
+        assert scores["statistical"]["accuracy"]["mean"] > 0.76
         assert scores["knn"]["accuracy"]["mean"] > 0.9
