@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SECTIONS = {  # heading -> paper
     "VAESim": "vaesim",
+    "Contrastive autoencoder": "contrastive_autoencoder",
     "Local contrast": "local_contrast",
     "Optimised views": "optimized_views",
     "Baselines": "optiml",  # beside which it stands

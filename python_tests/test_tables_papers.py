@@ -296,3 +296,19 @@ class TestLocalContrast:
         assert first is not None and first.folder == tmp_path / "fold-0" / "5%" / "random"
         assert second is not None and second.folder == tmp_path / "fold-0" / "5%" / "random-seed-1"
         assert first.config.stages == str(tmp_path / "stages")
+
+
+class TestContrastiveAutoencoder:
+    def test_an_untrained_encoder_is_a_row_of_its_own(self, tmp_path: Path, run: Run) -> None:
+        scores = {"macro_precision": 0.5, "macro_recall": 0.5, "weighted_precision": 0.5}
+        for name, warmup, accuracy in (("fair", 6, 0.8), ("untrained", 0, 0.6)):
+            splits = {"test": {method: {"accuracy": accuracy, **scores} for method in ("majority", "knn")}}
+            config = {"warmup_epochs": warmup, "epochs": 7}
+            write_run(tmp_path / "runs" / name, "contrastive_autoencoder", config, splits)
+        file = tmp_path / "results.json"
+        status, shown, _ = table(
+            "contrastive_autoencoder", tmp_path / "runs", "--results", file, "--format", "markdown"
+        )
+        assert status == 0
+        assert "| kNN on h, `fair` | 0.800 |" in shown and "| kNN on h, `untrained` | 0.600 |" in shown
+        assert [row["preset"] for row in json.loads(file.read_text())] == ["fair", "untrained"]

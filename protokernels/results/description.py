@@ -89,7 +89,12 @@ class PaperTable:
         ``config_of``."""
         runs = find_finished(folders, self.modules or (self.paper,))
         groups = grouped(runs, lambda run: self.key(self.identity(run)), config_of)
-        rows = [{**self.identity(group[0]), **common_row(group), **self.details(group)} for group in groups]
+        rows = []
+        for group in groups:
+            identity = self.identity(group[0])
+            rows.append(
+                {**identity, **common_row(group), **self.details(group), **identity}
+            )  # what tells it apart stays
         return sorted(rows, key=self._place)
 
     def merge(self, before: Sequence[ResultRow], now: Sequence[ResultRow], *, add: bool = False) -> list[ResultRow]:
