@@ -306,9 +306,7 @@ class TestContrastiveAutoencoder:
             config = {"warmup_epochs": warmup, "epochs": 7}
             write_run(tmp_path / "runs" / name, "contrastive_autoencoder", config, splits)
         file = tmp_path / "results.json"
-        status, shown, _ = table(
-            "contrastive_autoencoder", tmp_path / "runs", "--results", file, "--format", "markdown"
-        )
+        status, shown, _ = run("contrastive_autoencoder", tmp_path / "runs", "--results", file, "--format", "markdown")
         assert status == 0
         assert "| kNN on h, `fair` | 0.800 |" in shown and "| kNN on h, `untrained` | 0.600 |" in shown
         assert [row["preset"] for row in json.loads(file.read_text())] == ["fair", "untrained"]
