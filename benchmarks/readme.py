@@ -4,8 +4,8 @@
 python benchmarks/readme.py            # rewrites the tables, leaves the text
 python benchmarks/readme.py --check    # ends with 1 and names the sections whose tables are not those of the results
 
-A section's tables are replaced in their order; a table is a block of lines that begin with a bar, with or without a bold line above it. What a
-table of benchmarks holds is described below: a row for every case, a column for every contender.
+A section's tables are replaced in their order; a table is a block of lines that begin with a bar, with or without a bold line above it.
+What a table of benchmarks holds is described below: a row for every case, a column for every contender.
 """
 
 from __future__ import annotations
