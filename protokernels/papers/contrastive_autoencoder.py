@@ -309,6 +309,8 @@ def make_optimizer(
 
 
 class _ContrastiveAutoencoder(Experiment[ContrastiveAutoencoderConfig]):
+    """What the commands need to know of the contrastive autoencoder beside Algorithm 1."""
+
     drop_last = True
 
     def new_model(self, config: ContrastiveAutoencoderConfig, dataset: ImageDataset) -> ContrastiveAutoencoder:

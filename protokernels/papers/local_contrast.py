@@ -254,6 +254,8 @@ def fine_tune(
 
 
 class _LocalContrast(Experiment[LocalContrastConfig]):
+    """The three stages, and what else the commands need to know of local contrast."""
+
     no_download = "nothing can be downloaded; put the data below --data-root, or use phantoms"
 
     def load(
@@ -330,19 +332,15 @@ class _LocalContrast(Experiment[LocalContrastConfig]):
     def draw(
         self, folder: Path, run: RunFolder, config: LocalContrastConfig, dataset: SegmentationDataset
     ) -> list[Path]:
-        from ..figures.local_contrast import (  # matplotlib is not for training
-            draw_curves,
-            draw_features,
-            draw_predictions,
-        )
+        from ..figures import local_contrast as figures  # matplotlib is not needed for training
 
         model, pictures, name = self.load_model(run, config, dataset), folder / "figures", config.recipe.title
         title = f"{name}, {config.preset_name}, {Path(config.data).stem}, {percent(config.labelled)} labelled"
         volumes, names = dataset.val if config.selection else dataset.test, dataset.class_names
-        paths = draw_curves(pictures, run, (run.results() or {}).get("stages", {}), title=title)
+        paths = figures.draw_curves(pictures, run, (run.results() or {}).get("stages", {}), title=title)
         overlays, features, seed = pictures / "overlays.png", pictures / "features.png", run.config()["seed"]
-        paths.append(draw_predictions(overlays, {name: model}, volumes, class_names=names, title=title))
-        paths.append(draw_features(features, model, volumes, class_names=names, title=title, seed=seed))
+        paths.append(figures.draw_predictions(overlays, {name: model}, volumes, class_names=names, title=title))
+        paths.append(figures.draw_features(features, model, volumes, class_names=names, title=title, seed=seed))
         return paths
 
 

@@ -283,6 +283,8 @@ def drawn(step: Step, session: Session, config: OptimizedViewsConfig) -> Draws:
 
 
 class _OptimizedViews(Experiment[OptimizedViewsConfig]):
+    """What the commands need to know of the optimised views beside the alternation."""
+
     drop_last = True
 
     def load(

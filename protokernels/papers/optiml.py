@@ -262,6 +262,8 @@ def diagnostics(aligned: Alignment) -> dict[str, Tensor]:
 
 
 class _OPTiML(SelfSupervised[OPTiMLConfig]):
+    """What the commands need to know of OPTiML beside what they know of every method of two views."""
+
     def draw(self, folder: Path, run: RunFolder, config: OPTiMLConfig, dataset: ImageDataset) -> list[Path]:
         from ..figures.optiml import draw  # matplotlib is not needed for training
 

@@ -296,6 +296,8 @@ def represent(model: VAESim, split: Split, config: VAESimConfig, *, name: str, s
 
 
 class _VAESim(Experiment[VAESimConfig]):
+    """What the commands need to know of VAESim beside Algorithm 1."""
+
     def new_model(self, config: VAESimConfig, dataset: ImageDataset) -> VAESim:
         return VAESim(config, dataset.channels)
 

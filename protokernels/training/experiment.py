@@ -64,7 +64,8 @@ class Experiment(Generic[Config]):
 
         Args:
             config: usually from ``CONFIG.preset``.
-            out: folder of the run; default: the first free one of ``runs/<name>-<data>-<preset>``, ``...-2`` and so on.
+            out: folder of the run; default: the first free one of ``runs/<name>-<data>-<preset>``, ``...-2`` and so on. Local contrast
+                puts its method before the preset, optimised views their strategy; a network without weights is called random.
             data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
             download: fetch data that is not there.
             figures: draw pictures of the first run.
