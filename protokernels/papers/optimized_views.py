@@ -333,9 +333,12 @@ class _OptimizedViews(Experiment[OptimizedViewsConfig]):
         optimizer = torch.optim.Adam(groups)
         return optimizer, LambdaLR(optimizer, lambda _epoch: 1.0)
 
+    def load_model(self, run: RunFolder, config: OptimizedViewsConfig, dataset: ImageDataset) -> OptimizedViews:
+        return load_model(run, dataset.channels)[0]
+
     def score_again(self, run: RunFolder, config: OptimizedViewsConfig, dataset: ImageDataset) -> dict[str, Any]:
         """What was known before training, of the untrained f and about labels, stays in the results."""
-        model, _ = load_model(run, dataset.channels)
+        model = self.load_model(run, config, dataset)
         results, before = score(model, dataset, config, run.config()["seed"]), run.results() or {}
         name, _ = scored_split(dataset, config)
         if untrained := before.get("splits", {}).get(name, {}).get("untrained"):
@@ -345,7 +348,7 @@ class _OptimizedViews(Experiment[OptimizedViewsConfig]):
     def draw(self, folder: Path, run: RunFolder, config: OptimizedViewsConfig, dataset: ImageDataset) -> list[Path]:
         from ..figures.optimized_views import draw  # matplotlib is not needed for training
 
-        model, _ = load_model(run, dataset.channels)
+        model = self.load_model(run, config, dataset)
         name, split = scored_split(dataset, config)
         indices, x = examples(split, config)
         generator = derived_generator(run.config()["seed"], "figures")
