@@ -131,5 +131,5 @@ class TestRunConfig:
     def test_refuses_what_is_no_size(self, value: Any) -> None:
         with pytest.raises(ValueError, match=f"Config: epochs must be positive; got {value}"):
             Config(epochs=value)
-        with pytest.raises(ValueError, match="Config: decay must not be negative; got (-1|nan)"):
+        with pytest.raises(ValueError, match=r"Config: decay must not be negative; got (-1|nan)"):
             Config(decay=value or -1)
