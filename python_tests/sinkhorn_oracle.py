@@ -263,3 +263,24 @@ def norm_error(actual: Tensor, expected: Tensor) -> float:
     """|actual - expected| relative to |expected|, both as vectors."""
     a, e = actual.detach().cpu().double(), expected.detach().cpu().double()
     return float((a - e).norm() / e.norm().clamp(min=1e-300))
+
+
+def on(place: Place, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Copies on a place's device, leaves of autograd."""
+    return tuple(x.detach().to(place.device).requires_grad_(x.is_floating_point()) for x in tensors)
+
+
+def with_holes(B: int, N: int, M: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero masses here and there, a third of the pairs forbidden, every row and column with a partner left."""
+    cost, a, b = draw(B, N, M, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    forbidden = torch.rand(B, N, M, generator=generator) < 0.33
+    forbidden[:, :, 0] = forbidden[:, 0, :] = False
+    cost[forbidden] = math.inf
+    a[:, 1:] = a[:, 1:] * (torch.rand(B, N - 1, generator=generator) < 0.7)
+    b[:, 1:] = b[:, 1:] * (torch.rand(B, M - 1, generator=generator) < 0.7)
+    # the first row and column hold a third of the mass each and everybody may go there: a plan exists
+    a[:, 0], b[:, 0] = 0, 0
+    a, b = (2 / 3 * x / x.sum(1, keepdim=True).clamp(min=1e-9) for x in (a, b))
+    a[:, 0], b[:, 0] = 1 - a.sum(1), 1 - b.sum(1)
+    return cost.to(dtype), a.to(dtype), b.to(dtype)

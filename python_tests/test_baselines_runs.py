@@ -48,8 +48,7 @@ def train_tiny(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
 def unscored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs whose weights are all that matters."""
     nothing = {"splits": {}, "images": {}, "protocol": {}}
-    for module in ("common", "supervised"):
-        monkeypatch.setattr(f"protokernels.baselines.{module}.transfer_scores", lambda *_a: nothing)
+    monkeypatch.setattr("protokernels.training.self_supervised.transfer_scores", lambda *_a: nothing)
 
 
 def final_model(folder: Path) -> dict[str, torch.Tensor]:
@@ -114,12 +113,9 @@ class TestRuns:
         digits = load_dataset("digits")
         shuffled = replace(digits, train=Split(digits.train.images, np.roll(digits.train.labels, 7)))
         for name, same in (("simclr", True), ("supervised", False)):
-            module = (
-                "protokernels.baselines.supervised" if name == "supervised" else "protokernels.training.self_supervised"
-            )
             train_tiny(name, tmp_path / f"{name}-a", epochs=1)
             with monkeypatch.context() as patch:
-                patch.setattr(f"{module}.load_dataset", lambda *_a, **_k: shuffled)
+                patch.setattr("protokernels.training.experiment.load_dataset", lambda *_a, **_k: shuffled)
                 train_tiny(name, tmp_path / f"{name}-b", epochs=1)
             a, b = final_model(tmp_path / f"{name}-a"), final_model(tmp_path / f"{name}-b")
             assert torch.equal(a["encoder.conv1.weight"], b["encoder.conv1.weight"]) == same

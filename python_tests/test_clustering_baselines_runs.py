@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("accelerate", reason="the baselines need the extra protokernels[train]")
 
 from protokernels import cli
-from protokernels.baselines import CLUSTERING_BASELINES, clustering
+from protokernels.baselines import CLUSTERING_BASELINES
 from protokernels.data import DataError, ImageDataset, Split, load_dataset
 from protokernels.models import ResNet18
 from protokernels.training import RunFolder, RunFolderError
@@ -199,7 +199,7 @@ class TestRuns:
         dataset = load_dataset(small)
         shuffled = replace(dataset, train=Split(dataset.train.images, np.roll(dataset.train.labels, 7)))
         train_tiny(name, tmp_path / "a", small, epochs=1)
-        monkeypatch.setattr(clustering, "load_dataset", lambda *_a, **_k: shuffled)
+        monkeypatch.setattr("protokernels.training.experiment.load_dataset", lambda *_a, **_k: shuffled)
         train_tiny(name, tmp_path / "b", small, epochs=1)
         assert same(final_model(tmp_path / "a"), final_model(tmp_path / "b"))
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The contrastive autoencoder's parts: networks, losses, phases, prototypes, views, scores, presets."""
+"""The contrastive autoencoder's parts: networks, losses, phases, prototypes, scores."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -267,27 +267,6 @@ class TestPhases:
         assert rates[10:] == pytest.approx(expected) and rates[-1] > 0.05
 
 
-class TestViews:
-    def test_the_papers_transformations_half_of_the_time_each(self) -> None:
-        views = CONFIG.preset("paper").views()
-        drawn = views.draw(20_000, generator=torch.Generator().manual_seed(0))
-        turned, blurred, noisy = drawn.angle != 0, drawn.sigma != 0, drawn.noise_std != 0
-        cropped = drawn.box[:, 2:].prod(dim=1) < 1
-        for happens in (turned, blurred, noisy, cropped, drawn.mirror[:, 0]):
-            assert happens.double().mean().item() == pytest.approx(0.5, abs=0.02)
-        assert drawn.angle.abs().max().item() == pytest.approx(math.radians(30), rel=1e-3)
-        assert drawn.sigma[blurred].min() >= 0.1 and drawn.sigma.max() <= 2 and drawn.noise_std.max() <= 0.1
-        assert drawn.box[:, 2:].prod(dim=1).min() >= 0.48  # half of the area, sides cut to the image's
-        assert not drawn.mirror[:, 1].any() and (drawn.brightness == 1).all()
-
-    def test_switched_off_they_leave_an_image_as_it_is(self) -> None:
-        still = replace(TINY, view_probability=0.0, blur_sigma=0.0, noise_std=0.0)
-        x = images(5)
-        for view in still.views()(x):
-            torch.testing.assert_close(view, x, rtol=0, atol=1e-6)
-        assert not replace(TINY, flip=False).views().draw(100).mirror.any()
-
-
 class TestScores:
     def dataset(self) -> ImageDataset:
         """Two kinds of images: bright at the left, bright at the right."""
@@ -346,57 +325,3 @@ class TestScores:
         assert len(chosen.unique()) == 30 and chosen.max() < 100 and torch.equal(chosen, subset(100, 30, seed=1))
         assert torch.equal(subset(100, 0, 1), torch.arange(100)) and torch.equal(subset(10, 30, 1), torch.arange(10))
         assert not torch.equal(chosen, subset(100, 30, seed=2))
-
-
-class TestConfig:
-    def test_presets(self) -> None:
-        shared = (
-            "epochs",
-            "warmup_epochs",
-            "optimizer",
-            "first_rate",
-            "learning_rate",
-            "last_rate",
-            "ramp_epochs",
-            "alpha",
-        )
-        for name in ("paper", "official"):
-            config = CONFIG.preset(name, "pneumoniamnist")  # type: ignore[arg-type]
-            assert [getattr(config, key) for key in shared] == [100, 50, "lars", 0.01, 0.25, 0.05, 10, 0.1]
-            assert (config.temperature, config.denominator, config.image_size, config.latent_dim) == (
-                0.5,
-                "all",
-                32,
-                128,
-            )
-            assert (config.batch_size, config.subset, config.label_share, config.knn_k) == (500, 3000, 0.2, 5)
-            assert CONFIG.preset(name, "mnist").batch_size == 1000  # type: ignore[arg-type]
-        paper_, official = CONFIG.preset("paper"), CONFIG.preset("official")
-        assert (paper_.condition, paper_.refresh_prototypes, paper_.cluster_on) == ("concatenated", False, "views")
-        assert (official.condition, official.refresh_prototypes, official.similarity) == ("ignored", True, "dot")
-        assert CONFIG.preset("fair", "pneumoniamnist", epochs=30).epochs == 30
-        assert CONFIG.from_dict({**asdict(TINY), "encoder_widths": [4, 8, 8]}) == TINY  # lists, as JSON gives them
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"temperature": 0.0}, "temperature must be positive"),
-            ({"learning_rate": math.nan}, "learning_rate must be positive"),
-            ({"alpha": -1.0}, "alpha must not be negative"),
-            ({"warmup_epochs": 3}, "got 3 of 3"),
-            ({"most_clusters": 3}, "three candidates"),
-            ({"label_share": 0.0}, "label_share"),
-            ({"subset": 4}, "too small"),
-            ({"noise_std": -1.0}, "noise_std"),
-            ({"crop_scale": 0.0}, "crop_scale"),
-        ],
-    )
-    def test_refusals(self, changes: dict[str, Any], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            replace(TINY, **changes)
-
-    def test_other_refusals(self) -> None:
-        with pytest.raises(ValueError, match="paper, official, fair"):
-            CONFIG.preset("best")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="unknown fields speed"):
-            CONFIG.from_dict({"speed": 1})

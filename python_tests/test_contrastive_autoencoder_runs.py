@@ -105,7 +105,7 @@ class TestRuns:
     def test_labels_do_not_reach_training(self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         digits = load_dataset("digits")
         shuffled = replace(digits, train=Split(digits.train.images, np.roll(digits.train.labels, 7)))
-        monkeypatch.setattr(paper, "load_dataset", lambda *_args, **_keywords: shuffled)
+        monkeypatch.setattr("protokernels.training.experiment.load_dataset", lambda *_args, **_keywords: shuffled)
         train_tiny(tmp_path / "run")
         assert_same_bits(whole, tmp_path / "run")
 

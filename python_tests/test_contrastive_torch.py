@@ -3,23 +3,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from protokernels import _native, cross_view_loss, local_contrastive_loss, nt_xent_loss, supcon_loss
-from python_tests.contrastive_oracle import PLACES, Place, brute_force, check_close, draw_maps, needs_native, rounding
-from python_tests.test_prototypes_torch import LEVEL_FLAGS, cpu_flags
+from protokernels import cross_view_loss, local_contrastive_loss, nt_xent_loss, supcon_loss
+from python_tests.contrastive_oracle import PLACES, Place, brute_force, check_close, draw_maps, rounding
+from python_tests.cpu_levels import AtEveryLevel
 
-ROOT = Path(__file__).resolve().parents[1]
 NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
 OPS = torch.ops.protokernels
 NO_BACKWARD = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -170,28 +165,7 @@ class TestAutocast:
             assert local_contrastive_loss(features, labels).isfinite()
 
 
-class TestInstructionSets:
-    @needs_native
-    @pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-    def test_every_level(self, level: str) -> None:
-        """Values, gradients and edges again in a process that may use this level only."""
-        if "PROTOKERNELS_CPU_LEVEL" in os.environ:
-            pytest.skip("the outer test run limits the level already")
-        if _native.build_info()["cpu_level"] == level:
-            pytest.skip(f"{level} is what the other tests of this run use")
-        if missing := LEVEL_FLAGS[level] - cpu_flags():
-            pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
-        files = [f"python_tests/test_contrastive{part}.py" for part in ("", "_edges")]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-        command += ["-k", "cpu-native and (TestValue or TestGradient)"]
-        run = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PROTOKERNELS_CPU_LEVEL": level},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-        assert "skipped" not in run.stdout.splitlines()[-1] and " passed" in run.stdout.splitlines()[-1]
+class TestInstructionSets(AtEveryLevel):
+    """Values, gradients and edges."""
+
+    FILES = ("test_contrastive", "test_contrastive_edges")

@@ -3,22 +3,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from protokernels import _native, nearest
+from protokernels import nearest
+from python_tests.cpu_levels import AtEveryLevel
 from python_tests.nearest_oracle import check, draw
-from python_tests.prototypes_oracle import PLACES, Place, needs_native
-from python_tests.test_prototypes_torch import LEVEL_FLAGS, cpu_flags
+from python_tests.prototypes_oracle import PLACES, Place
 
-ROOT = Path(__file__).resolve().parents[1]
 NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
 
 
@@ -81,38 +76,8 @@ class TestContract:
             check(queries, bank, 4, "cosine")
 
 
-class TestInstructionSets:
-    def test_the_level_asked_for_is_the_level_used(self) -> None:
-        wanted = os.environ.get("PROTOKERNELS_CPU_LEVEL")
-        if wanted is None:
-            pytest.skip("only inside test_every_level, which sets PROTOKERNELS_CPU_LEVEL")
-        assert _native.build_info()["cpu_level"] == wanted
+class TestInstructionSets(AtEveryLevel):
+    """All values: the same bits at every level, since they are compared with the definition's."""
 
-    @needs_native
-    @pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-    def test_every_level(self, level: str) -> None:
-        """All values again in a process that may use this level only: the same bits, since they are compared with the definition's."""
-        if "PROTOKERNELS_CPU_LEVEL" in os.environ:
-            pytest.skip("the outer test run limits the level already")
-        if _native.build_info()["cpu_level"] == level:
-            pytest.skip(f"{level} is what the other tests of this run use")
-        missing = LEVEL_FLAGS[level] - cpu_flags()
-        if missing:
-            pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "python_tests/test_nearest.py",
-            __file__,
-        ]
-        command += ["-k", "(cpu-native and TestValue) or the_level_asked_for"]
-        environment = {**os.environ, "PROTOKERNELS_CPU_LEVEL": level}
-        run = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-        assert "skipped" not in run.stdout.splitlines()[-1] and " passed" in run.stdout.splitlines()[-1]
+    FILES = ("test_nearest",)
+    CHOSEN = "TestValue"

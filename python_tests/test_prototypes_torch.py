@@ -3,28 +3,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from protokernels import _native, prototype_step, soft_assign, update_prototypes
+from protokernels import prototype_step, soft_assign, update_prototypes
+from python_tests.cpu_levels import AtEveryLevel
 from python_tests.prototypes_oracle import PLACES, Place, draw, needs_native, oracle
 
-ROOT = Path(__file__).resolve().parents[1]
 NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
-LEVEL_FLAGS = {
-    "generic": set[str](),
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-}
 
 
 @pytest.fixture(params=PLACES)
@@ -166,44 +157,7 @@ class TestContract:
         oracle(z, q, 0.1, "cosine").check_assignment(step.assignment)
 
 
-class TestInstructionSets:
-    def test_the_level_asked_for_is_the_level_used(self) -> None:
-        wanted = os.environ.get("PROTOKERNELS_CPU_LEVEL")
-        if wanted is None:
-            pytest.skip("only inside test_every_level, which sets PROTOKERNELS_CPU_LEVEL")
-        assert _native.build_info()["cpu_level"] == wanted
+class TestInstructionSets(AtEveryLevel):
+    """Values, gradients and edges."""
 
-    @needs_native
-    @pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-    def test_every_level(self, level: str) -> None:
-        """Values, gradients and edges again in a process that may use this level only."""
-        if "PROTOKERNELS_CPU_LEVEL" in os.environ:
-            pytest.skip("the outer test run limits the level already")
-        if _native.build_info()["cpu_level"] == level:
-            pytest.skip(f"{level} is what the other tests of this run use")
-        missing = LEVEL_FLAGS[level] - cpu_flags()
-        if missing:
-            pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
-        files = [f"python_tests/test_prototypes{part}.py" for part in ("", "_edges", "_update")]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, __file__]
-        command += ["-k", "(cpu-native and (TestValue or TestGradient)) or the_level_asked_for"]
-        run = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PROTOKERNELS_CPU_LEVEL": level},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-        assert "skipped" not in run.stdout.splitlines()[-1] and " passed" in run.stdout.splitlines()[-1]
-
-
-def cpu_flags() -> set[str]:
-    """Instruction sets by the kernel's names; empty where there is no /proc/cpuinfo."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return set()
-    lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")]
-    return set(lines[0].split(":")[1].split()) if lines else set()
+    FILES = ("test_prototypes", "test_prototypes_edges", "test_prototypes_update")

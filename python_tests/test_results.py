@@ -182,6 +182,18 @@ class TestRows:
             update_rows(path, lambda rows: rows)
             assert path.read_bytes() == (source / f"{name}.json").read_bytes()
 
+    def test_data_that_rows_have_in_common_is_written_once(self, tmp_path: Path) -> None:
+        def row(number: int, *files: str) -> dict[str, Any]:
+            return {"number": number, "environment": {"started": number, "data": {"files": list(files)}}, "splits": {}}
+
+        rows = [row(0, "a"), row(1, "b"), row(2, "a"), {"number": 3, "splits": {}}, row(4, "b"), row(5, "c")]
+        path = tmp_path / "rows.json"
+        assert update_rows(path, lambda before: rows) == rows == read_rows(path)
+        stored = json.loads(path.read_text())
+        assert stored[2]["environment"] == {"started": 2, "data": {"as_in_row": 0}} and stored[:2] == rows[:2]
+        assert update_rows(path, lambda before: before[1:]) == rows[1:] == read_rows(path)  # the numbers change
+        assert path.read_text().count('"b"') == 1
+
 
 def _append(path: Path, number: int) -> None:
     for _ in range(20):

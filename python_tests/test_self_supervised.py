@@ -15,17 +15,16 @@ from torch import Tensor, nn
 pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
 
 from protokernels.data import ImageDataset
-from protokernels.models import ResNet18, pooled
+from protokernels.models import pooled
 from protokernels.training import Interrupted, RunFolder, Session
 from protokernels.training.optimizers import LARS, make_optimizer, warmup_cosine
 from protokernels.training.self_supervised import (
     Method,
     PretrainingConfig,
-    evaluate_method,
+    SelfSupervised,
     frozen_copy,
     load_method,
     move_towards,
-    train_method,
 )
 
 
@@ -59,15 +58,17 @@ class Toy(Method):
 TINY = ToyConfig.preset("fair", epochs=2, width=2, image_size=8, batch_size=500)
 
 
-def score(encoder: ResNet18, dataset: ImageDataset, config: ToyConfig, seed: int) -> dict[str, Any]:
-    total = sum(float(p.detach().double().sum()) for p in encoder.parameters())
-    return {"splits": {"test": {"sum": total, "seed": seed}}, "images": {"test": len(dataset.test)}, "protocol": {}}
+class ToyExperiment(SelfSupervised[ToyConfig]):
+    def score_model(self, model: Method, dataset: ImageDataset, config: ToyConfig, seed: int) -> dict[str, Any]:
+        total = sum(float(p.detach().double().sum()) for p in model.encoder.parameters())
+        return {"splits": {"test": {"sum": total, "seed": seed}}, "images": {"test": len(dataset.test)}, "protocol": {}}
+
+
+EXPERIMENT = ToyExperiment("toy", ToyConfig, Toy)
 
 
 def run(out: Path, config: ToyConfig = TINY, **more: Any) -> dict[str, Any]:
-    return train_method(
-        "toy", config, lambda channels: Toy(config, channels), score, out, quiet=True, device="cpu", **more
-    )
+    return EXPERIMENT.train(config, out, figures=False, quiet=True, device="cpu", **more)
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:
@@ -195,7 +196,7 @@ class TestLoop:
 
     def test_evaluation_again_gives_the_same(self, tmp_path: Path) -> None:
         results = run(tmp_path / "run")
-        again = evaluate_method(tmp_path / "run", ToyConfig, Toy, score)
+        again = EXPERIMENT.evaluate(tmp_path / "run")
         assert again["splits"] == results["splits"]
         method = load_method(RunFolder.open(tmp_path / "run"), Toy(TINY, 1))
         assert not method.training and not method.teacher.conv1.weight.requires_grad  # type: ignore[union-attr]

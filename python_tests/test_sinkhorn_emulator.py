@@ -15,17 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from protokernels.reference import sinkhorn as reference
 
-from .emulator.build import SEEDS, load, missing_tools, poisoned
-from .sinkhorn_oracle import Answer, check, log_error, solve_batch
+from .emulator.build import SEEDS, load, missing_tools
+from .sinkhorn_emulation import BALANCED, Case, numpy
 
 pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
-
-BALANCED = (math.inf, math.inf)
-TYPES = {"f32": torch.float32, "f64": torch.float64}
 # Sizes by the kernels that serve them: K twice in registers (up to 32, 56 and 64), once (up to 128 and 208), in shared memory, streamed
 ON_CHIP = [
     ("f32", 1, 1),
@@ -38,111 +34,6 @@ ON_CHIP = [
 ]
 ON_CHIP += [("f32", 129, 40), ("f32", 3, 240), ("f64", 1, 2), ("f64", 33, 31), ("f64", 64, 49)]
 STREAMED = [("f32", 300, 3), ("f32", 5, 261), ("f32", 33, 258), ("f64", 66, 33), ("f64", 1, 70)]
-
-
-def numpy(x: Tensor | None) -> Any:
-    return None if x is None else x.detach().contiguous().numpy()
-
-
-class Case:
-    """Two problems with absent rows and columns and forbidden pairs, and their runs in the emulator."""
-
-    def __init__(self, kind: str, N: int, M: int, *, epsilon: float = 0.05, num_iters: int = 6, **options: Any) -> None:
-        generator = torch.Generator().manual_seed(1000 * N + M)
-        self.kind, self.dtype, self.num_iters = kind, TYPES[kind], num_iters
-        self.tol: float = options.pop("tol", 0.0)
-        self.rho: tuple[float, float] = options.pop("rho", BALANCED)
-        start: bool = options.pop("start", False)
-        assert not options
-        cost = 2 * torch.rand(2, N, M, generator=generator)
-        a, b = (0.1 + torch.rand(2, n, generator=generator) for n in (N, M))
-        if N > 2 and M > 2:
-            cost[0, 0, : M // 2], a[0, 1], b[1, 2] = math.inf, 0, 0
-        self.a, self.b = (x.div(x.sum(1, keepdim=True)).to(self.dtype) for x in (a, b))
-        self.cost = cost.to(self.dtype)
-        self.epsilon = torch.tensor([epsilon, 1.5 * epsilon], dtype=self.dtype)
-        self.start = 0.1 * torch.randn(2, M, generator=generator).to(self.dtype) if start else None
-        self.grad_f, self.grad_g, self.grad_transport, self.grad_entropic = (
-            torch.randn(shape, generator=generator).to(self.dtype) for shape in ((2, N), (2, M), (2,), (2,))
-        )
-
-    def empty(self, *shape: int) -> Any:
-        return poisoned(shape, np.float32 if self.kind == "f32" else np.float64)
-
-    def forward(self, emulator: Any) -> SimpleNamespace:
-        B, N, M = self.cost.shape
-        out = SimpleNamespace(
-            f=self.empty(B, N), g=self.empty(B, M), transport_cost=self.empty(B), entropic_value=self.empty(B),
-            marginal_error=self.empty(B), iterations=poisoned(B, np.int64), feasible=np.zeros(B, bool),
-            history=self.empty(B, self.num_iters, N + M),
-        )  # fmt: skip
-        inputs = (self.cost, self.a, self.b, self.epsilon, self.start)
-        getattr(emulator, f"forward_{self.kind}")(
-            *map(numpy, inputs), self.num_iters, self.tol, *self.rho, *vars(out).values()
-        )
-        return out
-
-    def plan(self, emulator: Any, out: SimpleNamespace) -> Any:
-        plan = self.empty(*self.cost.shape)
-        getattr(emulator, f"plan_{self.kind}")(numpy(self.cost), out.f, out.g, numpy(self.epsilon), plan)
-        return plan
-
-    def answers(self) -> list[Answer]:
-        return solve_batch(
-            self.cost, self.a, self.b, self.epsilon, self.num_iters, self.start, tol=self.tol, rho=self.rho
-        )
-
-    def check_values(self, emulator: Any) -> SimpleNamespace:
-        out = self.forward(emulator)
-        result = {name: torch.from_numpy(value) for name, value in vars(out).items()}
-        result["plan"] = torch.from_numpy(self.plan(emulator, out))
-        check(SimpleNamespace(**result), self.answers(), self.cost, self.epsilon, self.a)
-        return out
-
-    def backward(self, emulator: Any, out: SimpleNamespace, implicit: bool = False) -> dict[str, Any]:
-        inputs = (self.cost, self.a, self.b, self.epsilon)
-        gradients = {name: self.empty(*x.shape) for name, x in zip(("cost", "a", "b", "epsilon"), inputs, strict=True)}
-        getattr(emulator, f"backward_{self.kind}")(
-            *map(numpy, (*inputs, self.start)),
-            *(out.f, out.g, out.iterations, None if implicit else out.history, 0 if implicit else self.num_iters),
-            *map(numpy, (self.grad_f, self.grad_g, self.grad_transport, self.grad_entropic)),
-            implicit, *self.rho, *gradients.values(),
-        )  # fmt: skip
-        return gradients
-
-    def autograd(self, dtype: torch.dtype, implicit: bool = False) -> dict[str, Tensor]:
-        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (self.cost, self.a, self.b, self.epsilon)]
-        start = None if self.start is None else self.start.to(dtype)
-        if implicit:
-            solution = reference.solve_implicit(*inputs, start, self.num_iters, self.tol)
-            entropic = reference.solve_envelope(*inputs, start, self.num_iters, self.tol, self.rho).entropic_value
-        else:
-            solution = reference.solve(*inputs, start, self.num_iters, self.tol, self.rho)
-            entropic = solution.entropic_value
-        loss = (solution.transport_cost * self.grad_transport + entropic * self.grad_entropic).sum()
-        for potential, weight in ((solution.f, self.grad_f), (solution.g, self.grad_g)):
-            loss = loss + torch.where(potential == -math.inf, 0.0, potential * weight).sum()
-        return dict(zip(("cost", "a", "b", "epsilon"), torch.autograd.grad(loss, inputs), strict=True))
-
-    def check_gradients(self, gradients: dict[str, Any], expected: dict[str, Tensor], rough: dict[str, Tensor]) -> None:
-        answers = self.answers()
-        error = max(
-            log_error(answer, C.numpy(), float(eps), self.dtype, self.num_iters)
-            for answer, C, eps in zip(answers, self.cost, self.epsilon, strict=True)
-        )
-        for name, actual in gradients.items():
-            reach = 8 * float((rough[name].double() - expected[name]).abs().max())
-            scale = float(expected[name].abs().max())
-            if name == "epsilon":  # a sum of terms of both signs
-                finite = self.cost.isfinite()
-                scale = float(
-                    (torch.where(finite, expected["cost"] * self.cost, 0).abs().sum((1, 2)) / self.epsilon).max()
-                )
-            np.testing.assert_allclose(actual, expected[name], rtol=0, atol=reach + error * scale, err_msg=name)
-
-    def check_unrolled(self, emulator: Any) -> None:
-        gradients = self.backward(emulator, self.forward(emulator))
-        self.check_gradients(gradients, self.autograd(torch.float64), self.autograd(self.dtype))
 
 
 class TestForward:
@@ -351,68 +242,3 @@ class TestPlan:
 
 def self_like(case: Case, x: Any) -> Any:
     return case.empty(*x.shape)
-
-
-class TestFeatures:
-    """x [2, N, D] and y [2, M, D]: the cost is that of the reference, the rest that of the dense oracle."""
-
-    @pytest.mark.parametrize("cosine", [False, True], ids=["sqeuclidean", "cosine"])
-    @pytest.mark.parametrize(("kind", "N", "M", "D"), [("f32", 1, 1, 3), ("f32", 5, 140, 33), ("f32", 70, 33, 70),
-                                                       ("f32", 9, 131, 17), ("f32", 65, 30, 140),
-                                                       ("f64", 65, 34, 3), ("f64", 2, 1, 40)])  # fmt: skip
-    def test_matches_the_dense_problem(self, kind: str, N: int, M: int, D: int, cosine: bool) -> None:
-        emulator = load("sinkhorn")
-        generator = torch.Generator().manual_seed(D)
-        case = Case(kind, N, M, epsilon=0.1, num_iters=3)
-        x, y = ((torch.randn(2, n, D, generator=generator) / D**0.5).to(case.dtype) for n in (N, M))
-        if cosine and N > 2:
-            x[0, 2] = 0
-        metric = "cosine" if cosine else "sqeuclidean"
-        for seed, tol, rho in ((0, 0.0, BALANCED), (1, 0.05, BALANCED), (2, 0.0, (0.5, 0.3))):
-            emulator.configure(seed=seed)
-            case.tol, case.rho = tol, rho
-            case.cost = reference.cost_matrix(x.double(), y.double(), metric)
-            out = self.run(emulator, case, x, y, cosine)
-            tensors = {name: torch.from_numpy(value) for name, value in vars(out).items()}
-            tensors["plan"] = reference.plan(
-                case.cost, tensors["f"].double(), tensors["g"].double(), case.epsilon.double()
-            )
-            check(SimpleNamespace(**tensors), case.answers(), case.cost, case.epsilon, case.a)
-        self.check_gradients(emulator, case, x, y, out, metric)
-
-    @staticmethod
-    def run(emulator: Any, case: Case, x: Tensor, y: Tensor, cosine: bool) -> SimpleNamespace:
-        (B, N, _), M = x.shape, y.shape[1]
-        out = SimpleNamespace(
-            f=case.empty(B, N), g=case.empty(B, M), transport_cost=case.empty(B), entropic_value=case.empty(B),
-            marginal_error=case.empty(B), iterations=poisoned(B, np.int64), feasible=np.zeros(B, bool),
-        )  # fmt: skip
-        getattr(emulator, f"features_{case.kind}")(
-            *map(numpy, (x, y, case.a, case.b, case.epsilon, None)),
-            *(cosine, case.num_iters, case.tol, *case.rho, *vars(out).values()),
-        )
-        return out
-
-    @staticmethod
-    def check_gradients(emulator: Any, case: Case, x: Tensor, y: Tensor, out: SimpleNamespace, metric: str) -> None:
-        gradients = [case.empty(*shape) for shape in (x.shape, y.shape, (2,))]
-        arrays = (numpy(x), numpy(y), out.f, out.g, numpy(case.epsilon))
-        run = getattr(emulator, f"features_backward_{case.kind}")
-        run(*arrays, numpy(case.grad_entropic), metric == "cosine", *gradients)
-        inputs = [z.to(torch.float64, copy=True).requires_grad_() for z in (x, y, case.epsilon)]
-        cost, upstream = reference.cost_matrix(*inputs[:2], metric), case.grad_entropic.double()
-        P = reference.plan(
-            cost, *(torch.from_numpy(z).double() for z in (out.f, out.g)), case.epsilon.double()
-        ).detach()
-        value = (P * cost).sum((1, 2)) + inputs[2] * (torch.special.xlogy(P, P) - P).sum((1, 2))
-        expected = torch.autograd.grad((value * upstream).sum(), inputs)
-        # log P rounds terms of up to max C / epsilon; a gradient adds up terms P |x - y|
-        error = 32 * torch.finfo(case.dtype).eps * (8 + float(cost.detach().max() / case.epsilon.min()))
-        weight = float((P.sum((1, 2)) * upstream.abs()).max())
-        norm = float(max(x.norm(dim=2).max(), y.norm(dim=2).max()))
-        shortest = min(float(z.norm(dim=2)[z.norm(dim=2) > 0].min()) for z in (x, y))
-        scales = [weight / shortest if metric == "cosine" else weight * norm * 4] * 2 + [float(expected[2].abs().max())]
-        for actual, value, scale in zip(gradients, expected, scales, strict=True):
-            np.testing.assert_allclose(actual, value, rtol=0, atol=error * scale)
-        run(*arrays, None, metric == "cosine", *gradients)
-        assert all((gradient == 0).all() for gradient in gradients)

@@ -4,23 +4,18 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from protokernels import _native, sinkhorn, sinkhorn_divergence, sinkhorn_features
+from protokernels import sinkhorn, sinkhorn_divergence, sinkhorn_features
+from python_tests.cpu_levels import AtEveryLevel
 from python_tests.sinkhorn_oracle import PLACES, Place, draw, needs_native
-from python_tests.test_prototypes_torch import LEVEL_FLAGS, cpu_flags
 
-ROOT = Path(__file__).resolve().parents[1]
 NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
 DTYPES = [torch.float32, torch.float64]
 OPS = torch.ops.protokernels
@@ -209,36 +204,8 @@ class TestContract:
             torch.testing.assert_close(other.plan, result.plan.detach())
 
 
-class TestInstructionSets:
-    def test_the_level_asked_for_is_the_level_used(self) -> None:
-        wanted = os.environ.get("PROTOKERNELS_CPU_LEVEL")
-        if wanted is None:
-            pytest.skip("only inside test_every_level, which sets PROTOKERNELS_CPU_LEVEL")
-        assert _native.build_info()["cpu_level"] == wanted
+class TestInstructionSets(AtEveryLevel):
+    """Values, gradients and edges."""
 
-    @needs_native
-    @pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-    def test_every_level(self, level: str) -> None:
-        """Values, gradients and edges again in a process that may use this level only."""
-        if "PROTOKERNELS_CPU_LEVEL" in os.environ:
-            pytest.skip("the outer test run limits the level already")
-        if _native.build_info()["cpu_level"] == level:
-            pytest.skip(f"{level} is what the other tests of this run use")
-        missing = LEVEL_FLAGS[level] - cpu_flags()
-        if missing:
-            pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
-        files = [f"python_tests/test_sinkhorn{part}.py" for part in ("", "_gradient", "_edges", "_features")]
-        run = subprocess.run(
-            [
-                sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, __file__,
-                "-k", "(cpu-native and (TestValue or TestGradient)) or the_level_asked_for",
-            ],
-            cwd=ROOT,
-            env={**os.environ, "PROTOKERNELS_CPU_LEVEL": level},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-        assert "skipped" not in run.stdout.splitlines()[-1] and " passed" in run.stdout.splitlines()[-1]
+    FILES = ("test_sinkhorn", "test_sinkhorn_gradient", "test_sinkhorn_edges", "test_sinkhorn_features")
+    SECONDS = 600

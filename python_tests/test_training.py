@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Run folders, checkpoints, randomness, the training session and several processes."""
+"""Randomness, the training session, summaries and several processes."""
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +17,17 @@ from torch import nn
 
 pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
 
-from protokernels import backend
 from protokernels.training import (
-    CheckpointError,
     CheckpointStore,
     Interrupted,
     Plan,
     RunFolder,
-    RunFolderError,
     Session,
     derived_generator,
     epoch_order,
     make_accelerator,
-    next_free_folder,
-    run_folder,
     summarize_runs,
 )
-from protokernels.training.files import append_json_line, read_json_lines, write_bytes, write_json
 from protokernels.training.randomness import random_state, set_random_state
 
 TWO_PROCESSES = Path(__file__).parent / "distributed" / "two_processes.py"
@@ -99,103 +90,6 @@ def assert_same_bits(first: Any, second: Any, where: str = "state") -> None:
         assert first == second, where
 
 
-class TestFiles:
-    def test_kill_leaves_the_old_or_the_new_file(self, tmp_path: Path) -> None:
-        target = tmp_path / "file.bin"
-        code = (
-            "import itertools, pathlib, sys\n"
-            "from protokernels.training.files import write_bytes\n"
-            "for n in itertools.count():\n"
-            f"    write_bytes(pathlib.Path({str(target)!r}), bytes([n % 251]) * 4_000_000)\n"
-        )
-        for delay in (0.0, 0.013, 0.031, 0.05):
-            process = subprocess.Popen([sys.executable, "-c", code])
-            while not target.exists():
-                assert process.poll() is None
-                time.sleep(0.01)
-            time.sleep(delay)
-            process.kill()
-            process.wait()
-            content = target.read_bytes()
-            assert len(content) == 4_000_000 and len(set(content)) == 1
-
-    def test_failed_write_leaves_nothing_behind(self, tmp_path: Path) -> None:
-        write_json(tmp_path / "a.json", {"kept": 1})
-        with pytest.raises(ValueError, match="JSON"):
-            write_json(tmp_path / "a.json", {"broken": float("nan")})
-        with pytest.raises(TypeError):
-            write_bytes(tmp_path / "b.bin", "not bytes")  # type: ignore[arg-type]
-        assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-        assert json.loads((tmp_path / "a.json").read_text()) == {"kept": 1}
-
-    def test_json_lines_forgive_a_last_line_cut_short_and_nothing_else(self, tmp_path: Path) -> None:
-        path = tmp_path / "lines.jsonl"
-        append_json_line(path, {"epoch": 1})
-        with path.open("a") as file:
-            file.write('{"epoch": 2, "lo')
-        assert read_json_lines(path) == [{"epoch": 1}]
-        path.write_text('{"epo\n{"epoch": 2}\n')
-        with pytest.raises(ValueError, match="line 1"):
-            read_json_lines(path)
-
-
-class TestCheckpoints:
-    def test_keeps_the_newest_and_loads_the_last(self, tmp_path: Path) -> None:
-        store = CheckpointStore(tmp_path / "checkpoints", keep=2)
-        assert store.load() is None
-        for epoch in range(1, 5):
-            store.save({"epoch": epoch, "weights": torch.full((3,), float(epoch))}, epoch=epoch)
-        store.save({"epoch": 4, "weights": torch.zeros(3)}, epoch=4, step=2)
-        assert [(file.epoch, file.step) for file in store.files()] == [(4, 0), (4, 2)]
-        state = store.load()
-        assert state is not None and torch.equal(state["weights"], torch.zeros(3))
-
-    @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
-    def test_damaged_newest_falls_back_with_a_warning(self, tmp_path: Path, damage: str) -> None:
-        store = CheckpointStore(tmp_path)
-        store.save({"epoch": 1, "weights": torch.ones(1000)}, epoch=1)
-        newest = store.save({"epoch": 2, "weights": torch.ones(1000)}, epoch=2)
-        content = bytearray(newest.read_bytes())
-        if damage == "truncate":
-            content = content[: len(content) // 2]
-        elif damage == "flip":
-            content[len(content) // 2] ^= 1  # inside the weights: the archive still opens
-        else:
-            content.clear()
-        newest.write_bytes(bytes(content))
-        with pytest.warns(RuntimeWarning, match=newest.name):
-            state = store.load()
-        assert state is not None and state["epoch"] == 1
-
-    def test_all_damaged_is_an_error(self, tmp_path: Path) -> None:
-        store = CheckpointStore(tmp_path)
-        store.save({"epoch": 1}, epoch=1).write_bytes(b"")
-        with warnings.catch_warnings(), pytest.raises(CheckpointError, match="remove the folder"):
-            warnings.simplefilter("ignore")
-            store.load()
-
-    def test_a_checkpoint_cannot_run_code(self, tmp_path: Path) -> None:
-        import hashlib
-
-        class Hostile:
-            def __reduce__(self) -> Any:
-                return (Path(tmp_path / "owned").touch, ())
-
-        content = pickle.dumps(Hostile(), protocol=2)
-        digest = hashlib.sha256(content).hexdigest()[:16]
-        (tmp_path / f"epoch-0001-step-00000-{digest}.pt").write_bytes(content)
-        with pytest.warns(RuntimeWarning), pytest.raises(CheckpointError):
-            CheckpointStore(tmp_path).load()
-        assert not (tmp_path / "owned").exists()
-
-    def test_leftovers_of_a_killed_write_are_removed(self, tmp_path: Path) -> None:
-        (tmp_path / "epoch-0001-step-00000-0123456789abcdef.pt.77.partial").write_bytes(b"half")
-        store = CheckpointStore(tmp_path)
-        assert store.load() is None
-        store.save({}, epoch=1)
-        assert [path.suffix for path in tmp_path.iterdir()] == [".pt"]
-
-
 class TestRandomness:
     def test_epoch_order(self) -> None:
         order = epoch_order(100, 0, 0)
@@ -221,50 +115,6 @@ class TestRandomness:
         assert state is not None
         set_random_state(state)
         assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1]
-
-
-class TestRunFolder:
-    def test_refuses_to_mix_runs(self, tmp_path: Path) -> None:
-        folder = tmp_path / "run"
-        RunFolder.create(folder, {"a": 1})
-        with pytest.raises(RunFolderError, match="--resume"):
-            RunFolder.create(folder, {"a": 1})
-        with pytest.raises(RunFolderError, match="a: 1 there, 2 now"):
-            RunFolder.create(folder, {"a": 2}, resume=True)
-        assert RunFolder.create(folder, {"a": 1}, resume=True).config() == {"a": 1}
-        (tmp_path / "other").mkdir()
-        (tmp_path / "other" / "thesis.tex").touch()
-        with pytest.raises(RunFolderError, match="not empty"):
-            RunFolder.create(tmp_path / "other", {})
-        with pytest.raises(RunFolderError, match="holds no run"):
-            RunFolder.open(tmp_path / "other")
-
-    def test_next_free_folder(self, tmp_path: Path) -> None:
-        assert next_free_folder(tmp_path / "a") == tmp_path / "a"
-        (tmp_path / "a").mkdir()
-        (tmp_path / "a-2").mkdir()
-        assert next_free_folder(tmp_path / "a") == tmp_path / "a-3"
-
-
-class TestEnvironment:
-    def test_names_the_code_that_ran(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """A checkout is named by its commit and marked where it differs; an installed package has none to name."""
-        checkout = tmp_path / "checkout"
-        package = checkout / "protokernels" / "training"
-        package.mkdir(parents=True)
-        module = package / "run_folder.py"
-        module.write_text("")
-        monkeypatch.setattr(run_folder, "__file__", str(module))
-        assert run_folder.source_commit() is None
-        git = ["git", "-C", str(checkout), "-c", "user.name=t", "-c", "user.email=t@t"]
-        for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
-            subprocess.run([*git, *words], check=True)
-        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-        assert run_folder.source_commit() == head
-        module.write_text("# changed")
-        assert run_folder.source_commit() == head + "+changes"
-        environment = run_folder.environment()
-        assert environment["backend"] == backend.get() and environment["native_code"]
 
 
 class TestSession:

@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from protokernels import (
-    _native,
     affine_warp,
     blend_flip,
     gaussian_blur,
@@ -25,11 +20,10 @@ from protokernels import (
     soft_crop,
     transform,
 )
-from python_tests.test_prototypes_torch import LEVEL_FLAGS, cpu_flags
+from python_tests.cpu_levels import AtEveryLevel
 from python_tests.test_warp import draw_matrices, on
-from python_tests.warp_oracle import PLACES, Place, draw, needs_native
+from python_tests.warp_oracle import PLACES, Place, draw
 
-ROOT = Path(__file__).resolve().parents[1]
 NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
 OPS = torch.ops.protokernels
 NO_BACKWARD = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -220,28 +214,9 @@ class TestFunctionTransforms:
         assert torch.equal(maps.flatten(0, 1), affine_warp(images, matrix))
 
 
-class TestInstructionSets:
-    @needs_native
-    @pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-    def test_every_level(self, level: str) -> None:
-        """Values, gradients and edges again in a process that may use this level only."""
-        if "PROTOKERNELS_CPU_LEVEL" in os.environ:
-            pytest.skip("the outer test run limits the level already")
-        if _native.build_info()["cpu_level"] == level:
-            pytest.skip(f"{level} is what the other tests of this run use")
-        if missing := LEVEL_FLAGS[level] - cpu_flags():
-            pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
-        files = [f"python_tests/test_warp{part}.py" for part in ("", "_edges", "_gradient", "_volumes", "_noise")]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-        command += ["-k", "cpu-native and (TestValue or TestGradient or TestClosedForms)"]
-        run = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PROTOKERNELS_CPU_LEVEL": level},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-        assert "skipped" not in run.stdout.splitlines()[-1] and " passed" in run.stdout.splitlines()[-1]
+class TestInstructionSets(AtEveryLevel):
+    """Values, gradients and edges, of images and volumes."""
+
+    FILES = ("test_warp", "test_warp_edges", "test_warp_gradient", "test_warp_volumes", "test_warp_noise")
+    CHOSEN = "TestValue or TestGradient or TestClosedForms"
+    SECONDS = 600

@@ -22,23 +22,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from accelerate import Accelerator
 from rich.table import Table
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ..data import ImageDataset, Split, load_dataset, to_tensor
+from ..data import ImageDataset, Split, to_tensor
 from ..evaluation import EvaluationConfig, Representation
 from ..evaluation.linear import LinearProtocol
-from ..training import Plan, RunFolder, Session, derived_generator, preferred_layout, seed_everything
+from ..training import RunFolder, Session, derived_generator
+from ..training.configuration import RunConfig
+from ..training.experiment import Experiment, training_images
 from ..training.report import PaperResults, results_table
-from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
 from ..training.scoring import evaluation_splits, score
 
 WATCHED = 5000  # training images on which an epoch's use of clusters is measured
@@ -48,11 +49,9 @@ Config = TypeVar("Config", bound="ClusteringConfig")
 
 
 @dataclass(frozen=True)
-class ClusteringConfig:
+class ClusteringConfig(RunConfig):
     """What every method has. A method's own dataclass inherits it and adds its own fields; its presets go into ``PRESETS``."""
 
-    data: str = "digits"
-    preset_name: str = "custom"  # where the values started from; kept with the results
     image_size: int = 32  # pixels; images are resized to it
     epochs: int = 20
     batch_size: int = 256
@@ -68,12 +67,6 @@ class ClusteringConfig:
     def __post_init__(self) -> None:
         self.check_positive("image_size", "epochs", "batch_size", "learning_rate", "knn_k")
 
-    def check_positive(self, *names: str) -> None:
-        """``ValueError`` for a field that is not above 0."""
-        for name in names:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{type(self).__name__}: {name} must be positive; got {getattr(self, name)}")
-
     @classmethod
     def preset(cls: type[Config], name: str = "fair", data: str = "digits", **changes: Any) -> Config:
         """The preset ``name`` for the data set ``data``, with single fields changed. ``ValueError`` for an unknown
@@ -82,17 +75,6 @@ class ClusteringConfig:
             raise ValueError(f"{cls.__name__}.preset: expected one of {', '.join(cls.PRESETS)}; got {name!r}")
         chosen = cls.PRESETS[name]
         return cls(**{"data": data, "preset_name": name, **chosen.get(data, chosen["*"]), **changes})
-
-    @classmethod
-    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
-        """The configuration in a run folder; ``ValueError`` for fields this version does not know."""
-        if unknown := sorted(values.keys() - {field.name for field in fields(cls)}):
-            raise ValueError(
-                f"{cls.__name__}: unknown fields {', '.join(unknown)}; "
-                "the run was written by another version of protokernels"
-            )
-        restored: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**restored)
 
     @property
     def total_epochs(self) -> int:
@@ -213,7 +195,7 @@ def remembered(represent: Callable[[Split, str], Representation]) -> Callable[[S
     return of
 
 
-class ClusteringBaseline:
+class ClusteringBaseline(Experiment[Any]):
     """One method as the command line and the tests see it; the same functions as a paper's module.
 
     Args:
@@ -226,8 +208,6 @@ class ClusteringBaseline:
         paper: the paper's table: data set -> (split it was scored on, method -> (mean, standard deviation)).
     """
 
-    drop_last = False  # leave out a last batch that is smaller than the others
-
     def __init__(
         self,
         name: str,
@@ -237,78 +217,29 @@ class ClusteringBaseline:
         description: str | None,
         paper: PaperResults,
     ) -> None:
-        self.name, self.CONFIG, self.build, self.fit = name, config, build, fit
+        super().__init__(name, config)
+        self.build, self.fit = build, fit
         self.PAPER_RESULTS = paper
         self.__doc__ = description
 
-    def train(
-        self,
-        config: Any,
-        out: str | Path | None = None,
-        *,
-        data_root: str | Path | None = None,
-        download: bool = False,
-        figures: bool = True,
-        settings: RunSettings | None = None,
-        **more: Any,
-    ) -> dict[str, Any]:
-        """Trains, evaluates and draws; one run or several with different seeds.
+    def check(self, config: Any, dataset: ImageDataset) -> None:
+        self.new_model(config, dataset)
 
-        Args:
-            config: usually from ``CONFIG.preset``.
-            out: folder of the run; default: the first free one of ``runs/<name>-<data>-<preset>``, ``...-2`` and so on.
-            data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
-            download: fetch data that is not there.
-            figures: draw pictures of the first run.
-            settings: seed, runs, resume, precision, device, quiet; or give these as keywords.
+    def new_model(self, config: Any, dataset: ImageDataset) -> Any:
+        return self.build(config, dataset.channels, dataset.num_classes)
 
-        Returns:
-            The content of ``results.json``, and the run's folder as ``"folder"``.
-        """
-        dataset = load_dataset(config.data, data_root, download=download)
-        settings = replace(settings or RunSettings(), **more)
-        self._build(config, dataset)  # what does not fit is noticed before a folder is made
+    def optimizer(self, model: Any, config: Any) -> tuple[Optimizer, LRScheduler]:
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+        return optimizer, LambdaLR(optimizer, config.learning_rate_factor)
 
-        def run_one(run: RunFolder, seed: int, accelerator: Accelerator) -> dict[str, Any]:
-            seed_everything(seed)
-            layout = preferred_layout(accelerator)
-            model = self._build(config, dataset)
-            nn.Module.to(model, memory_format=layout)  # type: ignore[call-overload]
-            optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-            scheduler = LambdaLR(optimizer, config.learning_rate_factor)
-            split = self.training_split(dataset, config)
-            plan = Plan(len(split), config.total_epochs, config.batch_size, seed, drop_last=self.drop_last)
-            session = Session(run, accelerator, model, optimizer, scheduler, plan, settings.resume, settings.quiet)
-            self.fit_split(model, split, session, config)
-            return self.score_model(model, dataset, config, seed) if accelerator.is_main_process else {}
-
-        results = train_runs(
-            f"{self.title(config)}-{Path(config.data).stem}-{config.preset_name}",
-            {"paper": self.name, "config": asdict(config)},
-            run_one,
-            out=out,
-            settings=settings,
-            provenance=dataset.provenance,
-            epochs=config.total_epochs,
-        )
-        if figures and results:
-            self.draw_figures(results["folder"], dataset=dataset)
-        return results
-
-    def title(self, config: Any) -> str:
-        """The method's name in folders and figures."""
-        return self.name
-
-    def training_split(self, dataset: ImageDataset, config: Any) -> Split:
-        """The images that are trained on."""
-        return evaluation_splits(dataset, config.selection)[0]
+    def epochs(self, config: Any, dataset: ImageDataset) -> int:
+        count: int = config.total_epochs
+        return count
 
     def fit_split(self, model: Any, split: Split, session: Session, config: Any) -> None:
         """Trains on images; a supervised method, which has no ``fit``, overrides this and takes the labels too."""
         assert self.fit is not None
-        images = to_tensor(split.images, size=config.image_size)
-        layout = preferred_layout(session.accelerator)
-        self.fit(model, images.to(session.device, memory_format=layout), session, config)
+        self.fit(model, training_images(split, config.image_size, session), session, config)
 
     def clustering(
         self, model: Any, dataset: ImageDataset, config: Any, seed: int, known: dict[str, Any] | None = None
@@ -358,35 +289,10 @@ class ClusteringBaseline:
                 )
         return {**results, **more, "protocol": {"embedding": config.embedding, **results["protocol"]}}
 
-    def load_model(self, run: RunFolder, dataset: ImageDataset) -> tuple[Any, Any]:
-        """The model of the newest sound checkpoint of a run, in evaluation mode, with its configuration."""
-        config = self.CONFIG.from_dict(run.config()["config"])
-        state = run.checkpoints.load()
-        if state is None:
-            raise FileNotFoundError(f"{run.path} has no checkpoint yet; continue the run with --resume")
-        model = self._build(config, dataset)
-        model.load_state_dict(state["model"])
-        return model.eval(), config
-
-    def evaluate(self, folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
-        """Scores the newest checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
-        for run in load_runs(folder):
-            dataset = load_dataset(self.CONFIG.from_dict(run.config()["config"]).data, data_root)
-            model, config = self.load_model(run, dataset)
-            scores = self.score_model(model, dataset, config, run.config()["seed"])
-            update_results(run, scores, dataset.provenance, epochs=config.total_epochs)
-        return write_summary(folder)
-
-    def draw_figures(
-        self, folder: str | Path, *, data_root: str | Path | None = None, dataset: ImageDataset | None = None
-    ) -> list[Path]:
-        """Draws the pictures of the first seed of a run into ``figures`` and returns their paths."""
+    def draw(self, folder: Path, run: RunFolder, config: Any, dataset: ImageDataset) -> list[Path]:
         from ..figures.clustering import draw  # matplotlib is not needed for training
 
-        run = load_runs(folder)[0]
-        dataset = dataset or load_dataset(self.CONFIG.from_dict(run.config()["config"]).data, data_root)
-        model, config = self.load_model(run, dataset)
-        return draw(Path(folder) / "figures", self, model, config, run, dataset)
+        return draw(folder / "figures", self, self.load_model(run, config, dataset), config, run, dataset)
 
     def results_table(self, results: dict[str, Any], paper: PaperResults) -> Table:
         """The table at the end of a run, with what has to be known about it in its caption."""
@@ -408,6 +314,3 @@ class ClusteringBaseline:
         if collapsed := round(usage["collapsed"] * results["number_of_runs"]):
             lines.append(f"COLLAPSED to one cluster: {collapsed} of {results['number_of_runs']} runs")
         return lines
-
-    def _build(self, config: Any, dataset: ImageDataset) -> Any:
-        return self.build(config, dataset.channels, dataset.num_classes)

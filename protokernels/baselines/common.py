@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -15,16 +14,15 @@ from torch import Tensor
 
 from ..data import ImageDataset
 from ..training import RunFolder
-from ..training.runs import RunSettings, load_runs
-from ..training.self_supervised import Method, PretrainingConfig, evaluate_method, train_method
+from ..training.runs import load_runs
+from ..training.self_supervised import Method, PretrainingConfig, SelfSupervised
 from ..training.transfer_report import results_table
-from ..training.transfer_scoring import transfer_scores
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-class Baseline:
+class Baseline(SelfSupervised[Any]):
     """One method as the command line and the tests see it; the same functions as a paper's module.
 
     Args:
@@ -39,48 +37,15 @@ class Baseline:
     def __init__(
         self, name: str, config: type[PretrainingConfig], build: Callable[[Any, int], Method], description: str | None
     ) -> None:
-        self.name, self.CONFIG, self.build = name, config, build
+        super().__init__(name, config, build)
         self.__doc__ = description
         self.results_table = results_table
-
-    def train(
-        self,
-        config: PretrainingConfig,
-        out: str | Path | None = None,
-        *,
-        data_root: str | Path | None = None,
-        download: bool = False,
-        figures: bool = True,
-        settings: RunSettings | None = None,
-        **more: Any,
-    ) -> dict[str, Any]:
-        """Trains, evaluates and draws; one run or several with different seeds. See
-        :func:`protokernels.training.self_supervised.train_method`."""
-        settings = replace(settings or RunSettings(), **more)
-        results = self._train(config, out, data_root, download, settings)
-        if figures and results:
-            self.draw_figures(results["folder"])
-        return results
-
-    def _train(
-        self, config: Any, out: str | Path | None, data_root: str | Path | None, download: bool, settings: RunSettings
-    ) -> dict[str, Any]:
-        def build(channels: int) -> Method:
-            return self.build(config, channels)
-
-        return train_method(
-            self.name, config, build, transfer_scores, out, data_root=data_root, download=download, settings=settings
-        )
-
-    def evaluate(self, folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
-        """Scores the newest checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
-        return evaluate_method(folder, self.CONFIG, self.build, transfer_scores, data_root=data_root)
 
     def draw_figures(
         self, folder: str | Path, *, data_root: str | Path | None = None, dataset: ImageDataset | None = None
     ) -> list[Path]:
         """Draws the training curves of the first seed of a run and the scores over label fractions into ``figures`` and returns
-        the paths."""
+        the paths. The data is not needed."""
         from ..figures.canvas import save_figure  # matplotlib is not needed for training
         from ..figures.curves import loss_curves
         from ..figures.fractions import label_fraction_curves

@@ -8,17 +8,13 @@ the random encoder on all labels is what papers call "supervised from scratch", 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from accelerate import Accelerator
-
-from ..data import load_dataset
-from ..training import RunFolder, seed_everything
-from ..training.runs import RunSettings, train_runs
+from ..data import ImageDataset
+from ..training import seed_everything
+from ..training.runs import Trial
 from ..training.self_supervised import Method, PretrainingConfig
-from ..training.transfer_scoring import transfer_scores
 from .common import Baseline
 
 _NOTHING: dict[str, Any] = {"epochs": 0, "warmup_epochs": 0}
@@ -48,30 +44,16 @@ class RandomInit(Method):
 
 
 class _Untrained(Baseline):
-    def _train(
-        self, config: Any, out: str | Path | None, data_root: str | Path | None, download: bool, settings: RunSettings
-    ) -> dict[str, Any]:
-        dataset = load_dataset(config.data, data_root, download=download)
-        config.make_encoder(dataset.channels)  # a missing weight file is noticed before a folder is made
+    def title(self, config: Any) -> str:
+        return "imagenet" if config.initial_weights else self.name
 
-        def run_one(run: RunFolder, seed: int, accelerator: Accelerator) -> dict[str, Any]:
-            seed_everything(seed)
-            method = self.build(config, dataset.channels).to(accelerator.device).eval()
-            if not accelerator.is_main_process:
-                return {}
-            run.checkpoints.save({"model": method.state_dict()}, epoch=0)
-            return transfer_scores(method.encoder, dataset, config, seed)
-
-        kind = "imagenet" if config.initial_weights else self.name
-        return train_runs(
-            f"{kind}-{Path(config.data).stem}-{config.preset_name}",
-            {"paper": self.name, "config": asdict(config)},
-            run_one,
-            out=out,
-            settings=settings,
-            provenance=dataset.provenance,
-            epochs=0,
-        )
+    def run(self, trial: Trial, config: Any, dataset: ImageDataset) -> dict[str, Any]:
+        seed_everything(trial.seed)
+        method = self.new_model(config, dataset).to(trial.accelerator.device)
+        if not trial.is_main_process:
+            return {}
+        trial.run.checkpoints.save({"model": method.state_dict()}, epoch=0)
+        return self.score_model(method, dataset, config, trial.seed)
 
 
 BASELINE = _Untrained("random_init", RandomInitConfig, RandomInit, __doc__)

@@ -8,21 +8,22 @@ results, tables and folders say "random weights": such numbers are no transfer f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from ..data import ImageDataset, Split, load_dataset, to_tensor
+from ..data import ImageDataset, Split, to_tensor
 from ..evaluation import classification_scores, clustering_scores
 from ..models import ResNet18, pooled
 from ..papers._contrastive_autoencoder_config import PAPER_RESULTS
 from ..training import RunFolder, seed_everything
 from ..training.classification_report import results_table
-from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
+from ..training.configuration import RunConfig
+from ..training.experiment import Experiment
+from ..training.runs import Trial, load_runs
 from ..training.scoring import evaluation_splits
 
 PresetName = Literal["paper", "fair"]
@@ -30,11 +31,9 @@ Config = TypeVar("Config", bound="FrozenResNet18Config")
 
 
 @dataclass(frozen=True)
-class FrozenResNet18Config:
+class FrozenResNet18Config(RunConfig):
     """The network and its images. Grey images are repeated to three channels and normalised by ImageNet's statistics."""
 
-    data: str = "digits"
-    preset_name: str = "custom"  # where the values started from; kept with the results
     image_size: int = 224  # pixels; images are resized to it
     initial_weights: str = ""  # file with ImageNet weights of ResNet18; empty: random
     selection: bool = False  # score validation data only, never the test set
@@ -51,16 +50,6 @@ class FrozenResNet18Config:
         if name not in get_args(PresetName):
             raise ValueError(f"{cls.__name__}.preset: expected one of {', '.join(get_args(PresetName))}; got {name!r}")
         return cls(**{"data": data, "preset_name": name, **cls.PRESETS[name], **changes})
-
-    @classmethod
-    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
-        """The configuration in a run folder; ``ValueError`` for fields this version does not know."""
-        if unknown := sorted(values.keys() - {field.name for field in fields(cls)}):
-            raise ValueError(
-                f"{cls.__name__}: unknown fields {', '.join(unknown)}; "
-                "the run was written by another version of protokernels"
-            )
-        return cls(**values)
 
     def make_encoder(self) -> ResNet18:
         """The frozen network, in evaluation mode."""
@@ -81,7 +70,14 @@ def features(encoder: ResNet18, split: Split, image_size: int) -> Tensor:  # -> 
     return torch.cat(parts)
 
 
-class FrozenResNet18:
+class Fitted(NamedTuple):
+    """The frozen network, and what was fitted to its features."""
+
+    encoder: ResNet18
+    tensors: dict[str, Tensor]
+
+
+class FrozenResNet18(Experiment[Any]):
     """One baseline as the command line and the tests see it; the same functions as a paper's module.
 
     Args:
@@ -103,71 +99,46 @@ class FrozenResNet18:
         predict: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, Tensor | None]],
         description: str | None,
     ) -> None:
-        self.name, self.CONFIG, self.fit, self.predict = name, config, fit, predict
+        super().__init__(name, config)
+        self.fit, self.predict = fit, predict
         self.__doc__ = description
         self.results_table = results_table
 
-    def train(
-        self,
-        config: FrozenResNet18Config,
-        out: str | Path | None = None,
-        *,
-        data_root: str | Path | None = None,
-        download: bool = False,
-        figures: bool = True,
-        settings: RunSettings | None = None,
-        **more: Any,
-    ) -> dict[str, Any]:
-        """Fits and scores; one run or several with different seeds. Arguments and result are those of a paper's ``train``."""
-        dataset = load_dataset(config.data, data_root, download=download)
-        settings = replace(settings or RunSettings(), **more)
-        config.make_encoder()  # a missing weight file is noticed before a folder is made
+    def check(self, config: FrozenResNet18Config, dataset: ImageDataset) -> None:
+        config.make_encoder()  # a missing weight file
 
-        def run_one(run: RunFolder, seed: int, accelerator: Accelerator) -> dict[str, Any]:
-            if not accelerator.is_main_process:
-                return {}
-            seed_everything(seed)
-            encoder = config.make_encoder().to(accelerator.device)
-            train, _ = evaluation_splits(dataset, config.selection)
-            x = features(encoder, train, config.image_size)
-            fitted = self.fit(x, torch.as_tensor(train.labels), dataset.num_classes, config, seed)
-            run.checkpoints.save({"encoder": encoder.state_dict(), "fitted": fitted}, epoch=0)
-            return self._scores(encoder, fitted, dataset, config)
+    def title(self, config: FrozenResNet18Config) -> str:
+        return self.name if config.initial_weights else f"{self.name}-random"
 
-        kind = "" if config.initial_weights else "-random"
-        results = train_runs(
-            f"{self.name}{kind}-{Path(config.data).stem}-{config.preset_name}",
-            {"paper": self.name, "config": asdict(config)},
-            run_one,
-            out=out,
-            settings=settings,
-            provenance=dataset.provenance,
-            epochs=0,
-        )
-        if figures and results:
-            self.draw_figures(results["folder"])
-        return results
+    def epochs(self, config: FrozenResNet18Config, dataset: ImageDataset) -> int:
+        return 0  # nothing is trained step by step
 
-    def evaluate(self, folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
-        """Scores the checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
-        for run in load_runs(folder):
-            config = self.CONFIG.from_dict(run.config()["config"])
-            dataset = load_dataset(config.data, data_root)
-            state = _state(run)
-            encoder = ResNet18(channels=3).eval().requires_grad_(False)
-            encoder.load_state_dict(state["encoder"])
-            scores = self._scores(encoder, state["fitted"], dataset, config)
-            update_results(run, scores, dataset.provenance, epochs=0)
-        return write_summary(folder)
+    def run(self, trial: Trial, config: FrozenResNet18Config, dataset: ImageDataset) -> dict[str, Any]:
+        if not trial.is_main_process:
+            return {}
+        seed_everything(trial.seed)
+        encoder = config.make_encoder().to(trial.accelerator.device)
+        train = self.training_split(dataset, config)
+        x = features(encoder, train, config.image_size)
+        fitted = self.fit(x, torch.as_tensor(train.labels), dataset.num_classes, config, trial.seed)
+        trial.run.checkpoints.save({"encoder": encoder.state_dict(), "fitted": fitted}, epoch=0)
+        return self.score_model(Fitted(encoder, fitted), dataset, config, trial.seed)
+
+    def load_model(self, run: RunFolder, config: FrozenResNet18Config, dataset: ImageDataset) -> Fitted:
+        state = run.checkpoint()
+        encoder = ResNet18(channels=3).eval().requires_grad_(False)
+        encoder.load_state_dict(state["encoder"])
+        return Fitted(encoder, state["fitted"])
 
     def draw_figures(
         self, folder: str | Path, *, data_root: str | Path | None = None, dataset: ImageDataset | None = None
     ) -> list[Path]:
-        """Draws the elbow curve of the first seed into ``figures``, where an elbow was looked for, and returns the paths."""
+        """Draws the elbow curve of the first seed into ``figures``, where an elbow was looked for, and returns the
+        paths. The data is not needed."""
         from ..figures import elbow_curve, save_figure  # matplotlib is not needed for training
 
         run = load_runs(folder)[0]
-        config, fitted = run.config()["config"], _state(run)["fitted"]
+        config, fitted = run.config()["config"], run.checkpoint()["fitted"]
         if not len(fitted.get("inertias", ())):
             return []
         figure = elbow_curve(
@@ -179,9 +150,10 @@ class FrozenResNet18:
         )
         return [save_figure(figure, Path(folder) / "figures" / "elbow.png")]
 
-    def _scores(
-        self, encoder: ResNet18, fitted: dict[str, Tensor], dataset: ImageDataset, config: FrozenResNet18Config
+    def score_model(
+        self, model: Fitted, dataset: ImageDataset, config: FrozenResNet18Config, seed: int
     ) -> dict[str, Any]:
+        encoder, fitted = model
         train, tests = evaluation_splits(dataset, config.selection)
         majority = torch.bincount(torch.as_tensor(train.labels), minlength=dataset.num_classes).argmax()
         splits: dict[str, dict[str, Any]] = {}
@@ -203,10 +175,3 @@ class FrozenResNet18:
 
 def _weights(path: str) -> str:
     return Path(path).name if path else "random"
-
-
-def _state(run: RunFolder) -> dict[str, Any]:
-    state = run.checkpoints.load()
-    if state is None:
-        raise FileNotFoundError(f"{run.path} has no checkpoint yet; continue the run with --resume")
-    return state

@@ -3,7 +3,8 @@
 
 The supervised baseline of Ferrante et al. 2022 (contrastive autoencoder, section 2 and Table 1): ImageNet weights, 100 epochs of Adam
 with a learning rate of 1e-4. The frozen part stays in evaluation mode, so its output is computed once. Not given there, and our choice:
-images of 224 pixels, grey repeated to three channels, batches of 128.
+images of 224 pixels, grey repeated to three channels, batches of 128. VAESim's transfer, which trains the whole network,
+is :mod:`protokernels.baselines.resnet_transfer`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ S. Ren, J. Sun. Deep Residual Learning for Image Recognition. CVPR 2016, with a 
 
     L = -log softmax(W f(x) + b)_label
 
+The transfer that the contrastive autoencoder is compared with, :mod:`protokernels.baselines.resnet18_transfer`, is another: there the
+network stays as it is, and a linear layer is fitted to its output.
+
 ``--initial-weights FILE`` is a local file with torchvision's names (``resnet50-0676ba61.pth``); nothing is downloaded. **Without it
 the network starts at random and is no transfer**: its folder, its figures, its protocol, its results and a line under its table
 say so. ``frozen`` trains the linear layer alone.

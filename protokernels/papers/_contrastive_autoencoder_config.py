@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from ..evaluation import LinearProtocol
 from ..nn import RandomViews, ViewStrength
+from ..training.configuration import RunConfig
 
 PresetName = Literal["paper", "official", "fair"]
 
@@ -43,12 +44,10 @@ PAPER_RESULTS: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {
 
 
 @dataclass(frozen=True)
-class ContrastiveAutoencoderConfig:
+class ContrastiveAutoencoderConfig(RunConfig):
     """Everything a result depends on, apart from seed, precision and hardware. The presets fill it in for a data
     set."""
 
-    data: str = "digits"
-    preset_name: str = "custom"  # where the values started from; kept with the results
     image_size: int = 32  # pixels; images are resized to it; a multiple of 16
     latent_dim: int = 128  # of h
     encoder_widths: tuple[int, ...] = (32, 64, 128)  # channels of the encoder's convolutions
@@ -98,9 +97,7 @@ class ContrastiveAutoencoderConfig:
         for key in ("temperature", "assignment_temperature", "learning_rate"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{name}: {key} must be positive; got {getattr(self, key)}")
-        for key in ("alpha", "num_prototypes", "first_rate", "last_rate", "ramp_epochs", "subset"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"{name}: {key} must not be negative; got {getattr(self, key)}")
+        self.check_not_negative("alpha", "num_prototypes", "first_rate", "last_rate", "ramp_epochs", "subset")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"{name}: warmup_epochs must be at least 0 and less than epochs, which are those of both phases; got "
@@ -128,18 +125,6 @@ class ContrastiveAutoencoderConfig:
             raise ValueError(f"{cls.__name__}.preset: expected one of {', '.join(get_args(PresetName))}; got {name!r}")
         values = _PRESETS[name] | _FOR_DATA[name].get(data, _FOR_DATA[name]["*"])
         return replace(cls(data=data, preset_name=name, **values), **changes)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ContrastiveAutoencoderConfig:
-        """The configuration in a run folder; ``ValueError`` for fields this version does not know."""
-        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"{cls.__name__}: unknown fields {', '.join(unknown)}; "
-                "the run was written by another version of protokernels"
-            )
-        restored: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**restored)
 
     def views(self) -> RandomViews:
         """The two random views of a batch of images in [0, 1]."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from ..models import LocalHead
+from ..training.configuration import RunConfig
 from ..training.segmentation import StageSettings
 
 PresetName = Literal["paper", "official", "fair"]
@@ -63,7 +64,7 @@ PAPER_RESULTS: dict[str, dict[str, dict[str, float]]] = {
 
 
 @dataclass(frozen=True)
-class LocalContrastConfig:
+class LocalContrastConfig(RunConfig):
     """Everything a result depends on, apart from seed, precision and hardware. The presets fill it in for a data set.
 
     Every stage trains for its epochs or, where its number of steps is positive, for as many epochs as make that many steps:
@@ -71,7 +72,6 @@ class LocalContrastConfig:
     """
 
     data: str = "phantoms"
-    preset_name: str = "custom"  # where the values started from; kept with the results
     method: MethodName = "global+local-block"
     labelled: float = 0.05  # share of the training volumes whose labels are used
     fold: int = 0  # which random split of the volumes
@@ -136,9 +136,7 @@ class LocalContrastConfig:
         positive = ["temperature", "global_temperature", "block_size", "stride", "width", "validations", "mixup_alpha"]
         for stage in ("global", "local", "fine_tune"):
             positive += [f"{stage}_{name}" for name in ("epochs", "batch_size", "learning_rate")]
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"LocalContrastConfig: {name} must be positive; got {getattr(self, name)}")
+        self.check_positive(*positive)
         if self.image_size < 2**self.depth or self.image_size % 2**self.depth:
             raise ValueError(
                 f"LocalContrastConfig: image_size must be a multiple of 2**depth = {2**self.depth}; got {self.image_size}"
@@ -154,18 +152,6 @@ class LocalContrastConfig:
             )
         values = _PRESETS[name] | _FOR_DATA[name].get(data, {})
         return replace(cls(**{"data": data, "preset_name": name, **values}), **changes)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LocalContrastConfig:
-        """The configuration in a run folder; ``ValueError`` for fields this version does not know."""
-        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"LocalContrastConfig: unknown fields {', '.join(unknown)}; "
-                "the run was written by another version of protokernels"
-            )
-        restored: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**restored)
 
     @property
     def recipe(self) -> Recipe:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
+
+from ..training.configuration import RunConfig
 
 PresetName = Literal["paper", "fair"]
 StrategyName = Literal[
@@ -66,11 +68,9 @@ PAPER_RESULTS: dict[str, dict[str, dict[Alphas, tuple[float, float]]]] = {
 
 
 @dataclass(frozen=True)
-class OptimizedViewsConfig:
+class OptimizedViewsConfig(RunConfig):
     """Everything a result depends on, apart from seed, precision and hardware. The presets fill it in for a data set."""
 
-    data: str = "digits"
-    preset_name: str = "custom"  # where the values started from; kept with the results
     strategy: StrategyName = "self-supervised+supervision"
     labelled: float = 0.1  # share of the training images whose labels are used, drawn anew for every seed
     image_size: int = 64  # pixels; images are resized to it
@@ -113,9 +113,7 @@ class OptimizedViewsConfig:
         if not 0 < self.labelled <= 1:
             raise ValueError(f"OptimizedViewsConfig: labelled must lie in (0, 1], a share; got {self.labelled}")
         positive = ("image_size", "width", "m_width", "temperature", "m_every", "epochs", "batch_size", "learning_rate")
-        for name in (*positive, "supcon_temperature", "evaluations"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"OptimizedViewsConfig: {name} must be positive; got {getattr(self, name)}")
+        self.check_positive(*positive, "supcon_temperature", "evaluations")
         if self.m_learning_rate is not None and not self.m_learning_rate > 0:
             raise ValueError(
                 f"OptimizedViewsConfig: m_learning_rate must be positive or none; got {self.m_learning_rate}"
@@ -151,17 +149,6 @@ class OptimizedViewsConfig:
         values = _PRESETS[name] | _FOR_DATA[name].get(data, {})
         return replace(cls(**{"data": data, "preset_name": name, **values}), **changes)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> OptimizedViewsConfig:
-        """The configuration in a run folder; ``ValueError`` for fields this version does not know."""
-        if unknown := sorted(values.keys() - {field.name for field in fields(cls)}):
-            raise ValueError(
-                f"OptimizedViewsConfig: unknown fields {', '.join(unknown)}; "
-                "the run was written by another version of protokernels"
-            )
-        restored: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**restored)
-
     @property
     def recipe(self) -> Strategy:
         """What the strategy does."""
@@ -176,10 +163,6 @@ class OptimizedViewsConfig:
     def rate_of_m(self) -> float:
         """The learning rate of M."""
         return self.m_learning_rate or (1e-3 if self.weights[1] else 1e-4)
-
-    def record(self) -> dict[str, Any]:
-        """What goes into a run's ``config.json``."""
-        return asdict(self)
 
 
 def _literal(name: str) -> Any:

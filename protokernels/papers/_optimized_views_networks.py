@@ -128,11 +128,8 @@ def new_model(config: OptimizedViewsConfig, channels: int) -> OptimizedViews:
 def load_model(run: RunFolder, channels: int) -> tuple[OptimizedViews, OptimizedViewsConfig]:
     """The model of the newest sound checkpoint of a run, in evaluation mode, with its configuration."""
     config = OptimizedViewsConfig.from_dict(run.config()["config"])
-    state = run.checkpoints.load()
-    if state is None:
-        raise FileNotFoundError(f"{run.path} has no checkpoint yet; continue the run with --resume")
     model = new_model(replace(config, initial_weights=""), channels)
-    model.load_state_dict(state["model"])
+    model.load_state_dict(run.checkpoint()["model"])
     model.config = config
     return model.eval(), config
 

@@ -46,7 +46,6 @@ Known errors of the paper
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,30 +54,21 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import protokernels
 
 from ..cluster import KMeans, choose_n_clusters
-from ..data import ImageDataset, load_dataset, to_tensor
+from ..data import ImageDataset, Split
 from ..models import PhasedDecoder, contrastive_encoder, contrastive_projector
 from ..nn import RandomViews
-from ..training import (
-    Plan,
-    RunFolder,
-    Session,
-    Step,
-    derived_generator,
-    gather_batch,
-    preferred_layout,
-    process_count,
-    seed_everything,
-)
+from ..training import RunFolder, Session, Step, derived_generator, gather_batch, process_count
 from ..training.classification_report import results_table
+from ..training.experiment import Experiment, training_images
 from ..training.optimizers import LARS, ramp_cosine
 from ..training.randomness import derived_seed
-from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
-from ..training.scoring import evaluation_splits
+from ..training.runs import Trial
 from ._contrastive_autoencoder_config import PAPER_RESULTS, ContrastiveAutoencoderConfig
 from ._contrastive_autoencoder_scoring import score_model, subset
 
@@ -305,11 +295,11 @@ def refresh_prototypes(model: ContrastiveAutoencoder, output: Output) -> None:
 
 def make_optimizer(
     model: ContrastiveAutoencoder, config: ContrastiveAutoencoderConfig, epoch: int = 0
-) -> tuple[torch.optim.Optimizer, LambdaLR]:
+) -> tuple[Optimizer, LambdaLR]:
     """The optimiser of what is not frozen, and the one schedule of both phases from ``epoch`` on."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     group = {"params": parameters, "lr": config.learning_rate, "initial_lr": config.learning_rate}
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     if config.optimizer == "lars":
         optimizer = LARS([group], lr=config.learning_rate, scaled="all", lr_in_momentum=True)
     else:
@@ -318,85 +308,50 @@ def make_optimizer(
     return optimizer, LambdaLR(optimizer, ramp_cosine(config.epochs, config.ramp_epochs, start, end), epoch - 1)
 
 
-def train(
-    config: ContrastiveAutoencoderConfig,
-    out: str | Path | None = None,
-    *,
-    data_root: str | Path | None = None,
-    download: bool = False,
-    figures: bool = True,
-    settings: RunSettings | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Trains, evaluates and draws; one run or several with different seeds.
+class _ContrastiveAutoencoder(Experiment[ContrastiveAutoencoderConfig]):
+    """What the commands need to know of the contrastive autoencoder beside Algorithm 1."""
 
-    Args:
-        config: usually from :meth:`ContrastiveAutoencoderConfig.preset`.
-        out: folder of the run; default: the first free one of ``runs/contrastive_autoencoder-<data>-<preset>``, ``...-2`` and so on.
-        data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
-        download: fetch data that is not there.
-        figures: draw pictures of the first run.
-        settings: seed, runs, resume, precision, device, quiet; or give these as keywords.
+    drop_last = True
 
-    Returns:
-        The content of ``results.json``, and the run's folder as ``"folder"``.
-    """
-    dataset = load_dataset(config.data, data_root, download=download)
-    settings = replace(settings or RunSettings(), **more)
+    def new_model(self, config: ContrastiveAutoencoderConfig, dataset: ImageDataset) -> ContrastiveAutoencoder:
+        return ContrastiveAutoencoder(config, dataset.channels)
 
-    def run_one(run: RunFolder, seed: int, accelerator: Accelerator) -> dict[str, Any]:
-        seed_everything(seed)
-        layout = preferred_layout(accelerator)
-        model = ContrastiveAutoencoder(config, dataset.channels)
-        before = run.checkpoints.load() if settings.resume else None
+    def start(
+        self, trial: Trial, config: ContrastiveAutoencoderConfig, dataset: ImageDataset
+    ) -> ContrastiveAutoencoder:
+        model = self.new_model(config, dataset)
+        before = trial.run.checkpoints.load() if trial.settings.resume else None
         if before is not None:
             model.restore(before["model"])  # as many prototypes as there are, and what is frozen
-        nn.Module.to(model, memory_format=layout)  # type: ignore[call-overload]
-        optimizer, scheduler = make_optimizer(model, config)
-        split, _ = evaluation_splits(dataset, config.selection)
-        images = to_tensor(split.images, size=config.image_size).to(accelerator.device, memory_format=layout)
-        plan = Plan(len(images), config.epochs, config.batch_size, seed, drop_last=True)
-        session = Session(run, accelerator, model, optimizer, scheduler, plan, settings.resume, settings.quiet)
-        fit(model, images, session, config)
-        return score_model(model, dataset, config, seed) if accelerator.is_main_process else {}
+        return trial.in_layout(model)
 
-    name = f"contrastive_autoencoder-{Path(config.data).stem}-{config.preset_name}"
-    record = {"paper": "contrastive_autoencoder", "config": asdict(config)}
-    results = train_runs(
-        name, record, run_one, out=out, settings=settings, provenance=dataset.provenance, epochs=config.epochs
-    )
-    if figures and results:
-        draw_figures(results["folder"], dataset=dataset)
-    return results
+    def optimizer(
+        self, model: ContrastiveAutoencoder, config: ContrastiveAutoencoderConfig
+    ) -> tuple[Optimizer, LRScheduler]:
+        return make_optimizer(model, config)
 
+    def fit_split(
+        self, model: ContrastiveAutoencoder, split: Split, session: Session, config: ContrastiveAutoencoderConfig
+    ) -> None:
+        fit(model, training_images(split, config.image_size, session), session, config)
 
-def load_model(run: RunFolder, channels: int) -> tuple[ContrastiveAutoencoder, ContrastiveAutoencoderConfig]:
-    """The model of the newest sound checkpoint of a run, in evaluation mode, with its configuration."""
-    config = ContrastiveAutoencoderConfig.from_dict(run.config()["config"])
-    state = run.checkpoints.load()
-    if state is None:
-        raise FileNotFoundError(f"{run.path} has no checkpoint yet; continue the run with --resume")
-    model = ContrastiveAutoencoder(config, channels).restore(state["model"])
-    return model.eval(), config
+    def load_model(
+        self, run: RunFolder, config: ContrastiveAutoencoderConfig, dataset: ImageDataset
+    ) -> ContrastiveAutoencoder:
+        return self.new_model(config, dataset).restore(run.checkpoint()["model"]).eval()
 
+    def score_model(
+        self, model: ContrastiveAutoencoder, dataset: ImageDataset, config: ContrastiveAutoencoderConfig, seed: int
+    ) -> dict[str, Any]:
+        return score_model(model, dataset, config, seed)
 
-def evaluate(folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
-    """Scores the newest checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
-    for run in load_runs(folder):
-        dataset = load_dataset(ContrastiveAutoencoderConfig.from_dict(run.config()["config"]).data, data_root)
-        model, config = load_model(run, dataset.channels)
-        scores = score_model(model, dataset, config, run.config()["seed"])
-        update_results(run, scores, dataset.provenance, epochs=config.epochs)
-    return write_summary(folder)
+    def draw(
+        self, folder: Path, run: RunFolder, config: ContrastiveAutoencoderConfig, dataset: ImageDataset
+    ) -> list[Path]:
+        from ..figures.contrastive_autoencoder import draw  # matplotlib is not needed for training
+
+        return draw(folder / "figures", self.load_model(run, config, dataset), config, run, dataset)
 
 
-def draw_figures(
-    folder: str | Path, *, data_root: str | Path | None = None, dataset: ImageDataset | None = None
-) -> list[Path]:
-    """Draws the pictures of the first seed of a run into ``figures`` and returns their paths."""
-    from ..figures.contrastive_autoencoder import draw  # matplotlib is not needed for training
-
-    run = load_runs(folder)[0]
-    dataset = dataset or load_dataset(ContrastiveAutoencoderConfig.from_dict(run.config()["config"]).data, data_root)
-    model, config = load_model(run, dataset.channels)
-    return draw(Path(folder) / "figures", model, config, run, dataset)
+EXPERIMENT = _ContrastiveAutoencoder("contrastive_autoencoder", ContrastiveAutoencoderConfig)
+train, evaluate, draw_figures = EXPERIMENT.train, EXPERIMENT.evaluate, EXPERIMENT.draw_figures

@@ -60,7 +60,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 import protokernels
@@ -69,8 +68,9 @@ from ..data.segmentation_views import IntensityConfig, SpatialConfig, View, spat
 from ..data.volumes import SegmentationDataset, slices_of
 from ..models import UNet, UNetEncoder, global_head, local_head
 from ..training import RunFolder, Session, process_count, seed_everything
+from ..training.experiment import Experiment
 from ..training.randomness import derived_seed
-from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
+from ..training.runs import Trial
 from ..training.segmentation import Stages, segmentation_losses
 from ._local_contrast_baselines import MeanTeacher, mixup_losses, tcsm_losses, tcsm_weight
 from ._local_contrast_config import ABLATIONS, METHODS, PAPER_RESULTS, LocalContrastConfig
@@ -253,42 +253,31 @@ def fine_tune(
         after_epoch(epoch)
 
 
-def train(
-    config: LocalContrastConfig,
-    out: str | Path | None = None,
-    *,
-    data_root: str | Path | None = None,
-    download: bool = False,
-    figures: bool = True,
-    settings: RunSettings | None = None,
-    dataset: SegmentationDataset | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Trains, evaluates and draws; one run or several with different seeds.
+class _LocalContrast(Experiment[LocalContrastConfig]):
+    """The three stages, and what else the commands need to know of local contrast."""
 
-    Args:
-        config: usually from :meth:`LocalContrastConfig.preset`.
-        out: folder of the run; default: the first free one of ``runs/local_contrast-<data>-<method>-<preset>``, ``...-2``
-            and so on.
-        data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
-        download: refused: none of these data sets can be fetched without an account or a choice of mirror.
-        figures: draw pictures of the first run.
-        settings: seed, runs, resume, precision, device, quiet; or give these as keywords.
-        dataset: what :func:`load_volumes` returned for this data, fold, split and size, to save loading it again.
+    no_download = "nothing can be downloaded; put the data below --data-root, or use phantoms"
 
-    Returns:
-        The content of ``results.json``, and the run's folder as ``"folder"``.
-    """
-    if download:
-        raise ValueError("local_contrast: nothing can be downloaded; put the data below --data-root, or use phantoms")
-    dataset = dataset or load_volumes(config, data_root)
-    settings = replace(settings or RunSettings(), **more)
-    volumes = stage_volumes(dataset, config)
-    recipe = config.recipe
+    def load(
+        self, config: LocalContrastConfig, data_root: str | Path | None = None, *, download: bool = False
+    ) -> SegmentationDataset:
+        return load_volumes(config, data_root)
 
-    def run_one(run: RunFolder, seed: int, accelerator: Accelerator) -> dict[str, Any]:
+    def folder_name(self, config: LocalContrastConfig) -> str:
+        return f"{self.name}-{Path(config.data).stem}-{config.method}-{config.preset_name}"
+
+    def provenance(self, config: LocalContrastConfig, dataset: SegmentationDataset) -> dict[str, Any]:
+        return provenance(dataset, config)
+
+    def epochs(self, config: LocalContrastConfig, dataset: SegmentationDataset) -> int:
+        count = len(slices_of(stage_volumes(dataset, config)["fine_tune"])[0])
+        return config.stage("fine_tune").plan(count, 0, "").epochs
+
+    def run(self, trial: Trial, config: LocalContrastConfig, dataset: SegmentationDataset) -> dict[str, Any]:
+        run, seed, device = trial.run, trial.seed, trial.accelerator.device
         folder = Path(config.stages) if config.stages else run.path / "stages"
-        stages, device = Stages(run, folder, seed, accelerator, settings), accelerator.device
+        stages = Stages(run, folder, seed, trial.accelerator, trial.settings)
+        volumes, recipe = stage_volumes(dataset, config), config.recipe
         seed_everything(seed)
         backbone = UNet(1, width=config.width, depth=config.depth)  # the same for every method
         summary = {}
@@ -328,55 +317,32 @@ def train(
             fine_tune(images, labels, unlabelled, session, config, Keeper(session, config, dataset).after_epoch)
 
         summary["fine_tune"] = stages.last("fine_tune", model, len(images), config.stage("fine_tune"), loop)
-        if not accelerator.is_main_process:
+        if not trial.is_main_process:
             return {}
         return {**score(load_segmenter(run.path)[0].to(device), dataset, config), "stages": summary}
 
-    count = len(slices_of(volumes["fine_tune"])[0])
-    data = Path(config.data).stem
-    results = train_runs(
-        f"local_contrast-{data}-{config.method}-{config.preset_name}",
-        {"paper": "local_contrast", "config": config.record()},
-        run_one,
-        out=out,
-        settings=settings,
-        provenance=provenance(dataset, config),
-        epochs=config.stage("fine_tune").plan(count, 0, "").epochs,
-    )
-    if figures and results:
-        draw_figures(results["folder"], data_root=data_root, dataset=dataset)
-    return results
+    def load_model(self, run: RunFolder, config: LocalContrastConfig, dataset: SegmentationDataset) -> Segmenter:
+        return load_segmenter(run.path)[0]
+
+    def score_model(
+        self, model: Segmenter, dataset: SegmentationDataset, config: LocalContrastConfig, seed: int
+    ) -> dict[str, Any]:
+        return score(model, dataset, config)
+
+    def draw(
+        self, folder: Path, run: RunFolder, config: LocalContrastConfig, dataset: SegmentationDataset
+    ) -> list[Path]:
+        from ..figures import local_contrast as figures  # matplotlib is not needed for training
+
+        model, pictures, name = self.load_model(run, config, dataset), folder / "figures", config.recipe.title
+        title = f"{name}, {config.preset_name}, {Path(config.data).stem}, {percent(config.labelled)} labelled"
+        volumes, names = dataset.val if config.selection else dataset.test, dataset.class_names
+        paths = figures.draw_curves(pictures, run, (run.results() or {}).get("stages", {}), title=title)
+        overlays, features, seed = pictures / "overlays.png", pictures / "features.png", run.config()["seed"]
+        paths.append(figures.draw_predictions(overlays, {name: model}, volumes, class_names=names, title=title))
+        paths.append(figures.draw_features(features, model, volumes, class_names=names, title=title, seed=seed))
+        return paths
 
 
-def evaluate(folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
-    """Scores the weights that a run, or each of its seeds, kept, and rewrites its ``results.json``."""
-    for run in load_runs(folder):
-        model, config = load_segmenter(run.path)
-        dataset = load_volumes(config, data_root)
-        epochs = (run.results() or {}).get("stages", {}).get("fine_tune", {}).get("epochs", config.fine_tune_epochs)
-        update_results(run, score(model, dataset, config), provenance(dataset, config), epochs=epochs)
-    return write_summary(folder)
-
-
-def draw_figures(
-    folder: str | Path, *, data_root: str | Path | None = None, dataset: SegmentationDataset | None = None
-) -> list[Path]:
-    """Draws the pictures of the first seed of a run into ``figures`` and returns their paths."""
-    from ..figures.local_contrast import draw_curves, draw_features, draw_predictions  # matplotlib is not for training
-
-    run, pictures = load_runs(folder)[0], Path(folder) / "figures"
-    model, config = load_segmenter(run.path)
-    dataset = dataset or load_volumes(config, data_root)
-    volumes, names = dataset.val if config.selection else dataset.test, dataset.class_names
-    title = (
-        f"{config.recipe.title}, {config.preset_name}, {Path(config.data).stem}, {percent(config.labelled)} labelled"
-    )
-    paths = draw_curves(pictures, run, (run.results() or {}).get("stages", {}), title=title)
-    paths.append(
-        draw_predictions(
-            pictures / "overlays.png", {config.recipe.title: model}, volumes, class_names=names, title=title
-        )
-    )
-    seed = run.config()["seed"]
-    paths.append(draw_features(pictures / "features.png", model, volumes, class_names=names, title=title, seed=seed))
-    return paths
+EXPERIMENT = _LocalContrast("local_contrast", LocalContrastConfig)
+train, evaluate, draw_figures = EXPERIMENT.train, EXPERIMENT.evaluate, EXPERIMENT.draw_figures

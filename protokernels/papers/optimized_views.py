@@ -62,24 +62,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import protokernels
 
 from ..data import ImageDataset, Split, to_tensor
 from ..training import Plan, RunFolder, Session, Step, derived_generator, seed_everything
+from ..training.experiment import Experiment
 from ..training.files import read_json_lines, write_json_lines
-from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
-from ..training.scoring import evaluation_splits
+from ..training.runs import Trial
 from ._optimized_views_config import ABLATIONS, PAPER_RESULTS, PARAMETERS, STRATEGIES, OptimizedViewsConfig
 from ._optimized_views_networks import Latents, OptimizedViews, drawn_parameters, frozen, load_model, new_model, still
 from ._optimized_views_report import ablation_tables, compare_views, draw_ablations, results_table
@@ -283,81 +282,79 @@ def drawn(step: Step, session: Session, config: OptimizedViewsConfig) -> Draws:
     return Draws(*(None if value is None else value.to(session.device) for value in values))  # type: ignore[arg-type]
 
 
-def train(
-    config: OptimizedViewsConfig,
-    out: str | Path | None = None,
-    *,
-    data_root: str | Path | None = None,
-    download: bool = False,
-    figures: bool = True,
-    settings: RunSettings | None = None,
-    dataset: ImageDataset | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Trains, evaluates and draws; one run or several with different seeds, each with its own draw of labels.
+class _OptimizedViews(Experiment[OptimizedViewsConfig]):
+    """What the commands need to know of the optimised views beside the alternation."""
 
-    Args:
-        config: usually from :meth:`OptimizedViewsConfig.preset`.
-        out: folder of the run; default: the first free one of ``runs/optimized_views-<data>-<strategy>-<preset>``, ``...-2``
-            and so on.
-        data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
-        download: fetch data that is not there.
-        figures: draw pictures of the first run.
-        settings: seed, runs, resume, precision, device, quiet; or give these as keywords.
-        dataset: what :func:`load_presence` returned, to save loading it again.
+    drop_last = True
 
-    Returns:
-        The content of ``results.json``, and the run's folder as ``"folder"``.
-    """
-    dataset = dataset or load_presence(config.data, data_root, download=download)
-    settings = replace(settings or RunSettings(), **more)
-    new_model(config, dataset.channels)  # a missing weight file is noticed before a folder is made
-    name, test = scored_split(dataset, config)
+    def load(
+        self, config: OptimizedViewsConfig, data_root: str | Path | None = None, *, download: bool = False
+    ) -> ImageDataset:
+        return load_presence(config.data, data_root, download=download)
 
-    def run_one(run: RunFolder, seed: int, accelerator: Accelerator) -> dict[str, Any]:
-        seed_everything(seed)
+    def check(self, config: OptimizedViewsConfig, dataset: ImageDataset) -> None:
+        new_model(config, dataset.channels)  # a missing weight file
+
+    def folder_name(self, config: OptimizedViewsConfig) -> str:
+        return f"{self.name}-{Path(config.data).stem}-{config.strategy}-{config.preset_name}"
+
+    def run(self, trial: Trial, config: OptimizedViewsConfig, dataset: ImageDataset) -> dict[str, Any]:
+        """Every seed draws its own labels."""
+        seed_everything(trial.seed)
         model = new_model(config, dataset.channels)
-        split, _ = evaluation_splits(dataset, config.selection)
-        labelled = labelled_images(split, config, seed)
+        split, (name, test) = self.training_split(dataset, config), scored_split(dataset, config)
+        labelled = labelled_images(split, config, trial.seed)
         rows = torch.arange(len(split)) if config.recipe.loss == "pairs" else torch.as_tensor(labelled)
         untrained = hold_out_scores(model.f, test, config)
-        groups = [{"params": [p for part in model.parts() for p in part.parameters()], "lr": config.learning_rate}]
-        if model.M is not None:
-            groups.append({"params": list(model.M.parameters()), "lr": config.rate_of_m})
-        optimizer = torch.optim.Adam(groups)
-        plan = Plan(len(split), config.epochs, config.batch_size, seed, drop_last=True)
-        scheduler = LambdaLR(optimizer, lambda _epoch: 1.0)
-        session = Session(run, accelerator, model, optimizer, scheduler, plan, settings.resume, settings.quiet)
+        plan = Plan(len(split), config.epochs, config.batch_size, trial.seed, drop_last=True)
+        session = trial.session(model, *self.optimizer(model, config), plan)
 
         def after_epoch(epoch: int) -> None:
             if epoch + 1 in _evaluated_epochs(config):
                 scores = hold_out_scores(model.f, test, config)
                 session.note(**{key: scores[key] for key in ("auc", "auc_std") if key in scores})
-            if model.M is not None and accelerator.is_main_process:
+            if model.M is not None and trial.is_main_process:
                 line = {"epoch": epoch + 1, "counts": parameter_counts(model, test)}
-                before = [each for each in read_json_lines(run.path / CHOSEN) if each["epoch"] <= epoch]
-                write_json_lines(run.path / CHOSEN, [*before, line])
+                before = [each for each in read_json_lines(trial.run.path / CHOSEN) if each["epoch"] <= epoch]
+                write_json_lines(trial.run.path / CHOSEN, [*before, line])
 
         fit(model, split, hidden_labels(split, labelled), rows, session, after_epoch)
-        if not accelerator.is_main_process:
+        if not trial.is_main_process:
             return {}
-        results = score(model, dataset, config, seed)
+        results = score(model, dataset, config, trial.seed)
         results["splits"][name]["untrained"] = untrained
         results["images"]["labelled"] = len(labelled)
         return results
 
-    results = train_runs(
-        f"optimized_views-{Path(config.data).stem}-{config.strategy}-{config.preset_name}",
-        {"paper": "optimized_views", "config": config.record()},
-        run_one,
-        out=out,
-        settings=settings,
-        provenance=dataset.provenance,
-        epochs=config.epochs,
-    )
-    if figures and results:
-        draw_figures(results["folder"], dataset=dataset)
-    return results
+    def optimizer(self, model: OptimizedViews, config: OptimizedViewsConfig) -> tuple[Optimizer, LRScheduler]:
+        groups = [{"params": [p for part in model.parts() for p in part.parameters()], "lr": config.learning_rate}]
+        if model.M is not None:
+            groups.append({"params": list(model.M.parameters()), "lr": config.rate_of_m})
+        optimizer = torch.optim.Adam(groups)
+        return optimizer, LambdaLR(optimizer, lambda _epoch: 1.0)
+
+    def load_model(self, run: RunFolder, config: OptimizedViewsConfig, dataset: ImageDataset) -> OptimizedViews:
+        return load_model(run, dataset.channels)[0]
+
+    def score_again(self, run: RunFolder, config: OptimizedViewsConfig, dataset: ImageDataset) -> dict[str, Any]:
+        """What was known before training, of the untrained f and about labels, stays in the results."""
+        model = self.load_model(run, config, dataset)
+        results, before = score(model, dataset, config, run.config()["seed"]), run.results() or {}
+        name, _ = scored_split(dataset, config)
+        if untrained := before.get("splits", {}).get(name, {}).get("untrained"):
+            results["splits"][name]["untrained"] = untrained
+        return {**results, "images": {**before.get("images", {}), **results["images"]}}
+
+    def draw(self, folder: Path, run: RunFolder, config: OptimizedViewsConfig, dataset: ImageDataset) -> list[Path]:
+        from ..figures.optimized_views import draw  # matplotlib is not needed for training
+
+        model = self.load_model(run, config, dataset)
+        name, split = scored_split(dataset, config)
+        indices, x = examples(split, config)
+        generator = derived_generator(run.config()["seed"], "figures")
+        view, again = (example_views(model.cpu(), x, generator) for _ in range(2))
+        captions = [dataset.class_names[label] for label in split.labels[indices]]
+        return draw(folder, run, name, config, (x, view, again), captions, read_json_lines(run.path / CHOSEN))
 
 
 def _evaluated_epochs(config: OptimizedViewsConfig) -> set[int]:
@@ -365,34 +362,5 @@ def _evaluated_epochs(config: OptimizedViewsConfig) -> set[int]:
     return {round(config.epochs * (index + 1) / number) for index in range(number)}
 
 
-def evaluate(folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
-    """Scores the newest checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
-    for run in load_runs(folder):
-        config = OptimizedViewsConfig.from_dict(run.config()["config"])
-        dataset = load_presence(config.data, data_root)
-        model, config = load_model(run, dataset.channels)
-        results, before = score(model, dataset, config, run.config()["seed"]), run.results() or {}
-        name, _ = scored_split(dataset, config)
-        if untrained := before.get("splits", {}).get(name, {}).get("untrained"):
-            results["splits"][name]["untrained"] = untrained
-        results["images"] = {**before.get("images", {}), **results["images"]}
-        update_results(run, results, dataset.provenance, epochs=config.epochs)
-    return write_summary(folder)
-
-
-def draw_figures(
-    folder: str | Path, *, data_root: str | Path | None = None, dataset: ImageDataset | None = None
-) -> list[Path]:
-    """Draws the pictures of the first seed of a run into ``figures`` and returns their paths."""
-    from ..figures.optimized_views import draw  # matplotlib is not needed for training
-
-    run = load_runs(folder)[0]
-    config = OptimizedViewsConfig.from_dict(run.config()["config"])
-    dataset = dataset or load_presence(config.data, data_root)
-    model, config = load_model(run, dataset.channels)
-    name, split = scored_split(dataset, config)
-    indices, x = examples(split, config)
-    generator = derived_generator(run.config()["seed"], "figures")
-    view, again = (example_views(model.cpu(), x, generator) for _ in range(2))
-    captions = [dataset.class_names[label] for label in split.labels[indices]]
-    return draw(Path(folder), run, name, config, (x, view, again), captions, read_json_lines(run.path / CHOSEN))
+EXPERIMENT = _OptimizedViews("optimized_views", OptimizedViewsConfig)
+train, evaluate, draw_figures = EXPERIMENT.train, EXPERIMENT.evaluate, EXPERIMENT.draw_figures

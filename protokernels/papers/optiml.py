@@ -63,15 +63,13 @@ from torch import Tensor, nn
 
 import protokernels
 
-from ..data import ImageDataset, load_dataset
+from ..data import ImageDataset
 from ..models import mlp_head, pooled
 from ..nn import variance_covariance_loss
-from ..training import derived_generator
-from ..training.runs import RunSettings, load_runs
+from ..training import RunFolder, derived_generator
 from ..training.scoring import evaluation_splits
-from ..training.self_supervised import Method, PretrainingConfig, as_bytes, evaluate_method, load_method, train_method
+from ..training.self_supervised import Method, PretrainingConfig, SelfSupervised, as_bytes
 from ..training.transfer_report import results_table
-from ..training.transfer_scoring import transfer_scores
 
 __all__ = ["ABLATIONS", "CONFIG", "OPTiML", "OPTiMLConfig", "draw_figures", "evaluate", "results_table", "train"]
 
@@ -102,12 +100,8 @@ class OPTiMLConfig(PretrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epsilon", "num_iters", "num_heads", "head_dim", "expander_dim"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"OPTiMLConfig: {name} must be positive; got {getattr(self, name)}")
-        for name in ("alpha", "beta", "eta"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"OPTiMLConfig: {name} must not be negative; got {getattr(self, name)}")
+        self.check_positive("epsilon", "num_iters", "num_heads", "head_dim", "expander_dim")
+        self.check_not_negative("alpha", "beta", "eta")
         if self.gradient == "envelope" and self.value != "entropic":
             raise ValueError(
                 'OPTiMLConfig: gradient "envelope" is that of value "entropic"; got value "transport", whose masses '
@@ -267,61 +261,18 @@ def diagnostics(aligned: Alignment) -> dict[str, Tensor]:
     return {"cost_range": spread.mean(), "positions": entropy.exp().mean(), "marginal_error": error.mean()}
 
 
-def train(
-    config: OPTiMLConfig,
-    out: str | Path | None = None,
-    *,
-    data_root: str | Path | None = None,
-    download: bool = False,
-    figures: bool = True,
-    settings: RunSettings | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Trains, evaluates and draws; one run or several with different seeds.
+class _OPTiML(SelfSupervised[OPTiMLConfig]):
+    """What the commands need to know of OPTiML beside what they know of every method of two views."""
 
-    Args:
-        config: usually from :meth:`OPTiMLConfig.preset`.
-        out: folder of the run; default: the first free one of ``runs/optiml-<data>-<preset>``, ``...-2`` and so on.
-        data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
-        download: fetch data that is not there.
-        figures: draw pictures of the first run.
-        settings: seed, runs, resume, precision, device, quiet; or give these as keywords.
+    def draw(self, folder: Path, run: RunFolder, config: OPTiMLConfig, dataset: ImageDataset) -> list[Path]:
+        from ..figures.optiml import draw  # matplotlib is not needed for training
 
-    Returns:
-        The content of ``results.json``, and the run's folder as ``"folder"``.
-    """
-    results = train_method(
-        "optiml",
-        config,
-        lambda channels: OPTiML(config, channels),
-        transfer_scores,
-        out,
-        data_root=data_root,
-        download=download,
-        settings=settings,
-        **more,
-    )
-    if figures and results:
-        draw_figures(results["folder"], data_root=data_root)
-    return results
+        method = self.load_model(run, config, dataset)
+        assert isinstance(method, OPTiML)
+        split = next(iter(evaluation_splits(dataset, config.selection)[1].values()))
+        generator = derived_generator(run.config()["seed"], "figures")
+        return draw(folder, method, run, as_bytes(split.images[:4]), generator)
 
 
-def evaluate(folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
-    """Scores the newest checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
-    return evaluate_method(folder, OPTiMLConfig, OPTiML, transfer_scores, data_root=data_root)
-
-
-def draw_figures(
-    folder: str | Path, *, data_root: str | Path | None = None, dataset: ImageDataset | None = None
-) -> list[Path]:
-    """Draws the pictures of the first seed of a run into ``figures`` and returns their paths."""
-    from ..figures.optiml import draw  # matplotlib is not needed for training
-
-    run = load_runs(folder)[0]
-    config = OPTiMLConfig.from_dict(run.config()["config"])
-    dataset = dataset or load_dataset(config.data, data_root)
-    method = load_method(run, OPTiML(config, dataset.channels))
-    assert isinstance(method, OPTiML)
-    split = next(iter(evaluation_splits(dataset, config.selection)[1].values()))
-    generator = derived_generator(run.config()["seed"], "figures")
-    return draw(Path(folder), method, run, as_bytes(split.images[:4]), generator)
+EXPERIMENT = _OPTiML("optiml", OPTiMLConfig, OPTiML)
+train, evaluate, draw_figures = EXPERIMENT.train, EXPERIMENT.evaluate, EXPERIMENT.draw_figures

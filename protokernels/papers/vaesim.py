@@ -43,32 +43,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
-from ..data import ImageDataset, Split, load_dataset, to_tensor
+from ..data import ImageDataset, Split, to_tensor
 from ..data.augmentations import Augmentation, augment
 from ..evaluation import EvaluationConfig, Representation
 from ..models import NetworkName, build_networks
 from ..nn import LinearTemperature, Prototypes
-from ..training import (
-    Plan,
-    RunFolder,
-    Session,
-    derived_generator,
-    gather_batch,
-    preferred_layout,
-    process_count,
-    seed_everything,
-)
-from ..training.runs import RunSettings, load_runs, train_runs, update_results, write_summary
+from ..training import RunFolder, Session, derived_generator, gather_batch, process_count
+from ..training.configuration import RunConfig
+from ..training.experiment import Experiment, training_images
 from ..training.scoring import evaluation_splits, score
 from ._vaesim_published import paper_results
 
@@ -80,12 +72,10 @@ PAPER_RESULTS = paper_results(
 
 
 @dataclass(frozen=True)
-class VAESimConfig:
+class VAESimConfig(RunConfig):
     """Everything a result depends on, apart from seed, precision and hardware. The presets fill it in for a data
     set."""
 
-    data: str = "digits"
-    preset_name: str = "custom"  # where the values started from; kept with the results
     networks: NetworkName = "small"
     image_size: int = 32  # pixels; images are resized to it; a multiple of 8
     latent_dim: int = 32  # q in the paper
@@ -110,17 +100,13 @@ class VAESimConfig:
 
     def __post_init__(self) -> None:
         sizes = ("image_size", "latent_dim", "num_prototypes", "epochs", "batch_size", "knn_k")
-        for name in (*sizes, "prior_std", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"VAESimConfig: {name} must be positive; got {getattr(self, name)}")
+        self.check_positive(*sizes, "prior_std", "learning_rate")
         if self.num_prototypes > self.batch_size:
             raise ValueError(
                 "VAESimConfig: prototypes start as samples of the first batch, so batch_size must be at least "
                 f"num_prototypes; got {self.batch_size} and {self.num_prototypes}"
             )
-        for name in ("beta", "ortho_weight", "ortho_step"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"VAESimConfig: {name} must not be negative; got {getattr(self, name)}")
+        self.check_not_negative("beta", "ortho_weight", "ortho_step")
 
     @classmethod
     def preset(cls, name: PresetName = "fair", data: str = "digits", **changes: Any) -> VAESimConfig:
@@ -130,17 +116,6 @@ class VAESimConfig:
             raise ValueError(f"VAESimConfig.preset: expected one of {', '.join(get_args(PresetName))}; got {name!r}")
         base = cls(data=data, preset_name=name, **_PRESETS[name], **_FOR_DATA[name].get(data, _FOR_DATA[name]["*"]))
         return replace(base, **changes)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> VAESimConfig:
-        """The configuration in a run folder; ``ValueError`` for fields this version does not know."""
-        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"VAESimConfig: unknown fields {', '.join(unknown)}; "
-                "the run was written by another version of protokernels"
-            )
-        return cls(**values)
 
 
 CONFIG = VAESimConfig  # the name under which the command line finds it
@@ -320,105 +295,43 @@ def represent(model: VAESim, split: Split, config: VAESimConfig, *, name: str, s
     return Representation(z.cpu(), torch.as_tensor(split.labels), model.prototypes.assign(z).cpu())
 
 
-def score_model(model: VAESim, dataset: ImageDataset, config: VAESimConfig, seed: int) -> dict[str, Any]:
-    """The protocols of section 3.4 on every set of the data."""
-    results = score(
-        lambda split, name: represent(model, split, config, name=name, seed=seed),
-        dataset,
-        EvaluationConfig(knn_k=config.knn_k, linear_protocol=config.linear_protocol),
-        num_clusters=config.num_prototypes,
-        selection=config.selection,
-        seed=seed,
-    )
-    return {**results, "protocol": {"embedding": config.embedding, **results["protocol"]}}
+class _VAESim(Experiment[VAESimConfig]):
+    """What the commands need to know of VAESim beside Algorithm 1."""
 
+    def new_model(self, config: VAESimConfig, dataset: ImageDataset) -> VAESim:
+        return VAESim(config, dataset.channels)
 
-def train(
-    config: VAESimConfig,
-    out: str | Path | None = None,
-    *,
-    data_root: str | Path | None = None,
-    download: bool = False,
-    figures: bool = True,
-    settings: RunSettings | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Trains, evaluates and draws; one run or several with different seeds.
-
-    Args:
-        config: usually from :meth:`VAESimConfig.preset`.
-        out: folder of the run; default: the first free one of ``runs/vaesim-<data>-<preset>``, ``...-2`` and so on.
-        data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
-        download: fetch data that is not there.
-        figures: draw pictures of the first run.
-        settings: seed, runs, resume, precision, device, quiet; or give these as keywords.
-
-    Returns:
-        The content of ``results.json``, and the run's folder as ``"folder"``.
-    """
-    dataset = load_dataset(config.data, data_root, download=download)
-    settings = replace(settings or RunSettings(), **more)
-
-    def run_one(run: RunFolder, seed: int, accelerator: Accelerator) -> dict[str, Any]:
-        seed_everything(seed)
-        layout = preferred_layout(accelerator)
-        model = VAESim(config, dataset.channels)
-        nn.Module.to(model, memory_format=layout)  # type: ignore[call-overload]
+    def optimizer(self, model: VAESim, config: VAESimConfig) -> tuple[Optimizer, LRScheduler]:
         optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-        scheduler: LRScheduler = StepLR(optimizer, step_size=20, gamma=0.2)
         if config.schedule == "cosine":
-            scheduler = CosineAnnealingLR(optimizer, T_max=config.epochs)
-        split, _ = evaluation_splits(dataset, config.selection)
-        images = to_tensor(split.images, size=config.image_size).to(accelerator.device, memory_format=layout)
-        plan = Plan(count=len(images), epochs=config.epochs, batch_size=config.batch_size, seed=seed)
-        session = Session(run, accelerator, model, optimizer, scheduler, plan, settings.resume, settings.quiet)
-        fit(model, images, session, config)
-        return score_model(model, dataset, config, seed) if accelerator.is_main_process else {}
+            return optimizer, CosineAnnealingLR(optimizer, T_max=config.epochs)
+        return optimizer, StepLR(optimizer, step_size=20, gamma=0.2)
 
-    name = f"vaesim-{Path(config.data).stem}-{config.preset_name}"
-    record = {"paper": "vaesim", "config": asdict(config)}
-    results = train_runs(
-        name, record, run_one, out=out, settings=settings, provenance=dataset.provenance, epochs=config.epochs
-    )
-    if figures and results:
-        draw_figures(results["folder"], dataset=dataset)
-    return results
+    def fit_split(self, model: VAESim, split: Split, session: Session, config: VAESimConfig) -> None:
+        fit(model, training_images(split, config.image_size, session), session, config)
 
+    def score_model(self, model: VAESim, dataset: ImageDataset, config: VAESimConfig, seed: int) -> dict[str, Any]:
+        """The protocols of section 3.4 on every set of the data."""
+        results = score(
+            lambda split, name: represent(model, split, config, name=name, seed=seed),
+            dataset,
+            EvaluationConfig(knn_k=config.knn_k, linear_protocol=config.linear_protocol),
+            num_clusters=config.num_prototypes,
+            selection=config.selection,
+            seed=seed,
+        )
+        return {**results, "protocol": {"embedding": config.embedding, **results["protocol"]}}
 
-def load_model(run: RunFolder, channels: int) -> tuple[VAESim, VAESimConfig]:
-    """The model of the newest sound checkpoint of a run, in evaluation mode, with its configuration."""
-    config = VAESimConfig.from_dict(run.config()["config"])
-    state = run.checkpoints.load()
-    if state is None:
-        raise FileNotFoundError(f"{run.path} has no checkpoint yet; continue the run with --resume")
-    model = VAESim(config, channels)
-    model.load_state_dict(state["model"])
-    model.prototypes.progress = 1.0
-    return model.eval(), config
+    def draw(self, folder: Path, run: RunFolder, config: VAESimConfig, dataset: ImageDataset) -> list[Path]:
+        from ..figures.vaesim import draw  # matplotlib is not needed for training
 
-
-def evaluate(folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
-    """Scores the newest checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
-    for run in load_runs(folder):
-        dataset = load_dataset(VAESimConfig.from_dict(run.config()["config"]).data, data_root)
-        model, config = load_model(run, dataset.channels)
-        scores = score_model(model, dataset, config, run.config()["seed"])
-        update_results(run, scores, dataset.provenance, epochs=config.epochs)
-    return write_summary(folder)
+        model = self.load_model(run, config, dataset)
+        name, split = next(iter(evaluation_splits(dataset, config.selection)[1].items()))
+        shown = represent(model, split, config, name=name, seed=run.config()["seed"])
+        images = to_tensor(split.images[:10], size=config.image_size)
+        classes = dataset.class_names
+        return draw(folder / "figures", model, config, run, images, shown, split_name=name, class_names=classes)
 
 
-def draw_figures(
-    folder: str | Path, *, data_root: str | Path | None = None, dataset: ImageDataset | None = None
-) -> list[Path]:
-    """Draws the pictures of the first seed of a run into ``figures`` and returns their paths."""
-    from ..figures.vaesim import draw  # matplotlib is not needed for training
-
-    run = load_runs(folder)[0]
-    dataset = dataset or load_dataset(VAESimConfig.from_dict(run.config()["config"]).data, data_root)
-    model, config = load_model(run, dataset.channels)
-    name, split = next(iter(evaluation_splits(dataset, config.selection)[1].items()))
-    shown = represent(model, split, config, name=name, seed=run.config()["seed"])
-    images = to_tensor(split.images[:10], size=config.image_size)
-    return draw(
-        Path(folder) / "figures", model, config, run, images, shown, split_name=name, class_names=dataset.class_names
-    )
+EXPERIMENT = _VAESim("vaesim", VAESimConfig)
+train, evaluate, draw_figures = EXPERIMENT.train, EXPERIMENT.evaluate, EXPERIMENT.draw_figures

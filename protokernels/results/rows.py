@@ -13,6 +13,7 @@ from ..training.summary import summarize_runs
 from .finished import FinishedRun
 
 ResultRow = dict[str, Any]
+AS_IN_ROW = "as_in_row"  # in a file, instead of data that an earlier row has as well: the number of that row
 
 
 def grouped(
@@ -80,7 +81,7 @@ def read_rows(path: Path) -> list[ResultRow]:
     rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "splits" in row for row in rows):
         raise ValueError(f"{path} holds no rows of results; expected a list of objects with splits")
-    return rows
+    return [_with_data(row, rows) for row in rows]
 
 
 def merged(before: Sequence[ResultRow], now: Sequence[ResultRow], key: Callable[[ResultRow], Any]) -> list[ResultRow]:
@@ -96,5 +97,28 @@ def update_rows(path: Path, change: Callable[[list[ResultRow]], list[ResultRow]]
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_name(f"{path.name}.lock")):
         rows = change(read_rows(path) if path.exists() else [])
-        write_bytes(path, (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode())
+        short = [_without_repetition(row, rows) for row in rows]
+        write_bytes(path, (json.dumps(short, indent=1, allow_nan=False) + "\n").encode())
     return rows
+
+
+def _data_of(row: ResultRow) -> Any:
+    """Where a row's images came from: with a name for every file, most of a row of volumes."""
+    return row.get("environment", {}).get("data")
+
+
+def _without_repetition(row: ResultRow, rows: Sequence[ResultRow]) -> ResultRow:
+    """``row`` as it is written: data that an earlier row has as well is that row's number, ``{"as_in_row": 0}``."""
+    data = _data_of(row)
+    first = next(index for index, other in enumerate(rows) if _data_of(other) == data)
+    if not data or rows[first] is row:
+        return row
+    return {**row, "environment": {**row["environment"], "data": {AS_IN_ROW: first}}}
+
+
+def _with_data(row: ResultRow, rows: Sequence[ResultRow]) -> ResultRow:
+    """The opposite of :func:`_without_repetition`."""
+    data = _data_of(row)
+    if not isinstance(data, dict) or AS_IN_ROW not in data:
+        return row
+    return {**row, "environment": {**row["environment"], "data": _data_of(rows[data[AS_IN_ROW]])}}

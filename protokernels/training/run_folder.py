@@ -80,6 +80,13 @@ class RunFolder:
             )
         return run
 
+    def checkpoint(self) -> dict[str, Any]:
+        """The newest sound checkpoint; ``FileNotFoundError`` where there is none yet."""
+        state = self.checkpoints.load()
+        if state is None:
+            raise FileNotFoundError(f"{self.path} has no checkpoint yet; continue the run with --resume")
+        return state
+
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
         value = read_json(self.path / "config.json")

@@ -12,14 +12,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from .run_folder import RunFolder, next_free_folder
-from .session import Precision, make_accelerator
+from .session import Plan, Precision, Session, make_accelerator, preferred_layout
 from .summary import summarize_runs
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -40,22 +45,49 @@ class RunSettings:
             )
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One seed of a configuration: what it needs to be trained."""
+
+    run: RunFolder
+    seed: int
+    accelerator: Accelerator
+    settings: RunSettings
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes the results."""
+        main: bool = self.accelerator.is_main_process
+        return main
+
+    def in_layout(self, model: Model) -> Model:
+        """``model`` in the layout that convolutions prefer on this device and in this precision."""
+        layout = preferred_layout(self.accelerator)
+        nn.Module.to(model, memory_format=layout)  # type: ignore[call-overload]
+        return model
+
+    def session(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, plan: Plan) -> Session:
+        """The session that trains ``model``; see :class:`Session`."""
+        settings = self.settings
+        return Session(self.run, self.accelerator, model, optimizer, scheduler, plan, settings.resume, settings.quiet)
+
+
 def train_runs(
     name: str,
     record: dict[str, Any],
-    run_one: Callable[[RunFolder, int, Accelerator], dict[str, Any]],
+    run_one: Callable[[Trial], dict[str, Any]],
     *,
     out: str | Path | None,
     settings: RunSettings,
     provenance: dict[str, Any],
     epochs: int,
 ) -> dict[str, Any]:
-    """Calls ``run_one(run, seed, accelerator)`` for every seed and writes what it returns, then the summary.
+    """Calls ``run_one`` for every seed and writes what it returns, then the summary.
 
     Args:
         name: of the default folder, ``runs/<name>``.
         record: paper and configuration, for ``config.json``.
-        run_one: trains and scores one run; its result counts on the main process.
+        run_one: trains and scores one seed; its result counts on the main process.
         out: the folder, or ``None`` for the first free default.
         settings: seeds, precision and so on.
         provenance: of the data, with its warnings; goes to ``environment.json`` and the results.
@@ -82,7 +114,7 @@ def train_runs(
                 device=str(accelerator.device), precision=settings.precision, data=_as_json(provenance)
             )
         started = time.perf_counter()
-        results = run_one(run, seed, accelerator)
+        results = run_one(Trial(run, seed, accelerator, settings))
         if accelerator.is_main_process:
             seconds = round(time.perf_counter() - started, 1)
             update_results(run, {**results, "seconds_since_resume": seconds}, provenance, epochs=epochs)

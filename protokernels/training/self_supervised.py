@@ -2,44 +2,41 @@
 """One loop for all methods that learn from two views of an image: their settings, optimiser, checkpoints, run folders.
 
 A method is a :class:`Method`: a module with an ``encoder``, whose ``forward`` takes the two views and returns its losses.
-What it learns is the encoder; ``score`` says how that is judged.
+What it learns is the encoder, which is judged by :func:`protokernels.training.transfer_scoring.transfer_scores`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ..data import ImageDataset, ViewConfig, load_dataset, two_views
+from ..data import ImageDataset, Split, ViewConfig, two_views
 from ..evaluation import TransferProtocol
 from ..models import ResNet18, Stem
+from .configuration import RunConfig
+from .experiment import Experiment
 from .optimizers import OptimizerName, make_optimizer, warmup_cosine
-from .randomness import seed_everything
 from .run_folder import RunFolder
-from .runs import RunSettings, load_runs, train_runs, update_results, write_summary
-from .scoring import evaluation_splits
-from .session import Plan, Session
+from .runs import Trial
+from .session import Session
+from .transfer_scoring import transfer_scores
 
 PretrainingPreset = Literal["paper", "fair"]
 Config = TypeVar("Config", bound="PretrainingConfig")
-Score = Callable[[ResNet18, ImageDataset, Any, int], dict[str, Any]]  # encoder, data, configuration, seed -> results
 
 
 @dataclass(frozen=True)
-class PretrainingConfig:
+class PretrainingConfig(RunConfig):
     """What every method has: encoder, views, optimisation. A method's own dataclass inherits it and adds its own
     fields; its presets go into ``PRESETS``."""
 
-    data: str = "digits"
-    preset_name: str = "custom"  # where the values started from; kept with the results
     image_size: int = 112  # pixels of a view
     stem: Stem = "imagenet"  # first layers of the encoder; "small" keeps the resolution
     width: int = 16  # channels of the encoder's first stage; 64 is ResNet18
@@ -60,9 +57,7 @@ class PretrainingConfig:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # preset -> a method's own fields
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "width", "last_stride", "batch_size", "crop_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{type(self).__name__}: {name} must be positive; got {getattr(self, name)}")
+        self.check_positive("image_size", "width", "last_stride", "batch_size", "crop_scale")
         if not self.learning_rate > 0 or not self.weight_decay >= 0:
             raise ValueError(
                 f"{type(self).__name__}: learning_rate must be positive and weight_decay not negative; got "
@@ -84,18 +79,6 @@ class PretrainingConfig:
             )
         common = _PRESETS[name] | (_DIGITS if data == "digits" else {})
         return cls(**{"data": data, "preset_name": name, **common, **cls.PRESETS.get(name, {}), **changes})
-
-    @classmethod
-    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
-        """The configuration in a run folder; ``ValueError`` for fields this version does not know."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            raise ValueError(
-                f"{cls.__name__}: unknown fields {', '.join(unknown)}; "
-                "the run was written by another version of protokernels"
-            )
-        restored: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**restored)
 
     def views(self) -> ViewConfig:
         """The random transformations."""
@@ -193,105 +176,65 @@ def pretrain(method: Method, images: Tensor, session: Session, views: ViewConfig
                 processes=step.processes,
                 batch=step.batch,
             )
-            losses = session.model(_fast_layout(first), _fast_layout(second))
+            losses = session.model(*(view.contiguous(memory_format=torch.channels_last) for view in (first, second)))
             session.optimise(losses["loss"], step)
             method.after_step(step.progress)
             session.record(step, **losses)
 
 
-def train_method(
-    name: str,
-    config: PretrainingConfig,
-    build: Callable[[int], Method],
-    score: Score,
-    out: str | Path | None = None,
-    *,
-    data_root: str | Path | None = None,
-    download: bool = False,
-    settings: RunSettings | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Trains and scores a method; one run or several with different seeds.
+class SelfSupervised(Experiment[Config]):
+    """A method as the command line sees it: :func:`pretrain`, and then its encoder is judged by :func:`transfer_scores`.
 
     Args:
-        name: of the paper or baseline, as on the command line.
-        config: see :class:`PretrainingConfig`.
-        build: makes the method for a number of image channels; called after the seed is set, encoder first, so that
-            all methods start from the same encoder.
-        score: (encoder, data, config, seed) -> results with ``"splits"``, ``"images"`` and ``"protocol"``.
-        out: folder of the run; default: the first free one of ``runs/<name>-<data>-<preset>``, ``...-2`` and so on.
-        data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
-        download: fetch data that is not there.
-        settings: seed, runs, resume, precision, device, quiet; or give these as keywords.
-
-    Returns:
-        The content of ``results.json``, and the run's folder as ``"folder"``.
+        name: of its module.
+        config: its dataclass.
+        build: (configuration, image channels) -> method; encoder first, so that all methods start from the same encoder.
     """
-    dataset = load_dataset(config.data, data_root, download=download)
-    settings = replace(settings or RunSettings(), **more)
-    config.make_encoder(dataset.channels)  # a missing weight file is noticed before a folder is made
 
-    def run_one(run: RunFolder, seed: int, accelerator: Accelerator) -> dict[str, Any]:
-        seed_everything(seed)
-        method = build(dataset.channels)
-        nn.Module.to(method, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    drop_last = True
+
+    def __init__(self, name: str, config: type[Config], build: Callable[[Any, int], Method]) -> None:
+        super().__init__(name, config)
+        self.build = build
+
+    def check(self, config: Any, dataset: ImageDataset) -> None:
+        config.make_encoder(dataset.channels)  # a missing weight file
+
+    def new_model(self, config: Any, dataset: ImageDataset) -> Method:
+        return self.build(config, dataset.channels)
+
+    def start(self, trial: Trial, config: Any, dataset: ImageDataset) -> Method:
+        return in_fast_layout(self.new_model(config, dataset))
+
+    def optimizer(self, model: Method, config: Any) -> tuple[Optimizer, LRScheduler]:
         optimizer = make_optimizer(
-            method, config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+            model, config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay
         )
-        scheduler = LambdaLR(optimizer, warmup_cosine(config.epochs, config.warmup_epochs))
-        split, _ = evaluation_splits(dataset, config.selection)
-        images = as_bytes(split.images).to(accelerator.device)
-        plan = Plan(len(images), config.epochs, config.batch_size, seed, drop_last=True)
-        session = Session(run, accelerator, method, optimizer, scheduler, plan, settings.resume, settings.quiet)
-        pretrain(method, images, session, config.views())
-        return score(method.encoder.eval(), dataset, config, seed) if accelerator.is_main_process else {}
+        return optimizer, LambdaLR(optimizer, warmup_cosine(config.epochs, config.warmup_epochs))
 
-    record = {"paper": name, "config": asdict(config)}
-    return train_runs(
-        f"{name}-{Path(config.data).stem}-{config.preset_name}",
-        record,
-        run_one,
-        out=out,
-        settings=settings,
-        provenance=dataset.provenance,
-        epochs=config.epochs,
-    )
+    def fit_split(self, model: Method, split: Split, session: Session, config: Any) -> None:
+        pretrain(model, as_bytes(split.images).to(session.device), session, config.views())
+
+    def load_model(self, run: RunFolder, config: Any, dataset: ImageDataset) -> Method:
+        return load_method(run, self.new_model(config, dataset))
+
+    def score_model(self, model: Method, dataset: ImageDataset, config: Any, seed: int) -> dict[str, Any]:
+        return transfer_scores(model.encoder.eval(), dataset, config, seed)
 
 
 def load_method(run: RunFolder, method: Method) -> Method:
     """``method`` with the state of the newest sound checkpoint of a run, in evaluation mode."""
-    state = run.checkpoints.load()
-    if state is None:
-        raise FileNotFoundError(f"{run.path} has no checkpoint yet; continue the run with --resume")
-    method.load_state_dict(state["model"])
+    method.load_state_dict(run.checkpoint()["model"])
+    return in_fast_layout(method).eval()
+
+
+def in_fast_layout(method: Method) -> Method:
+    """Channels last, which this encoder's convolutions prefer in every precision, on the CPU by a quarter."""
     nn.Module.to(method, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return method.eval()
-
-
-def evaluate_method(
-    folder: str | Path,
-    config_type: type[PretrainingConfig],
-    build: Callable[[Any, int], Method],  # configuration, channels
-    score: Score,
-    *,
-    data_root: str | Path | None = None,
-) -> dict[str, Any]:
-    """Scores the newest checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
-    for run in load_runs(folder):
-        config = config_type.from_dict(run.config()["config"])
-        dataset = load_dataset(config.data, data_root)
-        method = load_method(run, build(config, dataset.channels))
-        results = score(method.encoder, dataset, config, run.config()["seed"])
-        update_results(run, results, dataset.provenance, epochs=config.epochs)
-    return write_summary(folder)
+    return method
 
 
 def as_bytes(images: np.ndarray) -> Tensor:  # [N, H, W] or [N, H, W, 3] uint8 -> [N, C, H, W] uint8
     """Images as the views take them: a quarter of the memory of floating point."""
     values = torch.as_tensor(images)
     return values[:, None] if values.ndim == 3 else values.permute(0, 3, 1, 2)
-
-
-def _fast_layout(images: Tensor) -> Tensor:
-    """Channels last, which this encoder's convolutions prefer in every precision, on the CPU by a quarter."""
-    return images.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: MIT
+"""What ``protokernels train``, ``evaluate`` and ``figures`` do for a paper or a baseline.
+
+:class:`Experiment` has the steps that all of them take. A paper inherits it, says what differs, and offers its three functions
+under its own name:
+
+    class _VAESim(Experiment[VAESimConfig]):
+        def new_model(self, config, dataset): ...
+        def optimizer(self, model, config): ...
+        def fit_split(self, model, split, session, config): ...  # the loop over epochs and steps: the paper's algorithm
+        def score_model(self, model, dataset, config, seed): ...
+        def draw(self, folder, run, config, dataset): ...
+
+    EXPERIMENT = _VAESim("vaesim", VAESimConfig)
+    train, evaluate, draw_figures = EXPERIMENT.train, EXPERIMENT.evaluate, EXPERIMENT.draw_figures
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..data import Split, load_dataset, to_tensor
+from .configuration import Config
+from .randomness import seed_everything
+from .run_folder import RunFolder
+from .runs import RunSettings, Trial, load_runs, train_runs, update_results, write_summary
+from .scoring import evaluation_splits
+from .session import Plan, Session, preferred_layout
+
+
+class Experiment(Generic[Config]):
+    """One paper or baseline as the command line sees it.
+
+    Args:
+        name: of its module.
+        config: its dataclass.
+    """
+
+    drop_last = False  # leave out a last batch that is smaller than the others
+    no_download = ""  # why data cannot be fetched, where it cannot
+
+    def __init__(self, name: str, config: type[Config]) -> None:
+        self.name, self.CONFIG = name, config
+
+    def train(
+        self,
+        config: Config,
+        out: str | Path | None = None,
+        *,
+        data_root: str | Path | None = None,
+        download: bool = False,
+        figures: bool = True,
+        settings: RunSettings | None = None,
+        dataset: Any = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Trains, evaluates and draws; one run or several with different seeds.
+
+        Args:
+            config: usually from ``CONFIG.preset``.
+            out: folder of the run; default: the first free one of ``runs/<name>-<data>-<preset>``, ``...-2`` and so on. Local contrast
+                puts its method before the preset, optimised views their strategy; a network without weights is called random.
+            data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
+            download: fetch data that is not there.
+            figures: draw pictures of the first run.
+            settings: seed, runs, resume, precision, device, quiet; or give these as keywords.
+            dataset: the data of ``config``, to save loading it again.
+
+        Returns:
+            The content of ``results.json``, and the run's folder as ``"folder"``; on processes other than the main one an empty
+            dictionary.
+        """
+        if download and self.no_download:
+            raise ValueError(f"{self.name}: {self.no_download}")
+        dataset = dataset or self.load(config, data_root, download=download)
+        settings = replace(settings or RunSettings(), **more)
+        self.check(config, dataset)
+        results = train_runs(
+            self.folder_name(config),
+            {"paper": self.name, "config": config.record()},
+            lambda trial: self.run(trial, config, dataset),
+            out=out,
+            settings=settings,
+            provenance=self.provenance(config, dataset),
+            epochs=self.epochs(config, dataset),
+        )
+        if figures and results:
+            self.draw_figures(results["folder"], data_root=data_root, dataset=dataset)
+        return results
+
+    def evaluate(self, folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
+        """Scores the newest checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
+        for run in load_runs(folder):
+            config = self.config_of(run)
+            dataset = self.load(config, data_root)
+            scores = self.score_again(run, config, dataset)
+            update_results(run, scores, self.provenance(config, dataset), epochs=self.epochs(config, dataset))
+        return write_summary(folder)
+
+    def draw_figures(
+        self, folder: str | Path, *, data_root: str | Path | None = None, dataset: Any = None
+    ) -> list[Path]:
+        """Draws the pictures of the first seed of a run into ``figures`` and returns their paths."""
+        run = load_runs(folder)[0]
+        config = self.config_of(run)
+        return self.draw(Path(folder), run, config, dataset or self.load(config, data_root))
+
+    # What a paper says of itself. These have to be given:
+
+    def new_model(self, config: Any, dataset: Any) -> Any:
+        """The model before training; all random numbers come from torch's global generator."""
+        raise NotImplementedError
+
+    def optimizer(self, model: Any, config: Any) -> tuple[Optimizer, LRScheduler]:
+        """The optimiser, and the schedule that is stepped after every epoch."""
+        raise NotImplementedError
+
+    def fit_split(self, model: Any, split: Split, session: Session, config: Any) -> None:
+        """The loop over epochs and steps."""
+        raise NotImplementedError
+
+    def score_model(self, model: Any, dataset: Any, config: Any, seed: int) -> dict[str, Any]:
+        """What goes into ``results.json``: ``"splits"``, ``"images"``, ``"protocol"`` and whatever else."""
+        raise NotImplementedError
+
+    def draw(self, folder: Path, run: RunFolder, config: Any, dataset: Any) -> list[Path]:
+        """Draws into ``folder / "figures"`` and returns the paths."""
+        raise NotImplementedError
+
+    # These hold for most:
+
+    def load(self, config: Any, data_root: str | Path | None = None, *, download: bool = False) -> Any:
+        """The data of a configuration."""
+        return load_dataset(config.data, data_root, download=download)
+
+    def check(self, config: Any, dataset: Any) -> None:
+        """Raises for what does not fit or is missing (a file of weights), before a folder is made."""
+
+    def title(self, config: Any) -> str:
+        """The method's name in folders and figures."""
+        return self.name
+
+    def folder_name(self, config: Any) -> str:
+        """Of the default folder."""
+        return f"{self.title(config)}-{Path(config.data).stem}-{config.preset_name}"
+
+    def epochs(self, config: Any, dataset: Any) -> int:
+        """How many a finished run has."""
+        count: int = config.epochs
+        return count
+
+    def provenance(self, config: Any, dataset: Any) -> dict[str, Any]:
+        """Where the data came from, and ``"warnings"``."""
+        found: dict[str, Any] = dataset.provenance
+        return found
+
+    def training_split(self, dataset: Any, config: Any) -> Split:
+        """The images that are trained on."""
+        return evaluation_splits(dataset, config.selection)[0]
+
+    def start(self, trial: Trial, config: Any, dataset: Any) -> Any:
+        """The model that a run begins with, in the layout that its convolutions prefer."""
+        return trial.in_layout(self.new_model(config, dataset))
+
+    def run(self, trial: Trial, config: Any, dataset: Any) -> dict[str, Any]:
+        """Trains and scores one seed. What it returns counts on the main process."""
+        seed_everything(trial.seed)
+        model = self.start(trial, config, dataset)
+        split = self.training_split(dataset, config)
+        epochs = self.epochs(config, dataset)
+        plan = Plan(len(split), epochs, config.batch_size, trial.seed, drop_last=self.drop_last)
+        session = trial.session(model, *self.optimizer(model, config), plan)
+        self.fit_split(model, split, session, config)
+        return self.score_model(model, dataset, config, trial.seed) if trial.is_main_process else {}
+
+    def config_of(self, run: RunFolder) -> Any:
+        """The configuration in a run folder."""
+        return self.CONFIG.from_dict(run.config()["config"])
+
+    def load_model(self, run: RunFolder, config: Any, dataset: Any) -> Any:
+        """The model of the newest sound checkpoint of a run, in evaluation mode."""
+        state = run.checkpoint()
+        model: nn.Module = self.new_model(config, dataset)
+        model.load_state_dict(state["model"])
+        return model.eval()
+
+    def score_again(self, run: RunFolder, config: Any, dataset: Any) -> dict[str, Any]:
+        """:meth:`score_model` for the newest checkpoint of a run."""
+        model = self.load_model(run, config, dataset)
+        return self.score_model(model, dataset, config, run.config()["seed"])
+
+
+def training_images(split: Split, size: int, session: Session) -> Tensor:  # -> [N, C, S, S] in [0, 1]
+    """All images of a split, resized, on the device and in the layout of the model."""
+    images = to_tensor(split.images, size=size)
+    return images.to(session.device, memory_format=preferred_layout(session.accelerator))

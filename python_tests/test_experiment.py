@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""What all papers and baselines share around their algorithms, on an experiment that trains two numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
+
+from protokernels.data import ImageDataset, Split, load_dataset
+from protokernels.training import RunFolder, Session
+from protokernels.training.configuration import RunConfig
+from protokernels.training.experiment import Experiment, training_images
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Of :class:`Brightness`."""
+
+    epochs: int = 2
+    batch_size: int = 500
+    decay: float = 0.0
+    widths: tuple[int, ...] = (1,)
+    selection: bool = False
+
+    def __post_init__(self) -> None:
+        self.check_positive("epochs", "batch_size")
+        self.check_not_negative("decay")
+
+
+class Brightness(Experiment[Config]):
+    """Learns the mean brightness of the images."""
+
+    def __init__(self) -> None:
+        super().__init__("brightness", Config)
+        self.loaded = 0
+
+    def load(self, config: Config, data_root: str | Path | None = None, *, download: bool = False) -> ImageDataset:
+        self.loaded += 1
+        return load_dataset(config.data, data_root, download=download)
+
+    def check(self, config: Config, dataset: ImageDataset) -> None:
+        if dataset.channels != 1:
+            raise ValueError("one channel")
+
+    def new_model(self, config: Config, dataset: ImageDataset) -> nn.Module:
+        return nn.Linear(1, 1)
+
+    def optimizer(self, model: nn.Module, config: Config) -> tuple[Optimizer, LRScheduler]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return optimizer, LambdaLR(optimizer, lambda epoch: 1.0)
+
+    def fit_split(self, model: nn.Module, split: Split, session: Session, config: Config) -> None:
+        images = training_images(split, 8, session)
+        for _ in session.epochs():
+            for step in session.steps():
+                brightness = images[step.indices].mean(dim=(1, 2, 3))[:, None]
+                loss = (session.model(torch.zeros_like(brightness)) - brightness).square().mean()
+                session.optimise(loss, step)
+                session.record(step, loss=loss)
+
+    def score_model(self, model: nn.Module, dataset: ImageDataset, config: Config, seed: int) -> dict[str, Any]:
+        weight, bias = (float(value.detach().sum()) for value in model.parameters())
+        return {"splits": {"test": {"bias": bias, "weight": weight, "seed": seed}}, "images": {}, "protocol": {}}
+
+    def draw(self, folder: Path, run: RunFolder, config: Config, dataset: ImageDataset) -> list[Path]:
+        (folder / "figures").mkdir(exist_ok=True)
+        path = folder / "figures" / f"{run.config()['seed']}-{len(dataset.test)}.png"
+        path.touch()
+        return [path]
+
+
+class TestExperiment:
+    def test_train_evaluate_and_draw(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        experiment = Brightness()
+        results = experiment.train(Config(preset_name="mine"), runs=2, seed=3, quiet=True, device="cpu")
+        assert results["folder"] == "runs/brightness-digits-mine" and results["seeds"] == [3, 4] and results["complete"]
+        assert experiment.loaded == 1  # for training, scores and figures
+        run = RunFolder.open(Path(results["folder"]) / "seed-4")
+        assert run.config() == {
+            "paper": "brightness", "config": {**Config(preset_name="mine").record(), "widths": [1]}, "precision": "fp32",
+            "processes": 1, "seed": 4,
+        }  # fmt: skip
+        assert [line["epoch"] for line in run.metrics()] == [1, 2]
+        assert [path.name for path in (tmp_path / results["folder"] / "figures").iterdir()] == ["3-359.png"]
+        run.write_results({**(run.results() or {}), "splits": {}})
+        assert experiment.evaluate(results["folder"])["splits"] == results["splits"] and experiment.loaded == 3
+        assert experiment.draw_figures(results["folder"])[0].is_file()
+
+    def test_data_at_hand_is_not_loaded(self, tmp_path: Path) -> None:
+        experiment, dataset = Brightness(), load_dataset("digits")
+        experiment.train(Config(epochs=1), tmp_path / "run", dataset=dataset, quiet=True, device="cpu")
+        assert experiment.loaded == 0 and len(list((tmp_path / "run" / "figures").iterdir())) == 1
+
+    def test_what_does_not_fit_is_noticed_before_there_is_a_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        experiment = Brightness()
+        monkeypatch.setattr(ImageDataset, "channels", 3)
+        with pytest.raises(ValueError, match="one channel"):
+            experiment.train(Config(), tmp_path / "run", quiet=True, device="cpu")
+        monkeypatch.setattr(experiment, "no_download", "ask its owner")
+        with pytest.raises(ValueError, match="brightness: ask its owner"):
+            experiment.train(Config(), tmp_path / "run", download=True)
+        assert not (tmp_path / "run").exists()
+
+    def test_nothing_to_evaluate(self, tmp_path: Path) -> None:
+        RunFolder.create(tmp_path / "run", {"config": Config().record(), "seed": 0})
+        with pytest.raises(FileNotFoundError, match="run has no checkpoint yet; continue the run with --resume"):
+            Brightness().evaluate(tmp_path / "run")
+
+
+class TestRunConfig:
+    def test_comes_back_from_a_run_folder(self) -> None:
+        assert Config.from_dict({"data": "mnist", "widths": [2, 3]}) == Config("mnist", widths=(2, 3))
+        with pytest.raises(
+            ValueError, match="Config: unknown fields pace, speed; the run was written by another version"
+        ):
+            Config.from_dict({"speed": 1, "pace": 2})
+
+    @pytest.mark.parametrize("value", [0, -1, float("nan")])
+    def test_refuses_what_is_no_size(self, value: Any) -> None:
+        with pytest.raises(ValueError, match=f"Config: epochs must be positive; got {value}"):
+            Config(epochs=value)
+        with pytest.raises(ValueError, match=r"Config: decay must not be negative; got (-1|nan)"):
+            Config(decay=value or -1)
