@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Calls that hypothesis draws, right and wrong ones, and what every public function owes to any of them.
 
-An answer is right, compared with the float64 reference where inputs are finite and moderate, or an error of a documented type whose message
-names the function. Never a crash, a hang, a NaN from finite input, an error that only a reader of the code understands; inputs stay as they are.
+An answer is right, compared with the float64 reference where inputs are finite and moderate, or an error of a documented
+type whose message names the function. Never a crash, a hang, a NaN from finite input, an error that only a reader of the code understands; inputs stay as they are.
 
 ``PROTOKERNELS_FUZZ=2000 pytest python_tests/test_fuzz.py`` draws that many calls of every function instead of a few.
 """
@@ -85,6 +85,7 @@ class Draws:
         self.draw = draw
         self.generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
         self.moderate = True
+        self.huge = False
 
     def one(self, *values: Any) -> Any:
         return self.draw(st.sampled_from(values))
@@ -98,6 +99,7 @@ class Draws:
         dtype = dtype or self.one(*FLOATS)
         fill, layout = self.one(*fills), self.one(*LAYOUTS)
         self.moderate &= fill in MODERATE
+        self.huge |= fill == "huge"
         x = self._layout(self._fill(shape, fill).to(dtype), layout)
         return x.requires_grad_(gradient and self.one(False, True))
 
@@ -154,12 +156,12 @@ class Draws:
 
 UNBOUNDED = frozenset({"num_iters", "max_iter", "n_init", "size", "num_prototypes", "dim", "n_clusters", "count"})
 _WRONG_NUMBERS = (
-    -1, 0, 1, 2.5, True, False, float("nan"), float("inf"), -float("inf"), 1e-320, 1e-50, 1e-40, 1e300, 1e39, -1e300, 2**31, 2**62, 2**63 - 1,
-    2**63, -(2**63) - 1, 10**400, 1j,
+    -1, 0, 1, 2.5, True, False, float("nan"), float("inf"), -float("inf"), 1e-320, 1e-50, 1e-40, 1e300, 1e39, -1e300, 2**31,
+    2**62, 2**63 - 1, 2**63, -(2**63) - 1, 10**400, 1j,
 )  # fmt: skip
 _WRONG_THINGS = (
-    None, "text", "", b"bytes", [], (), [1.0, 2.0], (1, 2), [0.5, 1, 2, 3], {"a": 1}, object(), np.zeros((2, 2)), np.float32(0.5), np.int64(2),
-    torch.float32, torch.zeros(()), torch.zeros(1), torch.tensor(float("nan")), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.complex64),
+    None, "text", "", b"bytes", [], (), [1.0, 2.0], (1, 2), [0.5, 1, 2, 3], {"a": 1}, object(), np.zeros((2, 2)), np.float32(0.5),
+    np.int64(2), torch.float32, torch.zeros(()), torch.zeros(1), torch.tensor(float("nan")), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.complex64),
     torch.zeros(2, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.int32), torch.empty(0), torch.Generator(),
 )  # fmt: skip
 

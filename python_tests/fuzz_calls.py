@@ -50,8 +50,8 @@ def soft_assign(d: Draws) -> Call:
         "return_entropy": d.one(False, True),
     }
     scale = 1 / float(arguments["temperature"])
-    return Call(protokernels.soft_assign, ("soft_assign",), arguments, tolerance=100 * (1 + scale), gradient_tolerance=200 * (1 + scale) ** 2,
-                overflow=arguments["similarity"] == "dot")  # fmt: skip
+    return Call(protokernels.soft_assign, ("soft_assign",), arguments, tolerance=100 * (1 + scale), 
+                gradient_tolerance=200 * (1 + scale) ** 2, overflow=arguments["similarity"] == "dot")  # fmt: skip
 
 
 def prototype_step(d: Draws) -> Call:
@@ -115,9 +115,7 @@ def sinkhorn(d: Draws) -> Call:
     if d.one(False, True):
         arguments["init"] = d.tensor(B, M, gradient=False)
     exact = arguments["tol"] == 0 and arguments["gradient"] != "implicit"
-    return Call(
-        protokernels.sinkhorn, ("sinkhorn",), arguments, tolerance=2e4 * exact, gradient_tolerance=0, kept=("init",)
-    )
+    return Call(protokernels.sinkhorn, ("sinkhorn",), arguments, tolerance=2e4 * exact, kept=("init",), overflow=d.huge)
 
 
 def features(d: Draws) -> dict[str, Any]:

@@ -35,8 +35,8 @@ def prototypes(d: Draws) -> Call:
     K, D = d.size(1, 2, 5), d.size(1, 3, 9)
 
     def run(
-        num_prototypes: int, dim: int, z: Tensor, similarity: Any = "cosine", temperature: Any = 0.5, new_weight: Any = 0.95, sample: Any = False,
-        skip_nonfinite: Any = False, revive_after: Any = None, generator: Any = None, training: Any = True,
+        num_prototypes: int, dim: int, z: Tensor, similarity: Any = "cosine", temperature: Any = 0.5,
+        new_weight: Any = 0.95, sample: Any = False, skip_nonfinite: Any = False, revive_after: Any = None, generator: Any = None, training: Any = True,
     ) -> Any:  # fmt: skip
         module = nn.Prototypes(num_prototypes, dim, similarity=similarity, temperature=temperature, new_weight=new_weight, sample=sample,
                                skip_nonfinite=skip_nonfinite, revive_after=revive_after, generator=generator)  # fmt: skip
@@ -104,8 +104,9 @@ def contrastive(d: Draws, name: str) -> Call:
             scope: Any = "group", reduction: Any = "group", background: Any = 0, ignore_index: Any = None, normalize: Any = True,
             drop_remainder: Any = False, precision: Any = "highest",
         ) -> Tensor:  # fmt: skip
-            return module(temperature, block_size=block_size, stride=stride, form=form, scope=scope, reduction=reduction, background=background,
-                          ignore_index=ignore_index, normalize=normalize, drop_remainder=drop_remainder, precision=precision)(features, labels)  # fmt: skip
+            return module(temperature, block_size=block_size, stride=stride, form=form, scope=scope, reduction=reduction,
+                          background=background, ignore_index=ignore_index, normalize=normalize, drop_remainder=drop_remainder,
+                          precision=precision)(features, labels)  # fmt: skip
 
         features = d.tensor(2, 3, d.size(1, 5, 8), d.size(1, 5, 8))
         return call(
@@ -157,9 +158,9 @@ STRENGTHS = ("crop", "hflip", "vflip", "rotate", "jitter", "offset", "gamma", "b
 
 def random_views(d: Draws) -> Call:
     def run(
-        images: Any, size: Any, limits: Any = (0.0, 1.0), padding_mode: Any = "border", antialias: Any = True, generator: Any = None, chance: Any = 0.5,
-        crop_scale: Any = (0.2, 1.0), crop_ratio: Any = (0.75, 1.3), rotation: Any = (-1.0, 1.0), brightness: Any = 0.4, contrast: Any = 0.4,
-        offset_normal: Any = (0.0, 1.0), gamma_range: Any = (0.5, 2.0), blur_sigma: Any = (0.1, 2.0), noise_std: Any = (0.0, 0.1),
+        images: Any, size: Any, limits: Any = (0.0, 1.0), padding_mode: Any = "border", antialias: Any = True, generator: Any = None,
+        chance: Any = 0.5, crop_scale: Any = (0.2, 1.0), crop_ratio: Any = (0.75, 1.3), rotation: Any = (-1.0, 1.0), brightness: Any = 0.4,
+        contrast: Any = 0.4, offset_normal: Any = (0.0, 1.0), gamma_range: Any = (0.5, 2.0), blur_sigma: Any = (0.1, 2.0), noise_std: Any = (0.0, 0.1),
     ) -> Any:  # fmt: skip
         ranges = dict(crop_scale=crop_scale, crop_ratio=crop_ratio, rotation=rotation, brightness=brightness, contrast=contrast,
                       offset_normal=offset_normal, gamma_range=gamma_range, blur_sigma=blur_sigma, noise_std=noise_std)  # fmt: skip

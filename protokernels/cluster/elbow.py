@@ -110,7 +110,9 @@ def choose_n_clusters(
         4
     """
     if not isinstance(candidates, Sequence) or isinstance(candidates, (str, bytes)):
-        raise TypeError(f"choose_n_clusters: candidates must be a sequence of whole numbers; got {describe(candidates)}")
+        raise TypeError(
+            f"choose_n_clusters: candidates must be a sequence of whole numbers; got {describe(candidates)}"
+        )
     for candidate in candidates:
         check_whole("choose_n_clusters", "every candidate", candidate)
     numbers = tuple(candidates)

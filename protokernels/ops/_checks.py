@@ -10,6 +10,7 @@ from torch import Tensor
 
 LARGEST = sys.float_info.max
 """Whole numbers may be larger, and are not finite as floating-point ones."""
+LEAST_TEMPERATURE = 1e-30
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -105,6 +106,7 @@ def check_temperature(op: str, value: object, device: torch.device) -> None:
             raise ValueError(
                 f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}"
             )
+        check_dense(op, "temperature", value)
         if value.device != device:
             raise ValueError(f"{op}: temperature is on {value.device} and z on {device}; pass temperature.to(z.device)")
         return
@@ -114,3 +116,7 @@ def check_temperature(op: str, value: object, device: torch.device) -> None:
         )
     if isinstance(value, (int, float)) and not 0 < value <= LARGEST:
         raise ValueError(f"{op}: temperature must be positive and finite; got {value}")
+    if isinstance(value, (int, float)) and value < LEAST_TEMPERATURE:
+        raise ValueError(
+            f"{op}: temperature must be at least {LEAST_TEMPERATURE}, or float32 cannot hold the scores; got {value}"
+        )

@@ -190,6 +190,7 @@ def _check_vector(
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         advice = "; True marks what is present" if kind == "bool" else ""
         raise TypeError(f"{op}: {name} must be {expected}; got {_checks.describe(value)}{advice}")
+    _checks.check_dense(op, name, value)
     if value.shape not in ((B, n), (1, n), (n,)):
         raise ValueError(f"{op}: {name} must be {expected}; got {_checks.describe(value)}")
     if value.device != like.device:
@@ -216,6 +217,7 @@ def _epsilon(op: str, value: object, like: Tensor, B: int, dtype: torch.dtype) -
                 f"{op}: epsilon must be a positive number or a floating-point tensor with one element or of shape "
                 f"[B] = [{B}]; got {_checks.describe(value)}"
             )
+        _checks.check_dense(op, "epsilon", value)
         if value.device != like.device:
             raise ValueError(
                 f"{op}: epsilon is on {value.device} and the problem on {like.device}; pass epsilon.to({str(like.device)!r})"

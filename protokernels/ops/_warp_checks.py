@@ -64,7 +64,7 @@ def per_sample(op: str, images: Tensor, name: str, value: object) -> Tensor:  # 
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         dtype = compute_dtype(images)
         check_range(op, name, value, dtype)
-        return images.new_full((B,), value, dtype=dtype)
+        return images.new_full((B,), float(value), dtype=dtype)
     if isinstance(value, Tensor) and value.dim() == 0:
         return beside(op, images, name, value, (), "[B] or []").expand(B)
     if not isinstance(value, Tensor):
@@ -87,7 +87,7 @@ def positions(op: str, images: Tensor, value: object) -> Tensor:  # [B, 2] or [B
         for number in value:
             check_range(op, "center", number, compute_dtype(images))
         numbers = [
-            images.new_full((), number, dtype=compute_dtype(images)) for number in value
+            images.new_full((), float(number), dtype=compute_dtype(images)) for number in value
         ]  # no copy to the device
         value = torch.stack(numbers) if numbers else images.new_empty(0)
     if isinstance(value, Tensor) and value.dim() == 1:
@@ -132,6 +132,7 @@ def enabled_bits(op: str, images: Tensor, enabled: object) -> Tensor:  # [B] int
                 f"{', '.join(STAGES)}; got {_checks.describe(enabled)}"
             )
         _checks.check_same_device(op, "images", images, "enabled", enabled)
+        _checks.check_dense(op, "enabled", enabled)
         powers = 1 << torch.arange(len(STAGES), dtype=torch.int32, device=images.device)
         return (enabled * powers).sum(1, dtype=torch.int32)
     bits = ALL_STAGES
@@ -162,6 +163,7 @@ def seeds(op: str, images: Tensor, generator: object, seed: object, *, used: boo
         if seed.shape != (B,):
             raise ValueError(f"{op}: seed must have shape [B] = [{B}]; got {_checks.describe(seed)}")
         _checks.check_same_device(op, "images", images, "seed", seed)
+        _checks.check_dense(op, "seed", seed)
         return seed
     if generator is not None:
         if not isinstance(generator, torch.Generator):

@@ -199,6 +199,7 @@ def update_prototypes(
                 f"{op}: revive must be a bool tensor of shape {list(counts.shape)}; got {_checks.describe(revive)}"
             )
         _checks.check_same_device(op, "z", z, "revive", revive)
+        _checks.check_dense(op, "revive", revive)
         updated = revive_prototypes(updated, z, revive & (counts == 0), generator=generator)
     return PrototypeUpdate(updated, counts)
 
@@ -392,6 +393,7 @@ def _labels(
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: labels_or_assignments must be a tensor: {expected}; got {_checks.describe(value)}")
     _checks.check_same_device(op, "z", z, "labels_or_assignments", value)
+    _checks.check_dense(op, "labels_or_assignments", value)
     if value.dtype in _checks.FLOATING:
         if value.shape != (z.shape[0], prototypes.shape[0]):
             raise ValueError(f"{op}: labels_or_assignments must be {expected}; got {_checks.describe(value)}")
