@@ -2,7 +2,8 @@
 """Calls that hypothesis draws, right and wrong ones, and what every public function owes to any of them.
 
 An answer is right, compared with the float64 reference where inputs are finite and moderate, or an error of a documented
-type whose message names the function. Never a crash, a hang, a NaN from finite input, an error that only a reader of the code understands; inputs stay as they are.
+type whose message names the function. Never a crash, a hang, a NaN from finite input, an
+error that only a reader of the code understands; inputs stay as they are.
 
 ``PROTOKERNELS_FUZZ=2000 pytest python_tests/test_fuzz.py`` draws that many calls of every function instead of a few.
 """
@@ -161,8 +162,8 @@ _WRONG_NUMBERS = (
 )  # fmt: skip
 _WRONG_THINGS = (
     None, "text", "", b"bytes", [], (), [1.0, 2.0], (1, 2), [0.5, 1, 2, 3], {"a": 1}, object(), np.zeros((2, 2)), np.float32(0.5),
-    np.int64(2), torch.float32, torch.zeros(()), torch.zeros(1), torch.tensor(float("nan")), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.complex64),
-    torch.zeros(2, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.int32), torch.empty(0), torch.Generator(),
+    np.int64(2), torch.float32, torch.zeros(()), torch.zeros(1), torch.tensor(float("nan")), torch.zeros(2, 3),
+    torch.zeros(2, 3, dtype=torch.complex64), torch.zeros(2, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.int32), torch.empty(0), torch.Generator(),
 )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def soft_assign(d: Draws) -> Call:
         "return_entropy": d.one(False, True),
     }
     scale = 1 / float(arguments["temperature"])
-    return Call(protokernels.soft_assign, ("soft_assign",), arguments, tolerance=100 * (1 + scale), 
+    return Call(protokernels.soft_assign, ("soft_assign",), arguments, tolerance=100 * (1 + scale),
                 gradient_tolerance=200 * (1 + scale) ** 2, overflow=arguments["similarity"] == "dot")  # fmt: skip
 
 

@@ -36,7 +36,8 @@ def prototypes(d: Draws) -> Call:
 
     def run(
         num_prototypes: int, dim: int, z: Tensor, similarity: Any = "cosine", temperature: Any = 0.5,
-        new_weight: Any = 0.95, sample: Any = False, skip_nonfinite: Any = False, revive_after: Any = None, generator: Any = None, training: Any = True,
+        new_weight: Any = 0.95, sample: Any = False, skip_nonfinite: Any = False, revive_after: Any = None,
+        generator: Any = None, training: Any = True,
     ) -> Any:  # fmt: skip
         module = nn.Prototypes(num_prototypes, dim, similarity=similarity, temperature=temperature, new_weight=new_weight, sample=sample,
                                skip_nonfinite=skip_nonfinite, revive_after=revive_after, generator=generator)  # fmt: skip
@@ -160,7 +161,8 @@ def random_views(d: Draws) -> Call:
     def run(
         images: Any, size: Any, limits: Any = (0.0, 1.0), padding_mode: Any = "border", antialias: Any = True, generator: Any = None,
         chance: Any = 0.5, crop_scale: Any = (0.2, 1.0), crop_ratio: Any = (0.75, 1.3), rotation: Any = (-1.0, 1.0), brightness: Any = 0.4,
-        contrast: Any = 0.4, offset_normal: Any = (0.0, 1.0), gamma_range: Any = (0.5, 2.0), blur_sigma: Any = (0.1, 2.0), noise_std: Any = (0.0, 0.1),
+        contrast: Any = 0.4, offset_normal: Any = (0.0, 1.0), gamma_range: Any = (0.5, 2.0), blur_sigma: Any = (0.1, 2.0),
+        noise_std: Any = (0.0, 0.1),
     ) -> Any:  # fmt: skip
         ranges = dict(crop_scale=crop_scale, crop_ratio=crop_ratio, rotation=rotation, brightness=brightness, contrast=contrast,
                       offset_normal=offset_normal, gamma_range=gamma_range, blur_sigma=blur_sigma, noise_std=noise_std)  # fmt: skip

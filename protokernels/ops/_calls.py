@@ -81,6 +81,10 @@ def _function(name: str, setup: Formula | None, backward: Formula) -> type[torch
     return type(f"protokernels_{name}", (torch.autograd.Function,), members)
 
 
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
 def _transformed(name: str, setup: Formula | None, backward: Formula) -> type[torch.autograd.Function]:
     """For ``torch.func``, which takes no gradient that ``torch.library`` registered."""
 
@@ -89,7 +93,7 @@ def _transformed(name: str, setup: Formula | None, backward: Formula) -> type[to
 
     members = {
         "forward": staticmethod(forward),
-        "setup_context": staticmethod(setup if setup is not None else lambda ctx, inputs, output: None),
+        "setup_context": staticmethod(setup or _keep_nothing),
         "backward": staticmethod(backward),
         "generate_vmap_rule": True,
     }
