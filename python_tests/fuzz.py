@@ -163,7 +163,8 @@ _WRONG_NUMBERS = (
 _WRONG_THINGS = (
     None, "text", "", b"bytes", [], (), [1.0, 2.0], (1, 2), [0.5, 1, 2, 3], {"a": 1}, object(), np.zeros((2, 2)), np.float32(0.5),
     np.int64(2), torch.float32, torch.zeros(()), torch.zeros(1), torch.tensor(float("nan")), torch.zeros(2, 3),
-    torch.zeros(2, 3, dtype=torch.complex64), torch.zeros(2, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.int32), torch.empty(0), torch.Generator(),
+    torch.zeros(2, 3, dtype=torch.complex64),
+    torch.zeros(2, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.int32), torch.empty(0), torch.Generator(),
 )  # fmt: skip
 
 
