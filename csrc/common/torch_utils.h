@@ -11,6 +11,7 @@
 #include <string>
 
 #include "common/kind.h"
+#include "common/parallel.h"
 
 namespace protokernels {
 

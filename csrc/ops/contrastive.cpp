@@ -55,7 +55,7 @@ void for_parts(const ContrastiveSchedule& schedule, int64_t workers, const Funct
   if (workers == 1)
     work_off(0, 1);
   else
-    torch::stable::parallel_for(0, workers, 1, work_off);
+    parallel_for(0, workers, 1, work_off);
 }
 
 int64_t workers_for(const ContrastiveSchedule& schedule) {
@@ -66,7 +66,7 @@ int64_t workers_for(const ContrastiveSchedule& schedule) {
 template <class Function>
 void for_rows(int64_t rows, int64_t numbers_each, const Function& function) {
   const int64_t grain = std::max<int64_t>(16, static_cast<int64_t>(SERIAL_NUMBERS) / std::max<int64_t>(numbers_each, 1));
-  torch::stable::parallel_for(0, rows, grain, function);
+  parallel_for(0, rows, grain, function);
 }
 
 // ------------------------------------------------------------------------------------------------------------ arguments
@@ -198,7 +198,7 @@ Tensor coefficients_cpu(OptionalTensor grad_losses, Tensor statistics, Tensor gr
   Tensor out = empty_beside(statistics, {3, c.R}, statistics.scalar_type());
   torch::stable::zero_(out);
   c.coefficients = out.data_ptr();
-  torch::stable::parallel_for(0, c.G, std::max<int64_t>(1, c.G * 1024 / std::max<int64_t>(c.R, 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, c.G, std::max<int64_t>(1, c.G * 1024 / std::max<int64_t>(c.R, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g)
       c.double_compute ? coefficients_of_group<double>(c, c.groups[g]) : coefficients_of_group<float>(c, c.groups[g]);
   });

@@ -158,7 +158,7 @@ PlanTensors plan_cpu(Tensor labels, IntList block, IntList stride, bool per_imag
   const Planner planner(p);
   constexpr int64_t serial_rows = 8192;  // about 50 microseconds
   const int64_t grain = p.R == 0 ? 1 : std::max<int64_t>(1, p.G * serial_rows / p.R);
-  torch::stable::parallel_for(0, p.G, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.G, grain, [&](int64_t begin, int64_t end) {
     Sorter sorter;
     for (int64_t g = begin; g < end; ++g) planner.fill(g, sorter);
   });

@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor> search_cpu(Tensor queries_any, Tensor bank_any, int64
     search(0, count);
     if (candidates) merge(0, p.N);
   } else {
-    torch::stable::parallel_for(0, count, 1, search);
-    if (candidates) torch::stable::parallel_for(0, p.N, std::max<int64_t>(1, 20000 / (units.parts * k)), merge);
+    parallel_for(0, count, 1, search);
+    if (candidates) parallel_for(0, p.N, std::max<int64_t>(1, 20000 / (units.parts * k)), merge);
   }
   return {out.distances, out.indices};
 }

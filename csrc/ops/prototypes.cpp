@@ -46,14 +46,14 @@ template <class Function>
 void for_chunks(PrototypesChunks chunks, double work, const Function& function) {
   if (chunks.count == 0) return;
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(chunks.count) * SERIAL_WORK / std::max(work, 1.0)));
-  torch::stable::parallel_for(0, chunks.count, grain, function);
+  parallel_for(0, chunks.count, grain, function);
 }
 
 // Runs function(first_k, last_k) over the prototypes; what it does to one does not depend on the others.
 template <class Function>
 void for_prototypes(int64_t K, int64_t D, PrototypesChunks chunks, const Function& function) {
   const double work = static_cast<double>(D) * static_cast<double>(chunks.count) * 4;  // of one prototype: memory, not arithmetic
-  torch::stable::parallel_for(0, K, std::max<int64_t>(1, static_cast<int64_t>(SERIAL_WORK / std::max(work, 1.0))), function);
+  parallel_for(0, K, std::max<int64_t>(1, static_cast<int64_t>(SERIAL_WORK / std::max(work, 1.0))), function);
 }
 
 // What forward and backward share; z, prototypes and temperature must outlive it.

@@ -40,7 +40,7 @@ namespace {
 // ------------------------------------------------------------------------------------------------------------ threads
 
 void each_on_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) body(context, chunk);
   });
 }
@@ -61,7 +61,7 @@ void for_problems(const Tensor& like, int64_t B, int64_t chunks, double work, in
   if (workers == 1 && whole == B)
     work_off(0, 1);
   else if (whole > 0)
-    torch::stable::parallel_for(0, workers, 1, work_off);
+    parallel_for(0, workers, 1, work_off);
   for (int64_t b = whole; b < B; ++b) function(b, bytes, each_on_threads);
 }
 
@@ -242,7 +242,7 @@ Tensor plan(Tensor cost, Tensor f, Tensor g, Tensor epsilon) {
   p.plan = out.data_ptr();
   if constexpr (!ON_CUDA) {
     const SinkhornPlanCpu& cpu = PK_CHOOSE_LEVEL(sinkhorn_plan_cpu);
-    torch::stable::parallel_for(0, p.B * p.N, std::max<int64_t>(1, static_cast<int64_t>(SERIAL_WORK) / p.M),
+    parallel_for(0, p.B * p.N, std::max<int64_t>(1, static_cast<int64_t>(SERIAL_WORK) / p.M),
                                 [&](int64_t begin, int64_t end) { cpu.plan(p, begin, end); });
   } else {
 #if defined(PROTOKERNELS_WITH_CUDA)

@@ -22,7 +22,7 @@ void for_planes(int64_t planes, int64_t pixels, int64_t scratch_bytes, const Ten
   if (workers == 1) return function(int64_t{0}, planes, static_cast<void*>(memory));
   const int64_t grain = std::max<int64_t>(1, std::min(planes / (4 * workers), 8 * SERIAL_PIXELS / pixels));
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t first = next.fetch_add(grain); first < planes; first = next.fetch_add(grain))
         function(first, std::min(planes, first + grain), static_cast<void*>(memory + worker * scratch_bytes));

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..ops._checks import check_real, check_whole, describe
 from .kmeans import KMeans
 
 
@@ -46,12 +47,18 @@ def find_elbow(n_clusters: Sequence[int], inertias: Sequence[float], *, sensitiv
         One of ``n_clusters``, or None where the curve has no elbow.
 
     Raises:
-        ValueError: lengths differ, fewer than three points, not ascending, not finite.
+        TypeError: no sequences of numbers. ValueError: lengths differ, fewer than three points, not ascending, not finite.
 
     Example:
         >>> find_elbow([2, 3, 4, 5, 6], [100.0, 40.0, 10.0, 8.0, 7.0])
         4
     """
+    for name, values in (("n_clusters", n_clusters), ("inertias", inertias)):
+        if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+            raise TypeError(f"find_elbow: {name} must be a sequence of numbers; got {describe(values)}")
+        for value in values:
+            check_real("find_elbow", f"every one of {name}", value)
+    check_real("find_elbow", "sensitivity", sensitivity)
     x, y = [float(n) for n in n_clusters], [float(value) for value in inertias]
     if len(x) != len(y) or len(x) < 3:
         raise ValueError(f"find_elbow: expected at least three points, as many of each; got {len(x)} and {len(y)}")
@@ -94,7 +101,7 @@ def choose_n_clusters(
         options: of ``KMeans``.
 
     Raises:
-        ValueError: as ``find_elbow`` and ``KMeans.fit``, or a fallback that is no candidate.
+        TypeError, ValueError: as ``find_elbow`` and ``KMeans.fit``, or a fallback that is no candidate.
 
     Example:
         >>> import torch
@@ -102,8 +109,14 @@ def choose_n_clusters(
         >>> choose_n_clusters(x, range(2, 9)).chosen
         4
     """
-    numbers = tuple(int(n) for n in candidates)
-    if fallback is not None and fallback not in numbers:
+    if not isinstance(candidates, Sequence) or isinstance(candidates, (str, bytes)):
+        raise TypeError(
+            f"choose_n_clusters: candidates must be a sequence of whole numbers; got {describe(candidates)}"
+        )
+    for candidate in candidates:
+        check_whole("choose_n_clusters", "every candidate", candidate)
+    numbers = tuple(candidates)
+    if fallback is not None and (not isinstance(fallback, int) or fallback not in numbers):
         raise ValueError(f"choose_n_clusters: the fallback must be a candidate, one of {list(numbers)}; got {fallback}")
     if len(numbers) < 3:
         raise ValueError(f"choose_n_clusters: expected at least three candidates; got {list(numbers)}")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..ops import _checks
 from ..ops import prototypes as ops
 
 
@@ -28,6 +29,8 @@ class LinearTemperature:
     until: float = 0.5
 
     def __post_init__(self) -> None:
+        for name in ("start", "end", "until"):
+            _checks.check_real("LinearTemperature", name, getattr(self, name))
         if not (self.start > 0 and self.end > 0 and 0 < self.until <= 1):
             raise ValueError(f"LinearTemperature: start and end must be positive and until in (0, 1]; got {self}")
 
@@ -93,6 +96,16 @@ class Prototypes(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        for name, value in (("num_prototypes", num_prototypes), ("dim", dim), ("revive_after", revive_after)):
+            if value is not None or name != "revive_after":
+                _checks.check_whole("Prototypes", name, value)
+        for name, flag in (("sample", sample), ("skip_nonfinite", skip_nonfinite)):
+            _checks.check_flag("Prototypes", name, flag)
+        _checks.check_generator("Prototypes", generator)
+        _checks.check_choice("Prototypes", "dtype", dtype, _checks.FLOATING)
+        _checks.check_real("Prototypes", "new_weight", new_weight)
+        if not callable(temperature):
+            _checks.check_real("Prototypes", "temperature", temperature)
         if num_prototypes < 1 or dim < 1:
             raise ValueError(f"Prototypes: num_prototypes and dim must be at least 1; got {num_prototypes} and {dim}")
         if revive_after is not None and revive_after < 1:
@@ -161,7 +174,9 @@ class Prototypes(nn.Module):
             ValueError: ``z`` has fewer than K rows or values that are not finite.
         """
         K = self.prototypes.shape[0]
-        if z.dim() != 2 or z.shape[1] != self.prototypes.shape[1]:
+        _checks.check_matrix("Prototypes", "z", z, f"[B, {self.prototypes.shape[1]}]")
+        _checks.check_same_device("Prototypes", "prototypes", self.prototypes, "z", z)
+        if z.shape[1] != self.prototypes.shape[1]:
             raise ValueError(f"Prototypes: z must have shape [B, {self.prototypes.shape[1]}]; got {list(z.shape)}")
         if z.shape[0] < K:
             raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ops import _warp_checks as checks
 from ..ops import warp as ops
-from ..ops._checks import FLOATING, check_choice, describe
+from ..ops._checks import FLOATING, check_choice, check_flag, check_generator, check_interval, check_real, describe
 from ..reference.warp import AFFINE_PADDINGS
 
 Range = tuple[float, float]
@@ -77,6 +77,9 @@ class ViewStrength:
     solarise: float = 0.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            check = check_real if isinstance(field.default, float) else check_interval
+            check("ViewStrength", field.name, getattr(self, field.name))
         for name in ("crop", "hflip", "vflip", "rotate", "jitter", "offset", "gamma", "blur", "noise", "solarise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"ViewStrength: {name} must be a probability, in [0, 1]; got {getattr(self, name)}")
@@ -159,10 +162,15 @@ class RandomViews(nn.Module):
         antialias: bool = True,
     ) -> None:
         super().__init__()
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
+        sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
+        if len(sides) != 2 or any(
+            isinstance(side, bool) or not isinstance(side, int) or not 0 < side < 2**31 for side in sides
+        ):
             raise ValueError(f"RandomViews: size must be one or two positive numbers of pixels; got {size!r}")
         check_choice("RandomViews", "padding_mode", padding_mode, AFFINE_PADDINGS)
+        check_flag("RandomViews", "antialias", antialias)
+        if limits is not None:
+            check_interval("RandomViews", "limits", limits)
         self.size = sides
         self.strengths = strengths or (ViewStrength(), ViewStrength())
         if limits is not None and not limits[0] < limits[1]:
@@ -214,6 +222,7 @@ class RandomViews(nn.Module):
     ) -> tuple[Tensor, ...]:  # [B, C, *size] each
         """One view per strength. ``generator``: on any device; default: torch's own for the device of the images."""
         _check_images(images)
+        check_generator("RandomViews", generator)
         device = images.device if generator is None else generator.device
         drawn = [
             self.draw(len(images), view, generator=generator, device=device) for view in range(len(self.strengths))

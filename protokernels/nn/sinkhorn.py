@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..ops import _checks
 from ..ops import _sinkhorn_problem as problems
 from ..ops import sinkhorn as ops
-from ..ops._sinkhorn_features import COSTS, Cost
+from ..ops._sinkhorn_features import COSTS, Cost, clouds
 from ..reference.sinkhorn import cost_matrix
 
 Value = Literal["transport", "entropic", "divergence"]
@@ -59,11 +60,11 @@ class SinkhornLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        if cost is not None and cost not in COSTS:
+        if cost is not None and (not isinstance(cost, str) or cost not in COSTS):
             raise ValueError(f"SinkhornLoss: cost must be 'cosine', 'sqeuclidean' or None; got {cost!r}")
-        if value not in ("transport", "entropic", "divergence"):
+        if not isinstance(value, str) or value not in ("transport", "entropic", "divergence"):
             raise ValueError(f"SinkhornLoss: value must be 'transport', 'entropic' or 'divergence'; got {value!r}")
-        if reduction not in ("mean", "sum", "none"):
+        if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
             raise ValueError(f"SinkhornLoss: reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")
         if gradient is None:
             gradient = "envelope" if value == "divergence" else "unrolled"
@@ -159,8 +160,9 @@ class SinkhornLoss(nn.Module):
         else:
             if y is not None:
                 assert self.cost is not None
-                dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-                x = cost_matrix(x.to(dtype), y.to(dtype), self.cost)
+                single, x, y = clouds("SinkhornLoss", x, y, self.cost)
+                x = cost_matrix(x, y, self.cost)
+                x = x.squeeze(0) if single else x
             result = ops.sinkhorn(
                 x,
                 a,
@@ -214,6 +216,9 @@ class SinkhornAssignment(nn.Module):
         equal_batches: bool = False,
     ) -> None:
         super().__init__()
+        _checks.check_real("SinkhornAssignment", "epsilon", epsilon)
+        _checks.check_whole("SinkhornAssignment", "num_iters", num_iters)
+        _checks.check_flag("SinkhornAssignment", "equal_batches", equal_batches)
         if not epsilon > 0:
             raise ValueError(f"SinkhornAssignment: epsilon must be positive; got {epsilon}")
         if num_iters < 1:
@@ -225,6 +230,10 @@ class SinkhornAssignment(nn.Module):
 
     @torch.no_grad()
     def forward(self, scores: Tensor) -> Tensor:  # [B, K] -> [B, K]
+        if not isinstance(scores, Tensor) or scores.dtype not in _checks.FLOATING or scores.layout is not torch.strided:
+            raise TypeError(
+                f"SinkhornAssignment: scores must be a dense floating-point tensor [B, K]; got {_checks.describe(scores)}"
+            )
         if scores.dim() != 2 or scores.shape[1] == 0:
             raise ValueError(f"SinkhornAssignment: scores must have shape [B, K] with K >= 1; got {list(scores.shape)}")
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops._checks import FLOATING, describe
+
 Branch = Literal["auto", "gram", "covariance"]
 VARIANCE_FLOOR = 1e-4  # added to the variance under the root
 
@@ -47,12 +49,16 @@ def variance_covariance_loss(
         >>> variance.item(), covariance.item()  # Var = Cov = 2; 2 * 2^2 / 2
         (0.0, 4.0)
     """
-    if embeddings.ndim != 2 or not embeddings.is_floating_point() or not embeddings.shape[1]:
+    if not isinstance(embeddings, Tensor) or embeddings.layout is not torch.strided or embeddings.dtype not in FLOATING:
+        raise ValueError(
+            f"variance_covariance_loss: embeddings must be a dense floating-point tensor of shape [N, D]; got {describe(embeddings)}"
+        )
+    if embeddings.ndim != 2 or not embeddings.shape[1]:
         raise ValueError(
             "variance_covariance_loss: embeddings must be floating point of shape [N, D] with D at least 1; got "
-            f"{str(embeddings.dtype).removeprefix('torch.')} {list(embeddings.shape)}"
+            f"{describe(embeddings)}"
         )
-    if branch not in get_args(Branch):
+    if not isinstance(branch, str) or branch not in get_args(Branch):
         raise ValueError(
             f"variance_covariance_loss: branch must be one of {', '.join(get_args(Branch))}; got {branch!r}"
         )

@@ -20,6 +20,7 @@ from .. import _native
 
 Formula = Callable[..., Any]
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+_TRANSFORMED: dict[str, type[torch.autograd.Function]] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
 _modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
@@ -49,10 +50,13 @@ def register(name: str, fake: Formula, *, setup: Formula | None = None, backward
     else:
         torch.library.register_autograd(qualified, backward, setup_context=setup)
     _FUNCTIONS[name] = _function(name, setup, backward)
+    _TRANSFORMED[name] = _transformed(name, setup, backward)
 
 
 def call(name: str, *arguments: Any) -> Any:
     """Calls a native operator, differentiably if one of the arguments asks for a gradient."""
+    if not torch.compiler.is_compiling() and _transforms is not None and _transforms() and name in _TRANSFORMED:
+        return _TRANSFORMED[name].apply(*arguments)
     if torch.compiler.is_compiling() or not _is_plain(arguments):
         return getattr(torch.ops.protokernels, name)(*arguments)
     if getattr(forward_ad, "_current_level", -1) >= 0 and _has_tangent(arguments):
@@ -75,6 +79,25 @@ def _function(name: str, setup: Formula | None, backward: Formula) -> type[torch
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"protokernels_{name}", (torch.autograd.Function,), members)
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _transformed(name: str, setup: Formula | None, backward: Formula) -> type[torch.autograd.Function]:
+    """For ``torch.func``, which takes no gradient that ``torch.library`` registered."""
+
+    def forward(*arguments: Any) -> Any:
+        return getattr(torch.ops.protokernels, name)(*arguments)
+
+    members = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup or _keep_nothing),
+        "backward": staticmethod(backward),
+        "generate_vmap_rule": True,
+    }
+    return type(f"protokernels_{name}_transformed", (torch.autograd.Function,), members)
 
 
 def _is_plain(arguments: tuple[Any, ...]) -> bool:

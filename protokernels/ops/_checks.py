@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
 
+LARGEST = sys.float_info.max
+"""Whole numbers may be larger, and are not finite as floating-point ones."""
+LEAST_TEMPERATURE = 1e-30
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -18,10 +21,17 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
+def check_dense(op: str, name: str, value: Tensor) -> None:
+    """Elements that lie in memory by strides, unlike those of a sparse tensor."""
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor; got the layout {value.layout}; pass {name}.to_dense()")
+
+
 def check_matrix(op: str, name: str, value: object, shape: str) -> None:
     """A floating-point tensor with two dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor of shape {shape}; got {describe(value)}")
+    check_dense(op, name, value)
     if value.dtype not in FLOATING:
         raise TypeError(
             f"{op}: {name} must be float32, float64, bfloat16 or float16 of shape {shape}; got {describe(value)}; "
@@ -49,6 +59,39 @@ def check_unit_interval(op: str, name: str, value: object) -> float:
     return float(value)
 
 
+def check_flag(op: str, name: str, value: object) -> None:
+    if value is not True and value is not False:
+        raise TypeError(f"{op}: {name} must be True or False; got {describe(value)}")
+
+
+def check_real(op: str, name: str, value: object) -> None:
+    """A number, of whatever value, that a floating-point number can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number; got {describe(value)}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{op}: {name} must be a number that float64 can hold; got a larger one")
+
+
+def check_whole(op: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be a whole number; got {describe(value)}")
+    if abs(value) >= 2**63:
+        raise ValueError(f"{op}: {name} must be a whole number that int64 can hold; got a larger one")
+
+
+def check_interval(op: str, name: str, value: object) -> None:
+    """Two numbers, in a tuple or list."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{op}: {name} must be a range of two numbers (low, high); got {value!r}")
+    for number in value:
+        check_real(op, name, number)
+
+
+def check_generator(op: str, value: object) -> None:
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator or None; got {describe(value)}")
+
+
 def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> object:
     """One of ``choices``; no number stands for a truth value."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
@@ -63,6 +106,7 @@ def check_temperature(op: str, value: object, device: torch.device) -> None:
             raise ValueError(
                 f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}"
             )
+        check_dense(op, "temperature", value)
         if value.device != device:
             raise ValueError(f"{op}: temperature is on {value.device} and z on {device}; pass temperature.to(z.device)")
         return
@@ -70,5 +114,9 @@ def check_temperature(op: str, value: object, device: torch.device) -> None:
         raise TypeError(
             f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}"
         )
-    if isinstance(value, (int, float)) and not 0 < value < math.inf:
+    if isinstance(value, (int, float)) and not 0 < value <= LARGEST:
         raise ValueError(f"{op}: temperature must be positive and finite; got {value}")
+    if isinstance(value, (int, float)) and value < LEAST_TEMPERATURE:
+        raise ValueError(
+            f"{op}: temperature must be at least {LEAST_TEMPERATURE}, or float32 cannot hold the scores; got {value}"
+        )

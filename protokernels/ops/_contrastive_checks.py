@@ -20,6 +20,8 @@ Gather = bool | Literal["ring"]
 Size = int | Sequence[int]
 
 PRECISIONS = get_args(Precision)
+LONGEST_AXIS = 2**31 - 1
+"""A plan counts rows in int32; larger blocks and strides are the same as this."""
 _INT64 = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -64,6 +66,7 @@ def check_features(op: str, features: object) -> None:
     expected = "[N, C, H, W] or [N, C, D, H, W]"
     if not isinstance(features, Tensor) or features.dtype not in _checks.FLOATING:
         raise TypeError(f"{op}: features must be a floating-point tensor {expected}; got {_checks.describe(features)}")
+    _checks.check_dense(op, "features", features)
     if features.dim() not in (4, 5) or features.shape[1] == 0:
         raise ValueError(
             f"{op}: features must have shape {expected} with at least one channel; got {_checks.describe(features)}"
@@ -86,6 +89,7 @@ def check_views(op: str, first: object, second: object) -> int:
 def class_labels(op: str, labels: object, shape: Sequence[int], expected: str, beside: Tensor) -> Tensor:
     if not isinstance(labels, Tensor) or labels.dtype not in _INT64:
         raise TypeError(f"{op}: labels must be an integer tensor {expected}; got {_checks.describe(labels)}")
+    _checks.check_dense(op, "labels", labels)
     if labels.shape != torch.Size(shape):
         raise ValueError(f"{op}: labels must have shape {list(shape)}; got {_checks.describe(labels)}")
     _checks.check_same_device(op, "the first argument", beside, "labels", labels)
@@ -93,13 +97,19 @@ def class_labels(op: str, labels: object, shape: Sequence[int], expected: str, b
     return classes
 
 
+def check_class(op: str, name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{op}: {name} must be an integer or None; got {_checks.describe(value)}")
+    if value is not None and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: {name} must be a class that int64 labels can hold; got {value}")
+
+
 def pixel_labels(
     op: str, features: Tensor, labels: Tensor | None, background: int | None, scope: str, ignore_index: int | None
 ) -> tuple[Tensor, int | None]:
     shape = (features.shape[0], *features.shape[2:])
-    for name, value in (("background", background), ("ignore_index", ignore_index)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{op}: {name} must be an integer or None; got {_checks.describe(value)}")
+    check_class(op, "background", background)
+    check_class(op, "ignore_index", ignore_index)
     if labels is not None:
         return class_labels(op, labels, shape, "[N, H, W] or [N, D, H, W]", features), background
     if features.shape[0] % 2 or scope == "image" or ignore_index is not None:
@@ -123,4 +133,4 @@ def sizes(op: str, name: str, value: Size | None, axes: int, default: int) -> li
     several: list[int] = list(value) if isinstance(value, Sequence) else [value] * axes
     if len(several) != axes or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in several):
         raise ValueError(f"{op}: {name} must be a positive integer or one for each of the {axes} axes; got {value!r}")
-    return several
+    return [min(v, LONGEST_AXIS) for v in several]

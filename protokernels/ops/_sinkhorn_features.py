@@ -85,7 +85,7 @@ def sinkhorn_features(
             f"{op}: gradient must be 'envelope' where the cost is never stored; got {gradient!r}; "
             "build the cost (protokernels.reference.sinkhorn.cost_matrix(x, y, cost)) and call sinkhorn() with it"
         )
-    single, x, y = _clouds(op, x, y, cost)
+    single, x, y = clouds(op, x, y, cost)
     dtype = x.dtype
     sizes = (x.shape[0], x.shape[1], y.shape[1])
     problem = prepare(op, x, sizes, dtype, a, b, row_mask, column_mask, epsilon, num_iters, tol, marginal_penalty, init)
@@ -134,7 +134,7 @@ def sinkhorn_divergence(
         [0.0, 0.25]
     """
     op = "sinkhorn_divergence"
-    single, x, y = _clouds(op, x, y, cost)
+    single, x, y = clouds(op, x, y, cost)
     dtype, (B, N, _), M = x.dtype, x.shape, y.shape[1]
     both = prepare(op, x, (B, N, M), dtype, a, b, row_mask, column_mask, epsilon, num_iters, tol, None, None)
     rows, columns = both._replace(b=both.a), both._replace(a=both.b)
@@ -143,9 +143,9 @@ def sinkhorn_divergence(
     return value.squeeze(0) if single else value
 
 
-def _clouds(op: str, x: Tensor, y: Tensor, cost: str) -> tuple[bool, Tensor, Tensor]:
+def clouds(op: str, x: Tensor, y: Tensor, cost: str) -> tuple[bool, Tensor, Tensor]:
     """Whether it is one problem, and both clouds as [B, N, D] in the type that is computed in."""
-    if cost not in COSTS:
+    if not isinstance(cost, str) or cost not in COSTS:
         raise ValueError(f"{op}: cost must be 'cosine' or 'sqeuclidean'; got {cost!r}")
     check_batch(op, "x", x, "[B, N, D] or [N, D]")
     check_batch(op, "y", y, "[B, M, D] or [M, D]")

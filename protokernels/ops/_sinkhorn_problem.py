@@ -96,11 +96,11 @@ def anneal(
 def check_iterations(op: str, num_iters: object, tol: object) -> None:
     if isinstance(num_iters, bool) or not isinstance(num_iters, int):
         raise TypeError(f"{op}: num_iters must be an integer of at least 1; got {_checks.describe(num_iters)}")
-    if num_iters < 1:
-        raise ValueError(f"{op}: num_iters must be at least 1; got {num_iters}")
+    if not 1 <= num_iters < 2**63:
+        raise ValueError(f"{op}: num_iters must be at least 1 and fit into int64; got {num_iters}")
     if isinstance(tol, bool) or not isinstance(tol, (int, float)):
         raise TypeError(f"{op}: tol must be a number, 0 for no early stop; got {_checks.describe(tol)}")
-    if not 0 <= tol < math.inf:
+    if not 0 <= tol <= _checks.LARGEST:
         raise ValueError(f"{op}: tol must be finite and not negative, 0 for no early stop; got {tol}")
 
 
@@ -114,7 +114,7 @@ def check_annealing(op: str, value: object) -> None:
 
 
 def check_gradient(op: str, gradient: object, rho: tuple[float, float]) -> None:
-    if gradient not in GRADIENTS:
+    if not isinstance(gradient, str) or gradient not in GRADIENTS:
         raise ValueError(f"{op}: gradient must be 'unrolled', 'implicit' or 'envelope'; got {gradient!r}")
     if gradient == "implicit" and rho != (math.inf, math.inf):
         raise ValueError(
@@ -127,6 +127,7 @@ def check_batch(op: str, name: str, value: object, shape: str) -> None:
     """A floating-point tensor with two dimensions (one problem) or three."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor of shape {shape}; got {_checks.describe(value)}")
+    _checks.check_dense(op, name, value)
     if value.dtype not in _checks.FLOATING:
         raise TypeError(
             f"{op}: {name} must be float32, float64, bfloat16 or float16 of shape {shape}; got {_checks.describe(value)}; "
@@ -189,6 +190,7 @@ def _check_vector(
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         advice = "; True marks what is present" if kind == "bool" else ""
         raise TypeError(f"{op}: {name} must be {expected}; got {_checks.describe(value)}{advice}")
+    _checks.check_dense(op, name, value)
     if value.shape not in ((B, n), (1, n), (n,)):
         raise ValueError(f"{op}: {name} must be {expected}; got {_checks.describe(value)}")
     if value.device != like.device:
@@ -215,18 +217,25 @@ def _epsilon(op: str, value: object, like: Tensor, B: int, dtype: torch.dtype) -
                 f"{op}: epsilon must be a positive number or a floating-point tensor with one element or of shape "
                 f"[B] = [{B}]; got {_checks.describe(value)}"
             )
+        _checks.check_dense(op, "epsilon", value)
         if value.device != like.device:
             raise ValueError(
                 f"{op}: epsilon is on {value.device} and the problem on {like.device}; pass epsilon.to({str(like.device)!r})"
             )
-        if values_are_at_hand(like) and not bool(((value.detach() > 0) & value.detach().isfinite()).all()):
-            raise ValueError(f"{op}: epsilon must be positive and finite; got {value.detach().flatten()[:8].tolist()}")
-        return value.to(dtype).reshape(-1).expand(B).contiguous()
+        converted = value.to(dtype)
+        if values_are_at_hand(like):
+            number, limits = converted.detach(), torch.finfo(dtype)
+            if not bool(((number >= limits.tiny) & (number <= limits.max)).all()):
+                raise ValueError(
+                    f"{op}: epsilon must be positive and finite; got {value.detach().flatten()[:8].tolist()}"
+                )
+        return converted.reshape(-1).expand(B).contiguous()
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{op}: epsilon must be a positive number or a tensor; got {_checks.describe(value)}")
-    if not 0 < value < math.inf:
+    if not torch.finfo(dtype).tiny <= value <= torch.finfo(dtype).max:
         raise ValueError(
-            f"{op}: epsilon must be positive and finite; got {value}; the smallest cost that matters is a start"
+            f"{op}: epsilon must be positive and finite in {str(dtype).removeprefix('torch.')}; got {value}; the smallest cost that "
+            "matters is a start"
         )
     return torch.full((B,), value, dtype=dtype, device=like.device)  # type: ignore[arg-type]
 
@@ -243,7 +252,7 @@ def penalties(op: str, value: object) -> tuple[float, float]:
             raise TypeError(
                 f"{op}: marginal_penalty must be a positive number or a pair; got {_checks.describe(number)}"
             )
-        if not number > 0:
+        if not 0 < number <= _checks.LARGEST and number != math.inf:
             raise ValueError(f"{op}: marginal_penalty must be positive, or None for exact marginals; got {number}")
         rho.append(float(number))
     return rho[0], rho[1]

@@ -30,6 +30,7 @@ def check_images(op: str, images: object, *, volumes: bool = True) -> None:
     expected = VOLUMES if volumes else IMAGES
     if not isinstance(images, Tensor):
         raise TypeError(f"{op}: images must be a torch.Tensor of shape {expected}; got {_checks.describe(images)}")
+    _checks.check_dense(op, "images", images)
     if images.dtype not in _checks.FLOATING:
         raise TypeError(
             f"{op}: images must be float32, float64, bfloat16 or float16 of shape {expected}; got {_checks.describe(images)}; "
@@ -53,6 +54,7 @@ def beside(op: str, images: Tensor, name: str, value: object, shape: Sequence[in
             f"{op}: {name} must have shape {expected} = {list(shape)} for images {list(images.shape)}; got {_checks.describe(value)}"
         )
     _checks.check_same_device(op, "images", images, name, value)
+    _checks.check_dense(op, name, value)
     return value.to(compute_dtype(images))
 
 
@@ -60,7 +62,9 @@ def per_sample(op: str, images: Tensor, name: str, value: object) -> Tensor:  # 
     """One number for every sample, from a number, a tensor with one, or [B]."""
     B = images.shape[0]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return images.new_full((B,), value, dtype=compute_dtype(images))
+        dtype = compute_dtype(images)
+        check_range(op, name, value, dtype)
+        return images.new_full((B,), float(value), dtype=dtype)
     if isinstance(value, Tensor) and value.dim() == 0:
         return beside(op, images, name, value, (), "[B] or []").expand(B)
     if not isinstance(value, Tensor):
@@ -68,12 +72,22 @@ def per_sample(op: str, images: Tensor, name: str, value: object) -> Tensor:  # 
     return beside(op, images, name, value, (B,), "[B]")
 
 
+def check_range(op: str, name: str, value: float, dtype: torch.dtype) -> None:
+    """Infinity and NaN are numbers of a type; what is larger than its largest is none."""
+    if torch.finfo(dtype).max < abs(value) != math.inf:
+        raise ValueError(
+            f"{op}: {name} must be a number that {str(dtype).removeprefix('torch.')} can hold; got a larger one"
+        )
+
+
 def positions(op: str, images: Tensor, value: object) -> Tensor:  # [B, 2] or [B, 3]
     """The centre of the crop for every sample, from one for all or [B, axes]."""
     B, axes = images.shape[0], images.dim() - 2
     if isinstance(value, Sequence) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
+        for number in value:
+            check_range(op, "center", number, compute_dtype(images))
         numbers = [
-            images.new_full((), number, dtype=compute_dtype(images)) for number in value
+            images.new_full((), float(number), dtype=compute_dtype(images)) for number in value
         ]  # no copy to the device
         value = torch.stack(numbers) if numbers else images.new_empty(0)
     if isinstance(value, Tensor) and value.dim() == 1:
@@ -85,7 +99,7 @@ def check_number(op: str, name: str, value: object, *, positive: bool = False) -
     kind = "positive" if positive else "not negative"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, {kind}; got {_checks.describe(value)}")
-    if not 0 <= value < math.inf or (positive and value == 0):
+    if not 0 <= value <= _checks.LARGEST or (positive and value == 0):
         raise ValueError(f"{op}: {name} must be finite and {kind}; got {value}")
     return float(value)
 
@@ -118,6 +132,7 @@ def enabled_bits(op: str, images: Tensor, enabled: object) -> Tensor:  # [B] int
                 f"{', '.join(STAGES)}; got {_checks.describe(enabled)}"
             )
         _checks.check_same_device(op, "images", images, "enabled", enabled)
+        _checks.check_dense(op, "enabled", enabled)
         powers = 1 << torch.arange(len(STAGES), dtype=torch.int32, device=images.device)
         return (enabled * powers).sum(1, dtype=torch.int32)
     bits = ALL_STAGES
@@ -148,6 +163,7 @@ def seeds(op: str, images: Tensor, generator: object, seed: object, *, used: boo
         if seed.shape != (B,):
             raise ValueError(f"{op}: seed must have shape [B] = [{B}]; got {_checks.describe(seed)}")
         _checks.check_same_device(op, "images", images, "seed", seed)
+        _checks.check_dense(op, "seed", seed)
         return seed
     if generator is not None:
         if not isinstance(generator, torch.Generator):

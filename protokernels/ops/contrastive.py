@@ -99,6 +99,8 @@ def local_contrastive_loss(
     size = features.shape[2:]
     labels, background = checks.pixel_labels(op, features, labels, background, scope, ignore_index)
     checks.check_local(op, temperature, block_size, stride, form, scope, reduction, precision)
+    _checks.check_flag(op, "normalize", normalize)
+    _checks.check_flag(op, "drop_remainder", drop_remainder)
     leading = (1,) * (3 - len(size))
     block = [*leading, *checks.sizes(op, "block_size", block_size, len(size), 0)]
     steps = [*leading, *checks.sizes(op, "stride", stride, len(size), 1)]
@@ -188,6 +190,8 @@ def supcon_loss(
     labels = checks.class_labels(op, labels, embeddings.shape[:1], "[N]", embeddings)
     checks.check_choices(op, temperature, form, precision, gather)
     _checks.check_choice(op, "reduction", reduction, ("mean", "none"))
+    checks.check_class(op, "ignore_index", ignore_index)
+    _checks.check_flag(op, "normalize", normalize)
     if gather:
         losses, anchors = _contrastive_distributed.gathered_losses(
             op, embeddings, labels, temperature, form, ignore_index, normalize, gather == "ring", precision
@@ -260,6 +264,7 @@ def nt_xent_loss(
     count = checks.check_views(op, first, second)
     form = checks.form_of(op, denominator)
     checks.check_choices(op, temperature, form, precision, gather)
+    _checks.check_flag(op, "normalize", normalize)
     stacked = torch.cat([first, second])
     pairs = torch.arange(count, device=first.device).repeat(2)
     if gather:
@@ -316,6 +321,8 @@ def cross_view_loss(
     count = checks.check_views(op, first, second)
     form = checks.form_of(op, denominator)
     checks.check_choices(op, temperature, form, precision)
+    _checks.check_flag(op, "symmetric", symmetric)
+    _checks.check_flag(op, "normalize", normalize)
     dtype = torch.promote_types(reference.compute_dtype(first), reference.compute_dtype(second))
     first, second = first.to(dtype), second.to(dtype)
     if backend.native_serves(first.device):

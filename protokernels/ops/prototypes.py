@@ -114,6 +114,8 @@ def soft_assign(
     """
     _check_pair("soft_assign", z, prototypes, similarity)
     _checks.check_temperature("soft_assign", temperature, z.device)
+    _checks.check_flag("soft_assign", "return_labels", return_labels)
+    _checks.check_flag("soft_assign", "return_entropy", return_entropy)
     dtype = torch.promote_types(z.dtype, prototypes.dtype)
     if backend.native_serves(z.device):
         number, tensor = _split_temperature(temperature, reference.compute_dtype(z, prototypes))
@@ -187,6 +189,7 @@ def update_prototypes(
     op = "update_prototypes"
     _check_pair(op, z, prototypes, "dot")
     new_weight = _checks.check_unit_interval(op, "new_weight", new_weight)
+    _check_drawing(op, sample, generator, skip_nonfinite)
     labels = _labels(op, z, prototypes, labels_or_assignments, sample, generator)
     sums, counts = _accumulate(z, labels, prototypes.shape[0], skip_nonfinite)
     updated = _blend(prototypes, sums, counts, new_weight)
@@ -195,6 +198,8 @@ def update_prototypes(
             raise ValueError(
                 f"{op}: revive must be a bool tensor of shape {list(counts.shape)}; got {_checks.describe(revive)}"
             )
+        _checks.check_same_device(op, "z", z, "revive", revive)
+        _checks.check_dense(op, "revive", revive)
         updated = revive_prototypes(updated, z, revive & (counts == 0), generator=generator)
     return PrototypeUpdate(updated, counts)
 
@@ -268,6 +273,8 @@ def prototype_step(
     _check_pair(op, z, prototypes, similarity)
     _checks.check_temperature(op, temperature, z.device)
     new_weight = _checks.check_unit_interval(op, "new_weight", new_weight)
+    _check_drawing(op, sample, generator, skip_nonfinite)
+    _checks.check_flag(op, "return_entropy", return_entropy)
     dtype = torch.promote_types(z.dtype, prototypes.dtype)
     uniform = _uniform(z.shape[0], z.device, generator) if sample else None
     if backend.native_serves(z.device):
@@ -361,6 +368,12 @@ def _check_pair(op: str, z: object, prototypes: object, similarity: str) -> None
         raise ValueError(f"{op}: similarity must be 'cosine' or 'dot'; got {similarity!r}")
 
 
+def _check_drawing(op: str, sample: object, generator: object, skip_nonfinite: object) -> None:
+    _checks.check_flag(op, "sample", sample)
+    _checks.check_generator(op, generator)
+    _checks.check_flag(op, "skip_nonfinite", skip_nonfinite)
+
+
 def _split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
     if isinstance(temperature, Tensor):
         return 1.0, temperature.to(dtype)
@@ -380,6 +393,7 @@ def _labels(
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: labels_or_assignments must be a tensor: {expected}; got {_checks.describe(value)}")
     _checks.check_same_device(op, "z", z, "labels_or_assignments", value)
+    _checks.check_dense(op, "labels_or_assignments", value)
     if value.dtype in _checks.FLOATING:
         if value.shape != (z.shape[0], prototypes.shape[0]):
             raise ValueError(f"{op}: labels_or_assignments must be {expected}; got {_checks.describe(value)}")

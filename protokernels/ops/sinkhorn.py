@@ -62,6 +62,7 @@ def sinkhorn(
     No epsilon overflows: potentials are kept in the log domain. A smaller epsilon needs more iterations, roughly in proportion to
     the range of the costs over epsilon; if ``converged`` is False, take more iterations or a larger epsilon, or start
     from a solution (``init``, ``annealing``). In float32 the plan is known to about 1e-7 max|C| / epsilon relative; float64 goes further.
+    Where that is more than 1 nothing is known, and gradients through the iterations may overflow.
 
     **Which gradient is valid when.** Gradients reach cost, a, b and epsilon (where it is a tensor):
 

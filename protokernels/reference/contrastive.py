@@ -63,7 +63,8 @@ def local_contrastive_loss(
     if reduction == "anchor":
         means = [(losses.sum(), anchors.sum())]
     elif reduction == "image":
-        means = list(zip(losses.view(len(labels), -1).sum(1), anchors.view(len(labels), -1).sum(1), strict=True))
+        maps = (len(labels), math.prod(labels.shape[1:]))
+        means = list(zip(losses.view(maps).sum(1), anchors.view(maps).sum(1), strict=True))
     return mean_of_means(means, vectors)
 
 

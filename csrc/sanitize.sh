@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
+# The CPU kernels and their torch side under AddressSanitizer and UndefinedBehaviorSanitizer: builds them apart, then runs the tests of the ops
+# once per instruction set. The first finding ends the run with a stack trace.
+#
+#   csrc/sanitize.sh                                   # all tests of the ops, generic and avx2 (and avx512 where the processor has it)
+#   csrc/sanitize.sh python_tests/test_nearest.py      # some; PROTOKERNELS_CPU_LEVEL=avx2 for one level
+#
+# SANITIZE=address alone compiles in a third of the time; JOBS compilers run at once (default 1: one takes up to 2 GB). Needs g++, cmake, ninja and
+# what the tests need. Nothing outside build/sanitize is written.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+build="$root/build/sanitize"
+package="$build/package"
+sanitizers="${SANITIZE:-address,undefined,float-cast-overflow}"
+torch="$(python -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("torch").origin).parent)')"
+
+cmake -G Ninja -S "$root" -B "$build" -DTORCH_ROOT="$torch" -DTORCH_VERSION=any -DPython_EXECUTABLE="$(command -v python)" \
+  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$build/out" -DPROTOKERNELS_SANITIZE="$sanitizers"
+ninja -C "$build" -j "${JOBS:-1}"
+
+# The tests see a copy of the package with this library; the installed one stays as it is.
+rm -rf "$package"
+mkdir -p "$package"
+cp -r "$root/protokernels" "$root/python_tests" "$root/benchmarks" "$root/pyproject.toml" "$package"
+rm -f "$package"/protokernels/_C*.so
+cp "$build"/out/_C*.so "$package/protokernels"
+cd "$package"
+
+tests=("$@")
+if ((${#tests[@]} == 0)); then
+  tests=(python_tests/test_{prototypes,sinkhorn,contrastive,warp,nearest}*.py python_tests/test_fuzz.py)
+fi
+levels="${PROTOKERNELS_CPU_LEVEL:-generic avx2$(grep -qw avx512vl /proc/cpuinfo && echo ' avx512' || true)}"
+# Python is not instrumented, so the libraries come first; torch never frees what it caches, so leaks are no finding.
+libraries="$(for name in libasan.so libubsan.so libstdc++.so; do g++ -print-file-name="$name"; done | paste -sd' ')"
+for level in $levels; do
+  echo "== $level"
+  env PYTHONPATH="$package" PROTOKERNELS_CPU_LEVEL="$level" LD_PRELOAD="$libraries" PYTHONMALLOC=malloc \
+    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+    python -m pytest -x -q --import-mode=importlib -p no:cacheprovider "${tests[@]}" \
+    -k "not compile and not export and not opcheck and not emulator and not reference"
+done
