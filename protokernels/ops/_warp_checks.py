@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.prototypes import compute_dtype
@@ -22,6 +23,8 @@ Enabled = Sequence[Stage] | Tensor | None
 IMAGES = "[B, C, H, W]"
 VOLUMES = "[B, C, H, W] or [B, C, D, H, W]"
 ALL_STAGES = (1 << len(STAGES)) - 1
+COLUMNS = 7
+"""Parameters of a sample: the crop has two."""
 MOST_RADIUS = 64
 """Largest radius of the blur, as in csrc/ops/warp.h."""
 
@@ -53,7 +56,18 @@ def beside(op: str, images: Tensor, name: str, value: object, shape: Sequence[in
             f"{op}: {name} must have shape {expected} = {list(shape)} for images {list(images.shape)}; got {_checks.describe(value)}"
         )
     _checks.check_same_device(op, "images", images, name, value)
-    return value.to(compute_dtype(images))
+    dtype = compute_dtype(images)
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def column(op: str, images: Tensor, name: str, value: object, place: int) -> Tensor:  # [B, 7]
+    """The parameters of a chain of one stage, from one number for all samples or one for each; ``place``: the column of the stage.
+
+    The other columns are not read.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return images.new_full((images.shape[0], COLUMNS), value, dtype=compute_dtype(images))
+    return F.pad(per_sample(op, images, name, value).unsqueeze(1), (place, COLUMNS - 1 - place))
 
 
 def per_sample(op: str, images: Tensor, name: str, value: object) -> Tensor:  # [B]
