@@ -59,6 +59,7 @@ class Contest:
         ours: Callable[[], object],
         *,
         limit: tuple[float, float] | None = None,
+        calls: int = 1,
         **facts: Any,
     ) -> None:
         """Every round runs ours, timed here, and then the contender, timed by pytest-benchmark.
@@ -68,6 +69,7 @@ class Contest:
             function: what the row is about; may be ours itself.
             ours: what it is compared with in the same rounds.
             limit: floating-point operations and bytes that cannot be avoided.
+            calls: how many calls `function` and `ours` make; times are those of one.
             facts: `case`, `what`, `contender`, `order` and anything else the row should say.
         """
         if measure.identity(facts) in self.held:
@@ -81,9 +83,10 @@ class Contest:
         start, others = time.perf_counter(), measure.others_cpu_seconds()
         benchmark.pedantic(function, setup=lambda: own.append(measure.seconds(ours)), rounds=rounds, iterations=1)
         disturbance = (measure.others_cpu_seconds() - others) / (time.perf_counter() - start)
-        row = {**facts, **measure.quartiles(benchmark.stats.stats.data), "first_call_ms": 1e3 * first_call}
+        row = {**facts, **measure.quartiles(t / calls for t in benchmark.stats.stats.data)}
+        row["first_call_ms"] = 1e3 * first_call / calls
         row["cores_of_others"] = max(0.0, round(disturbance, 3))
-        row["ours"] = measure.quartiles(own)
+        row["ours"] = measure.quartiles(t / calls for t in own)
         row["ratio"] = row["median_ms"] / row["ours"]["median_ms"]
         if limit is not None:
             row["flops"], row["bytes"] = limit
