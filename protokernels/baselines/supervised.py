@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..data import ImageDataset, Split, load_dataset, two_views
+from ..data import ImageDataset, Split, load_dataset
 from ..evaluation.classifier import label_loss
 from ..models import pooled
 from ..training import Plan, RunFolder, Session, seed_everything
@@ -26,6 +26,7 @@ from ..training.runs import RunSettings, load_runs, train_runs, update_results, 
 from ..training.scoring import evaluation_splits
 from ..training.self_supervised import Method, PretrainingConfig, as_bytes, load_method
 from ..training.transfer_scoring import transfer_scores
+from ..training.views import two_views
 from .common import Baseline, spread
 
 
@@ -99,16 +100,10 @@ class _WithLabels(Baseline):
 def fit(split: Split, session: Session, config: PretrainingConfig) -> None:
     """The loop: both views of every image, and its labels."""
     images, targets = as_bytes(split.images).to(session.device), targets_of(split).to(session.device)
+    views = config.views()
     for _ in session.epochs():
         for step in session.steps():
-            first, second = two_views(
-                images[step.indices],
-                config.views(),
-                session.shared_generator(step, "views"),
-                rank=step.rank,
-                processes=step.processes,
-                batch=step.batch,
-            )
+            first, second = two_views(views, images, step, session)
             losses = session.model(first, second, targets[step.indices])
             session.optimise(losses["loss"], step)
             session.record(step, **losses)

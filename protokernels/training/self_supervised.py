@@ -18,17 +18,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..data import ImageDataset, ViewConfig, load_dataset, two_views
+from ..data import ImageDataset, load_dataset
 from ..evaluation import TransferProtocol
 from ..models import ResNet18, Stem
+from ..nn import RandomViews
 from .optimizers import OptimizerName, make_optimizer, warmup_cosine
 from .randomness import seed_everything
 from .run_folder import RunFolder
 from .runs import RunSettings, load_runs, train_runs, update_results, write_summary
 from .scoring import evaluation_splits
 from .session import Plan, Session
+from .views import two_views
 
 PretrainingPreset = Literal["paper", "fair"]
+ViewMaker = Literal["RandomViews", "matrices"]
 Config = TypeVar("Config", bound="PretrainingConfig")
 Score = Callable[[ResNet18, ImageDataset, Any, int], dict[str, Any]]  # encoder, data, configuration, seed -> results
 
@@ -48,6 +51,7 @@ class PretrainingConfig:
     crop_scale: float = 0.2  # smallest share of the image in a crop
     blur: bool = True  # Gaussian blur in the views
     solarise: bool = True  # solarisation in the second view
+    view_maker: ViewMaker = "RandomViews"  # "matrices": in records of earlier runs, which cannot be continued
     epochs: int = 30
     batch_size: int = 64
     optimizer: OptimizerName = "adamw"
@@ -88,6 +92,7 @@ class PretrainingConfig:
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
         """The configuration in a run folder; ``ValueError`` for fields this version does not know."""
+        values = {"view_maker": "matrices", **values}  # before it was recorded there was nothing else
         known = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise ValueError(
@@ -97,12 +102,28 @@ class PretrainingConfig:
         restored: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return cls(**restored)
 
-    def views(self) -> ViewConfig:
-        """The random transformations."""
-        strength = ViewConfig(size=self.image_size, crop_scale=self.crop_scale)
-        if not self.blur:
-            strength = replace(strength, blur=(0.0, 0.0))
-        return strength if self.solarise else replace(strength, solarise=(0.0, 0.0))
+    def views(self) -> RandomViews:
+        """The random transformations: crop, flip, brightness, contrast, blur, solarisation; those of OPTiML for every method.
+
+        Raises:
+            ValueError: the views were made in another way than now: up to version 0.1 by products with matrices, from other random
+                numbers of the same distributions. They differ by the blur at a view's border and the smoothing where an image shrinks.
+        """
+        if self.view_maker != "RandomViews":
+            raise ValueError(
+                f"{type(self).__name__}: views by {self.view_maker} are those of an earlier version of protokernels; evaluate the "
+                "run, or train anew with view_maker='RandomViews'"
+            )
+        both = [
+            replace(
+                strength,
+                crop_scale=(self.crop_scale, 1.0),
+                blur=strength.blur if self.blur else 0.0,
+                solarise=strength.solarise if self.solarise else 0.0,
+            )
+            for strength in RandomViews.preset("optiml", self.image_size).strengths
+        ]
+        return RandomViews(self.image_size, *both)
 
     def make_encoder(self, channels: int) -> ResNet18:
         """The encoder, with its initial weights."""
@@ -173,7 +194,7 @@ def move_towards(teacher: nn.Module, student: nn.Module, momentum: float) -> Non
         before.copy_(after)
 
 
-def pretrain(method: Method, images: Tensor, session: Session, views: ViewConfig) -> None:
+def pretrain(method: Method, images: Tensor, session: Session, views: RandomViews) -> None:
     """The loop: two views, losses, one step.
 
     Args:
@@ -184,15 +205,7 @@ def pretrain(method: Method, images: Tensor, session: Session, views: ViewConfig
     """
     for _ in session.epochs():
         for step in session.steps():
-            generator = session.shared_generator(step, "views")
-            first, second = two_views(
-                images[step.indices],
-                views,
-                generator,
-                rank=step.rank,
-                processes=step.processes,
-                batch=step.batch,
-            )
+            first, second = two_views(views, images, step, session)
             losses = session.model(_fast_layout(first), _fast_layout(second))
             session.optimise(losses["loss"], step)
             method.after_step(step.progress)
