@@ -60,6 +60,7 @@ class Contest:
         *,
         limit: tuple[float, float] | None = None,
         calls: int = 1,
+        rounds: int | None = None,
         **facts: Any,
     ) -> None:
         """Every round runs ours, timed here, and then the contender, timed by pytest-benchmark.
@@ -70,14 +71,16 @@ class Contest:
             ours: what it is compared with in the same rounds.
             limit: floating-point operations and bytes that cannot be avoided.
             calls: how many calls `function` and `ours` make; times are those of one.
+            rounds: at least two, for calls of many seconds, which are warm after the first; default: as many as there is time for.
             facts: `case`, `what`, `contender`, `order` and anything else the row should say.
         """
         if measure.identity(facts) in self.held:
             pytest.skip("the results file holds this row")
         first_call = measure.seconds(function)  # with torch.compile: the compilation
-        for _ in range(2):
-            function(), ours()
-        rounds = measure.rounds_for(self.seconds, function, ours)
+        if rounds is None:
+            for _ in range(2):
+                function(), ours()
+            rounds = measure.rounds_for(self.seconds, function, ours)
         own: list[float] = []
         gc.collect()
         start, others = time.perf_counter(), measure.others_cpu_seconds()

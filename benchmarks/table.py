@@ -26,7 +26,8 @@ def milliseconds(value: float) -> str:
 
 
 def line(row: Row, with_memory: bool = False) -> str:
-    name = row["contender"] + (f" ({row['leaves_out']})" if row.get("leaves_out") else "")
+    note = row.get("leaves_out") or row.get("others")
+    name = row["contender"] + (f" ({note})" if note else "")
     is_ours = "limit_ms" in row or row["contender"] == "protokernels"
     against = f" ({row['against']})" if row.get("against", "protokernels") != "protokernels" else ""
     ratio = f"{row['ratio']:.3g} ({row['min_ms'] / row['ours']['min_ms']:.3g})"
