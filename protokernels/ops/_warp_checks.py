@@ -123,8 +123,11 @@ def stage_numbers(op: str, order: object) -> list[int]:
     return numbers
 
 
-def enabled_bits(op: str, images: Tensor, enabled: object) -> Tensor:  # [B] int32, bit k: stage k
+def enabled_bits(op: str, images: Tensor, enabled: object) -> Tensor | None:  # [B] int32, bit k: stage k
+    """None where all are on."""
     B = images.shape[0]
+    if enabled is None:
+        return None
     if isinstance(enabled, Tensor):
         if enabled.dtype != torch.bool or enabled.shape != (B, len(STAGES)):
             raise ValueError(
@@ -134,23 +137,17 @@ def enabled_bits(op: str, images: Tensor, enabled: object) -> Tensor:  # [B] int
         _checks.check_same_device(op, "images", images, "enabled", enabled)
         powers = 1 << torch.arange(len(STAGES), dtype=torch.int32, device=images.device)
         return (enabled * powers).sum(1, dtype=torch.int32)
-    bits = ALL_STAGES
-    if enabled is not None:
-        if (
-            isinstance(enabled, str)
-            or not isinstance(enabled, Sequence)
-            or any(stage not in STAGES for stage in enabled)
-        ):
-            raise ValueError(
-                f"{op}: enabled must be None, a sequence of names out of {', '.join(map(repr, STAGES))} or a bool tensor "
-                f"[B, {len(STAGES)}]; got {enabled!r}"
-            )
-        bits = sum({1 << STAGES.index(stage) for stage in enabled})
+    if isinstance(enabled, str) or not isinstance(enabled, Sequence) or any(stage not in STAGES for stage in enabled):
+        raise ValueError(
+            f"{op}: enabled must be None, a sequence of names out of {', '.join(map(repr, STAGES))} or a bool tensor "
+            f"[B, {len(STAGES)}]; got {enabled!r}"
+        )
+    bits = sum({1 << STAGES.index(stage) for stage in enabled})
     return torch.full((B,), bits, dtype=torch.int32, device=images.device)
 
 
-def seeds(op: str, images: Tensor, generator: object, seed: object, *, used: bool = True) -> Tensor:  # [B] int64
-    """A key for every sample: the ones given, or drawn on the device of the images; zeros where nothing is random."""
+def seeds(op: str, images: Tensor, generator: object, seed: object, *, used: bool = True) -> Tensor | None:  # [B] int64
+    """A key for every sample: the ones given, or drawn on the device of the images; None where nothing is random."""
     B = images.shape[0]
     if generator is not None and seed is not None:
         raise ValueError(f"{op}: give generator or seed, not both")
@@ -172,7 +169,7 @@ def seeds(op: str, images: Tensor, generator: object, seed: object, *, used: boo
                 f"torch.Generator('{images.device}')"
             )
     if not used:
-        return torch.zeros(B, dtype=torch.int64, device=images.device)
+        return None
     limits = (-(2**63), 2**63 - 1)
     return torch.randint(*limits, (B,), generator=generator, dtype=torch.int64, device=images.device)
 

@@ -242,8 +242,8 @@ def run_stages(
     params: Tensor,  # [B, 7] in the compute dtype
     order: list[int],
     *,
-    bits: Tensor | None = None,  # [B] int32
-    seed: Tensor | None = None,  # [B] int64
+    bits: Tensor | None = None,  # [B] int32; None: every stage of the order is on
+    seed: Tensor | None = None,  # [B] int64; None: 0
     radius: Sequence[int] = (0, 0),
     sigma_max: float = 0.0,
     noise_std: float = 0.0,
@@ -251,17 +251,22 @@ def run_stages(
     sharpness: float = 1.0,
     padding: Padding = "reflect",
 ) -> Tensor:  # [B, C, H, W]
+    rest = (order, list(radius), sigma_max, noise_std, list(crop_half), sharpness, reference.PADDINGS.index(padding))
+    if backend.native_serves(images.device):
+        done: Tensor = _calls.call(
+            "warp_forward",
+            images.contiguous(),
+            params.contiguous(),
+            bits,
+            None if seed is None else seed.contiguous(),
+            *rest,
+        )
+        return done
     B = images.shape[0]
     if bits is None:
         bits = torch.full((B,), checks.ALL_STAGES, dtype=torch.int32, device=images.device)
     if seed is None:
         seed = torch.zeros(B, dtype=torch.int64, device=images.device)
-    rest = (order, list(radius), sigma_max, noise_std, list(crop_half), sharpness, reference.PADDINGS.index(padding))
-    if backend.native_serves(images.device):
-        done: Tensor = _calls.call(
-            "warp_forward", images.contiguous(), params.contiguous(), bits, seed.contiguous(), *rest
-        )
-        return done
     return reference.transform(images, params, bits, seed, *rest)
 
 
