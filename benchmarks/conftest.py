@@ -59,6 +59,8 @@ class Contest:
         ours: Callable[[], object],
         *,
         limit: tuple[float, float] | None = None,
+        calls: int = 1,
+        rounds: int | None = None,
         **facts: Any,
     ) -> None:
         """Every round runs ours, timed here, and then the contender, timed by pytest-benchmark.
@@ -68,22 +70,26 @@ class Contest:
             function: what the row is about; may be ours itself.
             ours: what it is compared with in the same rounds.
             limit: floating-point operations and bytes that cannot be avoided.
+            calls: how many calls `function` and `ours` make; times are those of one.
+            rounds: at least two, for calls of many seconds, which are warm after the first; default: as many as there is time for.
             facts: `case`, `what`, `contender`, `order` and anything else the row should say.
         """
         if measure.identity(facts) in self.held:
             pytest.skip("the results file holds this row")
         first_call = measure.seconds(function)  # with torch.compile: the compilation
-        for _ in range(2):
-            function(), ours()
-        rounds = measure.rounds_for(self.seconds, function, ours)
+        if rounds is None:
+            for _ in range(2):
+                function(), ours()
+            rounds = measure.rounds_for(self.seconds, function, ours)
         own: list[float] = []
         gc.collect()
         start, others = time.perf_counter(), measure.others_cpu_seconds()
         benchmark.pedantic(function, setup=lambda: own.append(measure.seconds(ours)), rounds=rounds, iterations=1)
         disturbance = (measure.others_cpu_seconds() - others) / (time.perf_counter() - start)
-        row = {**facts, **measure.quartiles(benchmark.stats.stats.data), "first_call_ms": 1e3 * first_call}
+        row = {**facts, **measure.quartiles(t / calls for t in benchmark.stats.stats.data)}
+        row["first_call_ms"] = 1e3 * first_call / calls
         row["cores_of_others"] = max(0.0, round(disturbance, 3))
-        row["ours"] = measure.quartiles(own)
+        row["ours"] = measure.quartiles(t / calls for t in own)
         row["ratio"] = row["median_ms"] / row["ours"]["median_ms"]
         if limit is not None:
             row["flops"], row["bytes"] = limit

@@ -87,7 +87,7 @@ def measure(line: str, config: LocalContrastConfig, rounds: int) -> dict[str, An
     if line == "global":
         model: Any = paper.GlobalContrast(backbone.encoder, config)
         views: Callable[[], Any] = lambda: view_pair(x, None, intensity, spatial, generator)  # noqa: E731
-        loss_of = lambda pair: model(pair[0].images, pair[1].images)  # noqa: E731
+        loss_of = lambda pair: model(pair[0].images, pair[1].images)[0]  # noqa: E731
         z = torch.randn(2 * len(x), backbone.encoder.dim // 2, requires_grad=True)
         bare = lambda: paper.protokernels.nt_xent_loss(z[: len(x)], z[len(x) :]).backward()  # noqa: E731
     elif line == "segmentation":

@@ -26,8 +26,9 @@ def milliseconds(value: float) -> str:
 
 
 def line(row: Row, with_memory: bool = False) -> str:
-    name = row["contender"] + (f" ({row['leaves_out']})" if row.get("leaves_out") else "")
-    is_ours = "limit_ms" in row
+    note = row.get("leaves_out") or row.get("others")
+    name = row["contender"] + (f" ({note})" if note else "")
+    is_ours = "limit_ms" in row or row["contender"] == "protokernels"
     against = f" ({row['against']})" if row.get("against", "protokernels") != "protokernels" else ""
     ratio = f"{row['ratio']:.3g} ({row['min_ms'] / row['ours']['min_ms']:.3g})"
     loses = row["ratio"] < 1 and not is_ours
@@ -39,7 +40,7 @@ def line(row: Row, with_memory: bool = False) -> str:
         f"{milliseconds(row['p25_ms'])} to {milliseconds(row['p75_ms'])}",
         "" if is_ours else milliseconds(row["ours"]["median_ms"]) + against,
         "" if is_ours else ratio + (" (we lose)" if loses else ""),
-        f"{row['share_of_limit']:.0%} of {milliseconds(row['limit_ms'])} ms" if is_ours else "",
+        f"{row['share_of_limit']:.0%} of {milliseconds(row['limit_ms'])} ms" if "limit_ms" in row else "",
     ]
     if with_memory:
         cells.append("" if row.get("peak_mb") is None else f"{row['peak_mb']:.0f}")

@@ -90,10 +90,10 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
   // Warps (ops/warp.h): blur, noise, soft crop, flips and rotation of images in any order, with gradients by images and parameters; affine warps of
   // images and volumes.
   library.def(
-      "warp_forward(Tensor images, Tensor params, Tensor enabled, Tensor seed, int[] order, int[] radius, float sigma_max, float noise_std, "
-      "float[] crop_half, float sharpness, int padding) -> Tensor");
+      "warp_forward(Tensor images, Tensor params, Tensor? enabled, Tensor? seed, int[] order, int[] radius, float sigma_max, float "
+      "noise_std, float[] crop_half, float sharpness, int padding) -> Tensor");
   library.def(
-      "warp_backward(Tensor grad, Tensor images, Tensor params, Tensor enabled, Tensor seed, int[] order, int[] radius, float sigma_max, "
+      "warp_backward(Tensor grad, Tensor images, Tensor params, Tensor? enabled, Tensor? seed, int[] order, int[] radius, float sigma_max, "
       "float noise_std, float[] crop_half, float sharpness, int padding, bool need_images, bool need_params) "
       "-> (Tensor grad_images, Tensor grad_params)");
   library.def("warp_affine_forward(Tensor images, Tensor matrix, int[] size, int padding) -> Tensor");

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protokernels import affine_warp, transform
-from protokernels.data.views import ViewConfig, draw_views, make_view
 from protokernels.nn import DifferentiableTransform, RandomViews, ViewStrength
 from protokernels.nn.random_views import ViewParameters, view_matrix
 from python_tests.warp_oracle import PLACES, STAGES, Place, draw
@@ -198,18 +197,6 @@ class TestViews:
             assert view.min() >= 0 and view.max() <= 1
         (view,) = RandomViews(8, strong, limits=None)(images)
         assert view.min() < 0 and view.max() > 1
-
-    def test_the_same_parameters_give_the_views_of_the_data_package(self, place: Place) -> None:
-        """Batched matrix products there, kernels here; where a view enlarges and away from its border, at which blurs differ."""
-        images = draw((16, 1, 64, 64), seed=16)[0].to(place.device)
-        drawn = draw_views(ViewConfig(size=64), 16, torch.Generator().manual_seed(8), view=0)
-        parameters = unchanged(
-            16, box=drawn.box, mirror=torch.stack([drawn.flip, torch.zeros_like(drawn.flip)], 1), brightness=drawn.brightness,
-            contrast=drawn.contrast, sigma=drawn.sigma, solarise=drawn.solarise,
-        )  # fmt: skip
-        ours = RandomViews.preset("optiml", 64).make(images, parameters)
-        theirs = make_view(images, drawn, 64)
-        torch.testing.assert_close(ours[..., 3:-3, 3:-3], theirs[..., 3:-3, 3:-3], rtol=0, atol=2e-5)
 
     @pytest.mark.parametrize("preset", PRESETS)
     def test_presets_make_two_different_views(self, place: Place, preset: str) -> None:

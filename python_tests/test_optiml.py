@@ -17,8 +17,9 @@ from torch import Tensor
 pytest.importorskip("accelerate", reason="OPTiML needs the extra protokernels[train]")
 
 from protokernels.cli import main
-from protokernels.data.views import ViewParameters, make_view
 from protokernels.figures.optiml import chosen_positions, partner_places
+from protokernels.nn import RandomViews
+from protokernels.nn.random_views import ViewParameters
 from protokernels.papers import optiml
 from protokernels.papers.optiml import ABLATIONS, CrossView, OPTiML, OPTiMLConfig
 from protokernels.training import RunFolder
@@ -252,6 +253,15 @@ class TestConfig:
         assert same == ["full", "value-transport"]
 
 
+def crop(box: list[float], flip: bool = False) -> ViewParameters:
+    """Nothing but a crop and a flip."""
+    zero, one, no = torch.zeros(1), torch.ones(1), torch.tensor([False])
+    seed = torch.zeros(1, dtype=torch.int64)
+    return ViewParameters(
+        torch.tensor([box]), torch.tensor([[flip, False]]), zero, one, one, zero, one, zero, zero, seed, no
+    )
+
+
 class TestFigures:
     def test_partner_places_follow_crop_and_flip(self) -> None:
         """A bright pixel of the image is found where `partner_places` says."""
@@ -259,11 +269,9 @@ class TestFigures:
         image[0, 0, 18, 30] = 1
         views, parameters = [], []
         for box, flip in (([0.25, 0.125, 0.5, 0.5], True), ([0.0, 0.1, 0.8, 0.7], False)):
-            drawn = ViewParameters(
-                torch.tensor([box]), torch.tensor([flip]), *(torch.ones(1),) * 2, torch.zeros(1), torch.tensor([False])
-            )
+            drawn = crop(box, flip)
             parameters.append(drawn)
-            views.append(make_view(image, drawn, 64)[0, 0])
+            views.append(RandomViews.preset("optiml", 64).make(image, drawn)[0, 0])
         side = 64
         row, column = divmod(int(views[0].argmax()), side)
         place = partner_places(parameters[0], parameters[1], side)[0, row * side + column] * 64 - 0.5
@@ -271,12 +279,7 @@ class TestFigures:
         assert place.tolist() == pytest.approx(expected, abs=1.5)
 
     def test_places_outside_are_unknown(self) -> None:
-        whole, part = (
-            ViewParameters(
-                torch.tensor([box]), torch.tensor([False]), *(torch.ones(1),) * 2, torch.zeros(1), torch.zeros(1)
-            )
-            for box in ([0.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5])
-        )
+        whole, part = crop([0.0, 0.0, 1.0, 1.0]), crop([0.5, 0.5, 0.5, 0.5])
         known = torch.isfinite(partner_places(whole, part, 4)).all(dim=2).reshape(4, 4)
         assert known.nonzero().tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
         torch.testing.assert_close(partner_places(whole, whole, 2)[0, 1], torch.tensor([0.25, 0.75]))

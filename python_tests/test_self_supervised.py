@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("accelerate", reason="training needs the extra protokernels[
 
 from protokernels.data import ImageDataset
 from protokernels.models import pooled
+from protokernels.nn import ViewStrength
 from protokernels.training import Interrupted, RunFolder, Session
 from protokernels.training.optimizers import LARS, make_optimizer, warmup_cosine
 from protokernels.training.self_supervised import (
@@ -26,6 +28,7 @@ from protokernels.training.self_supervised import (
     load_method,
     move_towards,
 )
+from protokernels.training.views import two_views
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class TestConfig:
         assert (paper.image_size, paper.width, paper.optimizer, paper.momentum) == (224, 64, "lars", 0.5)
         assert (fair.image_size, fair.width, fair.last_stride, fair.momentum) == (112, 16, 1, 0.9)
         assert ToyConfig.preset("paper", "chest_nih", epochs=7).epochs == 7
-        assert paper.views().size == 224 and replace(paper, blur=False).views().blur == (0.0, 0.0)
+        assert paper.views().size == (224, 224) and [s.crop_scale for s in paper.views().strengths] == [(0.08, 1.0)] * 2
         assert ToyConfig.from_dict({**TINY.__dict__}) == TINY
 
     @pytest.mark.parametrize(
@@ -102,6 +105,44 @@ class TestConfig:
             ToyConfig.preset("best")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="unknown fields speed"):
             ToyConfig.from_dict({"speed": 1})
+
+
+class TestViews:
+    def test_strengths(self) -> None:
+        """SimCLR's on grey images; blur and solarisation differ between the views. What published results were trained with."""
+        first, second = PretrainingConfig(image_size=112, crop_scale=0.3).views().strengths
+        shared = ViewStrength(
+            crop=1.0, crop_scale=(0.3, 1.0), crop_ratio=(3 / 4, 4 / 3), hflip=0.5, vflip=0.0, rotate=0.0, jitter=0.8, brightness=0.4,
+            contrast=0.4, offset=0.0, gamma=0.0, blur_sigma=(0.05, 1.0), noise=0.0,
+        )  # fmt: skip
+        assert first == replace(shared, blur=1.0, solarise=0.0) and second == replace(shared, blur=0.1, solarise=0.2)
+
+    def test_options(self) -> None:
+        config = PretrainingConfig()
+        assert [s.blur for s in replace(config, blur=False).views().strengths] == [0.0, 0.0]
+        assert [s.solarise for s in replace(config, solarise=False).views().strengths] == [0.0, 0.0]
+
+    def test_a_record_without_the_maker_is_of_an_earlier_version_and_is_not_continued(self, tmp_path: Path) -> None:
+        record = {name: value for name, value in TINY.__dict__.items() if name != "view_maker"}
+        earlier = ToyConfig.from_dict(record)
+        assert earlier.view_maker == "matrices" and earlier != TINY
+        with pytest.raises(ValueError, match="views by matrices are those of an earlier version"):
+            run(tmp_path / "earlier", earlier)
+
+    def test_an_image_has_the_same_views_in_any_number_of_processes(self) -> None:
+        images, views = torch.randint(256, (9, 1, 12, 12), dtype=torch.uint8), PretrainingConfig(image_size=8).views()
+        indices = torch.tensor([4, 0, 7, 2, 5])
+
+        def made(rank: int, processes: int) -> tuple[Tensor, Tensor]:
+            step = SimpleNamespace(indices=indices[rank::processes], batch=5, rank=rank, processes=processes)
+            session = SimpleNamespace(shared_generator=lambda step, purpose: torch.Generator().manual_seed(3))
+            return two_views(views, images, step, session)  # type: ignore[arg-type]
+
+        whole = made(0, 1)
+        for rank in (0, 1):
+            for all_of_them, part in zip(whole, made(rank, 2), strict=True):
+                assert torch.equal(all_of_them[rank::2], part)
+        assert not torch.equal(*whole)
 
 
 class TestOptimizers:

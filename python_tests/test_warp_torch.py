@@ -46,6 +46,18 @@ class TestContract:
         images, params, rest = self._chain(place, dtype, order)
         torch.library.opcheck(OPS.warp_forward, (images.requires_grad_(), params.requires_grad_(), *rest))
 
+    def test_without_bits_and_seeds(self, place: Place) -> None:
+        """All stages on, and 0, without tensors that say so."""
+        images, params, (_, _, *rest) = self._chain(place, torch.float32, [0, 1, 2, 3, 4, 5])
+        leaves = images.requires_grad_(), params.requires_grad_()
+        torch.library.opcheck(OPS.warp_forward, (*leaves, None, None, *rest))
+        full = torch.full((3,), 63, dtype=torch.int32, device=place.device)
+        given = OPS.warp_forward(*leaves, full, torch.zeros(3, dtype=torch.int64, device=place.device), *rest)
+        left_out = OPS.warp_forward(*leaves, None, None, *rest)
+        assert torch.equal(given, left_out)
+        for one, other in zip(*(torch.autograd.grad(x.square().sum(), leaves) for x in (given, left_out)), strict=True):
+            assert torch.equal(one, other)
+
     @pytest.mark.parametrize("need", [(True, True), (True, False), (False, True)])
     def test_opcheck_backward_of_the_chain(self, place: Place, need: tuple[bool, bool]) -> None:
         images, params, rest = self._chain(place, torch.float32, [0, 1, 2, 3, 4, 5])

@@ -3,6 +3,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+
 // Absent from a CPU torch and found through libtorch.so on a CUDA one; hence weak.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
@@ -10,7 +12,17 @@ namespace protokernels {
 
 Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   constexpr uintptr_t huge_page = uintptr_t{2} << 20;
-  Tensor tensor = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+  constexpr size_t most_dimensions = 5;
+  STD_TORCH_CHECK(sizes.size() <= most_dimensions, "protokernels: at most five dimensions");
+  int64_t strides[most_dimensions], stride = 1;
+  for (size_t k = sizes.size(); k-- > 0; stride *= std::max<int64_t>(sizes.begin()[k], 1)) strides[k] = stride;
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;  // by the C function: new_empty of the stable headers looks its operator up by name, in every call
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type,
+                                                         like.get_device_index(), &handle));
+  Tensor tensor(handle);
 #if defined(MADV_HUGEPAGE)
   const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
   if (bytes >= 2 * huge_page && tensor.is_cpu()) {

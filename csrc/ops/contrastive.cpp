@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <thread>
@@ -195,9 +196,9 @@ Tensor coefficients_cpu(OptionalTensor grad_losses, Tensor statistics, Tensor gr
   for (int64_t g = 0; g < c.G; ++g)
     STD_TORCH_CHECK(0 <= c.groups[g].row_begin && c.groups[g].row_anchor_end <= c.R, "contrastive: group ", g,
                     " does not lie within the rows");
-  Tensor out = empty_beside(statistics, {3, c.R}, statistics.scalar_type());
-  torch::stable::zero_(out);
+  const Tensor out = empty_beside(statistics, {3, c.R}, statistics.scalar_type());
   c.coefficients = out.data_ptr();
+  if (c.R > 0) std::memset(c.coefficients, 0, static_cast<size_t>(3 * c.R) * (c.double_compute ? 8 : 4));
   parallel_for(0, c.G, std::max<int64_t>(1, c.G * 1024 / std::max<int64_t>(c.R, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g)
       c.double_compute ? coefficients_of_group<double>(c, c.groups[g]) : coefficients_of_group<float>(c, c.groups[g]);

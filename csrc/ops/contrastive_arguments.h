@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> pack_by(const Run& run, const Tensor& x, const Tensor
 template <class Run>
 Tensor unpack_by(const Run& run, const Tensor& grad_packed_any, const Tensor& packed, const Tensor& norms, const Tensor& order,
                  const Tensor& like, bool normalize, bool channels_last, bool on_cpu) {
-  const Tensor grad_packed = torch::stable::contiguous(grad_packed_any);
+  const Tensor grad_packed = as_contiguous(grad_packed_any);
   ContrastiveUnpack p{};
   fill_pack(p, like, order, normalize, on_cpu);
   p.grad_packed = checked(grad_packed, "the gradient of packed", compute_type(p.double_compute), {p.R, p.Cp});

@@ -43,7 +43,7 @@ struct PlanArguments {
     STD_TORCH_CHECK(labels_any.dim() == 4 && labels_any.scalar_type() == ScalarType::Long && block.size() == 3 && stride.size() == 3 &&
                         form >= 0 && form <= 3 && reduction >= 0 && reduction <= 2,
                     "contrastive: labels must be int64 [N, D, H, W], block and stride have one number for each axis");
-    labels = torch::stable::contiguous(labels_any);
+    labels = as_contiguous(labels_any);
     ContrastivePlan& p = plan;
     p.N = labels.size(0);
     for (int a = 0; a < 3; ++a) {

@@ -123,7 +123,7 @@ ForwardOutputs allocate_forward(PrototypesForward& p, const Tensor& z, const Ten
 
 Outputs forward_cpu(Tensor z_any, Tensor prototypes_any, OptionalTensor temperature_tensor, double temperature, bool cosine,
                     OptionalTensor uniform, bool with_labels, bool with_entropy, bool with_update, double new_weight, bool skip_nonfinite) {
-  const Tensor z = with_dense_rows(z_any), prototypes = torch::stable::contiguous(prototypes_any);
+  const Tensor z = with_dense_rows(z_any), prototypes = as_contiguous(prototypes_any);
   PrototypesForward p;
   fill_problem(p, z, prototypes, temperature_tensor, temperature, cosine);
   const ForwardOutputs out =
@@ -162,7 +162,7 @@ BackwardOutputs allocate_backward(PrototypesBackward& p, const Tensor& grad_assi
                     "prototypes: the gradient of the entropy must be contiguous [B] of the compute type");
   BackwardOutputs out{empty_beside(z, {p.B, p.D}, z.scalar_type()),
                       empty_beside(z, {with_prototypes ? p.K : 0, p.D}, prototypes.scalar_type()),
-                      torch::stable::new_empty(z, torch::headeronly::IntHeaderOnlyArrayRef(&p.B, size_t{0}), compute)};
+                      empty_beside(z, {}, compute)};
   p.assignment = assignment.data_ptr();
   p.grad_assignment = grad_assignment.data_ptr();
   p.grad_entropy = data_or_null<const void>(grad_entropy);
@@ -171,13 +171,13 @@ BackwardOutputs allocate_backward(PrototypesBackward& p, const Tensor& grad_assi
   return out;
 }
 
-OptionalTensor dense(const OptionalTensor& tensor) { return tensor ? OptionalTensor(torch::stable::contiguous(*tensor)) : tensor; }
+OptionalTensor dense(const OptionalTensor& tensor) { return tensor ? OptionalTensor(as_contiguous(*tensor)) : tensor; }
 
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(Tensor grad_assignment_any, OptionalTensor grad_entropy_any, Tensor assignment_any,
                                                 Tensor z_any, Tensor prototypes_any, OptionalTensor temperature_tensor, double temperature,
                                                 bool cosine, bool with_prototypes) {
-  const Tensor z = with_dense_rows(z_any), prototypes = torch::stable::contiguous(prototypes_any);
-  const Tensor assignment = torch::stable::contiguous(assignment_any), grad_assignment = torch::stable::contiguous(grad_assignment_any);
+  const Tensor z = with_dense_rows(z_any), prototypes = as_contiguous(prototypes_any);
+  const Tensor assignment = as_contiguous(assignment_any), grad_assignment = as_contiguous(grad_assignment_any);
   const OptionalTensor grad_entropy = dense(grad_entropy_any);
   PrototypesBackward p;
   fill_problem(p, z, prototypes, temperature_tensor, temperature, cosine);
@@ -215,7 +215,7 @@ void fill_accumulate(PrototypesAccumulate& p, const Tensor& z, const Tensor& lab
 }
 
 std::tuple<Tensor, Tensor> accumulate_cpu(Tensor z_any, Tensor labels_any, int64_t num_prototypes, bool skip_nonfinite) {
-  const Tensor z = with_dense_rows(z_any), labels = torch::stable::contiguous(labels_any);
+  const Tensor z = with_dense_rows(z_any), labels = as_contiguous(labels_any);
   PrototypesAccumulate p;
   fill_accumulate(p, z, labels, num_prototypes, skip_nonfinite);
   const PrototypesCpu& cpu = prototypes_cpu();
@@ -241,9 +241,9 @@ struct BlendInputs {
   Tensor prototypes, sums, counts, updated;
 
   BlendInputs(const Tensor& prototypes_any, const Tensor& sums_any, const Tensor& counts_any)
-      : prototypes(torch::stable::contiguous(prototypes_any)),
-        sums(torch::stable::contiguous(sums_any)),
-        counts(torch::stable::contiguous(counts_any)) {
+      : prototypes(as_contiguous(prototypes_any)),
+        sums(as_contiguous(sums_any)),
+        counts(as_contiguous(counts_any)) {
     STD_TORCH_CHECK(prototypes.dim() == 2 && sums.dim() == 2 && sums.size(0) == prototypes.size(0) && sums.size(1) == prototypes.size(1) &&
                         counts.numel() == prototypes.size(0) && sums.scalar_type() == ScalarType::Double &&
                         counts.scalar_type() == ScalarType::Long,
@@ -283,7 +283,7 @@ Outputs forward_cuda(Tensor z_any, Tensor prototypes_any, OptionalTensor tempera
                      bool skip_nonfinite) {
   const torch::stable::accelerator::DeviceGuard guard(z_any.get_device_index());
   const bool wide = z_any.scalar_type() == ScalarType::Double || prototypes_any.scalar_type() == ScalarType::Double;
-  const Tensor given = torch::stable::contiguous(prototypes_any), prototypes = in_compute_type(given, wide, false);
+  const Tensor given = as_contiguous(prototypes_any), prototypes = in_compute_type(given, wide, false);
   const Tensor z = with_dense_rows(in_compute_type(z_any, wide, true));
   PrototypesForward p;
   fill_problem(p, z, prototypes, temperature_tensor, temperature, cosine);
@@ -296,7 +296,7 @@ Outputs forward_cuda(Tensor z_any, Tensor prototypes_any, OptionalTensor tempera
 
 std::tuple<Tensor, Tensor> accumulate_cuda(Tensor z_any, Tensor labels_any, int64_t num_prototypes, bool skip_nonfinite) {
   const torch::stable::accelerator::DeviceGuard guard(z_any.get_device_index());
-  const Tensor z = with_dense_rows(z_any), labels = torch::stable::contiguous(labels_any);
+  const Tensor z = with_dense_rows(z_any), labels = as_contiguous(labels_any);
   PrototypesAccumulate p;
   fill_accumulate(p, z, labels, num_prototypes, skip_nonfinite);
   check_int_sizes(p.K, p.D);

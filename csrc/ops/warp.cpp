@@ -15,7 +15,7 @@ PK_DECLARE_LEVELS(WarpCpu, warp_cpu);
 
 namespace {
 
-Tensor forward_cpu(Tensor images, Tensor params, Tensor enabled, Tensor seed, std::vector<int64_t> order, std::vector<int64_t> radius,
+Tensor forward_cpu(Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed, std::vector<int64_t> order, std::vector<int64_t> radius,
                    double sigma_max, double noise_std, std::vector<double> crop_half, double sharpness, int64_t padding) {
   const auto run = [&](const WarpForward& f) {
     const WarpCpu& cpu = PK_CHOOSE_LEVEL(warp_cpu);
@@ -36,7 +36,7 @@ void add_up(const WarpBackward& b, const std::vector<double>& partials) {
     }
 }
 
-std::tuple<Tensor, Tensor> backward_cpu(Tensor grad, Tensor images, Tensor params, Tensor enabled, Tensor seed, std::vector<int64_t> order,
+std::tuple<Tensor, Tensor> backward_cpu(Tensor grad, Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed, std::vector<int64_t> order,
                                         std::vector<int64_t> radius, double sigma_max, double noise_std, std::vector<double> crop_half,
                                         double sharpness, int64_t padding, bool need_images, bool need_params) {
   const auto run = [&](const WarpBackward& b) {

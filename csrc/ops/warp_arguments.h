@@ -13,6 +13,9 @@
 namespace protokernels {
 namespace {
 
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int32_t ALL_STAGES = (1 << WARP_STAGES) - 1;
 constexpr int64_t MOST_PIXELS = int64_t{1} << 30;  // of a plane or a volume: kernels count them in 32 bits, margins included
 
 inline const void* checked(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
@@ -55,13 +58,26 @@ inline void fill_problem(WarpProblem& p, const Tensor& images, const Tensor& par
   p.padding = static_cast<WarpBlurPadding>(padding);
 }
 
-// Run: what is done with the problem, on the CPU or the device.
+// What is given for every sample, or the same number for all.
+template <class T>
+Tensor of_samples(const std::optional<Tensor>& given, const Tensor& images, ScalarType type, T number) {
+  if (given) return *given;
+  Tensor same = empty_beside(images, {images.size(0)}, type);
+  if (images.is_cpu())
+    std::fill_n(static_cast<T*>(same.data_ptr()), images.size(0), number);
+  else
+    torch::stable::fill_(same, static_cast<double>(number));
+  return same;
+}
+
+// Run: what is done with the problem, on the CPU or the device. Without enabled all stages are on, without seed it is 0.
 template <class Run>
-Tensor forward_by(const Run& run, const Tensor& images, const Tensor& params, const Tensor& enabled, const Tensor& seed,
+Tensor forward_by(const Run& run, const Tensor& images, const Tensor& params, const OptionalTensor& enabled, const OptionalTensor& seed,
                   const std::vector<int64_t>& order, const std::vector<int64_t>& radius, double sigma_max, double noise_std,
                   const std::vector<double>& crop_half, double sharpness, int64_t padding) {
   WarpForward f{};
-  fill_problem(f, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_half, sharpness, padding);
+  const Tensor on = of_samples(enabled, images, ScalarType::Int, ALL_STAGES), keys = of_samples(seed, images, ScalarType::Long, int64_t{0});
+  fill_problem(f, images, params, on, keys, order, radius, sigma_max, noise_std, crop_half, sharpness, padding);
   const Tensor output = empty_beside(images, {f.B, f.C, f.H, f.W}, images.scalar_type());
   f.output = output.data_ptr();
   if (!is_empty(f)) run(f);
@@ -70,12 +86,13 @@ Tensor forward_by(const Run& run, const Tensor& images, const Tensor& params, co
 
 template <class Run>
 std::tuple<Tensor, Tensor> backward_by(const Run& run, const Tensor& grad, const Tensor& images, const Tensor& params,
-                                       const Tensor& enabled, const Tensor& seed, const std::vector<int64_t>& order,
+                                       const OptionalTensor& enabled, const OptionalTensor& seed, const std::vector<int64_t>& order,
                                        const std::vector<int64_t>& radius, double sigma_max, double noise_std,
                                        const std::vector<double>& crop_half, double sharpness, int64_t padding, bool need_images,
                                        bool need_params) {
   WarpBackward b{};
-  fill_problem(b, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_half, sharpness, padding);
+  const Tensor on = of_samples(enabled, images, ScalarType::Int, ALL_STAGES), keys = of_samples(seed, images, ScalarType::Long, int64_t{0});
+  fill_problem(b, images, params, on, keys, order, radius, sigma_max, noise_std, crop_half, sharpness, padding);
   b.grad = checked(grad, "the gradient", images.scalar_type(), {b.B, b.C, b.H, b.W});
   Tensor grad_images =
              need_images ? empty_beside(images, {b.B, b.C, b.H, b.W}, images.scalar_type()) : nothing_beside(images, images.scalar_type()),

@@ -16,14 +16,14 @@ void launch_on(const Tensor& like, const Problem& problem, const Bytes& bytes, c
   check_cuda(launch(problem, workspace.data_ptr(), current_cuda_stream(like)), what);
 }
 
-Tensor forward_cuda(Tensor images, Tensor params, Tensor enabled, Tensor seed, std::vector<int64_t> order, std::vector<int64_t> radius,
+Tensor forward_cuda(Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed, std::vector<int64_t> order, std::vector<int64_t> radius,
                     double sigma_max, double noise_std, std::vector<double> crop_half, double sharpness, int64_t padding) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const auto run = [&](const WarpForward& f) { launch_on(images, f, warp_forward_workspace, launch_warp_forward, "warp_forward"); };
   return forward_by(run, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_half, sharpness, padding);
 }
 
-std::tuple<Tensor, Tensor> backward_cuda(Tensor grad, Tensor images, Tensor params, Tensor enabled, Tensor seed,
+std::tuple<Tensor, Tensor> backward_cuda(Tensor grad, Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed,
                                          std::vector<int64_t> order, std::vector<int64_t> radius, double sigma_max, double noise_std,
                                          std::vector<double> crop_half, double sharpness, int64_t padding, bool need_images,
                                          bool need_params) {

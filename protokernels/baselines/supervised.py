@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import ImageDataset, Split, two_views
+from ..data import ImageDataset, Split
 from ..evaluation.classifier import label_loss
 from ..models import pooled
 from ..training import Session
 from ..training.self_supervised import Method, PretrainingConfig, as_bytes
+from ..training.views import two_views
 from .common import Baseline, spread
 
 
@@ -59,16 +60,10 @@ class _WithLabels(Baseline):
 def fit(split: Split, session: Session, config: PretrainingConfig) -> None:
     """The loop: both views of every image, and its labels."""
     images, targets = as_bytes(split.images).to(session.device), targets_of(split).to(session.device)
+    views = config.views()
     for _ in session.epochs():
         for step in session.steps():
-            first, second = two_views(
-                images[step.indices],
-                config.views(),
-                session.shared_generator(step, "views"),
-                rank=step.rank,
-                processes=step.processes,
-                batch=step.batch,
-            )
+            first, second = two_views(views, images, step, session)
             losses = session.model(first, second, targets[step.indices])
             session.optimise(losses["loss"], step)
             session.record(step, **losses)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Labelled images from standard files: the digits inside scikit-learn, MNIST idx files, MedMNIST ``.npz`` files, chest
-X-rays, slices of brain MRI; labelled volumes; and random views of them.
+X-rays, slices of brain MRI; and labelled volumes.
 
 >>> from protokernels.data import load_dataset, to_tensor
 >>> digits = load_dataset("digits")
@@ -11,7 +11,6 @@ torch.Size([1, 32, 32])
 from .datasets import available_datasets, load_dataset
 from .tensors import to_tensor
 from .types import DataError, ImageDataset, Split
-from .views import ViewConfig, two_views
 from .volumes import LabelledVolume, SegmentationDataset, load_segmentation
 
 __all__ = [
@@ -20,10 +19,8 @@ __all__ = [
     "LabelledVolume",
     "SegmentationDataset",
     "Split",
-    "ViewConfig",
     "available_datasets",
     "load_dataset",
     "load_segmentation",
     "to_tensor",
-    "two_views",
 ]

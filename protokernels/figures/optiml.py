@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..data.views import ViewParameters, draw_views, make_view
+from ..nn.random_views import ViewParameters
 from ..training import RunFolder
 from .canvas import save_figure
 from .curves import loss_curves
@@ -39,8 +40,9 @@ def draw(
         "losses": loss_curves(metrics, [key for key in _CURVES if key in metrics[-1]], title=f"{name}: training")
     }
     if config.alignment == "transport":
-        drawn = [draw_views(config.views(), len(images), generator, view=view) for view in (0, 1)]
-        first, second = (make_view(images, parameters, config.image_size) for parameters in drawn)
+        views = replace(config, view_maker="RandomViews").views()  # also for a run that saw those of an earlier version
+        drawn = [views.draw(len(images), view, generator=generator) for view in (0, 1)]
+        first, second = (views.make(images, parameters, view) for view, parameters in enumerate(drawn))
         aligned = method.align(first, second)
         plan, side = aligned.solution.plan.cpu(), method.side
         figures["transport"] = transport_maps(
@@ -88,10 +90,10 @@ def partner_places(first: ViewParameters, second: ViewParameters, side: int) -> 
         start, length = first.box[:, axis, None], first.box[:, axis + 2, None]
         along = centres.expand(len(first.box), side)
         if axis == 0:
-            along = torch.where(first.flip[:, None], 1 - along, along)
+            along = torch.where(first.mirror[:, :1], 1 - along, along)
         other = (start + length * along - second.box[:, axis, None]) / second.box[:, axis + 2, None]
         if axis == 0:
-            other = torch.where(second.flip[:, None], 1 - other, other)
+            other = torch.where(second.mirror[:, :1], 1 - other, other)
         places.append(other)
     rows, columns = places
     grid = torch.stack([rows[:, :, None].expand(-1, -1, side), columns[:, None, :].expand(-1, side, -1)], dim=3)

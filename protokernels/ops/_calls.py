@@ -19,9 +19,11 @@ from torch.autograd import forward_ad
 from .. import _native
 
 Formula = Callable[..., Any]
+_KERNELS: dict[str, Any] = {}
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 _TRANSFORMED: dict[str, type[torch.autograd.Function]] = {}
-_PLAIN = (Tensor, torch.nn.Parameter)
+_NUMBERS = frozenset((type(None), bool, int, float, list, tuple))
+"""Arguments of these types are no tensors; to ask ``isinstance`` of each would take longer than some kernels."""
 _below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
 _modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
@@ -57,22 +59,32 @@ def call(name: str, *arguments: Any) -> Any:
     """Calls a native operator, differentiably if one of the arguments asks for a gradient."""
     if not torch.compiler.is_compiling() and _transforms is not None and _transforms() and name in _TRANSFORMED:
         return _TRANSFORMED[name].apply(*arguments)
-    if torch.compiler.is_compiling() or not _is_plain(arguments):
+    tensors = None if torch.compiler.is_compiling() else _plain_tensors(arguments)
+    if tensors is None:
         return getattr(torch.ops.protokernels, name)(*arguments)
-    if getattr(forward_ad, "_current_level", -1) >= 0 and _has_tangent(arguments):
+    if getattr(forward_ad, "_current_level", -1) >= 0 and _has_tangent(tensors):
         raise NotImplementedError(
             f"{name}: the native kernels have no forward-mode derivative; use `with protokernels.backend.use('reference')` around the call"
         )
-    if name in _FUNCTIONS and torch.is_grad_enabled() and _wants_gradient(arguments):
-        return _FUNCTIONS[name].apply(*arguments)
+    if name in _FUNCTIONS and torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return _FUNCTIONS[name].apply(*arguments)
     with _below_autograd():
-        return getattr(torch.ops.protokernels, name).default(*arguments)
+        return _kernel(name)(*arguments)
+
+
+def _kernel(name: str) -> Any:
+    """The operator itself: to find it by its name takes as long as a small call."""
+    if name not in _KERNELS:
+        _KERNELS[name] = getattr(torch.ops.protokernels, name).default
+    return _KERNELS[name]
 
 
 def _function(name: str, setup: Formula | None, backward: Formula) -> type[torch.autograd.Function]:
     def forward(ctx: Any, *arguments: Any) -> Any:
         with _below_autograd():
-            output = getattr(torch.ops.protokernels, name).default(*arguments)
+            output = _kernel(name)(*arguments)
         if setup is not None:
             setup(ctx, arguments, output)
         return output
@@ -100,16 +112,19 @@ def _transformed(name: str, setup: Formula | None, backward: Formula) -> type[to
     return type(f"protokernels_{name}_transformed", (torch.autograd.Function,), members)
 
 
-def _is_plain(arguments: tuple[Any, ...]) -> bool:
-    """Tensors of torch's own classes, and nobody who watches or transforms calls."""
+def _plain_tensors(arguments: tuple[Any, ...]) -> list[Tensor] | None:
+    """The tensors among the arguments, if they are of torch's own classes and nobody watches or transforms calls."""
     if not _CAN_SHORTEN or _modes() or _function_modes() or _transforms() or torch.jit.is_tracing():
-        return False
-    return all(type(x) in _PLAIN for x in arguments if isinstance(x, Tensor))
+        return None
+    tensors = []
+    for x in arguments:
+        kind = type(x)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            tensors.append(x)
+        elif kind not in _NUMBERS and isinstance(x, Tensor):
+            return None
+    return tensors
 
 
-def _has_tangent(arguments: tuple[Any, ...]) -> bool:
-    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments)
-
-
-def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+def _has_tangent(tensors: list[Tensor]) -> bool:
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)

@@ -19,7 +19,8 @@ Reduction = Literal["group", "anchor", "image", "none"]
 Gather = bool | Literal["ring"]
 Size = int | Sequence[int]
 
-PRECISIONS = get_args(Precision)
+FORMS, DENOMINATORS, PRECISIONS = get_args(Form), get_args(Denominator), get_args(Precision)
+SCOPES, REDUCTIONS = get_args(Scope), get_args(Reduction)
 LONGEST_AXIS = 2**31 - 1
 """A plan counts rows in int32; larger blocks and strides are the same as this."""
 _INT64 = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -27,7 +28,7 @@ _INT64 = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 def form_of(op: str, denominator: Denominator) -> Form:
     """The form that has this denominator."""
-    _checks.check_choice(op, "denominator", denominator, get_args(Denominator))
+    _checks.check_choice(op, "denominator", denominator, DENOMINATORS)
     return "supcon" if denominator == "all" else "negout"
 
 
@@ -39,7 +40,7 @@ def check_choices(op: str, temperature: object, form: object, precision: object,
             "inverse's root and pass normalize=False, temperature=1"
         )
     _checks.check_temperature(op, temperature, torch.device("cpu"))
-    _checks.check_choice(op, "form", form, get_args(Form))
+    _checks.check_choice(op, "form", form, FORMS)
     _checks.check_choice(op, "precision", precision, PRECISIONS)
     _checks.check_choice(op, "gather", gather, (False, True, "ring"))
 
@@ -56,8 +57,8 @@ def check_local(
 ) -> None:
     """What :func:`local_contrastive_loss` takes by name."""
     check_choices(op, temperature, form, precision)
-    _checks.check_choice(op, "scope", scope, get_args(Scope))
-    _checks.check_choice(op, "reduction", reduction, get_args(Reduction))
+    _checks.check_choice(op, "scope", scope, SCOPES)
+    _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
     if block_size is not None and stride is not None:
         raise ValueError(f"{op}: give block_size or stride, not both; got block_size={block_size} and stride={stride}")
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.prototypes import compute_dtype
@@ -22,6 +23,8 @@ Enabled = Sequence[Stage] | Tensor | None
 IMAGES = "[B, C, H, W]"
 VOLUMES = "[B, C, H, W] or [B, C, D, H, W]"
 ALL_STAGES = (1 << len(STAGES)) - 1
+COLUMNS = 7
+"""Parameters of a sample: the crop has two."""
 MOST_RADIUS = 64
 """Largest radius of the blur, as in csrc/ops/warp.h."""
 
@@ -55,7 +58,20 @@ def beside(op: str, images: Tensor, name: str, value: object, shape: Sequence[in
         )
     _checks.check_same_device(op, "images", images, name, value)
     _checks.check_dense(op, name, value)
-    return value.to(compute_dtype(images))
+    dtype = compute_dtype(images)
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def column(op: str, images: Tensor, name: str, value: object, place: int) -> Tensor:  # [B, 7]
+    """The parameters of a chain of one stage, from one number for all samples or one for each; ``place``: the column of the stage.
+
+    The other columns are not read.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        dtype = compute_dtype(images)
+        check_range(op, name, value, dtype)
+        return images.new_full((images.shape[0], COLUMNS), value, dtype=dtype)
+    return F.pad(per_sample(op, images, name, value).unsqueeze(1), (place, COLUMNS - 1 - place))
 
 
 def per_sample(op: str, images: Tensor, name: str, value: object) -> Tensor:  # [B]
@@ -123,8 +139,11 @@ def stage_numbers(op: str, order: object) -> list[int]:
     return numbers
 
 
-def enabled_bits(op: str, images: Tensor, enabled: object) -> Tensor:  # [B] int32, bit k: stage k
+def enabled_bits(op: str, images: Tensor, enabled: object) -> Tensor | None:  # [B] int32, bit k: stage k
+    """None where all are on."""
     B = images.shape[0]
+    if enabled is None:
+        return None
     if isinstance(enabled, Tensor):
         if enabled.dtype != torch.bool or enabled.shape != (B, len(STAGES)):
             raise ValueError(
@@ -135,23 +154,17 @@ def enabled_bits(op: str, images: Tensor, enabled: object) -> Tensor:  # [B] int
         _checks.check_dense(op, "enabled", enabled)
         powers = 1 << torch.arange(len(STAGES), dtype=torch.int32, device=images.device)
         return (enabled * powers).sum(1, dtype=torch.int32)
-    bits = ALL_STAGES
-    if enabled is not None:
-        if (
-            isinstance(enabled, str)
-            or not isinstance(enabled, Sequence)
-            or any(stage not in STAGES for stage in enabled)
-        ):
-            raise ValueError(
-                f"{op}: enabled must be None, a sequence of names out of {', '.join(map(repr, STAGES))} or a bool tensor "
-                f"[B, {len(STAGES)}]; got {enabled!r}"
-            )
-        bits = sum({1 << STAGES.index(stage) for stage in enabled})
+    if isinstance(enabled, str) or not isinstance(enabled, Sequence) or any(stage not in STAGES for stage in enabled):
+        raise ValueError(
+            f"{op}: enabled must be None, a sequence of names out of {', '.join(map(repr, STAGES))} or a bool tensor "
+            f"[B, {len(STAGES)}]; got {enabled!r}"
+        )
+    bits = sum({1 << STAGES.index(stage) for stage in enabled})
     return torch.full((B,), bits, dtype=torch.int32, device=images.device)
 
 
-def seeds(op: str, images: Tensor, generator: object, seed: object, *, used: bool = True) -> Tensor:  # [B] int64
-    """A key for every sample: the ones given, or drawn on the device of the images; zeros where nothing is random."""
+def seeds(op: str, images: Tensor, generator: object, seed: object, *, used: bool = True) -> Tensor | None:  # [B] int64
+    """A key for every sample: the ones given, or drawn on the device of the images; None where nothing is random."""
     B = images.shape[0]
     if generator is not None and seed is not None:
         raise ValueError(f"{op}: give generator or seed, not both")
@@ -174,7 +187,7 @@ def seeds(op: str, images: Tensor, generator: object, seed: object, *, used: boo
                 f"torch.Generator('{images.device}')"
             )
     if not used:
-        return torch.zeros(B, dtype=torch.int64, device=images.device)
+        return None
     limits = (-(2**63), 2**63 - 1)
     return torch.randint(*limits, (B,), generator=generator, dtype=torch.int64, device=images.device)
 

@@ -56,7 +56,7 @@ def gaussian_blur(
     """
     op = "gaussian_blur"
     checks.check_images(op, images)
-    values = F.pad(checks.per_sample(op, images, "sigma", sigma).unsqueeze(1), (0, 6))
+    values = checks.column(op, images, "sigma", sigma, 0)
     reach = checks.check_radius(op, radius)
     _checks.check_choice(op, "padding", padding, reference.PADDINGS)
     blurred = run_stages(_planes(images), values, [0], radius=(reach, reach), sigma_max=1.0, padding=padding)
@@ -64,7 +64,7 @@ def gaussian_blur(
         blurred = run_stages(
             blurred.reshape(_stacked(images)), values, [0], radius=(reach, 0), sigma_max=1.0, padding=padding
         )
-    return blurred.view(images.shape)
+    return _like(images, blurred)
 
 
 def gaussian_noise(
@@ -97,9 +97,9 @@ def gaussian_noise(
     """
     op = "gaussian_noise"
     checks.check_images(op, images)
-    values = F.pad(checks.per_sample(op, images, "std", std).unsqueeze(1), (1, 5))
+    values = checks.column(op, images, "std", std, 1)
     keys = checks.seeds(op, images, generator, seed)
-    return run_stages(_planes(images), values, [1], seed=keys, noise_std=1.0).view(images.shape)
+    return _like(images, run_stages(_planes(images), values, [1], seed=keys, noise_std=1.0))
 
 
 def soft_crop(
@@ -172,11 +172,10 @@ def blend_flip(
     op = "blend_flip"
     checks.check_images(op, images)
     _checks.check_choice(op, "dim", dim, DIMENSIONS[: images.dim() - 2])
-    values = checks.per_sample(op, images, "weight", weight).unsqueeze(1)
-    if dim == "horizontal":
-        return run_stages(_planes(images), F.pad(values, (4, 2)), [3]).view(images.shape)
-    planes = _planes(images) if dim == "vertical" else images.reshape(_stacked(images))
-    return run_stages(planes, F.pad(values, (5, 1)), [4]).view(images.shape)
+    place, stage = (4, 3) if dim == "horizontal" else (5, 4)
+    values = checks.column(op, images, "weight", weight, place)
+    planes = images.reshape(_stacked(images)) if dim == "depth" else _planes(images)
+    return _like(images, run_stages(planes, values, [stage]))
 
 
 def rotate(
@@ -214,9 +213,7 @@ def rotate(
     _checks.check_choice(op, "axis", axis, DIMENSIONS if images.dim() == 5 else ("depth",))
     _checks.check_choice(op, "padding_mode", padding_mode, reference.AFFINE_PADDINGS)
     if isinstance(angle, (int, float)) and not isinstance(angle, bool):
-        turns = checks.per_sample(
-            op, images, "angle", angle / (2 * math.pi)
-        )  # in float64: multiples of pi / 2 are exact
+        turns: float | Tensor = angle / (2 * math.pi)  # in float64: multiples of pi / 2 are exact
     else:
         radians = checks.per_sample(op, images, "angle", angle)
         turns = radians / torch.full_like(
@@ -226,13 +223,14 @@ def rotate(
     moved = images.movedim(kept, 2) if images.dim() == 5 else images
     planes = _planes(moved)
     if padding_mode == "zeros":
-        turned = run_stages(planes, F.pad(turns.unsqueeze(1), (6, 0)), [5])
+        turned = run_stages(planes, checks.column(op, images, "angle", turns, 6), [5])
     else:
+        turns = checks.per_sample(op, images, "angle", turns)
         cos, sin = reference.cos_sin(torch.where(turns.isfinite(), turns, math.nan))
         zero = torch.zeros_like(cos)
         matrix = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
         turned = run_affine(planes, matrix, list(planes.shape[2:]), reference.AFFINE_PADDINGS.index(padding_mode))
-    turned = turned.view(moved.shape)
+    turned = _like(moved, turned)
     return turned.movedim(2, kept).contiguous() if images.dim() == 5 else turned
 
 
@@ -244,8 +242,8 @@ def run_stages(
     params: Tensor,  # [B, 7] in the compute dtype
     order: list[int],
     *,
-    bits: Tensor | None = None,  # [B] int32
-    seed: Tensor | None = None,  # [B] int64
+    bits: Tensor | None = None,  # [B] int32; None: every stage of the order is on
+    seed: Tensor | None = None,  # [B] int64; None: 0
     radius: Sequence[int] = (0, 0),
     sigma_max: float = 0.0,
     noise_std: float = 0.0,
@@ -253,17 +251,22 @@ def run_stages(
     sharpness: float = 1.0,
     padding: Padding = "reflect",
 ) -> Tensor:  # [B, C, H, W]
+    rest = (order, list(radius), sigma_max, noise_std, list(crop_half), sharpness, reference.PADDINGS.index(padding))
+    if backend.native_serves(images.device):
+        done: Tensor = _calls.call(
+            "warp_forward",
+            images.contiguous(),
+            params.contiguous(),
+            bits,
+            None if seed is None else seed.contiguous(),
+            *rest,
+        )
+        return done
     B = images.shape[0]
     if bits is None:
         bits = torch.full((B,), checks.ALL_STAGES, dtype=torch.int32, device=images.device)
     if seed is None:
         seed = torch.zeros(B, dtype=torch.int64, device=images.device)
-    rest = (order, list(radius), sigma_max, noise_std, list(crop_half), sharpness, reference.PADDINGS.index(padding))
-    if backend.native_serves(images.device):
-        done: Tensor = _calls.call(
-            "warp_forward", images.contiguous(), params.contiguous(), bits, seed.contiguous(), *rest
-        )
-        return done
     return reference.transform(images, params, bits, seed, *rest)
 
 
@@ -277,6 +280,10 @@ def run_affine(
         warped: Tensor = _calls.call("warp_affine_forward", images.contiguous(), matrix.contiguous(), size, padding)
         return warped
     return reference.affine_warp(images, matrix, size, padding)
+
+
+def _like(images: Tensor, planes: Tensor) -> Tensor:  # the shape of images
+    return planes if images.dim() == 4 else planes.view(images.shape)
 
 
 def _planes(images: Tensor) -> Tensor:  # [B, C, D, H, W] -> [B, C D, H, W]

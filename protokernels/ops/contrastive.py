@@ -324,7 +324,8 @@ def cross_view_loss(
     _checks.check_flag(op, "symmetric", symmetric)
     _checks.check_flag(op, "normalize", normalize)
     dtype = torch.promote_types(reference.compute_dtype(first), reference.compute_dtype(second))
-    first, second = first.to(dtype), second.to(dtype)
+    if first.dtype != dtype or second.dtype != dtype:
+        first, second = first.to(dtype), second.to(dtype)
     if backend.native_serves(first.device):
         plan = Plan(*_calls.call("contrastive_views", first.detach(), count, True, symmetric))
         both = torch.cat([first, second]).unsqueeze(-1)

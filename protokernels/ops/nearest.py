@@ -17,6 +17,7 @@ from . import _calls
 from ._checks import check_choice, check_matrix, check_same_device, describe
 
 Metric = Literal["sqeuclidean", "cosine"]
+METRICS = get_args(Metric)
 MOST_CUDA = 64
 """The largest k that the CUDA kernels take; beyond it the reference runs."""
 
@@ -81,7 +82,7 @@ def nearest(
         raise TypeError(f"nearest: k must be an integer; got {describe(k)}")
     if not 1 <= k <= bank.shape[0]:
         raise ValueError(f"nearest: k must lie in 1..{bank.shape[0]}, the rows of the bank; got {k}")
-    check_choice("nearest", "metric", metric, get_args(Metric))
+    check_choice("nearest", "metric", metric, METRICS)
     if backend.native_serves(queries.device) and (queries.device.type != "cuda" or k <= MOST_CUDA):
         found = _calls.call("nearest_search", queries.detach(), bank.detach(), k, metric == "cosine")
     else:

@@ -136,7 +136,8 @@ def soft_assign(
         assignment, labels, entropy = outputs[:3]
     else:
         assignment, labels, entropy = reference.soft_assign(z, prototypes, temperature, similarity)
-    assignment = assignment.to(dtype)
+    if assignment.dtype != dtype:
+        assignment = assignment.to(dtype)
     if not (return_labels or return_entropy):
         return assignment
     return SoftAssignment(assignment, labels if return_labels else None, entropy.to(dtype) if return_entropy else None)

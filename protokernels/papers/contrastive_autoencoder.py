@@ -62,13 +62,13 @@ import protokernels
 from ..cluster import KMeans, choose_n_clusters
 from ..data import ImageDataset, Split
 from ..models import PhasedDecoder, contrastive_encoder, contrastive_projector
-from ..nn import RandomViews
-from ..training import RunFolder, Session, Step, derived_generator, gather_batch, process_count
+from ..training import RunFolder, Session, derived_generator, gather_batch, process_count
 from ..training.classification_report import results_table
 from ..training.experiment import Experiment, training_images
 from ..training.optimizers import LARS, ramp_cosine
 from ..training.randomness import derived_seed
 from ..training.runs import Trial
+from ..training.views import two_views
 from ._contrastive_autoencoder_config import PAPER_RESULTS, ContrastiveAutoencoderConfig
 from ._contrastive_autoencoder_scoring import score_model, subset
 
@@ -212,13 +212,6 @@ def fit(model: ContrastiveAutoencoder, images: Tensor, session: Session, config:
             if config.refresh_prototypes and model.prototypes is not None:
                 refresh_prototypes(model, output)
             session.record(step, **losses, **diagnostics(output))
-
-
-def two_views(views: RandomViews, images: Tensor, step: Step, session: Session) -> tuple[Tensor, Tensor]:
-    """Both views of this process's images of a batch: the same for an image however many processes share the batch."""
-    x, generator = images[step.indices], session.shared_generator(step, "views")
-    drawn = [views.draw(step.batch, view, generator=generator).part(step.rank, step.processes) for view in (0, 1)]
-    return views.make(x, drawn[0], 0), views.make(x, drawn[1], 1)
 
 
 @torch.no_grad()

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ..data import ImageDataset, Split, ViewConfig, two_views
+from ..data import ImageDataset, Split
 from ..evaluation import TransferProtocol
 from ..models import ResNet18, Stem
+from ..nn import RandomViews
 from .configuration import RunConfig
 from .experiment import Experiment
 from .optimizers import OptimizerName, make_optimizer, warmup_cosine
@@ -27,8 +28,10 @@ from .run_folder import RunFolder
 from .runs import Trial
 from .session import Session
 from .transfer_scoring import transfer_scores
+from .views import two_views
 
 PretrainingPreset = Literal["paper", "fair"]
+ViewMaker = Literal["RandomViews", "matrices"]
 Config = TypeVar("Config", bound="PretrainingConfig")
 
 
@@ -45,6 +48,7 @@ class PretrainingConfig(RunConfig):
     crop_scale: float = 0.2  # smallest share of the image in a crop
     blur: bool = True  # Gaussian blur in the views
     solarise: bool = True  # solarisation in the second view
+    view_maker: ViewMaker = "RandomViews"  # "matrices": in records of earlier runs, which cannot be continued
     epochs: int = 30
     batch_size: int = 64
     optimizer: OptimizerName = "adamw"
@@ -80,12 +84,33 @@ class PretrainingConfig(RunConfig):
         common = _PRESETS[name] | (_DIGITS if data == "digits" else {})
         return cls(**{"data": data, "preset_name": name, **common, **cls.PRESETS.get(name, {}), **changes})
 
-    def views(self) -> ViewConfig:
-        """The random transformations."""
-        strength = ViewConfig(size=self.image_size, crop_scale=self.crop_scale)
-        if not self.blur:
-            strength = replace(strength, blur=(0.0, 0.0))
-        return strength if self.solarise else replace(strength, solarise=(0.0, 0.0))
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        """The configuration in a run folder; ``ValueError`` for fields this version does not know."""
+        return super().from_dict({"view_maker": "matrices", **values})  # before it was recorded there was nothing else
+
+    def views(self) -> RandomViews:
+        """The random transformations: crop, flip, brightness, contrast, blur, solarisation; those of OPTiML for every method.
+
+        Raises:
+            ValueError: the views were made in another way than now: up to version 0.1 by products with matrices, from other random
+                numbers of the same distributions. They differ by the blur at a view's border and the smoothing where an image shrinks.
+        """
+        if self.view_maker != "RandomViews":
+            raise ValueError(
+                f"{type(self).__name__}: views by {self.view_maker} are those of an earlier version of protokernels; evaluate the "
+                "run, or train anew with view_maker='RandomViews'"
+            )
+        both = [
+            replace(
+                strength,
+                crop_scale=(self.crop_scale, 1.0),
+                blur=strength.blur if self.blur else 0.0,
+                solarise=strength.solarise if self.solarise else 0.0,
+            )
+            for strength in RandomViews.preset("optiml", self.image_size).strengths
+        ]
+        return RandomViews(self.image_size, *both)
 
     def make_encoder(self, channels: int) -> ResNet18:
         """The encoder, with its initial weights."""
@@ -156,7 +181,7 @@ def move_towards(teacher: nn.Module, student: nn.Module, momentum: float) -> Non
         before.copy_(after)
 
 
-def pretrain(method: Method, images: Tensor, session: Session, views: ViewConfig) -> None:
+def pretrain(method: Method, images: Tensor, session: Session, views: RandomViews) -> None:
     """The loop: two views, losses, one step.
 
     Args:
@@ -167,15 +192,7 @@ def pretrain(method: Method, images: Tensor, session: Session, views: ViewConfig
     """
     for _ in session.epochs():
         for step in session.steps():
-            generator = session.shared_generator(step, "views")
-            first, second = two_views(
-                images[step.indices],
-                views,
-                generator,
-                rank=step.rank,
-                processes=step.processes,
-                batch=step.batch,
-            )
+            first, second = two_views(views, images, step, session)
             losses = session.model(*(view.contiguous(memory_format=torch.channels_last) for view in (first, second)))
             session.optimise(losses["loss"], step)
             method.after_step(step.progress)
