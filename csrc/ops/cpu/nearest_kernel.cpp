@@ -33,28 +33,6 @@ PK_INLINE bool any_lane(V mask) {
 #endif
 }
 
-// A bit for every lane with x <= y.
-template <class T>
-PK_INLINE unsigned lanes_not_above(Vec<T> x, Vec<T> y) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return __builtin_ia32_cmpps512_mask(x, y, 18, -1, 4);  // 18: <=, false for NaN, quiet
-  else return __builtin_ia32_cmppd512_mask(x, y, 18, -1, 4);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return static_cast<unsigned>(__builtin_ia32_movmskps256((Vec<float>)(x <= y)));
-  else return static_cast<unsigned>(__builtin_ia32_movmskpd256((Vec<double>)(x <= y)));
-#else
-  unsigned bits = 0;
-  for (int lane = 0; lane < LANES<T>; ++lane) bits |= static_cast<unsigned>(x[lane] <= y[lane]) << lane;
-  return bits;
-#endif
-}
-
-template <class T>
-PK_INLINE Vec<T> smaller(Vec<T> x, Vec<T> y) {  // of numbers that are none of them NaN
-  if constexpr (sizeof(T) == 4) return at_most(x, y);
-  return x < y ? x : y;
-}
-
 // s of MOST_ROWS rows against a panel, without |q|^2, for columns [first, last); the sums go on in partial [MOST_ROWS, WIDTH] from the first
 // columns to the last.
 template <class T>
