@@ -21,6 +21,12 @@ using namespace protokernels;
 
 constexpr int64_t SUMMED = 128;  // columns summed in one go: fewer roundings, and a block and its part of the panels stay in the first-level cache
 constexpr int64_t BLOCK = 4 * MOST_ROWS;
+template <int VECTORS>
+constexpr int ROWS = VECTORS == 1 ? 2 * MOST_ROWS : VECTORS == 2 ? MOST_ROWS : 2 * MOST_ROWS / 3;  // of a register tile; they divide BLOCK
+constexpr int64_t PADDING = 2 * MOST_ROWS;  // what they all divide
+
+// Vectors of the panel that begins before the last so many: two, and three or one at the end.
+constexpr int panel_vectors(int64_t left) { return left < 4 ? static_cast<int>(left) : 2; }
 
 // The bound of ops/nearest.h for sums in parts of SUMMED columns.
 template <class T>
@@ -80,12 +86,18 @@ void pack_centers(const NearestAssign& p, void* memory) {
     most = std::max(most, centers.reach[k]);
     for (int64_t j = 0; j < p.D; ++j) row[j] *= T(-2);
   }
-  pack_panels(moved.data, 1, p.D, p.D, p.K, centers.panels);
+  for (int64_t k = 0; k < centers.lanes;) {
+    const int64_t width = panel_vectors((centers.lanes - k) / LANES<T>) * LANES<T>;
+    for (int64_t i = 0; i < width; ++i)
+      for (int64_t j = 0; j < p.D; ++j)
+        centers.panels[k * p.D + j * width + i] = k + i < p.K ? moved.data[(k + i) * p.D + j] : T(0);
+    k += width;
+  }
   centers.facts[0] = most;
   centers.facts[1] = trusted;
 }
 
-// A row moved to the origin; no less than its length, or infinity where its square is too large for T. NaN for a row with NaN.
+// A row moved to the origin, and its squared length.
 template <class T>
 PK_INLINE double move_row(const T* x, const T* origin, int64_t D, T* moved) {
   Vec<T> squares[2]{};
@@ -102,39 +114,45 @@ PK_INLINE double move_row(const T* x, const T* origin, int64_t D, T* moved) {
     moved[j] = x[j] - origin[j];
     rest += moved[j] * moved[j];
   }
-  const double square = static_cast<double>(reduce_sum(squares[0] + squares[1])) + static_cast<double>(rest);
-  if (square > most_square<T>(false)) return std::numeric_limits<double>::infinity();
-  const double depth = static_cast<double>(D);
-  return std::sqrt(square * (1 + (depth + 8) * std::numeric_limits<T>::epsilon()) + depth * static_cast<double>(std::numeric_limits<T>::min()));
+  return static_cast<double>(reduce_sum(squares[0] + squares[1])) + static_cast<double>(rest);
 }
 
-// s of MOST_ROWS rows against one panel of VECTORS vectors of centers for columns [first, last), added to those of the columns before.
+// s of ROWS rows against one panel of VECTORS vectors of centers for columns [first, last), added to those of the columns before.
 template <class T, int VECTORS>
 PK_INLINE void score_tile(const T* rows, int64_t stride, const T* panel, const T* low, int64_t first, int64_t last, T* scores,
                           int64_t scores_stride) {
-  Vec<T> s[MOST_ROWS][VECTORS];
-#pragma GCC unroll 16
-  for (int i = 0; i < MOST_ROWS; ++i)
-#pragma GCC unroll 2
+  constexpr int rows_here = ROWS<VECTORS>;
+  Vec<T> s[rows_here][VECTORS];
+#pragma GCC unroll 24
+  for (int i = 0; i < rows_here; ++i)
+#pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) s[i][v] = first == 0 ? load(low + v * LANES<T>) : Vec<T>{};
   for (int64_t j = first; j < last; ++j) {
     Vec<T> b[VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) b[v] = load(panel + (j * VECTORS + v) * LANES<T>);
-#pragma GCC unroll 16
-    for (int i = 0; i < MOST_ROWS; ++i) {
+#pragma GCC unroll 24
+    for (int i = 0; i < rows_here; ++i) {
       const Vec<T> x = broadcast(rows[i * stride + j]);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int v = 0; v < VECTORS; ++v) s[i][v] += x * b[v];
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < MOST_ROWS; ++i)
-#pragma GCC unroll 2
+#pragma GCC unroll 24
+  for (int i = 0; i < rows_here; ++i)
+#pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) {
       T* const own = scores + i * scores_stride + v * LANES<T>;
       store(own, first == 0 ? s[i][v] : load(own) + s[i][v]);
     }
+}
+
+// The same for all of a block's rows, a multiple of PADDING.
+template <class T, int VECTORS>
+void score_block(const T* rows, int64_t stride, const T* panel, const T* low, int64_t first, int64_t last, T* scores, int64_t scores_stride,
+                 int64_t count) {
+  for (int64_t i = 0; i < count; i += ROWS<VECTORS>)
+    score_tile<T, VECTORS>(rows + i * stride, stride, panel, low, first, last, scores + i * scores_stride, scores_stride);
 }
 
 template <class T>
@@ -149,8 +167,10 @@ struct Assigner {
         moved(BLOCK * stride),
         scores(BLOCK * centers.lanes),
         lengths(BLOCK),
+        margins(BLOCK),
         found(std::max(problem.K, BLOCK)),
         rows(BLOCK) {
+    std::fill(lengths.data, lengths.data + BLOCK, 0.0);
     const double depth = static_cast<double>(p.D);
     exact_error = 1.01 * 0x1p-53 * (depth + 8);
     underflow = 8 * (depth + 8) * static_cast<double>(std::numeric_limits<T>::min());
@@ -164,20 +184,23 @@ struct Assigner {
     }
     for (int64_t i = 0; i < count; ++i)
       lengths.data[i] = move_row(static_cast<const T*>(p.x) + (first + i) * p.x_stride, centers.origin, p.D, moved.data + i * stride);
-    const int64_t padded = round_up(count, MOST_ROWS);
+    const double most = centers.facts[0], largest = most_square<T>(false), unit = std::numeric_limits<T>::epsilon();
+    const double depth = static_cast<double>(p.D), least = depth * static_cast<double>(std::numeric_limits<T>::min());
+    for (int64_t i = 0; i < BLOCK; ++i) {  // all together, or each would wait for its root
+      const double square = lengths.data[i], length = std::sqrt(square * (1 + (depth + 8) * unit) + least), error_here = error_of(length, most);
+      lengths.data[i] = length;
+      margins.data[i] = square <= largest ? 2 * error_here : std::numeric_limits<double>::infinity();  // so for NaN
+    }
+    const int64_t padded = round_up(count, PADDING);
     std::fill(moved.data + count * stride, moved.data + padded * stride, T(0));
     for (int64_t column = 0; column < p.D; column += SUMMED)
-      for (int64_t k = 0; k < centers.lanes; k += 2 * LANES<T>)
-        for (int64_t i = 0; i < padded; i += MOST_ROWS) {
-          const T* const panel = centers.panels + k * p.D;
-          T* const own = scores.data + i * centers.lanes + k;
-          const int64_t last = std::min(column + SUMMED, p.D);
-          if (centers.lanes - k > LANES<T>)
-            score_tile<T, 2>(moved.data + i * stride, stride, panel, centers.low + k, column, last, own, centers.lanes);
-          else
-            score_tile<T, 1>(moved.data + i * stride, stride, panel, centers.low + k, column, last, own, centers.lanes);
-        }
-    for (int64_t i = 0; i < count; ++i) choose(first + i, scores.data + i * centers.lanes, lengths.data[i]);
+      for (int64_t k = 0, vectors; k < centers.lanes; k += vectors * LANES<T>) {
+        vectors = panel_vectors((centers.lanes - k) / LANES<T>);
+        const auto score = vectors == 1 ? score_block<T, 1> : vectors == 2 ? score_block<T, 2> : score_block<T, 3>;
+        score(moved.data, stride, centers.panels + k * p.D, centers.low + k, column, std::min(column + SUMMED, p.D), scores.data + k,
+              centers.lanes, padded);
+      }
+    for (int64_t i = 0; i < count; ++i) choose(first + i, scores.data + i * centers.lanes, i);
   }
 
   // The distances of rows from their own centers.
@@ -196,19 +219,20 @@ struct Assigner {
     return error * center * (2 * row + center) + exact_error * row * row + underflow;
   }
 
-  void choose(int64_t row, const T* s, double length) {
-    if (!(length < std::numeric_limits<double>::infinity())) return label_exactly(row);
+  void choose(int64_t row, const T* s, int64_t i) {
+    if (margins.data[i] == std::numeric_limits<double>::infinity()) return label_exactly(row);
     Vec<T> least = load(s);
     for (int64_t k = LANES<T>; k < centers.lanes; k += LANES<T>) least = smaller<T>(load(s + k), least);
     const T smallest = reduce(least, [](Vec<T> a, Vec<T> b) { return smaller<T>(a, b); });
-    const Vec<T> limit = broadcast(static_cast<T>(static_cast<double>(smallest) + 2 * error_of(length, centers.facts[0])));
+    const Vec<T> limit = broadcast(static_cast<T>(static_cast<double>(smallest) + margins.data[i]));
     int64_t label = -1;
     for (int64_t k = 0; k < centers.lanes; k += 64) {  // a bit for every center: no branch to guess up to 64 of them
       uint64_t near = 0;
       const int64_t last = std::min<int64_t>(k + 64, centers.lanes);
-      for (int64_t i = k; i < last; i += LANES<T>) near |= static_cast<uint64_t>(lanes_not_above<T>(load(s + i), limit)) << (i - k);
+      for (int64_t lane = k; lane < last; lane += LANES<T>)
+        near |= static_cast<uint64_t>(lanes_not_above<T>(load(s + lane), limit)) << (lane - k);
       if (near == 0) continue;
-      if (label >= 0 || (near & (near - 1)) != 0) return decide(row, s, length);
+      if (label >= 0 || (near & (near - 1)) != 0) return decide(row, s, lengths.data[i]);
       label = k + std::countr_zero(near);
     }
     p.labels[row] = label;
@@ -239,7 +263,7 @@ struct Assigner {
   double exact_error, underflow;
   Scratch<T> moved;       // [BLOCK, stride]
   Scratch<T> scores;      // [BLOCK, lanes]
-  Scratch<double> lengths;
+  Scratch<double> lengths, margins;
   Scratch<NearestCandidate> found;
   Scratch<int64_t> rows;
 };
