@@ -107,6 +107,7 @@ class TestInstructionSets:
             "-p",
             "no:cacheprovider",
             "python_tests/test_nearest.py",
+            "python_tests/test_nearest_assign.py",
             __file__,
         ]
         command += ["-k", "(cpu-native and TestValue) or the_level_asked_for"]

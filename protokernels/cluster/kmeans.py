@@ -117,7 +117,7 @@ class KMeans:
 
     def predict(self, x: Tensor) -> Tensor:  # [N, D] -> [N] int64
         """The cluster of each row: the nearest center, of equally near ones the first."""
-        return nearest(self._against_centers("predict", x), self.cluster_centers_, 1).indices[:, 0]
+        return assign(self._against_centers("predict", x), self.cluster_centers_).labels
 
     def fit_predict(self, x: Tensor) -> Tensor:  # [N, D] -> [N] int64
         """``fit(x).labels_``."""

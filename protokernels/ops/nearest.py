@@ -121,16 +121,17 @@ def assign(
 
     Args:
         x: rows, float32 or float64, any strides.
-        centers: of the same type, on the same device; K and D at least 1.
+        centers: float32 or float64, on the same device; of another type than ``x`` they take two passes.
         with_sums: whether sums and counts are wanted.
         with_distances: whether distances are wanted. They may come unasked where they cost nothing.
     """
     K = centers.shape[0]
-    if backend.native_serves(x.device) and x.device.type == "cpu" and K <= MOST_CENTERS and x.shape[1] > 0:
+    fits = x.dtype == centers.dtype and K <= MOST_CENTERS and x.shape[1] > 0
+    if fits and x.device.type == "cpu" and backend.native_serves(x.device):
         labels, sums, counts, distances = _calls.call("nearest_assign", x, centers, with_sums, with_distances)
-        return Assignment(
-            labels, *((sums, counts) if with_sums else (None, None)), distances if with_distances else None
-        )
+        if not with_sums:
+            sums = counts = None
+        return Assignment(labels, sums, counts, distances if with_distances else None)
     found = nearest(x, centers, 1)
     labels = found.indices[:, 0]
     if not with_sums:
