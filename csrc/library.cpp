@@ -101,8 +101,12 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "warp_affine_backward(Tensor grad, Tensor images, Tensor matrix, int padding, bool need_images, bool need_matrix) "
       "-> (Tensor grad_images, Tensor grad_matrix)");
 
-  // Nearest (ops/nearest.h): the k nearest rows of a bank for every query, with their distances.
+  // Nearest (ops/nearest.h): the k nearest rows of a bank for every query, with their distances; the nearest center of every row with the sums and
+  // counts of the clusters and the rows' distances, each empty unless asked for.
   library.def("nearest_search(Tensor queries, Tensor bank, int k, bool cosine) -> (Tensor distances, Tensor indices)");
+  library.def(
+      "nearest_assign(Tensor x, Tensor centers, bool with_sums, bool with_distances) "
+      "-> (Tensor labels, Tensor sums, Tensor counts, Tensor distances)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(protokernels, CompositeExplicitAutograd, library) { library.impl("build_info", TORCH_BOX(&build_info)); }

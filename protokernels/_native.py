@@ -36,6 +36,7 @@ OPERATORS = (
     "warp_affine_forward",
     "warp_affine_backward",
     "nearest_search",
+    "nearest_assign",
 )
 """What the library must hold; the schemas stand in csrc/library.cpp."""
 

@@ -344,7 +344,11 @@ PK_INLINE Vec<double> load_double(const double* p) { return load(p); }
 PK_INLINE Vec<double> load_double(const float* p) {
   VectorOf<float>::half h;
   std::memcpy(&h, p, sizeof h);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return __builtin_ia32_cvtps2pd256(h);  // GCC converts the halves one by one
+#else
   return __builtin_convertvector(h, Vec<double>);
+#endif
 }
 
 // Sum of squares in double: no overflow, no underflow for float rows.

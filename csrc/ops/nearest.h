@@ -23,6 +23,7 @@
 #include <cstdint>
 
 #include "common/kind.h"
+#include "ops/prototypes.h"
 
 namespace protokernels {
 
@@ -73,6 +74,30 @@ struct NearestCpu {
   void (*merge)(const NearestProblem&, int64_t parts, NearestCandidate* candidates, int64_t begin, int64_t end);
 };
 const NearestCpu& nearest_cpu();  // the best table this machine can run
+
+// An iteration of k-means: k = 1 against few rows, with the sum of each cluster's rows as prototypes_accumulate takes it, in the same pass. The
+// filter's bound here is that of the product itself, for sums over at most 128 columns at a time,
+//   e = c |b| (2 |q| + |b|) + u_64 (D + 8) |q|^2,   c = 1.01 (u_T (min(D, 128) + D / 128 + 10) + u_64 (2 D + 8)):
+// a term -2 q_j b_j meets a rounding in each factor, one as a product and as many as there are additions behind it, |b|^2 no more; the 10 leaves enough
+// for the rounding of the limit that scores are held against. A center farther than (smallest s) + 2 e is not the nearest.
+struct NearestAssign {
+  int64_t N, K, D;
+  const void* x;  // T [N, D]
+  int64_t x_stride;
+  const void* centers;  // T [K, D]
+  bool double_compute;
+  int64_t* labels;  // [N]
+  void* distances;  // T [N], from the own center, or null
+};
+
+struct NearestAssignCpu {
+  int64_t (*center_elements)(const NearestAssign&);  // of T
+  void (*pack)(const NearestAssign&, void* packed);
+  // Chunks [begin, end) of the rows; partial_sums [chunks, K, D] and partial_counts [chunks, K], or both null.
+  void (*assign)(const NearestAssign&, const void* packed, PrototypesChunks, double* partial_sums, int64_t* partial_counts, int64_t begin,
+                 int64_t end);
+};
+const NearestAssignCpu& nearest_assign_cpu();
 
 // ---------------------------------------------------------------------------------------------- CUDA (csrc/ops/cuda)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""k-means by Lloyd's iterations on two kernels: ``nearest`` with k = 1 assigns, the segmented mean of ``update_prototypes`` moves.
+"""k-means by Lloyd's iterations on the kernels of ``nearest``: one pass over the rows assigns them and sums the clusters.
 
 S. Lloyd, Least squares quantization in PCM (1982). D. Arthur and S. Vassilvitskii, k-means++: the advantages of careful seeding (2007).
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..ops._checks import check_matrix, check_same_device, describe
-from ..ops.nearest import nearest
-from ..ops.prototypes import update_prototypes
+from ..ops.nearest import Assignment, assign, nearest
+from ..ops.prototypes import blend_prototypes, update_prototypes
 
 BLOCK_ENTRIES = 1 << 21
 """Differences held at a time while seeding."""
@@ -117,7 +117,7 @@ class KMeans:
 
     def predict(self, x: Tensor) -> Tensor:  # [N, D] -> [N] int64
         """The cluster of each row: the nearest center, of equally near ones the first."""
-        return nearest(self._against_centers("predict", x), self.cluster_centers_, 1).indices[:, 0]
+        return assign(self._against_centers("predict", x), self.cluster_centers_).labels
 
     def fit_predict(self, x: Tensor) -> Tensor:  # [N, D] -> [N] int64
         """``fit(x).labels_``."""
@@ -161,16 +161,16 @@ class KMeans:
     def _lloyd(self, x: Tensor, centers: Tensor, threshold: float) -> _Solution:
         labels, iterations, settled = None, 0, False
         while iterations < self.max_iter and not settled:
-            found = nearest(x, centers, 1)
-            before, labels = labels, found.indices[:, 0]
+            found = assign(x, centers, with_sums=True)
+            before, labels = labels, found.labels
             iterations += 1
             if before is not None and torch.equal(before, labels):
-                return _solution(centers, found.distances, labels, iterations)
-            moved = _means(x, centers, labels, found.distances[:, 0])
+                return _solution(x, centers, found, iterations)
+            moved = _means(x, centers, found)
             settled = float((moved.double() - centers.double()).square().sum()) <= threshold
             centers = moved
-        found = nearest(x, centers, 1)  # the rows' clusters among the centers as they are now
-        return _solution(centers, found.distances, found.indices[:, 0], iterations)
+        found = assign(x, centers, with_distances=True)  # the rows' clusters among the centers as they are now
+        return _solution(x, centers, found, iterations)
 
 
 def _mean_variance(x: Tensor) -> float:
@@ -182,20 +182,28 @@ def _mean_variance(x: Tensor) -> float:
     return float(_total(nearest(x, mean, 1).distances)) / x.numel()
 
 
-def _solution(centers: Tensor, distances: Tensor, labels: Tensor, iterations: int) -> _Solution:
-    empty = len(centers) - int((torch.bincount(labels, minlength=len(centers)) > 0).sum())
-    return _Solution(centers, labels, float(_total(distances)), iterations, empty)
+def _solution(x: Tensor, centers: Tensor, found: Assignment, iterations: int) -> _Solution:
+    empty = len(centers) - int((torch.bincount(found.labels, minlength=len(centers)) > 0).sum())
+    return _Solution(centers, found.labels, float(_total(_distances(x, centers, found))), iterations, empty)
 
 
-def _means(x: Tensor, centers: Tensor, labels: Tensor, distances: Tensor) -> Tensor:
+def _distances(x: Tensor, centers: Tensor, found: Assignment) -> Tensor:  # [N]
+    if found.distances is None:
+        found = assign(x, centers, with_distances=True)
+    assert found.distances is not None
+    return found.distances
+
+
+def _means(x: Tensor, centers: Tensor, found: Assignment) -> Tensor:
     """The mean of each cluster; one without rows takes the row that is farthest from its own center."""
-    moved, counts = update_prototypes(centers, x, labels, new_weight=1.0)
-    empty = (counts == 0).nonzero()[:, 0]
+    assert found.sums is not None and found.counts is not None
+    empty = (found.counts == 0).nonzero()[:, 0]
     if len(empty) == 0:
-        return moved
+        return blend_prototypes(centers, found.sums, found.counts, new_weight=1.0)
+    distances = _distances(x, centers, found)
     far = distances.sort(descending=True, stable=True).indices[: len(empty)]
     far = far[distances[far] > 0]  # rows on their own center are no use anywhere else
-    labels = labels.clone()
+    labels = found.labels.clone()
     labels[far] = empty[: len(far)]
     return update_prototypes(centers, x, labels, new_weight=1.0).prototypes
 

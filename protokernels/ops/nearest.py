@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import _native, backend
 from ..reference import nearest as reference
+from ..reference import prototypes as reference_prototypes
 from . import _calls
 from ._checks import check_choice, check_matrix, check_same_device, describe
 
@@ -20,6 +21,10 @@ Metric = Literal["sqeuclidean", "cosine"]
 METRICS = get_args(Metric)
 MOST_CUDA = 64
 """The largest k that the CUDA kernels take; beyond it the reference runs."""
+
+
+MOST_CENTERS = 2048
+"""Up to so many centers the CPU assigns and sums in one pass; more of them are a bank."""
 
 
 class NearestResult(NamedTuple):
@@ -90,10 +95,85 @@ def nearest(
     return NearestResult(*found)
 
 
+class Assignment(NamedTuple):
+    """What ``assign`` returns."""
+
+    labels: Tensor
+    """[N] int64: the nearest center, of equally near ones the first."""
+    sums: Tensor | None
+    """[K, D] float64: the sum of each cluster's rows, as ``update_prototypes`` takes it. None unless asked for."""
+    counts: Tensor | None
+    """[K] int64: rows of each cluster. None unless asked for."""
+    distances: Tensor | None
+    """[N]: squared distances to the own center, as ``nearest`` gives them. May be None unless asked for."""
+
+
+def assign(
+    x: Tensor,  # [N, D]
+    centers: Tensor,  # [K, D]
+    *,
+    with_sums: bool = False,
+    with_distances: bool = False,
+) -> Assignment:
+    """An iteration of k-means: ``nearest(x, centers, 1)`` and the sums of the clusters.
+
+    On the CPU one pass over the rows does both, and only a row that the filter leaves undecided is measured in float64; elsewhere, and
+    for many centers, it is ``nearest`` and the segmented sum of ``update_prototypes``. Both give the same bits.
+
+    Args:
+        x: rows, float32 or float64, any strides.
+        centers: float32 or float64, on the same device; of another type than ``x`` they take two passes.
+        with_sums: whether sums and counts are wanted.
+        with_distances: whether distances are wanted. They may come unasked where they cost nothing.
+    """
+    K = centers.shape[0]
+    fits = x.dtype == centers.dtype and K <= MOST_CENTERS and x.shape[1] > 0
+    if fits and x.device.type == "cpu" and backend.native_serves(x.device):
+        labels, sums, counts, distances = _calls.call("nearest_assign", x, centers, with_sums, with_distances)
+        if not with_sums:
+            sums = counts = None
+        return Assignment(labels, sums, counts, distances if with_distances else None)
+    found = nearest(x, centers, 1)
+    labels = found.indices[:, 0]
+    if not with_sums:
+        return Assignment(labels, None, None, found.distances[:, 0])
+    if backend.native_serves(x.device):
+        sums, counts = _calls.call("prototypes_accumulate", x, labels, K, False)
+    else:
+        sums, counts = reference_prototypes.accumulate(x, labels, K, False)
+    return Assignment(labels, sums, counts, found.distances[:, 0])
+
+
+def _assign_in_torch(
+    x: Tensor, centers: Tensor, with_sums: bool, with_distances: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator on CUDA, of the two kernels it stands for."""
+    distances, indices = _calls.call("nearest_search", x, centers, 1, False)
+    labels = indices.flatten()
+    if with_sums:
+        sums, counts = _calls.call("prototypes_accumulate", x, labels, centers.shape[0], False)
+    else:
+        sums = x.new_empty(0, x.shape[1], dtype=torch.float64)
+        counts = x.new_empty(0, dtype=torch.int64)
+    return labels, sums, counts, distances.flatten() if with_distances else x.new_empty(0)
+
+
 def _fake_search(queries: Tensor, bank: Tensor, k: int, cosine: bool) -> tuple[Tensor, Tensor]:
     wide = torch.float64 in (queries.dtype, bank.dtype)
     distances = queries.new_empty(queries.shape[0], k, dtype=torch.float64 if wide else torch.float32)
     return distances, queries.new_empty(queries.shape[0], k, dtype=torch.int64)
 
 
+def _fake_assign(
+    x: Tensor, centers: Tensor, with_sums: bool, with_distances: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N, D, K = x.shape[0], x.shape[1], centers.shape[0] if with_sums else 0
+    labels = x.new_empty(N, dtype=torch.int64)
+    sums, counts = x.new_empty(K, D, dtype=torch.float64), x.new_empty(K, dtype=torch.int64)
+    return labels, sums, counts, x.new_empty(N if with_distances else 0)
+
+
+if _native.LIBRARY is not None:
+    torch.library.impl("protokernels::nearest_assign", "CUDA")(_assign_in_torch)
 _calls.register("nearest_search", _fake_search)
+_calls.register("nearest_assign", _fake_assign)

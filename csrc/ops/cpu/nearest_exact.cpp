@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Nearest on the CPU: float64 distances, four at a time because one sum waits for its own additions, and ranking by them.
+// Nearest on the CPU: float64 distances and ranking by them. A sum runs over the columns one after the other, so pairs of rows stand in the lanes,
+// where squares of differences transposed in registers bring them; two vectors of pairs fill each other's waits.
 // A product that is fused with its addition is not rounded on the way: CMakeLists.txt forbids that here, so that every level gives the same bits.
 #include "ops/cpu/nearest_exact.h"
 
@@ -7,12 +8,14 @@
 #include <cmath>
 
 #include "common/simd.h"
+#include "common/transpose.h"
 
 namespace {
 
 using namespace protokernels;
 
-constexpr int TOGETHER = 4;
+constexpr int LANE_COUNT = LANES<double>;
+constexpr int TOGETHER = 2 * LANE_COUNT;
 
 bool is_half(Kind kind) { return kind == Kind::bf16 || kind == Kind::f16; }
 
@@ -38,46 +41,92 @@ PK_INLINE Rows<float> float_rows(const void* base, Kind kind, int64_t stride, co
   for (int i = 0; i < TOGETHER; ++i) {
     rows.row[i] = static_cast<const float*>(base) + indices[i] * stride;
     if (kind == Kind::f32) continue;
+    if (i > 0 && indices[i] == indices[i - 1]) {
+      rows.row[i] = rows.row[i - 1];
+      continue;
+    }
     read_row(base, kind, indices[i] * stride, converted + i * D, D);
     rows.row[i] = converted + i * D;
   }
   return rows;
 }
 
-template <class Q, class B>
-PK_INLINE void squared_distances(const Rows<Q>& q, const Rows<B>& b, int64_t D, double (&out)[TOGETHER]) {
-  double total[TOGETHER]{};
-  for (int64_t j = 0; j < D; ++j)
-    for (int i = 0; i < TOGETHER; ++i) {
-      const double difference = static_cast<double>(q.row[i][j]) - static_cast<double>(b.row[i][j]);
-      total[i] += difference * difference;
-    }
-  for (int i = 0; i < TOGETHER; ++i) out[i] = total[i];
+// Columns j..j + LANE_COUNT of a vector's rows: a vector for each column.
+template <class T>
+PK_INLINE void load_columns(const T* const* rows, int64_t j, Vec<double> (&columns)[LANE_COUNT]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < LANE_COUNT; ++i) columns[i] = load_double(rows[i] + j);
+  transpose<double>(columns);
 }
 
-template <class Q, class B>
-PK_INLINE void cosine_distances(const Rows<Q>& q, const Rows<B>& b, int64_t D, double (&out)[TOGETHER]) {
-  double product[TOGETHER]{}, q_square[TOGETHER]{}, b_square[TOGETHER]{};
-  for (int64_t j = 0; j < D; ++j)
-    for (int i = 0; i < TOGETHER; ++i) {
-      const double x = static_cast<double>(q.row[i][j]), y = static_cast<double>(b.row[i][j]);
-      product[i] += x * y;
-      q_square[i] += x * x;
-      b_square[i] += y * y;
+template <class T>
+PK_INLINE Vec<double> load_column(const T* const* rows, int64_t j) {
+  Vec<double> column;
+  for (int i = 0; i < LANE_COUNT; ++i) column[i] = static_cast<double>(rows[i][j]);
+  return column;
+}
+
+template <int VECTORS, class Q, class B>
+PK_INLINE void squared_distances(const Rows<Q>& q, const Rows<B>& b, int64_t D, double (&out)[TOGETHER]) {
+  Vec<double> total[VECTORS]{};
+  int64_t j = 0;
+  for (; j + LANE_COUNT <= D; j += LANE_COUNT)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) {
+      const Q* const* const x = q.row + v * LANE_COUNT;
+      const B* const* const y = b.row + v * LANE_COUNT;
+      Vec<double> difference[LANE_COUNT];
+#pragma GCC unroll 8
+      for (int i = 0; i < LANE_COUNT; ++i) difference[i] = load_double(x[i] + j) - load_double(y[i] + j);
+      transpose<double>(difference);
+#pragma GCC unroll 8
+      for (int i = 0; i < LANE_COUNT; ++i) total[v] += difference[i] * difference[i];
     }
-  for (int i = 0; i < TOGETHER; ++i) {
-    const double q_norm = std::sqrt(q_square[i]), b_norm = std::sqrt(b_square[i]);
+  for (; j < D; ++j)
+    for (int v = 0; v < VECTORS; ++v) {
+      const Vec<double> difference = load_column(q.row + v * LANE_COUNT, j) - load_column(b.row + v * LANE_COUNT, j);
+      total[v] += difference * difference;
+    }
+  for (int v = 0; v < VECTORS; ++v) store(out + v * LANE_COUNT, total[v]);
+}
+
+template <int VECTORS, class Q, class B>
+PK_INLINE void cosine_distances(const Rows<Q>& q, const Rows<B>& b, int64_t D, double (&out)[TOGETHER]) {
+  Vec<double> product[VECTORS]{}, q_square[VECTORS]{}, b_square[VECTORS]{};
+  const auto add = [&](int v, Vec<double> x, Vec<double> y) {
+    product[v] += x * y;
+    q_square[v] += x * x;
+    b_square[v] += y * y;
+  };
+  int64_t j = 0;
+  for (; j + LANE_COUNT <= D; j += LANE_COUNT)
+    for (int v = 0; v < VECTORS; ++v) {
+      Vec<double> x[LANE_COUNT], y[LANE_COUNT];
+      load_columns(q.row + v * LANE_COUNT, j, x);
+      load_columns(b.row + v * LANE_COUNT, j, y);
+#pragma GCC unroll 8
+      for (int i = 0; i < LANE_COUNT; ++i) add(v, x[i], y[i]);
+    }
+  for (; j < D; ++j)
+    for (int v = 0; v < VECTORS; ++v) add(v, load_column(q.row + v * LANE_COUNT, j), load_column(b.row + v * LANE_COUNT, j));
+  for (int i = 0; i < VECTORS * LANE_COUNT; ++i) {
+    const int v = i / LANE_COUNT, lane = i % LANE_COUNT;
+    const double q_norm = std::sqrt(q_square[v][lane]), b_norm = std::sqrt(b_square[v][lane]);
     const bool zero = q_norm <= NEAREST_NORM_FLOOR || b_norm <= NEAREST_NORM_FLOOR;
-    const double distance = 1.0 - (zero ? 0.0 : product[i] / (q_norm * b_norm));
+    const double distance = 1.0 - (zero ? 0.0 : product[v][lane] / (q_norm * b_norm));
     out[i] = distance < 0.0 ? 0.0 : distance;
   }
 }
 
-// Distances of TOGETHER pairs of a query and a row of the bank.
-void distances_of(const NearestProblem& p, const int64_t (&queries)[TOGETHER], const int64_t (&rows)[TOGETHER], float* converted,
-                  double (&out)[TOGETHER]) {
+// Distances of count pairs of a query and a row of the bank; behind them the last pair stands again.
+void distances_of(const NearestProblem& p, const int64_t (&queries)[TOGETHER], const int64_t (&rows)[TOGETHER], int64_t count,
+                  float* converted, double (&out)[TOGETHER]) {
+  const bool one = count <= LANE_COUNT;
   const auto measure = [&](const auto& q, const auto& b) {
-    p.cosine ? cosine_distances(q, b, p.D, out) : squared_distances(q, b, p.D, out);
+    if (p.cosine)
+      one ? cosine_distances<1>(q, b, p.D, out) : cosine_distances<2>(q, b, p.D, out);
+    else
+      one ? squared_distances<1>(q, b, p.D, out) : squared_distances<2>(q, b, p.D, out);
   };
   const auto against = [&](const auto& q) {
     if (p.bank_kind == Kind::f64)
@@ -102,7 +151,7 @@ PK_INLINE void measure_all(const NearestProblem& p, QueryOf of, NearestCandidate
       queries[i] = of(one);
       rows[i] = found[one].index;
     }
-    distances_of(p, queries, rows, static_cast<float*>(workspace), distances);
+    distances_of(p, queries, rows, count - first, static_cast<float*>(workspace), distances);
     for (int i = 0; i < TOGETHER && first + i < count; ++i) found[first + i].distance = distances[i];
   }
 }
@@ -119,12 +168,13 @@ void rank(const NearestProblem& p, int64_t query, NearestCandidate* found, int64
 // A heap whose front is the farthest of the nearest k so far.
 void rank_all(const NearestProblem& p, int64_t query, int64_t first_row, int64_t last_row, NearestCandidate* nearest, void* workspace) {
   for (int64_t i = 0; i < p.k; ++i) nearest[i] = NO_CANDIDATE;
-  const int64_t queries[TOGETHER] = {query, query, query, query};
+  int64_t queries[TOGETHER];
+  std::fill(queries, queries + TOGETHER, query);
   for (int64_t first = first_row; first < last_row; first += TOGETHER) {
     int64_t rows[TOGETHER];
     double distances[TOGETHER];
     for (int i = 0; i < TOGETHER; ++i) rows[i] = std::min(first + i, last_row - 1);
-    distances_of(p, queries, rows, static_cast<float*>(workspace), distances);
+    distances_of(p, queries, rows, last_row - first, static_cast<float*>(workspace), distances);
     for (int i = 0; i < TOGETHER && first + i < last_row; ++i) {
       const NearestCandidate candidate = {distances[i], first + i};
       if (!Nearer{}(candidate, nearest[0])) continue;

@@ -22,6 +22,7 @@ template <class T>
 constexpr int WIDTH = 2 * LANES<T>;  // queries of a panel
 constexpr int64_t TILE_BYTES = 128 << 10;
 constexpr int64_t DEPTH = 256;  // columns at a time: that much of a panel stays in the first-level cache
+constexpr int64_t FIRST_ROWS = 128 / MOST_ROWS * MOST_ROWS;
 constexpr int64_t LINEAR = 16;  // k up to which a list is searched and moved one by one
 constexpr int64_t MOST_FILTERED = 1024;  // k; a longer sorted list costs more than what it saves
 
@@ -44,6 +45,34 @@ T rounded_up(double x) {
   return static_cast<double>(y) < x ? std::nextafter(y, std::numeric_limits<T>::infinity()) : y;
 }
 
+// A bit for every lane with x <= y.
+template <class T>
+PK_INLINE unsigned lanes_not_above(Vec<T> x, Vec<T> y) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_cmpps512_mask(x, y, 18, -1, 4);  // 18: <=, false for NaN, quiet
+  else return __builtin_ia32_cmppd512_mask(x, y, 18, -1, 4);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return static_cast<unsigned>(__builtin_ia32_movmskps256((Vec<float>)(x <= y)));
+  else return static_cast<unsigned>(__builtin_ia32_movmskpd256((Vec<double>)(x <= y)));
+#else
+  unsigned bits = 0;
+  for (int lane = 0; lane < LANES<T>; ++lane) bits |= static_cast<unsigned>(x[lane] <= y[lane]) << lane;
+  return bits;
+#endif
+}
+
+template <class T>
+PK_INLINE Vec<T> smaller(Vec<T> x, Vec<T> y) {  // of numbers that are none of them NaN
+  if constexpr (sizeof(T) == 4) return at_most(x, y);
+  return x < y ? x : y;
+}
+
+template <class T>
+PK_INLINE Vec<T> larger(Vec<T> x, Vec<T> y) {
+  if constexpr (sizeof(T) == 4) return at_least(x, y);
+  return x > y ? x : y;
+}
+
 template <class T>
 struct Candidate {
   T low;        // s - e_b
@@ -61,7 +90,7 @@ struct Tile {
         rows(most * stride),
         low(most),
         width(most),
-        partial(problem.D > DEPTH ? most * WIDTH<T> : 0),
+        partial((problem.D > DEPTH ? most : FIRST_ROWS) * WIDTH<T>),
         factor(error_factor<T>(problem.D)) {}
 
   // Rows first..first + count of the bank; false if one is too long for T. Rows that hold no finite numbers are never candidates.
@@ -114,7 +143,7 @@ struct Tile {
   const T* center;
   const int64_t stride, most;
   Scratch<T> rows, low, width;
-  Scratch<T> partial;  // scores of the columns so far
+  Scratch<T> partial;  // scores of the columns so far, or of the first rows
   const double factor;
 };
 
@@ -173,6 +202,14 @@ struct Block {
     limit.data[query] = -std::numeric_limits<T>::infinity();
   }
 
+  // The smallest k of s + 2 e_b, in order, step apart, and the limit they give.
+  void begin_list(int64_t query, const T* smallest, int64_t step) {
+    T* const own = heights.data + query * p.k;
+    for (int64_t i = 0; i < p.k; ++i) own[i] = smallest[i * step];
+    if (trusted.data[query] && own[p.k - 1] < std::numeric_limits<T>::infinity())
+      limit.data[query] = rounded_up<T>(static_cast<double>(own[p.k - 1]) + margin.data[query]);
+  }
+
   // Takes a row with s <= limit; the smallest k of s + e_b, in order, give the next limit.
   void push(int64_t query, T s, T width, int32_t row) {
     T* const own = heights.data + query * p.k;
@@ -191,6 +228,10 @@ struct Block {
       if (own[p.k - 1] < std::numeric_limits<T>::infinity())
         limit.data[query] = rounded_up<T>(static_cast<double>(own[p.k - 1]) + margin.data[query]);
     }
+    take(query, s, row);
+  }
+
+  void take(int64_t query, T s, int32_t row) {
     candidates.data[query * capacity + counts.data[query]++] = {s, row};
     if (counts.data[query] < capacity) return;
     shrink(query);

@@ -33,28 +33,6 @@ PK_INLINE bool any_lane(V mask) {
 #endif
 }
 
-// A bit for every lane with x <= y.
-template <class T>
-PK_INLINE unsigned lanes_not_above(Vec<T> x, Vec<T> y) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return __builtin_ia32_cmpps512_mask(x, y, 18, -1, 4);  // 18: <=, false for NaN, quiet
-  else return __builtin_ia32_cmppd512_mask(x, y, 18, -1, 4);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return static_cast<unsigned>(__builtin_ia32_movmskps256((Vec<float>)(x <= y)));
-  else return static_cast<unsigned>(__builtin_ia32_movmskpd256((Vec<double>)(x <= y)));
-#else
-  unsigned bits = 0;
-  for (int lane = 0; lane < LANES<T>; ++lane) bits |= static_cast<unsigned>(x[lane] <= y[lane]) << lane;
-  return bits;
-#endif
-}
-
-template <class T>
-PK_INLINE Vec<T> smaller(Vec<T> x, Vec<T> y) {  // of numbers that are none of them NaN
-  if constexpr (sizeof(T) == 4) return at_most(x, y);
-  return x < y ? x : y;
-}
-
 // s of MOST_ROWS rows against a panel, without |q|^2, for columns [first, last); the sums go on in partial [MOST_ROWS, WIDTH] from the first
 // columns to the last.
 template <class T>
@@ -99,13 +77,53 @@ PK_INLINE int64_t partial_scores(const Tile<T>& tile, int64_t rows, const T* pan
   return first;
 }
 
+// Candidates of a panel among the first rows of all, up to FIRST_ROWS; returns how many rows. Most of them would go into the lists, each by branches
+// nobody can guess: instead the k smallest s + 2 e_b of every lane are exchanged into place, and what is below the limits they give is taken.
+template <class T>
+int64_t scan_first(const Tile<T>& tile, int64_t rows, int64_t first_query, int64_t column, Block<T>& block) {
+  const int64_t k = block.p.k, count = std::min(round_up(rows, MOST_ROWS), FIRST_ROWS);
+  const T* const panel = block.panels.data + first_query * block.p.D;
+  T* const partial = tile.partial.data;
+  Vec<T> least[LINEAR][2];
+  for (int64_t n = 0; n < k; ++n) least[n][0] = least[n][1] = broadcast(std::numeric_limits<T>::infinity());
+  for (int64_t i0 = 0; i0 < count; i0 += MOST_ROWS) {
+    Vec<T> s[MOST_ROWS][2];
+    scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, column, block.p.D, partial + i0 * WIDTH<T>, s);
+    keep_scores(s, partial + i0 * WIDTH<T>);
+    for (int i = 0; i < MOST_ROWS; ++i) {
+      Vec<T> high[2] = {s[i][0] + tile.width.data[i0 + i], s[i][1] + tile.width.data[i0 + i]};
+      for (int64_t n = 0; n < k; ++n)
+        for (int half = 0; half < 2; ++half) {
+          const Vec<T> own = least[n][half];
+          least[n][half] = smaller<T>(high[half], own);
+          high[half] = larger<T>(high[half], own);
+        }
+    }
+  }
+  alignas(64) T heights[LINEAR][WIDTH<T>];
+  for (int64_t n = 0; n < k; ++n)
+    for (int half = 0; half < 2; ++half) store(heights[n] + half * LANES<T>, least[n][half]);
+  for (int lane = 0; lane < WIDTH<T>; ++lane) block.begin_list(first_query + lane, heights[0] + lane, WIDTH<T>);
+  const T* const limit = block.limit.data + first_query;
+  for (int64_t i = 0; i < count; ++i)
+    for (int half = 0; half < 2; ++half) {
+      const T* const own = partial + i * WIDTH<T> + half * LANES<T>;
+      for (unsigned bits = lanes_not_above<T>(load(own), load(limit + half * LANES<T>)); bits; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        block.take(first_query + half * LANES<T> + lane, own[lane], static_cast<int32_t>(i));
+      }
+    }
+  return count;
+}
+
 // Candidates of a panel among the rows of a tile.
 template <class T>
 void scan(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t first_query, Block<T>& block) {
   const T* const panel = block.panels.data + first_query * block.p.D;
   T* const limit = block.limit.data + first_query;
   const int64_t column = partial_scores(tile, rows, panel, tile.partial.data);
-  for (int64_t i0 = 0; i0 < rows; i0 += MOST_ROWS) {
+  int64_t i0 = first_row == 0 && block.p.k <= LINEAR ? scan_first(tile, rows, first_query, column, block) : 0;
+  for (; i0 < rows; i0 += MOST_ROWS) {
     Vec<T> s[MOST_ROWS][2];
     scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, column, block.p.D,
            tile.partial.data + i0 * WIDTH<T>, s);
