@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "common/cpu_level.h"
+#include "common/parallel.h"
 #include "common/torch_utils.h"
 #include "ops/nearest.h"
 
@@ -43,12 +44,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign_cpu(Tensor x_any, Tensor cente
   const int64_t grain =
       std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(chunks.count) * SERIAL_WORK / std::max(work, 1.0)));
   if (chunks.count > 0)
-    torch::stable::parallel_for(0, chunks.count, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, chunks.count, grain, [&](int64_t begin, int64_t end) {
       cpu.assign(p, packed.data_ptr(), chunks, sums_data, counts_data, begin, end);
     });
   if (with_sums) {
     const double of_one = static_cast<double>(p.D) * static_cast<double>(chunks.count) * 4;
-    torch::stable::parallel_for(0, p.K, std::max<int64_t>(1, static_cast<int64_t>(SERIAL_WORK / std::max(of_one, 1.0))),
+    parallel_for(0, p.K, std::max<int64_t>(1, static_cast<int64_t>(SERIAL_WORK / std::max(of_one, 1.0))),
                                 [&](int64_t first, int64_t last) {
                                   prototypes_cpu().finish_sums(p.K, p.D, chunks, sums_data, counts_data,
                                                                static_cast<double*>(sums.data_ptr()),
