@@ -163,7 +163,9 @@ def test_kmeans(benchmark: Any, contest: Any, N: int, D: int, K: int, iterations
         pytest.importorskip("faiss", reason="faiss is not installed; pip install 'protokernels[bench]'")
     assert contender() == pytest.approx(ours(), rel=1e-3)
     about = {"what": "k-means", "case": f"{N}x{D}, K = {K}, {iterations} iterations", "sizes": "rows x D", "order": K}
-    limit = (2.0 * N * K * D * (iterations + 1), 4.0 * N * D * (iterations + 1)) if name == OURS else None  # rows read once
+    limit = (
+        (2.0 * N * K * D * (iterations + 1), 4.0 * N * D * (iterations + 1)) if name == OURS else None
+    )  # rows read once
     contest(benchmark, contender, ours, limit=limit, contender=name, **about)
 
 
