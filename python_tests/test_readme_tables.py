@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The README's tables of results are those that `protokernels table` makes of the files in benchmarks/results.
-
-Every table under "## Papers" belongs to a paper and is compared cell by cell, with the bold line above it where there is one.
-"""
+"""The README's tables of results are those that the files in benchmarks/results make, cell by cell."""
 
 from __future__ import annotations
 
@@ -13,65 +10,113 @@ import pytest
 
 pytest.importorskip("tyro", reason="the tables need the extra protokernels[train]")
 
+from benchmarks import readme
 from protokernels.cli import main
 from protokernels.results import read_rows, rendered
 from protokernels.tables import papers_with_a_table, table_of
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-SECTIONS = {  # heading -> paper
-    "VAESim": "vaesim",
-    "Contrastive autoencoder": "contrastive_autoencoder",
-    "Local contrast": "local_contrast",
-    "Optimised views": "optimized_views",
-    "Baselines": "optiml",  # beside which it stands
-}
-Table = tuple[str, list[list[str]]]  # title and cells
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+MADE = readme.made_tables()
 
 
-def tables_in(markdown: str) -> list[Table]:
-    """The tables of a Markdown text, without the lines between head and body, each with the bold line above it."""
-    found: list[Table] = []
-    for match in re.finditer(r"(?:^\*\*([^*\n]+)\*\*\n\n)?((?:^\|.*\|\n?)+)", markdown, flags=re.M):
-        lines = [line for line in match[2].splitlines() if not re.fullmatch(r"[|\- ]+", line)]
-        found.append((match[1] or "", [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]))
-    return found
+@pytest.mark.parametrize("place", MADE, ids=" ".join)
+def test_the_readmes_tables_are_made_of_the_results(place: tuple[str, str]) -> None:
+    shown = readme.tables_in(README[readme.section(README, *place)])
+    assert [cells for _, cells in shown] == [cells for _, cells in MADE[place]]
+    assert all(title in ("", other) for (title, _), (other, _) in zip(shown, MADE[place], strict=True))
 
 
-def sections() -> dict[str, str]:
-    """Heading -> text of the parts of "## Papers"."""
-    papers = re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.M)
-    (text,) = (part for part in papers if part.startswith("Papers\n"))
-    heading, *rest = re.split(r"^### (.*)\n", text, flags=re.M)
-    assert heading.strip() == "Papers"
-    return dict(zip(rest[::2], rest[1::2], strict=True))
+def test_the_readme_is_what_the_command_writes() -> None:
+    assert readme.replaced(README) == README, "run: python benchmarks/readme.py"
 
 
-def paper_of(heading: str) -> str | None:
-    return next((paper for start, paper in SECTIONS.items() if heading.startswith(f"{start}:")), None)
+@pytest.mark.parametrize("part", ["Papers", "Benchmarks"])
+def test_no_table_of_results_is_made_by_hand(part: str) -> None:
+    (text,) = re.findall(rf"^## {part}\n(.*?)(?=^## |\Z)", README, flags=re.M | re.S)
+    number = sum(len(tables) for (where, _), tables in MADE.items() if where == part)
+    assert len(readme.tables_in(text)) == number, "describe the new table in benchmarks/readme.py"
 
 
-@pytest.mark.parametrize("paper", SECTIONS.values())
-def test_the_readmes_tables_are_made_of_the_results(paper: str) -> None:
-    shown = [table for heading, text in sections().items() if paper_of(heading) == paper for table in tables_in(text)]
-    made = tables_in(rendered(table_of(paper).tables(read_rows(RESULTS / f"{paper}.json")), "markdown"))
-    assert [cells for _, cells in shown] == [cells for _, cells in made]
-    assert all(title in ("", other) for (title, _), (other, _) in zip(shown, made, strict=True))
-
-
-def test_no_table_of_results_is_made_by_hand() -> None:
-    unknown = [heading for heading, text in sections().items() if tables_in(text) and paper_of(heading) is None]
-    assert unknown == [], f"tables under {', '.join(unknown)}: add the section and its paper to SECTIONS"
-    assert set(SECTIONS.values()) <= set(papers_with_a_table())
+def test_every_paper_with_a_table_has_one() -> None:
+    assert {paper for paper, _ in readme.PAPERS.values()} == set(papers_with_a_table())
 
 
 def test_the_command_prints_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    path = RESULTS / "vaesim.json"
+    path = readme.RESULTS / "vaesim.json"
     assert main(["table", "vaesim", str(path), "--format", "markdown"]) == 0
     assert capsys.readouterr().out == rendered(table_of("vaesim").tables(read_rows(path)), "markdown") + "\n"
 
 
 def test_a_changed_number_is_seen() -> None:
     text = "**a**\n\n| | x |\n|---|---|\n| b | 0.5 |\n\ntext\n\n|  | x |\n|---|---|\n| b | |\n"
-    assert tables_in(text) == [("a", [["", "x"], ["b", "0.5"]]), ("", [["", "x"], ["b", ""]])]
-    assert tables_in(text) != tables_in(text.replace("0.5", "0.6"))
+    assert readme.tables_in(text) == [("a", [["", "x"], ["b", "0.5"]]), ("", [["", "x"], ["b", ""]])]
+    assert readme.tables_in(text) != readme.tables_in(text.replace("0.5", "0.6"))
+
+
+class TestPivot:
+    ROWS = (
+        {
+            "what": "step",
+            "case": "big",
+            "order": 2,
+            "contender": "protokernels",
+            "median_ms": 2.0,
+            "share_of_limit": 0.5,
+        },
+        {
+            "what": "step",
+            "case": "big",
+            "order": 2,
+            "contender": "torch",
+            "median_ms": 31.0,
+            "ratio": 15.2,
+            "peak_mb": 7.4,
+        },
+        {"what": "step", "case": "small", "order": 1, "contender": "torch", "median_ms": 0.5, "ratio": 1.07},
+    )
+    COLUMNS = (
+        readme.Column("ours", "step", shows="limit"),
+        readme.Column("torch", "step", "torch"),
+        readme.Column("MB", "step", "torch", shows="memory"),
+        readme.Column("loop", "step", "loop"),
+    )
+
+    def test_cases_go_down_and_contenders_across(self) -> None:
+        pivot = readme.Pivot("rows", self.COLUMNS, words={("big", "loop"): "NaN"})
+        assert pivot.cells(self.ROWS) == [
+            ["rows", "ours", "torch", "MB", "loop"],
+            ["small", "", "0.500 (1.07x)", "", ""],
+            ["big", "2 (50%)", "31 (15x)", "7", "NaN"],
+        ]
+
+    def test_cases_left_out(self) -> None:
+        assert len(readme.Pivot("rows", self.COLUMNS, without="^big$").cells(self.ROWS)) == 2
+
+    def test_losses_keep_two_digits(self) -> None:
+        assert [readme.times(ratio) for ratio in (0.446, 0.98, 1.2, 9.94, 9.96)] == [
+            "0.45x",
+            "0.98x",
+            "1.2x",
+            "9.9x",
+            "10x",
+        ]
+
+
+class TestReplacing:
+    def test_an_unknown_section_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="wanted one section"):
+            readme.section(README, "Papers", "No such paper")
+
+    def test_a_stale_number_is_replaced_and_named(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        place = readme.section(README, "Benchmarks", "Prototypes")
+        stale = README[: place.start] + README[place].replace("| 2048x32x10 |", "| 1x1x1 |") + README[place.stop :]
+        assert stale != README
+        (tmp_path / "README.md").write_text(stale)
+        monkeypatch.setattr(readme, "ROOT", tmp_path)
+        assert readme.main(["--check"]) == 1
+        assert "Prototypes" in capsys.readouterr().out
+        assert readme.main([]) == 0
+        assert (tmp_path / "README.md").read_text() == README
+        assert readme.main(["--check"]) == 0
