@@ -32,7 +32,9 @@ inline Kind kind_of(const Tensor& tensor, const char* what) {
 inline Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 // A matrix whose rows are dense; copied only if they are not.
-inline Tensor with_dense_rows(const Tensor& matrix) { return matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : as_contiguous(matrix); }
+inline Tensor with_dense_rows(const Tensor& matrix) {
+  return matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : as_contiguous(matrix);
+}
 
 // An uninitialised tensor on the device of like. Large ones on the CPU ask the kernel for huge pages: a fresh 64 MB output otherwise costs
 // 16,384 page faults, as long as the arithmetic that fills it.
