@@ -21,7 +21,7 @@ from protokernels import backend, cluster
 from protokernels import nn as modules
 from python_tests.prototypes_oracle import needs_native
 
-CALLS = int(os.environ.get("PROTOKERNELS_CALLS", "300"))
+CALLS = int(os.environ.get("PROTOKERNELS_CALLS", "150"))
 """Calls of every op in the test of memory; 10000 for a long run."""
 
 

@@ -18,7 +18,7 @@ CALLS = {**fuzz_calls.CALLS, **fuzz_modules.CALLS}
 
 
 @pytest.mark.parametrize("name", CALLS)
-@examples(few=20)
+@examples(few=10)
 @given(data=st.data())
 def test_the_answer_is_right_or_a_clear_error(name: str, data: st.DataObject) -> None:
     judge(data.draw(fuzz_calls.drawn(CALLS[name])))

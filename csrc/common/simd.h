@@ -194,7 +194,7 @@ PK_INLINE Vec<float> at_most(Vec<float> x, Vec<float> ceiling) {
 
 // exp(x) for x <= 0, to one unit in the last place; 0 below -87.3 at full speed, where libraries fall into denormals. NaN stays NaN.
 PK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
-  typedef Index<float> I;
+  typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));  // they wrap where x is too small, and are not used there
   const Vec<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
   const Vec<float> t = x * 1.44269504f + magic;
   const Vec<float> n = t - magic;
@@ -206,7 +206,7 @@ PK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  I exponent, result;
+  Bits exponent, result;
   std::memcpy(&exponent, &t, sizeof t);
   std::memcpy(&result, &p, sizeof p);
   result += exponent << 23;
@@ -263,9 +263,10 @@ PK_INLINE void log_of_parts(const Vec<float> (&m)[N], const Vec<float> (&e)[N], 
 
 // The parts of a normal x > 0.
 PK_INLINE void split_for_log(Vec<float> x, Vec<float>& m, Index<float>& exponent) {
-  Index<float> bits;
+  typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));  // -0 wraps, and is not used
+  Bits bits;
   std::memcpy(&bits, &x, sizeof bits);
-  const Index<float> above = bits - 0x3f3504f3;  // 1 / sqrt(2): the mantissa lies in [1 / sqrt(2), sqrt(2))
+  const Index<float> above = reinterpret_cast<Index<float>>(bits - 0x3f3504f3);  // 1 / sqrt(2): the mantissa lies in [1 / sqrt(2), sqrt(2))
   exponent = above >> 23;
   const Index<float> mantissa = (above & 0x007fffff) + 0x3f3504f3;
   std::memcpy(&m, &mantissa, sizeof m);
