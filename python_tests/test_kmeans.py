@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -179,6 +180,11 @@ class TestElbow:
     def test_a_broken_line_has_its_elbow_where_it_breaks(self) -> None:
         assert find_elbow([2, 3, 4, 5, 6, 7], [100, 60, 20, 18, 16, 14]) == 4
         assert find_elbow(range(1, 11), [1000 / n for n in range(1, 11)]) == 3  # 1/n: 1 - y - x is largest at sqrt(10)
+
+    def test_arrays_and_tensors_are_lists_of_numbers(self) -> None:
+        numbers, inertias = [2, 3, 4, 5, 6], [100.0, 40.0, 10.0, 8.0, 7.0]
+        assert find_elbow(np.array(numbers), np.array(inertias, np.float32)) == 4
+        assert find_elbow(torch.tensor(numbers), torch.tensor(inertias)) == 4
 
     def test_no_elbow(self) -> None:
         assert find_elbow([2, 4, 6, 8], [8.0, 6.0, 4.0, 2.0]) is None  # a straight line

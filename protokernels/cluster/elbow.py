@@ -53,6 +53,7 @@ def find_elbow(n_clusters: Sequence[int], inertias: Sequence[float], *, sensitiv
         >>> find_elbow([2, 3, 4, 5, 6], [100.0, 40.0, 10.0, 8.0, 7.0])
         4
     """
+    n_clusters, inertias = _listed(n_clusters), _listed(inertias)
     for name, values in (("n_clusters", n_clusters), ("inertias", inertias)):
         if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
             raise TypeError(f"find_elbow: {name} must be a sequence of numbers; got {describe(values)}")
@@ -109,6 +110,7 @@ def choose_n_clusters(
         >>> choose_n_clusters(x, range(2, 9)).chosen
         4
     """
+    candidates = _listed(candidates)
     if not isinstance(candidates, Sequence) or isinstance(candidates, (str, bytes)):
         raise TypeError(
             f"choose_n_clusters: candidates must be a sequence of whole numbers; got {describe(candidates)}"
@@ -126,3 +128,8 @@ def choose_n_clusters(
     middle = fallback if fallback is not None else numbers[len(numbers) // 2]
     chosen = found if found is not None else middle
     return Elbow(numbers, inertias, chosen, found is not None, models[numbers.index(chosen)])
+
+
+def _listed(values: Any) -> Any:
+    """A NumPy array or a tensor as a list of Python's numbers; anything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values

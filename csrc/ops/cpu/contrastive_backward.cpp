@@ -110,6 +110,7 @@ struct Losses {
   static constexpr bool BOUNDED = BOUNDED_SCORES, ROWS = OF_ROWS, COLUMNS = OF_COLUMNS;
 };
 
+// Lanes past the strip's last row may hold what another part is writing just now: H of these lanes is stored and never read.
 template <class T, int VECTORS>
 struct StripCoefficients {
   Vec<T> weight[VECTORS], log[VECTORS];
