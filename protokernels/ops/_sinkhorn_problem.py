@@ -96,8 +96,9 @@ def anneal(
 def check_iterations(op: str, num_iters: object, tol: object) -> None:
     if isinstance(num_iters, bool) or not isinstance(num_iters, int):
         raise TypeError(f"{op}: num_iters must be an integer of at least 1; got {_checks.describe(num_iters)}")
-    if not 1 <= num_iters < 2**63:
-        raise ValueError(f"{op}: num_iters must be at least 1 and fit into int64; got {num_iters}")
+    if num_iters < 1:
+        raise ValueError(f"{op}: num_iters must be at least 1; got {num_iters}")
+    _checks.check_whole(op, "num_iters", num_iters)
     if isinstance(tol, bool) or not isinstance(tol, (int, float)):
         raise TypeError(f"{op}: tol must be a number, 0 for no early stop; got {_checks.describe(tol)}")
     if not 0 <= tol <= _checks.LARGEST:
