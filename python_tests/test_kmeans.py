@@ -135,6 +135,9 @@ class TestKMeans:
             (lambda: KMeans(0), ValueError, "n_clusters must be a positive integer; got 0"),
             (lambda: KMeans(2, n_init=1.5), ValueError, "n_init must be"),  # type: ignore[arg-type]
             (lambda: KMeans(2, tol=-1.0), ValueError, "tol must be"),
+            (lambda: KMeans(2, random_state=0.5), TypeError, "random_state must be a whole number"),  # type: ignore[arg-type]
+            (lambda: KMeans(2, random_state=2**64), ValueError, "random_state must be"),
+            (lambda: KMeans(2).fit(torch.randn(9, 0)), ValueError, "at least one column; got float32 .9, 0."),
             (lambda: KMeans(2, init="random"), ValueError, "'k-means.+' or a tensor"),
             (
                 lambda: KMeans(2, init=torch.zeros(3, 2)).fit(torch.randn(9, 2)),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._checks import check_matrix, check_same_device, describe
+from ..ops._checks import check_matrix, check_same_device, check_whole, describe
 from ..ops.nearest import Assignment, assign, nearest
 from ..ops.prototypes import blend_prototypes, update_prototypes
 
@@ -85,6 +85,7 @@ class KMeans:
             raise ValueError(f"KMeans: tol must be a finite number, not negative; got {tol!r}")
         if not isinstance(init, Tensor) and init != "k-means++":
             raise ValueError(f"KMeans: init must be 'k-means++' or a tensor of centers [K, D]; got {init!r}")
+        check_whole("KMeans", "random_state", random_state)
         self.n_clusters, self.init, self.n_init = n_clusters, init, n_init
         self.max_iter, self.tol, self.random_state = max_iter, tol, random_state
 
@@ -130,6 +131,8 @@ class KMeans:
 
     def _checked(self, method: str, x: Tensor) -> Tensor:
         check_matrix(f"KMeans.{method}", "x", x, "[N, D]")
+        if x.shape[1] == 0:
+            raise ValueError(f"KMeans.{method}: x must have at least one column; got {describe(x)}")
         x = x.detach()
         if x.dtype != torch.float64:
             x = x.float()
