@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(protokernels.__file__).parent
 
 # The C functions of torch that this package uses. All exist in torch 2.10 (torch/csrc/inductor/aoti_torch/c/shim.h
-# and torch/csrc/stable/c/shim.h of that release). A new name here needs a look at those two files first.
+# and generated/c_shim_aten.h beside it, torch/csrc/stable/c/shim.h). A new name here needs a look at those files of that release.
 TORCH_FUNCTIONS = """
-    aoti_torch_abi_version aoti_torch_create_device_guard aoti_torch_delete_device_guard
-    aoti_torch_delete_library_object aoti_torch_delete_tensor_object aoti_torch_dtype_element_size
+    aoti_torch_abi_version aoti_torch_aten_fill__Scalar aoti_torch_create_device_guard aoti_torch_delete_device_guard
+    aoti_torch_empty_strided aoti_torch_delete_library_object aoti_torch_delete_tensor_object aoti_torch_dtype_element_size
     aoti_torch_get_current_cuda_stream aoti_torch_get_data_ptr aoti_torch_get_device_index aoti_torch_get_device_type
     aoti_torch_get_dim aoti_torch_get_dtype aoti_torch_get_numel aoti_torch_get_size aoti_torch_get_stride
     aoti_torch_is_contiguous aoti_torch_library_def aoti_torch_library_init_def aoti_torch_library_init_impl
@@ -132,7 +132,8 @@ class TestLibrary:
             "check that torch 2.10 has them, then add them to TORCH_FUNCTIONS"
         )
         headers = Path(torch.__file__).parent / "include/torch/csrc"
-        shims = [headers / "inductor/aoti_torch/c/shim.h", headers / "stable/c/shim.h"]
+        inductor = headers / "inductor/aoti_torch"
+        shims = [inductor / "c/shim.h", inductor / "generated/c_shim_aten.h", headers / "stable/c/shim.h"]
         if not all(path.exists() for path in shims):
             pytest.skip("this torch comes without headers, so the second half of the check is not possible")
         since = {}

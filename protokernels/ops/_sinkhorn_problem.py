@@ -235,7 +235,7 @@ def _epsilon(op: str, value: object, like: Tensor, B: int, dtype: torch.dtype) -
         raise TypeError(f"{op}: epsilon must be a positive number or a tensor; got {_checks.describe(value)}")
     if not torch.finfo(dtype).tiny <= value <= torch.finfo(dtype).max:
         raise ValueError(
-            f"{op}: epsilon must be positive and finite in {str(dtype).removeprefix('torch.')}; got {value}; the smallest cost that "
+            f"{op}: epsilon must be positive and finite; got {value} for {str(dtype).removeprefix('torch.')}; the smallest cost that "
             "matters is a start"
         )
     return torch.full((B,), value, dtype=dtype, device=like.device)  # type: ignore[arg-type]
