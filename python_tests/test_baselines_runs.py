@@ -135,7 +135,7 @@ class TestRuns:
         ]
 
     def test_bf16(self, tmp_path: Path) -> None:
-        results = train_tiny("vicreg", tmp_path / "run", precision="bf16", width=16, epochs=1)
+        results = train_tiny("vicreg", tmp_path / "run", precision="bf16", epochs=1)
         assert results["splits"]["test"]["labels"]["probe"]["100%"]["macro_auroc"]["mean"] > 0.75
 
     def test_random_init_trains_nothing(self) -> None:

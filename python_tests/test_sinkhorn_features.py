@@ -267,10 +267,10 @@ class TestDivergence:
         assert float(value) == pytest.approx(expected, rel=1e-5)
 
     def test_gradients_are_finite_differences(self, place: Place) -> None:
-        x, y, a, b = on(place, *clouds(1, 6, 5, 3))
+        x, y, a, b = on(place, *clouds(1, 4, 3, 2))
 
         def value(x: Tensor, y: Tensor, qa: Tensor, qb: Tensor) -> Tensor:
-            return sinkhorn_divergence(x, y, qa.softmax(1), qb.softmax(1), epsilon=0.5, num_iters=400)
+            return sinkhorn_divergence(x, y, qa.softmax(1), qb.softmax(1), epsilon=0.5, num_iters=100)
 
         assert torch.autograd.gradcheck(value, (x, y, a, b), rtol=1e-5, atol=1e-8)
 
