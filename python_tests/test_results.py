@@ -113,6 +113,11 @@ class TestFinishedRuns:
         with pytest.raises(ValueError, match=f"{folder / 'results.json'}.*{message}"):
             find_finished([tmp_path], ["vaesim"])
 
+    def test_lock_files_beside_runs_are_passed_over(self, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "a", "vaesim", {}, {})
+        (tmp_path / "a.lock").touch()
+        assert [run.path for run in find_finished(sorted(tmp_path.iterdir()), ["vaesim"])] == [folder]
+
     def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="nowhere is no folder"):
             find_finished([tmp_path / "nowhere"], ["vaesim"])

@@ -84,13 +84,16 @@ def read_finished(folder: Path) -> FinishedRun | None:
 def find_finished(
     folders: Iterable[Path], papers: Collection[str], wanted: Callable[[FinishedRun], bool] = lambda run: True
 ) -> list[FinishedRun]:
-    """The finished runs of ``papers`` in and below ``folders``, sorted by path.
+    """The finished runs of ``papers`` in and below ``folders``, sorted by path. Lock files, which ``runs/*`` matches too, are
+    passed over.
 
     Raises:
         ValueError: a folder does not exist, or a results file is broken.
     """
     found: dict[Path, FinishedRun] = {}
     for folder in folders:
+        if folder.suffix == ".lock" and folder.is_file():
+            continue
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder; expected a results file (.json) or folders with runs")
         for path in sorted(folder.rglob("results.json")):
