@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""The benchmark of the trainers' steps runs in every line, and its transcription of the released prototypes is ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
+
+from benchmarks.trainer_steps import LINES, UNCOUNTED, ReleasedPrototypes, measure, table
+from protokernels import nn
+
+SMALL: dict[str, dict[str, Any]] = {
+    "vaesim": {"batch_size": 8, "num_prototypes": 4},
+    "contrastive_autoencoder": {"batch_size": 8},
+    "optiml": {"batch_size": 4, "image_size": 32, "width": 2, "expander_dim": 16},
+    "optimized_views": {"batch_size": 4, "image_size": 16, "width": 2, "m_width": 2},
+    "local_contrast, global": {"width": 2, "image_size": 32, "global_batch_size": 4},
+    "local_contrast, block": {"width": 2, "image_size": 32},
+    "local_contrast, stride": {"width": 2, "image_size": 32},
+}
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """``measure`` takes one thread."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_line(threads: None) -> None:
+    rows = [measure(name, "ours", "fair", UNCOUNTED + 1, **SMALL[name]) for name in LINES]
+    rows += [measure("vaesim", way, "fair", UNCOUNTED + 1, **SMALL["vaesim"]) for way in ("plain", "released")]
+    assert all(row["least_ms"] > 0 and row["steps"] == 1 and row["peak_mib"] > 0 for row in rows)
+    assert all((row["views_ms"] is not None) == bool(LINES[row["line"]].views) for row in rows)
+    rows[0]["share_of_kernels"] = measure("vaesim", "ours", "fair", UNCOUNTED + 1, True, **SMALL["vaesim"])[
+        "share_of_kernels"
+    ]
+    assert 0 < rows[0]["share_of_kernels"] < 1
+    text = table(rows)
+    assert all(f"| {name} |" in text for name in LINES) and text.count("x)") == 2
+
+
+def test_the_released_prototypes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(40, 6, generator=generator)
+    start = torch.randn(5, 6, generator=generator)
+    released, ours = (kind(5, 6, similarity="dot", new_weight=0.9) for kind in (ReleasedPrototypes, nn.Prototypes))
+    for prototypes in (released, ours):
+        prototypes.load_state_dict({**prototypes.state_dict(), "prototypes": start, "initialized": torch.tensor(True)})
+    torch.testing.assert_close(released(z), ours(z))
+    torch.testing.assert_close(released.prototypes, ours.prototypes)
