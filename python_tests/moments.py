@@ -14,6 +14,7 @@ import os
 import pathlib
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,17 +109,27 @@ def full_from(number: int, code: int = errno.ENOSPC) -> Strike:
     return strike
 
 
-def in_child(work: Callable[[], Any]) -> int:
-    """Does ``work`` in a process of its own and gives its exit code: what ``work`` returns, or minus the signal that ended it."""
+def child(work: Callable[[], Any]) -> Any:
+    """A process that does ``work`` and ends with what it returns as its exit code."""
 
     def run() -> None:
         torch.set_num_threads(1)  # a forked process has no worker threads
-        status = work()
+        try:
+            status = work()
+        except BaseException:
+            traceback.print_exc()
+            status = 99
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status or 0)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
+    return process
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Does ``work`` in a process of its own and gives its exit code, minus the signal where one ended it."""
+    process = child(work)
     process.join(300)
     assert process.exitcode is not None, "the process does not end"
     return process.exitcode

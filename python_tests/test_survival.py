@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Runs that are killed, or find no room, at any moment: the folder stays usable and the resumed run ends as an undisturbed one.
-
-``PROTOKERNELS_KILLS=50 pytest python_tests/test_survival.py`` kills runs of the command line at that many random moments as well.
-"""
+"""Runs that are killed, or find no room, at any moment: the folder stays usable and the resumed run ends as an undisturbed one."""
 
 from __future__ import annotations
 
 import errno
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import warnings
@@ -18,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
 
@@ -29,8 +24,6 @@ from python_tests.test_training import assert_same_bits, train_toy
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and signals")
 
 EPOCHS = 3
-KILLS = int(os.environ.get("PROTOKERNELS_KILLS", "0"))
-"""Kills at random moments in the long test; 50 take half an hour."""
 
 
 def train(folder: Path, *, resume: bool = False) -> dict[str, Any]:
