@@ -74,12 +74,13 @@ def run_ablations(
 
 
 def new_folder(out: Path | None, name: str, config: Any, kind: str, summary: str, *, resume: bool) -> Path:
-    """The folder of several runs: ``out``, or the first free one of ``runs/<name>-<data>-<preset>-<kind>``.
+    """The folder of several runs: ``out``, or the first free one of ``runs/<name>-<data>-<preset>-<kind>``; with ``resume`` the last one.
 
     Raises:
         RunFolderError: it holds such runs already, and ``resume`` is false.
     """
-    folder = out or next_free_folder(Path("runs") / f"{name}-{Path(config.data).stem}-{config.preset_name}-{kind}")
+    default = Path("runs") / f"{name}-{Path(config.data).stem}-{config.preset_name}-{kind}"
+    folder = out or next_free_folder(default, resume=resume)
     if not resume and ((folder / summary).exists() or any(folder.glob("*/config.json"))):
         raise RunFolderError(f"{folder} already holds runs; pass --resume to continue them or another --out")
     return folder

@@ -34,6 +34,7 @@ _COMMANDS = {  # by the module that has a function of the command's name
     "predict": "prediction",
 }
 _REPORTED = ("CheckpointError", "NativeUnavailableError")  # RuntimeErrors whose message is meant for the user
+_SAID = ("ProcessLostError",)  # those whose message is on stderr already
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         return _complain(str(error))
     except RuntimeError as error:
+        if type(error).__name__ in _SAID:
+            return 1
         if type(error).__name__ not in _REPORTED:
             raise
         return _complain(str(error))

@@ -10,16 +10,19 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 import protokernels
 from protokernels import backend, cluster
 from protokernels import nn as modules
 from python_tests.prototypes_oracle import needs_native
+from python_tests.test_lockstep import OPERATORS
 
 CALLS = int(os.environ.get("PROTOKERNELS_CALLS", "150"))
 """Calls of every op in the test of memory; 10000 for a long run."""
@@ -35,12 +38,15 @@ def total(*values: Tensor | None) -> Tensor:
 
 def _prototypes() -> Tensor:
     step = protokernels.prototype_step(draw(150, 7), draw(5, 7), temperature=0.2, new_weight=0.9, return_entropy=True)
-    return total(step.assignment, step.entropy, step.prototypes)
+    soft = protokernels.soft_assign(draw(150, 7), draw(5, 7), temperature=0.2)
+    return total(step.assignment, step.entropy, step.prototypes, soft)  # type: ignore[arg-type]
 
 
 def _update() -> Tensor:
-    labels = torch.arange(150) % 5
-    return total(protokernels.update_prototypes(draw(5, 7), draw(150, 7), labels, new_weight=0.9).prototypes, draw(2))
+    labels, in_place = torch.arange(150) % 5, draw(5, 7).detach()
+    protokernels.update_prototypes_(in_place, draw(150, 7), labels, new_weight=0.9)
+    updated = protokernels.update_prototypes(draw(5, 7), draw(150, 7), labels, new_weight=0.9)
+    return total(updated.prototypes, in_place, draw(2))
 
 
 def _sinkhorn(gradient: str) -> Callable[[], Tensor]:
@@ -52,7 +58,10 @@ def _sinkhorn(gradient: str) -> Callable[[], Tensor]:
 
 
 def _features() -> Tensor:
-    return total(protokernels.sinkhorn_divergence(draw(2, 19, 8), draw(2, 23, 8), epsilon=1.0, num_iters=12))
+    result = protokernels.sinkhorn_features(draw(19, 8), draw(23, 8), epsilon=1.0, num_iters=12)
+    return result.entropic_value.double() + total(
+        protokernels.sinkhorn_divergence(draw(2, 19, 8), draw(2, 23, 8), epsilon=1.0, num_iters=12)
+    )
 
 
 def _local() -> Tensor:
@@ -73,6 +82,11 @@ def _transform() -> Tensor:
     return total(protokernels.transform(draw(3, 2, 21, 18), draw(3, 7), seed=torch.arange(3)))
 
 
+def _parts() -> Tensor:
+    images = protokernels.soft_crop(protokernels.blend_flip(draw(3, 2, 21, 18), 0.3), (0.1, 0.1))
+    return total(protokernels.gaussian_noise(images, 0.2, seed=torch.arange(3)))
+
+
 def _affine() -> Tensor:
     volumes = protokernels.gaussian_blur(draw(2, 1, 5, 9, 7), 0.8)
     return total(protokernels.affine_warp(draw(3, 2, 21, 18), draw(3, 2, 3)), protokernels.rotate(volumes, 0.3))
@@ -81,6 +95,12 @@ def _affine() -> Tensor:
 def _nearest() -> Tensor:
     found = protokernels.nearest(draw(40, 9), draw(300, 9), k=5)
     return total(found.distances, found.indices, draw(2))
+
+
+def _kmeans() -> Tensor:
+    rows = draw(300, 9)
+    model = cluster.KMeans(4, n_init=1, max_iter=3, random_state=0).fit(rows.detach())
+    return total(rows, model.cluster_centers_, model.predict(rows.detach()))
 
 
 WORK: dict[str, Callable[[], Tensor]] = {
@@ -94,8 +114,10 @@ WORK: dict[str, Callable[[], Tensor]] = {
     "supcon_loss": _supcon,
     "nt_xent_loss and cross_view_loss": _views,
     "transform": _transform,
+    "soft_crop, blend_flip and gaussian_noise": _parts,
     "affine_warp": _affine,
     "nearest": _nearest,
+    "KMeans": _kmeans,
 }
 
 
@@ -104,6 +126,27 @@ def value_of(name: str) -> float:
     result = WORK[name]()
     result.backward()
     return result.item()
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the native operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "protokernels":
+            self.seen.add(func.name().split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+@needs_native
+def test_every_operator_is_at_work() -> None:
+    with backend.use("native"), _Operators() as operators:
+        for name in WORK:
+            value_of(name)
+    assert operators.seen == set(OPERATORS)
 
 
 class TestThreads:
@@ -244,6 +287,7 @@ class TestMemory:
             for _ in range(CALLS):
                 value_of(name)
             gc.collect()
-        assert resident() - before < 2**21 + 400 * CALLS, (
-            "a call keeps memory"
-        )  # a kept tensor is larger; pages come and go
+        growth = resident() - before
+        print(f"{name}: {growth:,} bytes after {CALLS:,} calls")  # shown by -rP
+        # a kept tensor is larger; pages come and go
+        assert growth < 2**21 + 400 * CALLS, f"{name} grew the process by {growth:,} bytes in {CALLS:,} calls"

@@ -20,6 +20,7 @@ from ..evaluation import classification_scores, clustering_scores
 from ..models import ResNet18, pooled
 from ..papers._contrastive_autoencoder_config import PAPER_RESULTS
 from ..training import RunFolder, seed_everything
+from ..training.checkpoints import fitting
 from ..training.classification_report import results_table
 from ..training.configuration import RunConfig
 from ..training.experiment import Experiment
@@ -127,8 +128,9 @@ class FrozenResNet18(Experiment[Any]):
     def load_model(self, run: RunFolder, config: FrozenResNet18Config, dataset: ImageDataset) -> Fitted:
         state = run.checkpoint()
         encoder = ResNet18(channels=3).eval().requires_grad_(False)
-        encoder.load_state_dict(state["encoder"])
-        return Fitted(encoder, state["fitted"])
+        with fitting(run.checkpoints):
+            encoder.load_state_dict(state["encoder"])
+            return Fitted(encoder, state["fitted"])
 
     def draw_figures(
         self, folder: str | Path, *, data_root: str | Path | None = None, dataset: ImageDataset | None = None

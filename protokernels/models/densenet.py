@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .resnet import IMAGENET_MEAN, IMAGENET_STD, check_names, pooled, read_weights
+from .resnet import IMAGENET_MEAN, IMAGENET_STD, pooled
+from .weights import check_names, read_weights
 
 
 class DenseNetEncoder(nn.Module):

@@ -9,14 +9,14 @@ files load; torchvision itself is not needed.
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .weights import check_names, read_weights
 
 Stem = Literal["imagenet", "small"]
 
@@ -155,46 +155,3 @@ def pooled(dense: Tensor) -> Tensor:  # [B, D, h, w] -> [B, D]
 
 def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(channels_in, channels_out, stride), BasicBlock(channels_out, channels_out, 1))
-
-
-def check_names(own: dict[str, Tensor], state: dict[str, Tensor], path: Path, network: str) -> None:
-    """Refuses weights that are not those of ``network``, which has the state ``own``; counters of batches may be missing.
-
-    Raises:
-        ValueError: names or shapes differ; says which is the first.
-    """
-    needed = {name for name in own if not name.endswith("num_batches_tracked")}
-    if missing := sorted(needed - state.keys()):
-        raise ValueError(
-            f"{path} is not a {network} with torchvision's names: {len(missing)} tensors are missing, the first is "
-            f"{missing[0]!r}; the file starts with {', '.join(list(state)[:3]) or 'nothing of its kind'}"
-        )
-    if strange := sorted(state.keys() - own.keys()):
-        raise ValueError(
-            f"{path} holds {len(strange)} tensors that {network} does not have, the first is {strange[0]!r}; a deeper "
-            "network?"
-        )
-    for name, value in state.items():
-        if value.shape != own[name].shape:
-            raise ValueError(f"{path}: {name} must have shape {list(own[name].shape)}; got {list(value.shape)}")
-
-
-def read_weights(path: Path, network: str, published: str) -> dict[str, Tensor]:
-    """Tensors by name, from a file that nobody vouches for.
-
-    Raises:
-        FileNotFoundError: says where the weights of ``network`` are ``published``.
-        ValueError: not a file of weights.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no weight file {path}; nothing is downloaded: fetch torchvision's {network} weights "
-            f"(https://download.pytorch.org/models/{published}) and give their path"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a file of weights ({str(error).splitlines()[0]})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a dictionary of tensors by name; got {type(state).__name__}")
-    return {str(name): value for name, value in state.items()}

@@ -9,7 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .resnet import IMAGENET_MEAN, IMAGENET_STD, check_names, pooled, read_weights
+from .resnet import IMAGENET_MEAN, IMAGENET_STD, pooled
+from .weights import check_names, read_weights
 
 Depth = Literal[18, 50]
 PUBLISHED = {18: "resnet18-f37072fd.pth", 50: "resnet50-0676ba61.pth"}

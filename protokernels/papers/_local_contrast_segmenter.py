@@ -5,8 +5,6 @@ are loaded and scored."""
 from __future__ import annotations
 
 import math
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from ..data.volumes import LabelledVolume, SegmentationDataset, labelled_subset, load_segmentation
 from ..evaluation.segmentation import DiceCounter, segmentation_scores
 from ..models import UNet, load_part
+from ..models.weights import first_line, load_untrusted
 from ..training import CheckpointStore, Session
 from ..training.runs import load_runs
 from ..training.segmentation import predict_volumes
@@ -121,7 +120,14 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, LocalContrastConfig]:
         state = CheckpointStore(run.path / "weights").load()
     if state is None:
         raise FileNotFoundError(f"{path} has no weights yet; continue the run with --resume")
-    config = LocalContrastConfig.from_dict(state["config"])
+    try:
+        config = LocalContrastConfig.from_dict(state["config"])
+        with torch.device("meta"):  # compares shapes; a file that claims a huge network gets no memory for it
+            load_part(new_segmenter(config, len(state["class_names"])), state["model"])
+    except (RuntimeError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} holds no segmentation network with its configuration ({first_line(error)})"
+        ) from error
     model = new_segmenter(config, len(state["class_names"]))
     load_part(model, state["model"])
     return model.eval(), config
@@ -129,10 +135,7 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, LocalContrastConfig]:
 
 def read_weights(path: Path) -> dict[str, Any]:
     """What :class:`Keeper` wrote; the file is opened with ``weights_only=True``: it cannot run code."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a file of weights ({str(error).splitlines()[0]})") from error
+    state = load_untrusted(path, str(path))
     if not isinstance(state, dict) or not {"model", "config", "class_names"} <= state.keys():
         raise ValueError(
             f"{path} holds no segmentation network with its configuration; give the run's folder, or a file in its folder "

@@ -17,6 +17,7 @@ import protokernels
 from ..models import pooled
 from ..models.densenet import DenseNetEncoder
 from ..training import RunFolder
+from ..training.checkpoints import fitting
 from ._optimized_views_config import PARAMETERS, TRANSFORMATIONS, OptimizedViewsConfig
 
 
@@ -129,7 +130,9 @@ def load_model(run: RunFolder, channels: int) -> tuple[OptimizedViews, Optimized
     """The model of the newest sound checkpoint of a run, in evaluation mode, with its configuration."""
     config = OptimizedViewsConfig.from_dict(run.config()["config"])
     model = new_model(replace(config, initial_weights=""), channels)
-    model.load_state_dict(run.checkpoint()["model"])
+    state = run.checkpoint()
+    with fitting(run.checkpoints):
+        model.load_state_dict(state["model"])
     model.config = config
     return model.eval(), config
 

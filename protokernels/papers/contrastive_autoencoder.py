@@ -63,6 +63,7 @@ from ..cluster import KMeans, choose_n_clusters
 from ..data import ImageDataset, Split
 from ..models import PhasedDecoder, contrastive_encoder, contrastive_projector
 from ..training import RunFolder, Session, derived_generator, gather_batch, process_count
+from ..training.checkpoints import fitting
 from ..training.classification_report import results_table
 from ..training.experiment import Experiment, training_images
 from ..training.optimizers import LARS, ramp_cosine
@@ -315,7 +316,8 @@ class _ContrastiveAutoencoder(Experiment[ContrastiveAutoencoderConfig]):
         model = self.new_model(config, dataset)
         before = trial.run.checkpoints.load() if trial.settings.resume else None
         if before is not None:
-            model.restore(before["model"])  # as many prototypes as there are, and what is frozen
+            with fitting(trial.run.checkpoints):
+                model.restore(before["model"])  # as many prototypes as there are, and what is frozen
         return trial.in_layout(model)
 
     def optimizer(
@@ -331,7 +333,9 @@ class _ContrastiveAutoencoder(Experiment[ContrastiveAutoencoderConfig]):
     def load_model(
         self, run: RunFolder, config: ContrastiveAutoencoderConfig, dataset: ImageDataset
     ) -> ContrastiveAutoencoder:
-        return self.new_model(config, dataset).restore(run.checkpoint()["model"]).eval()
+        model, state = self.new_model(config, dataset), run.checkpoint()
+        with fitting(run.checkpoints):
+            return model.restore(state["model"]).eval()
 
     def score_model(
         self, model: ContrastiveAutoencoder, dataset: ImageDataset, config: ContrastiveAutoencoderConfig, seed: int

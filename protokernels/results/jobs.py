@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.files import exclusive
+from ..training.lost_processes import ProcessLostError
 from ..training.run_folder import RunFolder, RunFolderError
 from ..training.runs import RunSettings, read_summary
 from .fields import as_record, completed
@@ -111,6 +112,8 @@ def run_jobs(
                         settings=job.settings,
                         **more,
                     )
+            except ProcessLostError:  # stops all
+                raise
             except _STOPS_ONE as error:
                 outcome.failed[job.name] = str(error) or type(error).__name__
                 continue

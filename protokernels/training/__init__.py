@@ -4,6 +4,8 @@ summaries over runs."""
 
 from .checkpoints import CheckpointError, CheckpointStore
 from .distributed import gather_batch, process_count, synchronize_batch_norm
+from .files import WriteError
+from .lost_processes import ProcessLostError
 from .randomness import derived_generator, epoch_order, seed_everything
 from .run_folder import RunFolder, RunFolderError, next_free_folder
 from .session import Interrupted, Plan, Session, Step, make_accelerator, preferred_layout
@@ -14,10 +16,12 @@ __all__ = [
     "CheckpointStore",
     "Interrupted",
     "Plan",
+    "ProcessLostError",
     "RunFolder",
     "RunFolderError",
     "Session",
     "Step",
+    "WriteError",
     "derived_generator",
     "epoch_order",
     "gather_batch",

@@ -8,17 +8,22 @@ over with a warning.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from .files import remove_leftovers, write_bytes
+from ..models.weights import first_line, load_untrusted
+from .files import make_folder, remove, remove_leftovers, write_bytes
 
+FORMAT = 1  # of what a session saves; a version that reads more has a higher one
 _NAME = re.compile(r"epoch-(\d+)-step-(\d+)-([0-9a-f]{16})\.pt")
 
 
@@ -60,17 +65,23 @@ class CheckpointStore:
 
     def save(self, state: dict[str, Any], *, epoch: int, step: int = 0) -> Path:
         """Writes ``state`` (tensors, numbers, strings and containers of them), then removes files beyond the newest
-        ``keep``."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        ``keep``, and those of later positions: a run that goes on from an earlier checkpoint leaves them behind.
+
+        Raises:
+            WriteError: there is no room, or no folder; the files that were there stay.
+        """
+        make_folder(self.folder)
         remove_leftovers(self.folder)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getvalue()
         path = self.folder / f"epoch-{epoch:04d}-step-{step:05d}-{_digest(content)}.pt"
         write_bytes(path, content)
-        older = [file.path for file in self.files() if file.path != path]
-        for file in older[: max(0, len(older) - (self.keep - 1))]:
-            file.unlink(missing_ok=True)
+        others = [file for file in self.files() if file.path != path]
+        kept = [file for file in others if (file.epoch, file.step) < (epoch, step)][-(self.keep - 1) :]
+        for file in others:
+            if file not in kept:
+                remove(file.path)
         return path
 
     def load(self, map_location: str | torch.device = "cpu") -> dict[str, Any] | None:
@@ -79,28 +90,67 @@ class CheckpointStore:
         Files are opened with ``weights_only=True``: a checkpoint from elsewhere cannot run code.
 
         Raises:
-            CheckpointError: there are files and every one is damaged.
+            CheckpointError: there are files and every one is damaged, or the newest was written by a newer version.
+            OSError: the system does not give a file that may be sound.
         """
-        files = self.files()
+        files, damaged = self.files(), []
         for file in reversed(files):
             try:
-                content = file.path.read_bytes()
-                if _digest(content) != file.digest:
-                    raise ValueError(f"its {len(content)} bytes do not match the digest in its name")
-                state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
-                return state
-            except Exception as error:  # whatever is wrong with this file, the one before it may be sound
+                state = _read(file, map_location)
+            except ValueError as error:  # the one before it may be sound
+                damaged.append(str(error))
+                continue
+            if damaged:
                 warnings.warn(
-                    f"checkpoint {file.path} cannot be used ({error}); trying the one before it",
+                    f"{'; '.join(damaged)}. {file.path}, the newest sound one, is used in its place",
                     RuntimeWarning,
                     stacklevel=2,
                 )
+            if state.get("format", 0) > FORMAT:
+                raise CheckpointError(
+                    f"checkpoint {file.path} was written by a newer version of protokernels: it has format "
+                    f"{state['format']}, this version knows {FORMAT}; use the version that wrote it"
+                )
+            return state
         if files:
             raise CheckpointError(
-                f"none of the {len(files)} checkpoints in {self.folder} can be used; "
+                f"none of the {len(files)} checkpoints in {self.folder} can be used ({'; '.join(damaged)}); "
                 "remove the folder to train from the start"
             )
         return None
+
+
+@contextmanager
+def fitting(store: CheckpointStore) -> Iterator[None]:
+    """Around the use of a state of ``store``: one that does not fit is a CheckpointError instead of torch's pages."""
+    try:
+        yield
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the checkpoint in {store.folder} does not fit this run ({reason[:200]}{'...' * (len(reason) > 200)}): it is of "
+            "another configuration, or of another version of protokernels; train anew in another folder, or use that version"
+        ) from error
+
+
+def _read(file: CheckpointFile, map_location: str | torch.device) -> dict[str, Any]:
+    """The state in a file; ``ValueError`` where it is damaged."""
+    try:
+        content = file.path.read_bytes()
+    except OSError as error:
+        if error.errno != errno.EIO:  # not to be read here and now; it may be sound
+            raise
+        raise ValueError(f"checkpoint {file.path} is damaged: {first_line(error)}") from error
+    if _digest(content) != file.digest:
+        raise ValueError(
+            f"checkpoint {file.path} is damaged: its {len(content)} bytes do not match the digest in its name"
+        )
+    state = load_untrusted(io.BytesIO(content), f"checkpoint {file.path}", map_location)
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {file.path} is none: it holds {type(state).__name__}")
+    return state
 
 
 def _digest(content: bytes) -> str:

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import Split, load_dataset, to_tensor
+from .checkpoints import fitting
 from .configuration import Config
 from .randomness import seed_everything
 from .run_folder import RunFolder
@@ -187,7 +188,8 @@ class Experiment(Generic[Config]):
         """The model of the newest sound checkpoint of a run, in evaluation mode."""
         state = run.checkpoint()
         model: nn.Module = self.new_model(config, dataset)
-        model.load_state_dict(state["model"])
+        with fitting(run.checkpoints):
+            model.load_state_dict(state["model"])
         return model.eval()
 
     def score_again(self, run: RunFolder, config: Any, dataset: Any) -> dict[str, Any]:

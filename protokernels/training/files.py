@@ -3,30 +3,41 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 TEMPORARY_SUFFIX = ".partial"
+_REMEDIES = {  # by what the system calls the failure
+    **dict.fromkeys(("ENOSPC", "EDQUOT", "EFBIG"), "make room on its disk"),
+    **dict.fromkeys(("EROFS", "EACCES", "EPERM"), "let its folder be written to"),
+    **dict.fromkeys(("ENOENT", "ENOTDIR", "ESTALE"), "its folder is gone; put it back"),
+}
+
+
+class WriteError(OSError):
+    """A file could not be written. Under its name is what was there before, or nothing."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces ``path`` by ``content``; a reader, or a process killed at any moment, finds the old file or the new one,
     never a mixture."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush_folder(path.parent)
+    with explained(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            remove(temporary)
+            raise
+        _flush_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,25 +55,33 @@ def read_json(path: Path) -> Any:
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Adds one line to a JSON-lines file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, allow_nan=False) + "\n")
-        file.flush()
+    """Adds one line to a JSON-lines file, and waits until the disk has it; a line that finds no room is taken back."""
+    rest = memoryview((json.dumps(value, allow_nan=False) + "\n").encode())
+    with explained(path), path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """All lines of a JSON-lines file; a last line cut short by a kill is left out. An absent file has no lines."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     values: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
             values.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}, is not valid JSON: {error}") from error
+            raise ValueError(f"{path}, line {number}, is not valid JSON: {error}; take the line out") from error
     return values
 
 
@@ -99,7 +118,31 @@ def exclusive(path: Path, *, wanted: bool = True, wait: bool = True) -> Iterator
 def remove_leftovers(folder: Path) -> None:
     """Removes temporary files that a killed process left in ``folder``."""
     for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file that nobody needs any more; where that fails it only takes up room."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def make_folder(path: Path, *, parents: bool = False) -> None:
+    """Makes a folder unless it is there."""
+    with explained(path):
+        path.mkdir(parents=parents, exist_ok=True)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what the system says about a failed write into a :class:`WriteError` with the file's name and what to do."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        remedy = _REMEDIES.get(errno.errorcode.get(error.errno or 0, ""), "see to its disk")
+        raise WriteError(f"{path} could not be written ({error.strerror or error}): {remedy}") from error
 
 
 def _flush_folder(folder: Path) -> None:

@@ -11,9 +11,12 @@ figures/         pictures
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +27,15 @@ import torch
 from .. import _native, backend
 from .._version import __version__
 from .checkpoints import CheckpointStore
-from .files import append_json_line, read_json, read_json_lines, remove_leftovers, write_json, write_json_lines
+from .files import (
+    append_json_line,
+    make_folder,
+    read_json,
+    read_json_lines,
+    remove_leftovers,
+    write_json,
+    write_json_lines,
+)
 
 
 class RunFolderError(ValueError):
@@ -53,6 +64,7 @@ class RunFolder:
         Raises:
             RunFolderError: the folder holds a run and ``resume`` is false, holds a run with another configuration, or
                 holds other files.
+            WriteError: it cannot be made.
         """
         run = cls(path)
         if (run.path / "config.json").exists():
@@ -61,11 +73,12 @@ class RunFolder:
                     f"{run.path} already holds a run; pass --resume to continue it or another --out to start one"
                 )
             run._check_same(config)
-            remove_leftovers(run.path)
+            for folder in (run.path, *(path for path in run.path.iterdir() if path.is_dir())):
+                remove_leftovers(folder)
             return run
         if run.path.exists() and any(entry.suffix != ".partial" for entry in run.path.iterdir()):
             raise RunFolderError(f"{run.path} is not empty and holds no run (no config.json); pass another --out")
-        run.path.mkdir(parents=True, exist_ok=True)
+        make_folder(run.path, parents=True)
         remove_leftovers(run.path)
         write_json(run.path / "config.json", config)
         return run
@@ -128,23 +141,64 @@ class RunFolder:
         return value
 
     def _check_same(self, config: dict[str, Any]) -> None:
-        before = self.config()
-        differing = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
+        before, now = _flat(self.config()), _flat(config)
+        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if differing:
-            pairs = ", ".join(f"{key}: {before.get(key)!r} there, {config.get(key)!r} now" for key in differing)
+            pairs = ", ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing)
             raise RunFolderError(
                 f"{self.path} holds a run with another configuration ({pairs}); "
                 "a run can only be continued as it was started"
             )
 
 
-def next_free_folder(path: Path) -> Path:
-    """``path``, or ``path-2``, ``path-3``, ... : the first that does not exist."""
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"config.epochs": 3}`` for ``{"config": {"epochs": 3}}``: a message can name the one field that differs."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
+
+
+def next_free_folder(path: Path, *, resume: bool = False) -> Path:
+    """``path``, or ``path-2``, ``path-3``, ... : the first that does not exist; with ``resume`` the one before it, if there
+    is one."""
     candidate, number = path, 1
+    before = path
     while candidate.exists():
         number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
+        before, candidate = candidate, path.with_name(f"{path.name}-{number}")
+    return before if resume else candidate
+
+
+@contextmanager
+def sole_user(folder: Path, *, wanted: bool = True) -> Iterator[None]:
+    """Keeps other processes from training in ``folder`` (which is made) at the same time; a process that is killed leaves it.
+
+    Where the file system has no such locks, or with ``wanted`` false, nobody is kept out.
+
+    Raises:
+        RunFolderError: another process is there.
+    """
+    if not wanted or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    make_folder(folder, parents=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFolderError(
+                f"another process is training in {folder}; wait until it has ended, or pass another --out"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def environment() -> dict[str, Any]:

@@ -20,7 +20,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .run_folder import RunFolder, next_free_folder
+from .files import WriteError
+from .lost_processes import losses_told
+from .run_folder import RunFolder, next_free_folder, sole_user
 from .session import Plan, Precision, Session, make_accelerator, preferred_layout
 from .summary import summarize_runs
 
@@ -88,18 +90,45 @@ def train_runs(
         name: of the default folder, ``runs/<name>``.
         record: paper and configuration, for ``config.json``.
         run_one: trains and scores one seed; its result counts on the main process.
-        out: the folder, or ``None`` for the first free default.
+        out: the folder, or ``None`` for the first free default, and with ``resume`` for the last one that is there.
         settings: seeds, precision and so on.
         provenance: of the data, with its warnings; goes to ``environment.json`` and the results.
         epochs: how many a finished run has.
 
     Returns:
         On the main process the results, with the folder as ``"folder"``; elsewhere an empty dictionary.
+
+    Raises:
+        RunFolderError: the folder holds another run, or another process is training there.
+        CheckpointError: no checkpoint can be used.
+        WriteError: there is no room, or no folder any more.
+        ProcessLostError: one of several processes has ended.
     """
     accelerator = make_accelerator(settings.device, settings.precision)
-    folder = Path(broadcast_object_list([str(out or next_free_folder(Path("runs") / name))])[0])
-    seeds = list(range(settings.seed, settings.seed + settings.runs))
+    default = next_free_folder(Path("runs") / name, resume=settings.resume)
+    folder = Path(broadcast_object_list([str(out or default)])[0])
     record = {**record, "precision": settings.precision, "processes": accelerator.num_processes}
+    with losses_told(folder), sole_user(folder, wanted=accelerator.is_main_process):
+        try:
+            _train_seeds(folder, record, run_one, accelerator, settings, provenance, epochs)
+        except WriteError as error:
+            raise WriteError(
+                f"{error}; then the same command with --resume goes on from the last checkpoint"
+            ) from error
+        return {**write_summary(folder), "folder": str(folder)} if accelerator.is_main_process else {}
+
+
+def _train_seeds(
+    folder: Path,
+    record: dict[str, Any],
+    run_one: Callable[[Trial], dict[str, Any]],
+    accelerator: Accelerator,
+    settings: RunSettings,
+    provenance: dict[str, Any],
+    epochs: int,
+) -> None:
+    """What :func:`train_runs` does in its folder."""
+    seeds = list(range(settings.seed, settings.seed + settings.runs))
     if accelerator.is_main_process and len(seeds) > 1:
         RunFolder.create(folder, _as_json({**record, "seeds": seeds}), resume=settings.resume)
     for seed in seeds:
@@ -119,7 +148,6 @@ def train_runs(
             seconds = round(time.perf_counter() - started, 1)
             update_results(run, {**results, "seconds_since_resume": seconds}, provenance, epochs=epochs)
         accelerator.wait_for_everyone()
-    return {**write_summary(folder), "folder": str(folder)} if accelerator.is_main_process else {}
 
 
 def update_results(run: RunFolder, results: dict[str, Any], provenance: dict[str, Any], *, epochs: int) -> None:

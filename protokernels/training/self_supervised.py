@@ -21,6 +21,7 @@ from ..data import ImageDataset, Split
 from ..evaluation import TransferProtocol
 from ..models import ResNet18, Stem
 from ..nn import RandomViews
+from .checkpoints import fitting
 from .configuration import RunConfig
 from .experiment import Experiment
 from .optimizers import OptimizerName, make_optimizer, warmup_cosine
@@ -241,7 +242,9 @@ class SelfSupervised(Experiment[Config]):
 
 def load_method(run: RunFolder, method: Method) -> Method:
     """``method`` with the state of the newest sound checkpoint of a run, in evaluation mode."""
-    method.load_state_dict(run.checkpoint()["model"])
+    state = run.checkpoint()
+    with fitting(run.checkpoints):
+        method.load_state_dict(state["model"])
     return in_fast_layout(method).eval()
 
 

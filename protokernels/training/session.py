@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .checkpoints import FORMAT, CheckpointError, fitting
 from .distributed import average_gradients, largest_over_processes, sum_over_processes, synchronize_batch_norm
 from .progress import EpochProgress
 from .randomness import derived_generator, derived_seed, epoch_order, random_state, set_random_state
@@ -123,6 +124,9 @@ class Session:
         plan: number of images, epochs, batch size and seed.
         resume: continue from the newest checkpoint in ``run``.
         quiet: no progress output.
+
+    Raises:
+        CheckpointError: with ``resume``: no checkpoint is sound, or it is of another run.
     """
 
     def __init__(
@@ -137,6 +141,7 @@ class Session:
         quiet: bool = False,
     ) -> None:
         self.run, self.accelerator, self.scheduler = run, accelerator, scheduler
+        self.plan = plan
         self.count, self.total_epochs, self.seed = plan.count, plan.epochs, plan.seed
         self.batch_size = min(plan.batch_size, plan.count)
         self.drop_last = plan.drop_last
@@ -271,7 +276,8 @@ class Session:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
-                "format": 1,
+                "format": FORMAT,
+                "plan": asdict(self.plan),
                 "epoch": self.epoch,
                 "step": self.step,
                 "model": self.bare_model.state_dict(),
@@ -288,21 +294,35 @@ class Session:
     def _restore(self) -> None:
         state = self.run.checkpoints.load()
         if state is not None:
-            self.bare_model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            if self.accelerator.scaler is not None and state["scaler"]:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.epoch, self.step, self._seconds = state["epoch"], state["step"], state["seconds"]
-            share = 1.0 if self.accelerator.is_main_process else 0.0  # the saved sums are those of all processes
-            self._sums = {
-                name: torch.tensor(share * value, dtype=torch.float64, device=self.device)
-                for name, value in state["sums"].items()
-            }
-            set_random_state(state["random"])
+            self._check_plan(state.get("plan", {}))  # earlier versions did not record it
+            with fitting(self.run.checkpoints):
+                self._take_over(state)
         if self.accelerator.is_main_process:
             self.run.rewind_metrics(self.epoch)
         self.accelerator.wait_for_everyone()
+
+    def _check_plan(self, before: dict[str, Any]) -> None:
+        now = asdict(self.plan)
+        if differing := [name for name in before if before[name] != now.get(name)]:
+            pairs = ", ".join(f"{name}: {before[name]} there, {now.get(name)} now" for name in differing)
+            raise CheckpointError(
+                f"the checkpoint in {self.run.checkpoints.folder} cannot be continued as the run is now ({pairs}); have the data "
+                "changed? Train anew in another folder, or put back what it was started with"
+            )
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        self.bare_model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step, self._seconds = state["epoch"], state["step"], state["seconds"]
+        share = 1.0 if self.accelerator.is_main_process else 0.0  # the saved sums are those of all processes
+        self._sums = {
+            name: torch.tensor(share * value, dtype=torch.float64, device=self.device)
+            for name, value in state["sums"].items()
+        }
+        set_random_state(state["random"])
 
     def _stop_if_asked(self) -> None:
         asked = largest_over_processes(self._signal or 0, self.device)  # all processes stop after the same step
