@@ -29,8 +29,7 @@ from protokernels.training import (
     summarize_runs,
 )
 from protokernels.training.randomness import random_state, set_random_state
-
-TWO_PROCESSES = Path(__file__).parent / "distributed" / "two_processes.py"
+from python_tests.distributed import two_processes
 
 
 class Toy(nn.Module):
@@ -216,7 +215,7 @@ def torchrun(tmp_path: Path, *arguments: str, processes: int = 2) -> subprocess.
     """Runs the helper script in ``processes`` gloo processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [*command, str(TWO_PROCESSES), *arguments],
+        [*command, str(two_processes.__file__), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=tmp_path,
         capture_output=True,
@@ -234,26 +233,29 @@ def initial_state(run: RunFolder) -> dict[str, torch.Tensor]:
     return vaesim.VAESim(vaesim.VAESimConfig.from_dict(run.config()["config"]), channels=1).state_dict()
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """One start of two processes for all tests of an undisturbed run: they check batch normalisation, then train."""
+    folder = tmp_path_factory.mktemp("pair")
+    return torchrun(folder, "batch-norm", "train", str(folder / "run")), folder / "run"
+
+
 class TestTwoProcesses:
-    def test_batch_norm_and_gather(self, tmp_path: Path) -> None:
+    def test_batch_norm_and_gather(self, pair: tuple[subprocess.CompletedProcess[str], Path]) -> None:
         """Value, gradient and running statistics equal those of one process with all images; the shares are uneven."""
-        result = torchrun(tmp_path, "batch-norm")
+        result, _ = pair
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("batch-norm ok") == 2
 
-    def test_two_processes_train_like_one(self, tmp_path: Path) -> None:
+    def test_two_processes_train_like_one(
+        self, pair: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """VAESim on digits, batches of odd size: same losses and parameters up to rounding, and one run folder."""
-        result = torchrun(tmp_path, "train", str(tmp_path / "two"))
+        result, folder = pair
         assert result.returncode == 0, result.stderr
-        alone = subprocess.run(
-            [sys.executable, str(TWO_PROCESSES), "train", str(tmp_path / "one")],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert alone.returncode == 0, alone.stderr
-        one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
+        monkeypatch.setattr(torch.optim, "Adam", torch.optim.Adam)  # taken back at the end: the worker replaces it
+        two_processes.train(str(tmp_path / "one"), resume=False)
+        one, two = RunFolder(tmp_path / "one"), RunFolder(folder)
         assert two.config()["processes"] == 2
         assert len(one.metrics()) == len(two.metrics()) == 2
         for first, second in zip(one.metrics(), two.metrics(), strict=True):
@@ -271,15 +273,17 @@ class TestTwoProcesses:
             else:
                 assert torch.equal(states[1]["model"][name], value), name
 
-    def test_interrupted_together_and_resumed(self, tmp_path: Path) -> None:
+    def test_interrupted_together_and_resumed(
+        self, pair: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
+    ) -> None:
         """A signal that reaches one process only stops both after the same step; resuming ends as if never stopped."""
         stopped = torchrun(tmp_path, "interrupt", str(tmp_path / "run"))
         assert stopped.returncode != 0
         assert stopped.stdout.count("interrupted at") == 2 and len(set(stopped.stdout.split("\n")) - {""}) == 1
         resumed = torchrun(tmp_path, "train", str(tmp_path / "run"), "--resume")
         assert resumed.returncode == 0, resumed.stderr
-        whole = torchrun(tmp_path, "train", str(tmp_path / "whole"))
+        whole, folder = pair
         assert whole.returncode == 0, whole.stderr
-        states = [RunFolder(tmp_path / name).checkpoints.load() for name in ("run", "whole")]
+        states = [RunFolder(path).checkpoints.load() for path in (tmp_path / "run", folder)]
         assert states[0] is not None and states[1] is not None
         assert_same_bits(states[0]["model"], states[1]["model"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What test_training.py runs under torchrun: ``two_processes.py batch-norm | train FOLDER [--resume] | interrupt FOLDER``."""
+"""What test_training.py runs under torchrun: ``two_processes.py [batch-norm] train FOLDER [--resume] | interrupt FOLDER``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from protokernels.training.distributed import average_gradients
 
 
 def check_batch_norm() -> None:
-    """SynchronizedBatchNorm2d on uneven shares against BatchNorm2d on everything."""
+    """SynchronizedBatchNorm2d on uneven shares against BatchNorm2d on everything. The training after it keeps the group."""
     dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
@@ -54,7 +54,6 @@ def check_batch_norm() -> None:
     torch.testing.assert_close(shared(images), whole(images))
     assert torch.equal(gather_batch(images[rank::processes].flatten(1)), images.flatten(1))
     print("batch-norm ok", flush=True)
-    dist.destroy_process_group()
 
 
 def train(folder: str, *, resume: bool) -> None:
@@ -65,7 +64,7 @@ def train(folder: str, *, resume: bool) -> None:
     """
     torch.optim.Adam = functools.partial(torch.optim.Adam, eps=1.0)  # type: ignore[assignment, misc]
     config = vaesim.VAESimConfig.preset(
-        "fair", data="digits", epochs=2, batch_size=401, num_prototypes=12, latent_dim=8, learning_rate=1e-4
+        "fair", "digits", epochs=2, batch_size=401, image_size=16, num_prototypes=12, latent_dim=8, learning_rate=1e-4
     )
     vaesim.train(config, folder, figures=False, resume=resume, quiet=True, device="cpu")
     if dist.is_initialized():
@@ -91,9 +90,11 @@ def interrupt(folder: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "batch-norm":
+    words = sys.argv[1:]
+    if words[0] == "batch-norm":
         check_batch_norm()
-    elif sys.argv[1] == "interrupt":
-        interrupt(sys.argv[2])
+        words = words[1:]
+    if words[0] == "interrupt":
+        interrupt(words[1])
     else:
-        train(sys.argv[2], resume="--resume" in sys.argv)
+        train(words[1], resume="--resume" in words)
