@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a file, it finds the other benchmarks
 
+from benchmarks import communication
 from benchmarks.table import milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,6 +218,12 @@ PAPERS = {  # beginning of the heading -> paper, the titles of the tables that s
 }
 
 
+def held(file: str) -> dict[str, Any]:
+    """What a file of results holds."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{file}.json").read_text())
+    return found
+
+
 def gpu_cells() -> Cells:
     """The cases that have a goal on a GPU: as the kernels arrived from the emulator, and now."""
 
@@ -224,7 +231,7 @@ def gpu_cells() -> Cells:
         return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
     made = [["case, time in a CUDA graph (us)", "at first", "now", "goal", "now, launched from Python"]]
-    for row in json.loads((RESULTS / "h200_targets.json").read_text())["rows"]:
+    for row in held("h200_targets")["rows"]:
         first, now, goal = row["first"], row["now"], row["goal_us"]
         launched = first["graph_us"] is None
         at_first = f"{shown(first['eager_us'])} \\*" if launched else shown(first["graph_us"])
@@ -259,8 +266,9 @@ def made_tables() -> dict[tuple[str, str], list[tuple[str, Cells]]]:
             (title, cells) for title, cells in tables_in(markdown) if not titles or title.split(" ")[0] in titles
         ]
     for heading, (file, pivots) in BENCHMARKS.items():
-        rows = json.loads((RESULTS / f"{file}.json").read_text())["rows"]
+        rows = held(file)["rows"]
         made["Benchmarks", heading] = [("", pivot.cells(rows)) for pivot in pivots]
+    made["Benchmarks", "Several processes"] = [("", communication.cells(held("communication")))]
     made["Benchmarks", "On a GPU"] = [("", gpu_cells())]
     return made
 

@@ -9,6 +9,7 @@ protokernels table PAPER [SOURCE ...] [...]   a paper's table beside ours: what 
 protokernels evaluate RUN    score a run again from its newest checkpoint
 protokernels figures RUN     draw a run's pictures again
 protokernels predict local-contrast --checkpoint RUN VOLUME ...   label volumes for NIfTI volumes
+protokernels embed RUN IMAGES   embeddings of any number of images, file to file
 protokernels doctor          what is installed, built and in use, and why not
 
 Every command has --help. ``doctor`` needs torch only; the others need the extra ``protokernels[train]``.
@@ -32,6 +33,7 @@ _COMMANDS = {  # by the module that has a function of the command's name
     "evaluate": "commands",
     "figures": "commands",
     "predict": "prediction",
+    "embed": "embedding",
 }
 _REPORTED = ("CheckpointError", "NativeUnavailableError")  # RuntimeErrors whose message is meant for the user
 _SAID = ("ProcessLostError",)  # those whose message is on stderr already

@@ -211,6 +211,12 @@ def _paper_of(run: Path) -> Any:
     return find_paper(name)
 
 
+def experiment_of(run: Path) -> Any:
+    """The :class:`Experiment` that wrote a run."""
+    paper = _paper_of(run)
+    return getattr(paper, "EXPERIMENT", paper)
+
+
 def _show(paper: Any, results: dict[str, Any], folder: Path) -> None:
     console = Console()
     table = getattr(paper, "results_table", results_table)  # a paper may be judged by other scores

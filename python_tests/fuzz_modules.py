@@ -84,8 +84,8 @@ def sinkhorn_loss(d: Draws) -> Call:
 
 
 def sinkhorn_assignment(d: Draws) -> Call:
-    def run(scores: Any, epsilon: Any = 0.05, num_iters: Any = 3, equal_batches: Any = False) -> Tensor:
-        return nn.SinkhornAssignment(epsilon, num_iters, equal_batches=equal_batches)(scores)
+    def run(scores: Any, epsilon: Any = 0.05, num_iters: Any = 3) -> Tensor:
+        return nn.SinkhornAssignment(epsilon, num_iters)(scores)
 
     return call(
         "SinkhornAssignment",

@@ -102,7 +102,7 @@ def named_values() -> Iterator[str]:
 
 def command_line() -> Iterator[str]:
     """Commands with their options; papers and baselines with theirs and their presets."""
-    from protokernels import cli, commands, prediction, sweeps, tables
+    from protokernels import cli, commands, embedding, prediction, sweeps, tables
     from protokernels.baselines import BASELINES, CLUSTERING_BASELINES, RESNET18_BASELINES
     from protokernels.papers import PAPERS
     from protokernels.training.runs import RunSettings
@@ -116,6 +116,7 @@ def command_line() -> Iterator[str]:
         ("table", tables.TableOptions),
         ("evaluate, figures", commands._RunOptions),
         ("predict", prediction.PredictOptions),
+        ("embed", embedding.EmbedOptions),
     ):
         yield f"options of {name}"
         yield from fields(options)

@@ -38,7 +38,7 @@ FLOORS = {
     **dict.fromkeys(("papers", "baselines", "figures"), 4),
     "results": 3,
     **dict.fromkeys(("sweeps", "tables"), 5),
-    **dict.fromkeys(("ablations", "cli", "commands", "prediction", "__main__"), 5),
+    **dict.fromkeys(("ablations", "cli", "commands", "embedding", "prediction", "__main__"), 5),
 }
 """Every part of the package and the floor it stands on; a part imports its own floor and those below."""
 GROUND = 2

@@ -115,7 +115,7 @@ class TestContract(CudaContract):
         cost, a, b = (x.cuda() for x in self.draw(0))
         mask = torch.rand(64, 49, device="cuda") < 0.7
         epsilon = torch.tensor(0.05, device="cuda")
-        assign = SinkhornAssignment(equal_batches=True)
+        assign = SinkhornAssignment()
 
         def step() -> None:
             result = sinkhorn(cost, row_mask=mask, column_mask=mask, epsilon=epsilon, tol=1e-3, annealing=0.5)

@@ -252,6 +252,10 @@ class ClusteringBaseline(Experiment[Any]):
 
         return Clustering(remembered(of), model.centers(), {})
 
+    def embed(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        found: tuple[Tensor, Tensor | None] = model.represent(images, None)
+        return found
+
     def more_scores(self, model: Any, found: Representation, num_classes: int) -> dict[str, dict[str, float]]:
         """Scores of one set that only this method has."""
         return {}

@@ -26,18 +26,19 @@ Presets
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Split, to_tensor
+from ..data import ImageDataset, Split, to_tensor
 from ..evaluation import Representation, classification_scores
 from ..models.resnet_encoder import Depth, ResNetEncoder
 from ..papers._vaesim_published import PUBLISHED
-from ..training import Session, preferred_layout
+from ..training import RunFolder, Session, preferred_layout
+from ..training.checkpoints import fitting
 from .clustering import ClusteringBaseline, ClusteringConfig, ClusteringModel, cosine_factor
 
 _PAPER: dict[str, Any] = {"image_size": 224, "epochs": 10, "batch_size": 64, "learning_rate": 1e-4}
@@ -106,6 +107,13 @@ class _Transfer(ClusteringBaseline):
 
     def title(self, config: Any) -> str:
         return f"resnet{config.depth}_{'imagenet' if config.initial_weights else 'random_init'}"
+
+    def load_model(self, run: RunFolder, config: Any, dataset: ImageDataset) -> Any:
+        state = run.checkpoint()["model"]
+        model = self.build(replace(config, initial_weights="", frozen=False), dataset.channels, len(state["head.bias"]))
+        with fitting(run.checkpoints):
+            model.load_state_dict(state)
+        return model.eval()
 
     def fit_split(self, model: Any, split: Split, session: Session, config: Any) -> None:
         """Resizes batch by batch: 60,000 images of 224 pixels would take 12 GB."""

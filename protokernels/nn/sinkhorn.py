@@ -188,14 +188,13 @@ class SinkhornAssignment(nn.Module):
     No gradient flows.
 
     Under ``torch.distributed`` the samples of all ranks are assigned together and every rank gets the rows of its own, as
-    one process with the whole batch would; every rank must call ``forward`` equally often.
+    one process with the whole batch would; every rank must call ``forward`` equally often. In an iteration ranks exchange two
+    numbers for every prototype, however many samples and ranks there are, and the host waits for nothing.
 
     Args:
         epsilon: sharpness, in units of the scores; SwAV: 0.05 for cosine scores.
         num_iters: iterations; SwAV: 3.
         process_group: ranks that share the samples; default: all of them.
-        equal_batches: promise that all ranks bring equally many samples. It saves the exchange of their numbers, for which the host
-            waits in every call.
 
     Shape: [B, K] -> [B, K], float32 for half precision.
 
@@ -213,12 +212,10 @@ class SinkhornAssignment(nn.Module):
         num_iters: int = 3,
         *,
         process_group: dist.ProcessGroup | None = None,
-        equal_batches: bool = False,
     ) -> None:
         super().__init__()
         _checks.check_real("SinkhornAssignment", "epsilon", epsilon)
         _checks.check_whole("SinkhornAssignment", "num_iters", num_iters)
-        _checks.check_flag("SinkhornAssignment", "equal_batches", equal_batches)
         if not epsilon > 0:
             raise ValueError(f"SinkhornAssignment: epsilon must be positive; got {epsilon}")
         if num_iters < 1:
@@ -226,7 +223,6 @@ class SinkhornAssignment(nn.Module):
         self.epsilon = epsilon
         self.num_iters = num_iters
         self.process_group = process_group
-        self.equal_batches = equal_batches
 
     @torch.no_grad()
     def forward(self, scores: Tensor) -> Tensor:  # [B, K] -> [B, K]
@@ -237,31 +233,28 @@ class SinkhornAssignment(nn.Module):
         if scores.dim() != 2 or scores.shape[1] == 0:
             raise ValueError(f"SinkhornAssignment: scores must have shape [B, K] with K >= 1; got {list(scores.shape)}")
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        together, first = self._gather(scores)
-        if together.shape[0] == 0:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
+            return self._over_ranks(scores)
+        if scores.shape[0] == 0:
             return scores
-        result = ops.sinkhorn(-together.T, epsilon=self.epsilon, num_iters=self.num_iters)
-        own = result.plan[:, first : first + scores.shape[0]].T
-        return (own * together.shape[0]).contiguous()
+        result = ops.sinkhorn(-scores.T, epsilon=self.epsilon, num_iters=self.num_iters)
+        return (result.plan.T * scores.shape[0]).contiguous()
 
     def extra_repr(self) -> str:
         return f"epsilon={self.epsilon}, num_iters={self.num_iters}"
 
-    def _gather(self, scores: Tensor) -> tuple[Tensor, int]:
-        """The scores of all ranks in their order, and where our own begin."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return scores, 0
-        ranks, rank = dist.get_world_size(self.process_group), dist.get_rank(self.process_group)
-        if ranks == 1:
-            return scores, 0
-        sizes = [scores.shape[0]] * ranks
-        if not self.equal_batches:
-            own = torch.tensor([scores.shape[0]], device=scores.device)
-            counts = [torch.zeros_like(own) for _ in range(ranks)]
-            dist.all_gather(counts, own, group=self.process_group)
-            sizes = torch.cat(counts).tolist()
-        longest = max(sizes)
-        padded = torch.nn.functional.pad(scores, (0, 0, 0, longest - scores.shape[0])).contiguous()
-        parts = [torch.empty_like(padded) for _ in range(ranks)]
-        dist.all_gather(parts, padded, group=self.process_group)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sum(sizes[:rank])
+    def _over_ranks(self, scores: Tensor) -> Tensor:
+        """The same iterations, up to factors that cancel: u_k = -log sum_j exp(x_jk + v_j) over the samples of all ranks, v_j likewise over
+        prototypes, x = scores / epsilon. Float64, so that it does not show which rank held which sample."""
+        x = scores.double() / self.epsilon
+        v = x.new_zeros(x.shape[0], 1)
+        for _ in range(self.num_iters):
+            most = (x + v).amax(dim=0) if x.shape[0] else x.new_full(x.shape[1:], -torch.inf)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.process_group)
+            most.masked_fill_(most == -torch.inf, 0)  # nobody may have this prototype
+            total = (x + v - most).exp().sum(dim=0)
+            dist.all_reduce(total, group=self.process_group)
+            u = torch.where(total > 0, -most - total.log(), 0)
+            v = -torch.logsumexp(x + u, dim=1, keepdim=True)
+            v.masked_fill_(v == torch.inf, 0)  # it may have no prototype
+        return (x + u + v).exp().to(scores.dtype)

@@ -342,6 +342,10 @@ class _ContrastiveAutoencoder(Experiment[ContrastiveAutoencoderConfig]):
     ) -> dict[str, Any]:
         return score_model(model, dataset, config, seed)
 
+    def embed(self, model: ContrastiveAutoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        h = model.encode(images)
+        return h, None if model.prototypes is None else model.assign(h).argmax(dim=1)
+
     def draw(
         self, folder: Path, run: RunFolder, config: ContrastiveAutoencoderConfig, dataset: ImageDataset
     ) -> list[Path]:

@@ -345,6 +345,9 @@ class _OptimizedViews(Experiment[OptimizedViewsConfig]):
             results["splits"][name]["untrained"] = untrained
         return {**results, "images": {**before.get("images", {}), **results["images"]}}
 
+    def embed(self, model: OptimizedViews, images: Tensor) -> tuple[Tensor, None]:
+        return model.embed(images).h.float(), None
+
     def draw(self, folder: Path, run: RunFolder, config: OptimizedViewsConfig, dataset: ImageDataset) -> list[Path]:
         from ..figures.optimized_views import draw  # matplotlib is not needed for training
 

@@ -322,6 +322,11 @@ class _VAESim(Experiment[VAESimConfig]):
         )
         return {**results, "protocol": {"embedding": config.embedding, **results["protocol"]}}
 
+    def embed(self, model: VAESim, images: Tensor) -> tuple[Tensor, Tensor]:
+        model.prototypes.progress = 1.0
+        z = model.encode(images)[0]
+        return z, model.prototypes.assign(z)
+
     def draw(self, folder: Path, run: RunFolder, config: VAESimConfig, dataset: ImageDataset) -> list[Path]:
         from ..figures.vaesim import draw  # matplotlib is not needed for training
 

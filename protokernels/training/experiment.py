@@ -130,6 +130,10 @@ class Experiment(Generic[Config]):
         """What goes into ``results.json``: ``"splits"``, ``"images"``, ``"protocol"`` and whatever else."""
         raise NotImplementedError
 
+    def embed(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embeddings [B, D] and clusters [B] int64 (None without any) of images [B, C, H, W], as they are scored; in evaluation mode."""
+        raise ValueError(f"{self.name} has no embeddings of images to write")
+
     def draw(self, folder: Path, run: RunFolder, config: Any, dataset: Any) -> list[Path]:
         """Draws into ``folder / "figures"`` and returns the paths."""
         raise NotImplementedError

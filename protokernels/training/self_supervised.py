@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..data import ImageDataset, Split
 from ..evaluation import TransferProtocol
-from ..models import ResNet18, Stem
+from ..models import ResNet18, Stem, pooled
 from ..nn import RandomViews
 from .checkpoints import fitting
 from .configuration import RunConfig
@@ -235,6 +235,9 @@ class SelfSupervised(Experiment[Config]):
 
     def load_model(self, run: RunFolder, config: Any, dataset: ImageDataset) -> Method:
         return load_method(run, self.new_model(config, dataset))
+
+    def embed(self, model: Method, images: Tensor) -> tuple[Tensor, None]:
+        return pooled(model.encoder(images.contiguous(memory_format=torch.channels_last))).float(), None
 
     def score_model(self, model: Method, dataset: ImageDataset, config: Any, seed: int) -> dict[str, Any]:
         return transfer_scores(model.encoder.eval(), dataset, config, seed)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: MIT
+"""The command ``embed``: what a trained model makes of any number of images, file to file, a batch in memory at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+
+from .commands import experiment_of
+from .data import DataError, ImageDataset, Split, to_tensor
+from .training.files import TEMPORARY_SUFFIX, explained, remove
+from .training.runs import load_runs
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """What to embed, and with what."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder written by `protokernels train`; of several seeds the first counts."""
+    images: Annotated[Path, tyro.conf.Positional]
+    """A .npy file of images, uint8 [N, H, W] or [N, H, W, 3], or a folder of such files, which are taken in order of their names."""
+    out: Path | None = None
+    """File of the embeddings, float32 [N, D]; default: IMAGES with -embeddings.npy in place of .npy."""
+    clusters: Path | None = None
+    """File of the clusters, int64 [N], where the model has any."""
+    overwrite: bool = False
+    """Replace files that exist."""
+    batch_size: int = 256
+    """Images at a time."""
+    device: Literal["auto", "cpu"] = "auto"
+    """Where to compute; auto: the GPU where there is one."""
+
+
+def embed(words: list[str]) -> int:
+    """``protokernels embed RUN IMAGES [options]``."""
+    options = tyro.cli(
+        EmbedOptions,
+        args=words,
+        prog="protokernels embed",
+        description="Writes the embeddings of images, row by row as they come; memory does not grow with their number.",
+    )
+    out = options.out or default_file(options.images)
+    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    console = Console()
+    written = embed_files(
+        options.run,
+        options.images,
+        out,
+        options.clusters,
+        overwrite=options.overwrite,
+        batch_size=options.batch_size,
+        device=device,
+    )
+    for path, shape in written.items():
+        console.print(f"written  {path} {list(shape)}", highlight=False, soft_wrap=True, markup=False)
+    return 0
+
+
+def default_file(images: Path) -> Path:
+    """``chest-embeddings.npy`` beside ``chest.npy`` or the folder ``chest``."""
+    return images.with_name(f"{images.name.removesuffix('.npy')}-embeddings.npy")
+
+
+def embed_files(
+    run: str | Path,
+    images: str | Path,
+    out: str | Path,
+    clusters: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> dict[Path, tuple[int, ...]]:
+    """Embeds all images of a file or a folder; a batch of them and of embeddings is in memory at a time.
+
+    Args:
+        run: folder of a run of a paper or a baseline that has embeddings.
+        images: a ``.npy`` file, uint8 [N, H, W] or [N, H, W, 3], or a folder of such files. They are mapped, not read.
+        out: ``.npy`` file for the embeddings, float32 [N, D]. It appears when it is complete.
+        clusters: ``.npy`` file for the clusters, int64 [N].
+        overwrite: replace files that exist.
+        batch_size: images at a time.
+        device: where the model computes.
+
+    Returns:
+        The shapes of the files that were written.
+
+    Raises:
+        DataError: the images are not as above, or of several shapes.
+        ValueError: a file exists, the method has no embeddings or no clusters, NaN came out.
+        WriteError: there is no room; the files are as they were.
+        CheckpointError: the run has no checkpoint, or its network does not fit the images.
+    """
+    targets = [Path(path) for path in (out, clusters) if path is not None]
+    if batch_size < 1:
+        raise ValueError(f"embed: batch_size must be at least 1; got {batch_size}")
+    for index, target in enumerate(targets):
+        if target.suffix != ".npy" or target in targets[:index]:
+            raise ValueError(f"embed: embeddings and clusters need different files that end in .npy; got {target}")
+        if target.exists() and not overwrite:
+            raise ValueError(f"embed: {target} exists; pass --overwrite to replace it, or another name")
+    shards = open_shards(Path(images))
+    count = sum(len(shard) for shard in shards)
+    first = load_runs(run)[0]
+    experiment = experiment_of(first.path)
+    config = experiment.config_of(first)
+    model = experiment.load_model(first, config, _standing_for(shards[0][:1])).to(device)
+    files: list[_Rows] = []
+    with ExitStack() as stack, torch.no_grad():
+        for batch in batches(shards, batch_size):
+            z, assigned = experiment.embed(model, to_tensor(batch, size=config.image_size).to(device))
+            if not bool(z.isfinite().all()):
+                raise ValueError(
+                    f"embed: the embeddings hold NaN or infinity; {first.path} did not learn a usable model"
+                )
+            if clusters is not None and assigned is None:
+                raise ValueError(f"embed: {experiment.name} has no clusters here; leave out --clusters")
+            values = [z.float().cpu().numpy(), assigned.cpu().numpy() if clusters is not None else None]
+            if not files:
+                files = [
+                    stack.enter_context(_Rows(target, count, value))
+                    for target, value in zip(targets, values, strict=False)
+                ]
+            for file, value in zip(files, values, strict=False):
+                file.append(value)
+    return {file.path: file.shape for file in files}
+
+
+def open_shards(path: Path) -> list[np.ndarray]:
+    """The image arrays of a file or a folder, mapped into memory.
+
+    Raises:
+        DataError: there is none, one is no such array or cut short, or they differ in size.
+    """
+    files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(
+            f"{path} has no .npy files; write images with numpy.save(file, images), uint8 [N, H, W] or [N, H, W, 3]"
+        )
+    shards = []
+    for file in files:
+        if file.suffix != ".npy" or not file.is_file():
+            raise DataError(
+                f"{file}: expected a .npy file of images or a folder of them; write them with numpy.save(file, images), "
+                "uint8 [N, H, W] or [N, H, W, 3]"
+            )
+        try:
+            images = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise DataError(f"{file} cannot be read as an array ({error})") from error
+        if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
+            raise DataError(
+                f"{file}: images must be uint8 [N, H, W] or [N, H, W, 3]; got {images.dtype} {list(images.shape)}"
+            )
+        if shards and images.shape[1:] != shards[0].shape[1:]:
+            raise DataError(
+                f"{file}: images must all have the size of those in {files[0]}, {list(shards[0].shape[1:])}; got "
+                f"{list(images.shape[1:])}"
+            )
+        shards.append(images)
+    if not any(map(len, shards)) or 0 in shards[0].shape[1:]:
+        raise DataError(f"{path} has no images")
+    return shards
+
+
+def batches(shards: Sequence[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Arrays of ``size`` images, the last of what is left; a batch can span files, so that it does not depend on how they are cut."""
+    parts: list[np.ndarray] = []
+    for shard in shards:
+        start = 0
+        while start < len(shard):
+            part = shard[start : start + size - sum(map(len, parts))]
+            start += len(part)
+            parts.append(part)
+            if sum(map(len, parts)) == size:
+                yield np.concatenate(parts)
+                parts = []
+    if parts:
+        yield np.concatenate(parts)
+
+
+class _Rows:
+    """A .npy file that grows row by row and takes its name when all are there."""
+
+    def __init__(self, path: Path, count: int, example: np.ndarray) -> None:
+        self.path, self.shape, self.dtype = path, (count, *example.shape[1:]), example.dtype
+        self.temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        self.file: IO[bytes] | None = None
+
+    def __enter__(self) -> _Rows:
+        description = {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape}
+        with explained(self.path):
+            self.file = self.temporary.open("wb")
+            np.lib.format.write_array_header_1_0(self.file, description)
+        return self
+
+    def append(self, rows: np.ndarray) -> None:
+        assert self.file is not None
+        with explained(self.path):
+            self.file.write(np.ascontiguousarray(rows).tobytes())
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        assert self.file is not None
+        try:
+            with explained(self.path):
+                if kind is None:
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
+                self.file.close()
+                if kind is None:
+                    os.replace(self.temporary, self.path)
+        finally:
+            remove(self.temporary)
+
+
+def _standing_for(images: np.ndarray) -> ImageDataset:
+    """A data set for what asks only how many channels images have."""
+    split = Split(np.ascontiguousarray(images), np.zeros(len(images), np.int64))
+    return ImageDataset("images", split, None, split, ("image",))

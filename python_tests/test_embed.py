@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""`protokernels embed`: the embeddings that a run is scored with, for any number of images, with a batch in memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
+
+import torch
+
+from protokernels.baselines import byol, resnet_transfer, vade
+from protokernels.cli import main
+from protokernels.data import load_dataset
+from protokernels.embedding import batches, embed_files
+from protokernels.evaluation import knn_predict
+from protokernels.papers import contrastive_autoencoder, optimized_views, vaesim
+from protokernels.training.runs import load_runs
+
+SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 500}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "digits.npy"
+    np.save(path, load_dataset("digits").test.images)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "vaesim"
+    config = vaesim.VAESimConfig.preset("fair", data="digits", num_prototypes=4, latent_dim=3, **SHORT)
+    vaesim.train(config, folder, figures=False, quiet=True)
+    return folder
+
+
+def test_the_file_holds_what_is_scored(run: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clusters = images.with_name("clusters.npy")
+    assert main(["embed", str(run), str(images), "--clusters", str(clusters), "--batch-size", "100"]) == 0
+    assert "digits-embeddings.npy [" in capsys.readouterr().out
+    dataset = load_dataset("digits")
+    config = vaesim.EXPERIMENT.config_of(load_runs(run)[0])
+    model = vaesim.EXPERIMENT.load_model(load_runs(run)[0], config, dataset)
+    expected = vaesim.represent(model, dataset.test, config, name="test", seed=0)
+    found = np.load(images.with_name("digits-embeddings.npy"))
+    assert found.dtype == np.float32 and found.shape == (len(dataset.test), 3)
+    np.testing.assert_allclose(found, expected.embeddings.numpy(), rtol=1e-5, atol=1e-6)
+    assert np.load(clusters).tolist() == expected.clusters.tolist()
+    mapped = torch.from_numpy(
+        np.load(images.with_name("digits-embeddings.npy"), mmap_mode="c")
+    )  # what the README does with it
+    labels = torch.as_tensor(dataset.test.labels)
+    assert (knn_predict(mapped, labels, mapped, k=1, num_classes=10) == labels).all()
+
+
+def test_every_method_with_embeddings(images: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.npy"
+    np.save(small, np.load(images)[:7])
+    runs = {
+        "cae": (
+            contrastive_autoencoder,
+            contrastive_autoencoder.CONFIG.preset(
+                "fair", data="digits", batch_size=500, epochs=2, warmup_epochs=1, ramp_epochs=1
+            ),
+        ),
+        "views": (
+            optimized_views,
+            optimized_views.CONFIG.preset("fair", data="digits", strategy="simclr", epochs=1, width=2),
+        ),
+        "vade": (vade.BASELINE, vade.BASELINE.CONFIG.preset("fair", data="digits", pretraining_epochs=1, **SHORT)),
+        "byol": (byol.BASELINE, byol.BASELINE.CONFIG.preset("fair", data="digits", width=2, warmup_epochs=0, **SHORT)),
+    }
+    changes = {"depth": 18, "image_size": 32, **SHORT}
+    runs["resnet"] = (
+        resnet_transfer.BASELINE,
+        resnet_transfer.BASELINE.CONFIG.preset("fair", data="digits", **changes),
+    )
+    for name, (paper, config) in runs.items():
+        paper.train(config, tmp_path / name, figures=False, quiet=True)
+        (shape,) = embed_files(tmp_path / name, small, tmp_path / f"{name}.npy").values()
+        found = np.load(tmp_path / f"{name}.npy")
+        assert found.shape == shape and len(found) == 7 and np.isfinite(found).all() and found.std() > 0
+
+
+def test_files_of_a_folder_are_one_array(run: Path, images: Path, tmp_path: Path) -> None:
+    whole = np.load(images)
+    for name, part in zip("abcd", np.split(whole, [1, 130, 130]), strict=True):
+        np.save(tmp_path / f"{name}.npy", part)
+    embed_files(run, tmp_path, tmp_path.with_suffix(".npy"), batch_size=64)
+    embed_files(run, images, tmp_path / "whole.npy", batch_size=64)
+    assert (np.load(tmp_path.with_suffix(".npy")) == np.load(tmp_path / "whole.npy")).all()
+
+
+def test_batches_span_files() -> None:
+    shards = [np.full((n, 1, 1), n, np.uint8) for n in (3, 0, 4, 1)]
+    found = list(batches(shards, 3))
+    assert [part[:, 0, 0].tolist() for part in found] == [[3, 3, 3], [4, 4, 4], [4, 1]]
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 8, 8)), "images must be uint8"),
+        (np.zeros((2, 8, 8, 2), np.uint8), "images must be uint8"),
+        (np.zeros((0, 8, 8), np.uint8), "has no images"),
+        (np.zeros((2, 0, 8), np.uint8), "has no images"),
+        (np.array([{"a": 1}]), "cannot be read as an array"),
+    ],
+)
+def test_wrong_images_are_named(array: np.ndarray, message: str, run: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=message):
+        embed_files(run, tmp_path / "x.npy", tmp_path / "out.npy")
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_other_mistakes_are_named(run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut = tmp_path / "cut.npy"
+    cut.write_bytes(images.read_bytes()[:1000])
+    np.save(tmp_path / "colour.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    out = str(tmp_path / "out.npy")
+    for words, message in (
+        ([cut, "--out", out], "cannot be read as an array"),
+        ([tmp_path / "none.npy", "--out", out], "expected a .npy file of images or a folder"),
+        ([images, "--out", cut], "exists; pass --overwrite"),
+        ([images, "--out", tmp_path / "out.txt"], "end in .npy"),
+        ([images, "--out", out, "--clusters", out], "need different files"),
+        ([images, "--out", out, "--batch-size", "0"], "batch_size must be at least 1"),
+        ([tmp_path / "colour.npy", "--out", out], "does not fit this run"),
+    ):
+        assert main(["embed", str(run), *map(str, words)]) == 1
+        assert message in capsys.readouterr().err.replace("\n", " ")
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_an_interrupted_write_leaves_the_old_file(
+    run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.npy"
+    out.write_bytes(b"before")
+    embed = vaesim.EXPERIMENT.embed
+    calls = []
+
+    def fails_later(model: Any, images: torch.Tensor) -> Any:
+        calls.append(len(images))
+        return embed(model, images * (torch.nan if len(calls) == 2 else 1))
+
+    monkeypatch.setattr(vaesim.EXPERIMENT, "embed", fails_later)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        embed_files(run, images, out, overwrite=True, batch_size=100)
+    assert out.read_bytes() == b"before" and list(tmp_path.iterdir()) == [out]
+
+
+def test_memory_does_not_grow_with_the_images(run: Path, tmp_path: Path) -> None:
+    """10 times as many images, 60 MB more of them: less than 10 MB more memory that is not a file's."""
+    program = (
+        "import sys; from protokernels.embedding import embed_files; embed_files(*sys.argv[1:4], batch_size=64)\n"
+        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('RssAnon')][0])"
+    )
+    used = []
+    for count in (200, 2000):
+        images = np.lib.format.open_memmap(tmp_path / f"{count}.npy", "w+", np.uint8, (count, 184, 184))
+        images[:, ::7] = 255
+        images.flush()
+        words = [
+            sys.executable,
+            "-c",
+            program,
+            str(run),
+            str(tmp_path / f"{count}.npy"),
+            str(tmp_path / f"out{count}.npy"),
+        ]
+        used.append(int(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+    assert used[1] - used[0] < 10_000, used
