@@ -10,42 +10,62 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-def run(
-    code: str, package_folder: Path, folder: Path, environment: Mapping[str, str], timeout: float = 120.0
-) -> subprocess.CompletedProcess[str]:
-    """Runs Python code in a new process that finds packages in ``package_folder`` first, as ``python -c`` would with that PYTHONPATH.
+class Fork:
+    """A started process; ``folder`` is where it runs and keeps what it prints, in ``stdout.NAME`` and ``stderr.NAME``.
 
-    Args:
-        code: statements.
-        package_folder: the folder that stands first in ``sys.path``.
-        folder: where the process runs; what it prints goes to two files there.
-        environment: all of its environment variables.
-        timeout: seconds, after which the process is killed.
-
-    Returns:
-        The finished process, with what it printed.
+    Its ``sys.path`` is that of this process, after ``package_folder``, if given. It has the variables of ``environment`` and no
+    others; torch was imported with those of this process.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    outputs = [folder / "stdout", folder / "stderr"]
-    arguments = (code, str(package_folder), str(folder), dict(environment), *map(str, outputs))
-    process = context.Process(target=_run, args=arguments)
-    process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    returncode = process.exitcode
-    assert returncode is not None
-    return subprocess.CompletedProcess([code], returncode, *(path.read_text() for path in outputs))
+
+    def __init__(
+        self,
+        code: str,
+        folder: Path,
+        environment: Mapping[str, str],
+        package_folder: Path | None = None,
+        name: str = "",
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch"])
+        self.code, self.outputs = code, [folder / f"stdout.{name}", folder / f"stderr.{name}"]
+        arguments = (code, str(folder), dict(environment), package_folder and str(package_folder), self.outputs)
+        self.process = context.Process(target=_run, args=arguments)
+        self.process.start()
+
+    def finish(self, seconds: float) -> subprocess.CompletedProcess[str]:
+        """Waits until it ends, or kills it after ``seconds``, which gives the return code -9."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        assert self.process.exitcode is not None
+        printed = [path.read_text() if path.exists() else "" for path in self.outputs]
+        return subprocess.CompletedProcess([self.code], self.process.exitcode, *printed)
 
 
-def _run(code: str, package_folder: str, folder: str, environment: dict[str, str], stdout: str, stderr: str) -> None:
-    for descriptor, path in ((1, stdout), (2, stderr)):
+def run_ranks(script: str, folder: Path, arguments: Sequence[Sequence[object]], seconds: float = 240.0) -> None:
+    """Runs ``script`` once for every list of its arguments, all at a time; every process has to end well."""
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = []
+    for rank, words in enumerate(arguments):
+        code = f"""
+import runpy, sys
+sys.argv = {[script, *map(str, words)]}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+        ranks.append(Fork(code, folder, environment, name=str(rank)))
+    end = time.monotonic() + seconds
+    done = [rank.finish(max(0.0, end - time.monotonic())) for rank in ranks]
+    assert [process.returncode for process in done] == [0] * len(ranks), "\n".join(process.stderr for process in done)
+
+
+def _run(code: str, folder: str, environment: dict[str, str], package_folder: str | None, outputs: list[Path]) -> None:
+    for descriptor, path in zip((1, 2), outputs, strict=True):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
         os.close(file)
@@ -54,5 +74,6 @@ def _run(code: str, package_folder: str, folder: str, environment: dict[str, str
     os.chdir(folder)
     ours = [name for name in sys.modules if name.split(".")[0] == "protokernels"]
     assert not ours, f"the server has imported {ours[0]}"
-    sys.path.insert(0, package_folder)
+    if package_folder is not None:
+        sys.path.insert(0, package_folder)
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})

@@ -74,7 +74,8 @@ def copied(tmp_path: Path) -> Run:
         check = (
             f"import protokernels\nassert protokernels.__file__.startswith({str(folder)!r}), protokernels.__file__\n"
         )
-        return forks.run(check + textwrap.dedent(code), folder, tmp_path, {**inherited, **environment})
+        fork = forks.Fork(check + textwrap.dedent(code), tmp_path, {**inherited, **environment}, package_folder=folder)
+        return fork.finish(seconds=120)
 
     return run
 
