@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import protokernels
 from protokernels import _native, backend
 from protokernels.ops import _calls
 from protokernels.ops import prototypes as ops
+from python_tests import forks
 
 PACKAGE = Path(protokernels.__file__).parent
 HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
@@ -74,15 +74,8 @@ def copied(tmp_path: Path) -> Run:
         check = (
             f"import protokernels\nassert protokernels.__file__.startswith({str(folder)!r}), protokernels.__file__\n"
         )
-        return subprocess.run(
-            [sys.executable, "-c", check + textwrap.dedent(code)],
-            env={**inherited, "PYTHONPATH": str(folder), **environment},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        fork = forks.Fork(check + textwrap.dedent(code), tmp_path, {**inherited, **environment}, package_folder=folder)
+        return fork.finish(seconds=120)
 
     return run
 

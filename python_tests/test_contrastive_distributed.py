@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,10 @@ from torch import Tensor
 
 from protokernels import _native
 from protokernels.reference import contrastive as reference
+from python_tests import forks
 from python_tests.contrastive_oracle import check_close, rounding
 from python_tests.distributed import contrastive_worker as worker
 
-ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = [
     "reference",
     pytest.param("native", marks=pytest.mark.skipif(_native.LIBRARY is None, reason="the native library is not built")),
@@ -26,21 +24,8 @@ BACKENDS = [
 
 
 def run_ranks(folder: Path, world_size: int, backend: str) -> list[list[Any]]:
-    script = ROOT / "python_tests/distributed/contrastive_worker.py"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(world_size), folder / "store", folder / f"{rank}.pt", backend],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(errors)
+    words = [(rank, world_size, folder / "store", folder / f"{rank}.pt", backend) for rank in range(world_size)]
+    forks.run_ranks(worker.__file__, folder, words)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

@@ -6,10 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import math
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 
 from protokernels import prototype_step, soft_assign
 from protokernels.nn import LinearTemperature, Prototypes
+from python_tests import forks
 from python_tests.distributed import prototypes_worker as worker
 from python_tests.prototypes_oracle import PLACES, Place, draw, oracle
 
@@ -257,22 +255,8 @@ class TestTwoProcesses:
     @staticmethod
     def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp("ranks")
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, worker.__file__, str(rank), "2", str(folder / "store"), str(folder / f"{rank}.pt")],
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in (0, 1)
-        ]
-        try:
-            errors = [process.communicate(timeout=120)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+        words = [(rank, 2, folder / "store", folder / f"{rank}.pt") for rank in (0, 1)]
+        forks.run_ranks(worker.__file__, folder, words)
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

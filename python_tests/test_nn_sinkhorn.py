@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from protokernels import sinkhorn, sinkhorn_divergence, sinkhorn_features
 from protokernels.nn import SinkhornAssignment, SinkhornLoss
 from protokernels.reference.sinkhorn import cost_matrix
+from python_tests import forks
 from python_tests.distributed import sinkhorn_worker as worker
 from python_tests.sinkhorn_oracle import PLACES, Place
 
@@ -206,22 +204,8 @@ class TestTwoProcesses:
     @staticmethod
     def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[Tensor]]:
         folder: Path = tmp_path_factory.mktemp("ranks")
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, worker.__file__, str(rank), "2", str(folder / "store"), str(folder / f"{rank}.pt")],
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in (0, 1)
-        ]
-        try:
-            errors = [process.communicate(timeout=120)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+        words = [(rank, 2, folder / "store", folder / f"{rank}.pt") for rank in (0, 1)]
+        forks.run_ranks(worker.__file__, folder, words)
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
     def test_two_ranks_equal_one_with_the_whole_batch(self, ranks: list[list[Tensor]]) -> None:

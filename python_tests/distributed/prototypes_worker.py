@@ -56,6 +56,7 @@ def train(module: Prototypes, parts: list[Tensor]) -> dict[str, Any]:
 
 
 def main(rank: int, world_size: int, store: str, output: str) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     results: dict[str, Any] = {}
     for dtype in (torch.float64, torch.float32):

@@ -27,6 +27,7 @@ def batches() -> list[Tensor]:
 
 
 def main(rank: int, world_size: int, store: str, output: str) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     parts = [rows[:cut] if rank == 0 else rows[cut:] for rows, (_, cut) in zip(batches(), BATCHES, strict=True)]
     module = SinkhornAssignment(epsilon=0.3, num_iters=4)
