@@ -147,7 +147,7 @@ def open_shards(path: Path) -> list[np.ndarray]:
         raise DataError(
             f"{path} has no .npy files; write images with numpy.save(file, images), uint8 [N, H, W] or [N, H, W, 3]"
         )
-    shards = []
+    shards: list[np.ndarray] = []
     for file in files:
         if file.suffix != ".npy" or not file.is_file():
             raise DataError(
