@@ -7,7 +7,7 @@ Eq. 1 and 2, with the cross-correlation C [D, D] of the two views' embeddings ov
     C_ij = sum_n z1_ni z2_nj / N  for embeddings with mean 0 and deviation 1 in every dimension
     L = sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2
 
-The released code scales L by a constant for LARS; AdamW does not feel it. Correlations are of the own process's images.
+The released code scales L by a constant for LARS; AdamW does not feel it. Correlations are of the images of all processes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..models import mlp_head, pooled
+from ..training import whole_batch
 from ..training.self_supervised import Method, PretrainingConfig
 from .common import Baseline, in_float32, spread
 
@@ -60,7 +61,9 @@ class BarlowTwins(Method):
         self.redundancy = config.redundancy
 
     def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
-        z_first, z_second = (self.projector(pooled(self.encoder(view))) for view in (first, second))
+        z_first, z_second = (
+            whole_batch(self.projector(pooled(self.encoder(view))).float()) for view in (first, second)
+        )
         return {**barlow_twins_loss(z_first, z_second, self.redundancy), "spread": spread(z_first)}
 
 

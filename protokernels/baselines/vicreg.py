@@ -9,7 +9,7 @@ Eq. 1-6, for embeddings Z, Z' [N, D]:
     v(Z) = mean_d max(0, 1 - sqrt(Var_d + 1e-4)),   c(Z) = sum_{i != j} Cov_ij^2 / D
 
 The paper's s is a mean over images of the squared distance; its released code also divides by D and halves v(Z) + v(Z'), and
-is what the published weights 25, 25, 1 belong to: so do we. Statistics are of the own process's images.
+is what the published weights 25, 25, 1 belong to: so do we. Statistics are of the images of all processes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..models import mlp_head, pooled
 from ..nn import variance_covariance_loss
+from ..training import whole_batch
 from ..training.self_supervised import Method, PretrainingConfig
 from .common import Baseline, in_float32, spread
 
@@ -58,7 +59,7 @@ class VICReg(Method):
         self.weights = (config.invariance_weight, config.variance_weight, config.covariance_weight)
 
     def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
-        z_first, z_second = (self.expander(pooled(self.encoder(view))) for view in (first, second))
+        z_first, z_second = (whole_batch(self.expander(pooled(self.encoder(view))).float()) for view in (first, second))
         return {**vicreg_loss(z_first, z_second, self.weights), "spread": spread(z_first)}
 
 

@@ -152,7 +152,8 @@ def local_head(width: int, kind: LocalHead = "mlp") -> nn.Sequential:
 
 
 def load_part(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Loads the tensors of ``state`` whose names begin with ``prefix`` into ``module``, all of them or none.
+    """Loads the tensors of ``state`` whose names begin with ``prefix`` into ``module``, all of them or none. A module on the meta device
+    is only compared.
 
     What else is in ``state``, such as another stage's head, is left out on purpose; a tensor of ``module`` that is not there
     is an error: training would go on from random weights and nobody would know.
@@ -179,7 +180,8 @@ def load_part(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") 
                 f"load_part: {prefix + name} must have shape {list(value.shape)}; got {list(part[name].shape)}; were width, "
                 "depth and channels the same?"
             )
-    module.load_state_dict({name: part[name] for name in own})
+    if not all(value.is_meta for value in own.values()):
+        module.load_state_dict({name: part[name] for name in own})
 
 
 def _normalised(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:

@@ -44,7 +44,7 @@ What the paper leaves open, and our choice
     What is beyond the last whole block is a smaller block; the code leaves it out (``drop_remainder``).
     Views of stage 2 change intensities only, as in the code; the text permits deformations, since labels move along:
     ``spatial_views``. Dice is pooled over all pixels of the test set, as in the code, and also given per volume.
-    With several processes, global contrast is over the slices of all; local contrast and soft Dice are over those of one.
+    With several processes, contrast and soft Dice are over the slices of all.
     TCSM's teacher predicts; see :mod:`protokernels.papers._local_contrast_baselines` for both baselines.
 
 Reproducibility
@@ -67,7 +67,7 @@ import protokernels
 from ..data.segmentation_views import IntensityConfig, SpatialConfig, View, spatial_views, view_pair
 from ..data.volumes import SegmentationDataset, slices_of
 from ..models import UNet, UNetEncoder, global_head, local_head
-from ..training import RunFolder, Session, process_count, seed_everything
+from ..training import RunFolder, Session, process_count, seed_everything, whole_batch
 from ..training.experiment import Experiment
 from ..training.randomness import derived_seed
 from ..training.runs import Trial
@@ -144,9 +144,12 @@ class LocalContrast(nn.Module):
     def forward(
         self, first: Tensor, second: Tensor, first_labels: Tensor | None = None, second_labels: Tensor | None = None
     ) -> Tensor:
-        f = self.head(self.backbone(torch.cat([first, second]))[-1])  # f^1 = h_2(D_1(E(a_i)))
-        labels = None if first_labels is None or second_labels is None else torch.cat([first_labels, second_labels])
-        return local_loss(f.float(), labels, self.config)
+        f = self.head(self.backbone(torch.cat([first, second]))[-1]).float()  # f^1 = h_2(D_1(E(a_i)))
+        labels = None
+        if first_labels is not None and second_labels is not None:
+            labels = torch.cat([whole_batch(first_labels), whole_batch(second_labels)])
+        f = torch.cat([whole_batch(view) for view in f.chunk(2)])  # pixels are compared with those of all processes
+        return local_loss(f, labels, self.config)
 
 
 def local_loss(f: Tensor, labels: Tensor | None, config: LocalContrastConfig) -> Tensor:  # [2B, C, H, W], [2B, H, W]

@@ -48,7 +48,7 @@ What the paper contradicts or leaves open, and our choice
 
     Order: the reversed one stands for the "different transformation order", which is not given. Images are scaled to [0, 1]. Sizes of M, f
     and g: :mod:`protokernels.papers._optimized_views_networks`. Adam without decay. A last batch that is smaller is left out. With
-    several processes, I_NCE and the mean over labelled images are those of one process; gradients are averaged.
+    several processes, I_NCE and the mean over labelled images are those of the whole batch.
 
 Evaluation (section 2.4)
     ``hold_out``  the paper's: the test set is cut into three hold-out sets without a common patient; in each, a linear probe is fitted and
@@ -75,7 +75,16 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 import protokernels
 
 from ..data import ImageDataset, Split, to_tensor
-from ..training import Plan, RunFolder, Session, Step, derived_generator, seed_everything
+from ..training import (
+    Plan,
+    RunFolder,
+    Session,
+    Step,
+    derived_generator,
+    process_count,
+    seed_everything,
+    whole_batch,
+)
 from ..training.experiment import Experiment
 from ..training.files import read_json_lines, write_json_lines
 from ..training.runs import Trial
@@ -118,7 +127,8 @@ CHOSEN = "parameters.jsonl"  # in the run folder: what M chooses, a line per epo
 
 
 def contrast(z_M: Tensor, z: Tensor, config: OptimizedViewsConfig) -> Tensor:  # [B, e] each -> []
-    """I_NCE, Eq. 2: every view looks for its image among the others of the batch."""
+    """I_NCE, Eq. 2: every view looks for its image among the others of the batch, also those of other processes."""
+    z_M, z = whole_batch(z_M), whole_batch(z)
     loss = protokernels.cross_view_loss(
         z_M,
         z,
@@ -132,6 +142,7 @@ def contrast(z_M: Tensor, z: Tensor, config: OptimizedViewsConfig) -> Tensor:  #
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:  # [B], [B] int64 with -1 where the label is unknown -> []
     """L of Eq. 1: the mean over the labelled images of the batch, 0 where there are none."""
+    logits, y = whole_batch(logits), whole_batch(y)
     known = (y >= 0).to(logits.dtype)
     losses = F.binary_cross_entropy_with_logits(logits, y.clamp(min=0).to(logits.dtype), reduction="none")
     return (losses * known).sum() / known.sum().clamp(min=1)
@@ -180,8 +191,8 @@ def encoder_losses(
         loss = cross_entropy(model.classify(view.h), y)
         return {"loss": loss, "view_cross_entropy": loss}
     if config.recipe.loss == "class pairs":
-        z = torch.cat([view.z, plain.z])
-        loss = protokernels.supcon_loss(z, y.repeat(2), temperature=config.supcon_temperature)
+        z, labels = torch.cat([whole_batch(view.z), whole_batch(plain.z)]), whole_batch(y).repeat(2)
+        loss = protokernels.supcon_loss(z, labels, temperature=config.supcon_temperature)
         return {"loss": loss, "contrast": loss}
     nce = contrast(view.z, plain.z, config)
     bce_M, bce = (cross_entropy(model.classify(h), y) for h in (view.h, plain.h))
@@ -232,7 +243,10 @@ def alternate(
             losses = losses_of_M(model, view, plain.z, y, Lambda)
     if shared:  # the gradient of the one pass through f goes into M first
         (gradient,) = torch.autograd.grad(losses["m_loss"], seen, retain_graph=True)
-        optimise((x_M * gradient).sum())
+        share = (
+            len(x) * process_count() / len(whole_batch(y))
+        )  # optimise weighs with it; this gradient is of the whole batch already
+        optimise((x_M * gradient).sum() / share)
     with autocast():
         losses = {**losses, **encoder_losses(model, view, plain, y)}
     optimise(losses["loss"])  # f, g and p move

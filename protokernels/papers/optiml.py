@@ -66,7 +66,7 @@ import protokernels
 from ..data import ImageDataset
 from ..models import mlp_head, pooled
 from ..nn import variance_covariance_loss
-from ..training import RunFolder, derived_generator
+from ..training import RunFolder, derived_generator, own_rows, whole_batch
 from ..training.scoring import evaluation_splits
 from ..training.self_supervised import Method, PretrainingConfig, SelfSupervised, as_bytes
 from ..training.transfer_report import results_table
@@ -219,7 +219,10 @@ class OPTiML(Method):
             a = b = cost.new_full(cost.shape[:2], 1 / cost.shape[1])
         else:
             own, other = (F_s, F_t) if self.config.cvsim == "dense" else (q_s, q_t)
-            a, b = torch.softmax(self.cvsim(own, other), dim=1), torch.softmax(self.cvsim(other, own), dim=1)
+            batched = self.config.cvsim == "batch"  # images attend to one another
+            own, other = (whole_batch(x) if batched else x for x in (own, other))
+            masses = (torch.softmax(self.cvsim(*pair), dim=1) for pair in ((own, other), (other, own)))
+            a, b = (own_rows(x) if batched else x for x in masses)
         solution = protokernels.sinkhorn(
             cost, a, b, epsilon=self.config.epsilon, num_iters=self.config.num_iters, gradient=self.config.gradient
         )
@@ -243,7 +246,8 @@ def cosine_cost(first: Tensor, second: Tensor) -> Tensor:  # [B, n, D], [B, m, D
 
 
 def objective(alignment: Tensor, q_first: Tensor, q_second: Tensor, config: OPTiMLConfig) -> dict[str, Tensor]:
-    """alpha L + beta [var(q_s) + var(q_t)] + eta [cov(q_s) + cov(q_t)], and its terms."""
+    """alpha L + beta [var(q_s) + var(q_t)] + eta [cov(q_s) + cov(q_t)], and its terms; q over the whole batch."""
+    q_first, q_second = whole_batch(q_first), whole_batch(q_second)
     (var_s, cov_s), (var_t, cov_t) = variance_covariance_loss(q_first), variance_covariance_loss(q_second)
     variance = (var_s + var_t) / (2 if config.halve_variance else 1)
     covariance = cov_s + cov_t

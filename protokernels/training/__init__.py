@@ -3,7 +3,7 @@
 summaries over runs."""
 
 from .checkpoints import CheckpointError, CheckpointStore
-from .distributed import gather_batch, process_count, synchronize_batch_norm
+from .distributed import gather_batch, own_rows, process_count, synchronize_batch_norm, whole_batch
 from .files import WriteError
 from .lost_processes import ProcessLostError
 from .randomness import derived_generator, epoch_order, seed_everything
@@ -27,9 +27,11 @@ __all__ = [
     "gather_batch",
     "make_accelerator",
     "next_free_folder",
+    "own_rows",
     "preferred_layout",
     "process_count",
     "seed_everything",
     "summarize_runs",
     "synchronize_batch_norm",
+    "whole_batch",
 ]

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.volumes import LabelledVolume
+from .distributed import summed
 from .files import exclusive
 from .optimizers import warmup_cosine
 from .randomness import derived_seed
@@ -41,15 +42,16 @@ def segmentation_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:  #
 
 
 def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:  # [B, K, H, W], [B, H, W] int64 -> []
-    """Mean over the foreground classes of 1 - (2 sum p y + 1) / (sum p^2 + sum y + 1), the sums over all pixels of the batch.
+    """Mean over the foreground classes of 1 - (2 sum p y + 1) / (sum p^2 + sum y + 1), the sums over all pixels of the batch, those of
+    all processes that train together.
 
     The 1 makes a class that is neither there nor predicted count as right.
     """
     p = torch.softmax(logits.float(), dim=1)[:, 1:]
     y = F.one_hot(labels, logits.shape[1]).movedim(-1, 1)[:, 1:].to(p.dtype)
-    overlap = (p * y).sum(dim=(0, 2, 3))
-    sizes = (p.square() + y).sum(dim=(0, 2, 3))
-    return (1 - (2 * overlap + 1) / (sizes + 1)).mean()
+    overlap, sizes = summed(torch.stack([(p * y).sum(dim=(0, 2, 3)), (p.square() + y).sum(dim=(0, 2, 3))]))
+    loss: Tensor = (1 - (2 * overlap + 1) / (sizes + 1)).mean()
+    return loss
 
 
 @torch.no_grad()
