@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from protokernels import _native
+from python_tests import forks
 from python_tests.prototypes_oracle import needs_native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +31,7 @@ class AtEveryLevel:
 
     @needs_native
     @pytest.mark.parametrize("level", list(LEVELS))
-    def test_every_level(self, level: str) -> None:
+    def test_every_level(self, level: str, tmp_path: Path) -> None:
         if "PROTOKERNELS_CPU_LEVEL" in os.environ:
             pytest.skip("the outer test run limits the level already")
         if _native.build_info()["cpu_level"] == level:
@@ -41,15 +40,9 @@ class AtEveryLevel:
             pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
         files = [f"python_tests/{name}.py" for name in ("test_cpu_level", *self.FILES)]
         chosen = f"(cpu-native and ({self.CHOSEN})) or the_level_asked_for"
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen],
-            cwd=ROOT,
-            env={**os.environ, "PROTOKERNELS_CPU_LEVEL": level},
-            capture_output=True,
-            text=True,
-            timeout=self.SECONDS,
-            check=False,
-        )
+        words = ["-q", "-p", "no:cacheprovider", *files, "-k", chosen]
+        code = f"import os, pytest\nos.chdir({str(ROOT)!r})\nraise SystemExit(pytest.main({words}))"
+        run = forks.Fork(code, tmp_path, {**os.environ, "PROTOKERNELS_CPU_LEVEL": level}).finish(self.SECONDS)
         assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
         assert "skipped" not in run.stdout.splitlines()[-1] and " passed" in run.stdout.splitlines()[-1]
 

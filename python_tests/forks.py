@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -37,6 +38,13 @@ class Fork:
         self.process = context.Process(target=_run, args=arguments)
         self.process.start()
 
+    def wait_for(self, words: str, seconds: float) -> None:
+        """Waits until it has printed ``words``, and fails where it ends without or takes longer than ``seconds``."""
+        end = time.monotonic() + seconds
+        while not self.outputs[0].exists() or words not in self.outputs[0].read_text():
+            assert self.process.is_alive() and time.monotonic() < end, self.finish(seconds=0).stderr
+            time.sleep(0.005)
+
     def finish(self, seconds: float) -> subprocess.CompletedProcess[str]:
         """Waits until it ends, or kills it after ``seconds``, which gives the return code -9."""
         self.process.join(seconds)
@@ -49,8 +57,20 @@ class Fork:
 
 
 def run_ranks(script: str, folder: Path, arguments: Sequence[Sequence[object]], seconds: float = 240.0) -> None:
-    """Runs ``script`` once for every list of its arguments, all at a time; every process has to end well."""
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    """Runs ``script`` once for every list of its arguments, all at a time; every process has to end well.
+
+    They have the variables that torchrun sets: a script may join the others by ``dist.init_process_group("gloo")``.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    environment = {
+        **os.environ,
+        **address,
+        "WORLD_SIZE": str(len(arguments)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     ranks = []
     for rank, words in enumerate(arguments):
         code = f"""
@@ -58,7 +78,8 @@ import runpy, sys
 sys.argv = {[script, *map(str, words)]}
 runpy.run_path({script!r}, run_name="__main__")
 """
-        ranks.append(Fork(code, folder, environment, name=str(rank)))
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(Fork(code, folder, {**environment, **own}, name=str(rank)))
     end = time.monotonic() + seconds
     done = [rank.finish(max(0.0, end - time.monotonic())) for rank in ranks]
     assert [process.returncode for process in done] == [0] * len(ranks), "\n".join(process.stderr for process in done)

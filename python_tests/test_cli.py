@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,16 +18,25 @@ pytest.importorskip("tyro", reason="the commands need the extra protokernels[tra
 
 from protokernels import __version__
 from protokernels.cli import main
+from python_tests import forks
 
 SMALL = ["--epochs", "1", "--batch-size", "200", "--num-prototypes", "12", "--image-size", "16", "--device", "cpu"]
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small run, in the folder that it chose itself below an empty one."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "vaesim", *SMALL]) == 0
+    return folder / "runs" / "vaesim-digits-fair"
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A finished small run."""
-    folder = tmp_path / "run"
-    assert main(["train", "vaesim", "--out", str(folder), *SMALL]) == 0
-    return folder
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, for the test alone."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 class TestWords:
@@ -61,7 +71,7 @@ class TestWords:
             captured = capsys.readouterr()
             assert message in captured.err and "Traceback" not in captured.err and captured.out == ""
 
-    def test_doctor_needs_no_extra_and_a_missing_extra_is_named(self) -> None:
+    def test_doctor_needs_no_extra_and_a_missing_extra_is_named(self, tmp_path: Path) -> None:
         """In a Python where nothing of the extra can be imported."""
         code = (
             "import sys\n"
@@ -70,11 +80,11 @@ class TestWords:
             "from protokernels.cli import main\n"
             "sys.exit(main(sys.argv[1:]))\n"
         )
-        doctor = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=120)
-        assert "Traceback" not in doctor.stderr and "torch" in doctor.stdout
-        train = subprocess.run(
-            [sys.executable, "-c", code, "train", "vaesim"], capture_output=True, text=True, timeout=120
+        doctor, train = (
+            forks.Fork(f"import sys\nsys.argv = {['', *words]}\n{code}", tmp_path, os.environ).finish(seconds=120)
+            for words in (["doctor"], ["train", "vaesim"])
         )
+        assert "Traceback" not in doctor.stderr and "torch" in doctor.stdout
         assert train.returncode == 1
         assert 'pip install "protokernels[train]"' in train.stderr and "Traceback" not in train.stderr
 
@@ -114,7 +124,7 @@ class TestRun:
 
     def test_ctrl_c_leaves_a_usable_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = tmp_path / "run"
-        words = ["train", "vaesim", "--out", str(folder), *SMALL, "--epochs", "15"]
+        words = ["train", "vaesim", "--out", str(folder), *SMALL, "--epochs", "6"]
         process = subprocess.Popen(
             [sys.executable, "-m", "protokernels", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -133,19 +143,16 @@ class TestRun:
         assert main([*words, "--resume"]) == 0  # an evaluation in between does not make it count as finished
         assert "NOT FINISHED" not in capsys.readouterr().out
         assert json.loads((folder / "results.json").read_text())["complete"]
-        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 15
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
         assert not [path for path in folder.rglob("*") if path.suffix == ".partial"]
 
-    def test_default_folder_is_a_free_one(self, tmp_path: Path) -> None:
-        for _ in range(2):
-            subprocess.run(
-                [sys.executable, "-m", "protokernels", "train", "vaesim", "--no-figures", "--quiet", *SMALL],
-                cwd=tmp_path,
-                check=True,
-                timeout=200,
-                env={**os.environ, "COLUMNS": "200"},
-            )
-        assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
-            "vaesim-digits-fair",
-            "vaesim-digits-fair-2",
-        ]
+    def test_default_folder_is_a_free_one(
+        self, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runs = tmp_path / "runs"
+        shutil.copytree(finished, runs / finished.name)
+        before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+        monkeypatch.chdir(tmp_path)
+        assert main(["train", "vaesim", "--no-figures", "--quiet", *SMALL]) == 0
+        assert sorted(path.name for path in runs.iterdir()) == ["vaesim-digits-fair", "vaesim-digits-fair-2"]
+        assert {path: path.stat().st_mtime_ns for path in before} == before

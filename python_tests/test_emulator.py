@@ -45,9 +45,9 @@ class TestLaunch:
     ) -> None:
         values = generator.random(16 * 1024, dtype=np.float32)
         out = poisoned(values.shape)
-        start = time.perf_counter()
+        start = time.process_time()  # the processor's, so that other work beside the tests does not count
         emulator.workload(values, out, 16, 1024, 4)
-        assert time.perf_counter() - start < 1.0
+        assert time.process_time() - start < 1.0
         expected = values.reshape(16, 1024).astype(np.float64)
         for _ in range(4):
             expected += expected.reshape(16, 32, 32).mean(axis=2, keepdims=True).repeat(32, axis=2).reshape(16, 1024)

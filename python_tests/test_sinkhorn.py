@@ -215,7 +215,7 @@ class TestContract:
                 r"column_mask must be .*\[B, M\] = \[2, 4\]",
             ),
             (
-                {"a": torch.ones(3, device="meta") / 3},
+                {"a": torch.ones(3, device="meta")},
                 ValueError,
                 r"a is on meta and the problem on cpu; pass a.to\('cpu'\)",
             ),

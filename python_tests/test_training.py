@@ -29,6 +29,7 @@ from protokernels.training import (
     summarize_runs,
 )
 from protokernels.training.randomness import random_state, set_random_state
+from python_tests import forks
 from python_tests.distributed import two_processes
 
 
@@ -166,12 +167,10 @@ class TestSession:
         )
         kills = 0
         for delay in (0.05, 0.15, 0.3, 0.4):
-            process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-            assert process.stdout is not None and process.stdout.readline() == "started\n"
+            fork = forks.Fork(code, tmp_path, os.environ, name=str(delay))
+            fork.wait_for("started\n", seconds=120)
             time.sleep(delay)
-            kills += process.poll() is None
-            process.kill()
-            process.wait()
+            kills += fork.finish(seconds=0).returncode == -signal.SIGKILL
         assert kills >= 2, "training was too fast for the kills to mean anything"
         state = train_toy(tmp_path / "killed", epochs=60, resume=True)
         assert_same_bits(expected, state)
@@ -280,8 +279,7 @@ class TestTwoProcesses:
         stopped = torchrun(tmp_path, "interrupt", str(tmp_path / "run"))
         assert stopped.returncode != 0
         assert stopped.stdout.count("interrupted at") == 2 and len(set(stopped.stdout.split("\n")) - {""}) == 1
-        resumed = torchrun(tmp_path, "train", str(tmp_path / "run"), "--resume")
-        assert resumed.returncode == 0, resumed.stderr
+        forks.run_ranks(two_processes.__file__, tmp_path, [["train", tmp_path / "run", "--resume"]] * 2)
         whole, folder = pair
         assert whole.returncode == 0, whole.stderr
         states = [RunFolder(path).checkpoints.load() for path in (tmp_path / "run", folder)]

@@ -309,7 +309,7 @@ class TestRuns:
 
     def test_bf16_learns_too(self, tmp_path: Path) -> None:
         full, half = (
-            train_tiny(tmp_path / precision, precision=precision)["splits"]["test"]["knn"]["accuracy"]["mean"]
+            train_tiny(tmp_path / precision, precision=precision, epochs=1)["splits"]["test"]["knn"]["accuracy"]["mean"]
             for precision in ("fp32", "bf16")
         )
         assert abs(full - half) < 0.1
