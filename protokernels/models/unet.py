@@ -165,6 +165,12 @@ def load_part(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") 
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
+    module.load_state_dict(fitting_part(module, state, prefix))
+
+
+def fitting_part(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of ``state`` that :func:`load_part` loads into ``module``, which may be on the device ``"meta"``, without
+    memory; raises what that raises."""
     given = {name.removeprefix("module."): value for name, value in state.items()}
     part = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
     own = module.state_dict()
@@ -179,7 +185,7 @@ def load_part(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") 
                 f"load_part: {prefix + name} must have shape {list(value.shape)}; got {list(part[name].shape)}; were width, "
                 "depth and channels the same?"
             )
-    module.load_state_dict({name: part[name] for name in own})
+    return {name: part[name] for name in own}
 
 
 def _normalised(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
