@@ -72,7 +72,8 @@ def watched(folder: Path, strike: Strike) -> Iterator[list[str]]:
         mkdir(self, *more, **options)
 
     def watched_fsync(descriptor: int) -> None:
-        moment("flush", folder)
+        flushed = Path(f"/proc/self/fd/{descriptor}")
+        moment("flush", flushed.resolve() if flushed.exists() else folder)
         fsync(descriptor)
 
     def watched_replace(source: Path, target: Path) -> None:

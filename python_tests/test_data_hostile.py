@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import pickle
 import random
+import struct
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +23,9 @@ import pytest
 from protokernels.data import DataError, load_dataset
 from protokernels.data import download as download_module
 from protokernels.data import idx as idx_module
+from protokernels.data.idx import read_idx
+from protokernels.data.nifti import read_nifti
+from protokernels.data.npz import NpzFile
 from python_tests.data_files import idx_bytes, make_arrays, save, write_mnist
 
 
@@ -137,6 +143,58 @@ class TestHostileNpz:
                 archive.writestr(f"{key}.npy", buffer.getvalue())
         with pytest.raises(DataError, match="packed in a way numpy does not use"):
             load_dataset(str(tmp_path / "x.npz"))
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Bytes that Python had allocated at most while ``work`` was refused, touched or not."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError):
+            work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+class TestNothingIsAllocatedForAPromise:
+    """A header claims far more than the file holds."""
+
+    def test_npz(self, tmp_path: Path) -> None:
+        """10^15 values; a header that claims to be 50 MB long, and is, of spaces."""
+        for name, start, spaces in (
+            ("array", npy_start(10**15), 0),
+            ("header", b"\x93NUMPY\x02\x00" + struct.pack("<I", 50_000_000), 50),
+        ):
+            path = tmp_path / f"{name}.npz"
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
+                file.write(start)
+                for _ in range(spaces):
+                    file.write(b" " * 1_000_000)
+            assert peak(partial(NpzFile(path).read, "x")) < 1_000_000
+
+    @pytest.mark.parametrize("packed", [True, False])
+    def test_idx(self, tmp_path: Path, packed: bool) -> None:
+        path = tmp_path / ("x.gz" if packed else "x")
+        for sides in ((2**10,) * 3, (2**17,) * 3):  # just as much as is accepted, and 10^15
+            content = bytes((0, 0, 8, 3)) + struct.pack(">3I", *sides) + bytes(3)
+            path.write_bytes(gzip.compress(content) if packed else content)
+            assert peak(partial(read_idx, path, dimensions=3)) < 1_000_000
+
+    @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+    def test_nifti(self, tmp_path: Path, suffix: str) -> None:
+        nibabel = pytest.importorskip("nibabel", reason="NIfTI files need the extra protokernels[train]")
+        for side in (2**9, 2**17, 2**40):  # 134 MB, 10^15, more than 64 bits count
+            content = bytearray(nibabel.Nifti2Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)).to_bytes())
+            content[16:80] = struct.pack("<8q", 3, side, side, side, 1, 1, 1, 1)
+            path = tmp_path / f"x{suffix}"
+            path.write_bytes(gzip.compress(content) if suffix == ".nii.gz" else content)
+            assert peak(partial(read_nifti, path)) < 5_000_000  # it is read in blocks of 4 MB
+
+
+def npy_start(count: int) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count,)})
+    return header.getvalue()
 
 
 @pytest.fixture

@@ -147,6 +147,8 @@ class TestRunFolder:
         (tmp_path / "a").mkdir()
         (tmp_path / "a-2").mkdir()
         assert next_free_folder(tmp_path / "a") == tmp_path / "a-3"
+        assert next_free_folder(tmp_path / "a", resume=True) == tmp_path / "a-2"
+        assert next_free_folder(tmp_path / "b", resume=True) == tmp_path / "b"
 
 
 class TestEnvironment:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
 import tokenize
@@ -20,6 +21,7 @@ from .types import DataError
 
 LIMIT = 1 << 35  # bytes in one array; the largest of MedMNIST, pathmnist_224, has 13.5e9
 BLOCK = 1 << 20  # bytes read at a time
+MAX_HEADER = 10_000  # bytes; numpy's own limit
 LARGE, MAX_RATIO = 1 << 28, 100  # images shrink by less than this; a larger array that does not is an archive bomb
 DAMAGE = (  # every way in which zipfile, zlib and numpy's header parser report a bad file
     zipfile.BadZipFile,
@@ -102,12 +104,17 @@ class NpzFile:
 
     def _read_header(self, name: str, file: IO[bytes]) -> Header:
         version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        elif version == (2, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
-        else:
+        if version not in ((1, 0), (2, 0)):
             raise DataError(f"{self.path}: {name} has npy format version {version}; plain arrays have 1.0 or 2.0")
+        length_field = file.read(2 if version == (1, 0) else 4)
+        length = int.from_bytes(length_field, "little")
+        if length > MAX_HEADER:  # numpy would read all of it before it looks
+            raise DataError(f"{self.path}: {name} is damaged: its header claims to be {length:,} bytes long")
+        header = io.BytesIO(length_field + file.read(length))
+        if version == (1, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
+        else:
+            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(header)
         if dtype.hasobject:
             raise DataError(
                 f"{self.path}: {name} holds pickled Python objects, which could run any code when read; ask for a file "

@@ -152,8 +152,7 @@ def local_head(width: int, kind: LocalHead = "mlp") -> nn.Sequential:
 
 
 def load_part(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Loads the tensors of ``state`` whose names begin with ``prefix`` into ``module``, all of them or none. A module on the meta device
-    is only compared.
+    """Loads the tensors of ``state`` whose names begin with ``prefix`` into ``module``, all of them or none.
 
     What else is in ``state``, such as another stage's head, is left out on purpose; a tensor of ``module`` that is not there
     is an error: training would go on from random weights and nobody would know.
@@ -166,6 +165,12 @@ def load_part(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") 
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
+    module.load_state_dict(fitting_part(module, state, prefix))
+
+
+def fitting_part(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of ``state`` that :func:`load_part` loads into ``module``, which may be on the device ``"meta"``, without
+    memory; raises what that raises."""
     given = {name.removeprefix("module."): value for name, value in state.items()}
     part = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
     own = module.state_dict()
@@ -180,8 +185,7 @@ def load_part(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") 
                 f"load_part: {prefix + name} must have shape {list(value.shape)}; got {list(part[name].shape)}; were width, "
                 "depth and channels the same?"
             )
-    if not all(value.is_meta for value in own.values()):
-        module.load_state_dict({name: part[name] for name in own})
+    return {name: part[name] for name in own}
 
 
 def _normalised(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data.volumes import LabelledVolume, SegmentationDataset, labelled_subset, load_segmentation
 from ..evaluation.segmentation import DiceCounter, segmentation_scores
 from ..models import UNet, load_part
+from ..models.unet import fitting_part
 from ..models.weights import first_line, load_untrusted
 from ..training import CheckpointStore, Session
 from ..training.runs import load_runs
@@ -123,7 +124,7 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, LocalContrastConfig]:
     try:
         config = LocalContrastConfig.from_dict(state["config"])
         with torch.device("meta"):  # compares shapes; a file that claims a huge network gets no memory for it
-            load_part(new_segmenter(config, len(state["class_names"])), state["model"])
+            fitting_part(new_segmenter(config, len(state["class_names"])), state["model"])
     except (RuntimeError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{path} holds no segmentation network with its configuration ({first_line(error)})"
