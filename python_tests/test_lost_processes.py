@@ -54,6 +54,7 @@ def codes(processes: list[Any]) -> list[int]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train(PHANTOMS, folder.with_name("first")) == 0  # here, so that a child finds its modules imported
     assert codes(two(lambda rank: train(PHANTOMS, folder))) == [0, 0]
     return content(folder)
 
@@ -91,6 +92,7 @@ def test_one_is_killed_the_other_says_so_and_both_resume(
     assert_same_bits(whole, content(folder))
 
 
+@pytest.mark.usefixtures("whole")
 def test_a_process_that_fails_says_so_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Process 1 cannot read something: its own words, and those of process 0, which is told."""
 
