@@ -65,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error))
     except RuntimeError as error:
         if type(error).__name__ in _SAID:
-            return 1
+            # Not by returning: torch can wait for ever for the threads of a group whose other processes are gone.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         if type(error).__name__ not in _REPORTED:
             raise
         return _complain(str(error))
