@@ -62,16 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         return _complain(str(error), status=2)
     except (ValueError, OSError, FloatingPointError) as error:
-        return _complain(str(error))
+        return _ended(_complain(str(error)))
     except RuntimeError as error:
         if type(error).__name__ in _SAID:
-            # Not by returning: torch can wait for ever for the threads of a group whose other processes are gone.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
+            return _ended(1)
         if type(error).__name__ not in _REPORTED:
             raise
-        return _complain(str(error))
+        return _ended(_complain(str(error)))
 
 
 class _UsageError(Exception):
@@ -95,6 +92,15 @@ def _doctor(words: list[str]) -> int:
         print("protokernels doctor\n\nWhat is installed, built and in use, and why not.")
         return 0
     return int(importlib.import_module("protokernels.doctor").main() or 0)
+
+
+def _ended(status: int) -> int:
+    """The exit status; one of several processes ends here, since torch can wait for ever for the threads of a group that others have left."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _complain(message: str, status: int = 1) -> int:
