@@ -95,7 +95,7 @@ def _doctor(words: list[str]) -> int:
 
 
 def _ended(status: int) -> int:
-    """The exit status; one of several processes ends here, since torch can wait for ever for the threads of a group that others have left."""
+    """The exit status. One of several processes ends here: torch can wait for ever for the threads of a group that others have left."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +31,14 @@ SECONDS = 60.0
 """Until the other process must have ended; a second by itself, more on a busy machine."""
 
 
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    """A process that did not end would keep pytest from ending."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def two(work: Callable[[int], int]) -> list[Any]:
     """Starts ``work(rank)`` in two gloo processes."""
     with socket.socket() as free:
@@ -47,7 +56,7 @@ def two(work: Callable[[int], int]) -> list[Any]:
 
 def codes(processes: list[Any]) -> list[int]:
     for process in processes:
-        process.join(300)
+        process.join(120)
     return [process.exitcode for process in processes]
 
 
