@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a file, it finds the other benchmarks
 
-from benchmarks import communication
+from benchmarks import communication, trainer_steps
 from benchmarks.table import milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -268,6 +268,7 @@ def made_tables() -> dict[tuple[str, str], list[tuple[str, Cells]]]:
     for heading, (file, pivots) in BENCHMARKS.items():
         rows = held(file)["rows"]
         made["Benchmarks", heading] = [("", pivot.cells(rows)) for pivot in pivots]
+    made["Benchmarks", "Training steps"] = [("", trainer_steps.cells(held("trainer_steps")["fair"]["rows"]))]
     made["Benchmarks", "Several processes"] = [("", communication.cells(held("communication")))]
     made["Benchmarks", "On a GPU"] = [("", gpu_cells())]
     return made

@@ -185,7 +185,9 @@ def measure(name: str, way: str, preset: str, steps: int, profiled: bool = False
             pass
         else:
             raise RuntimeError(f"{name} ended after {len(times)} steps; {steps} were wanted")
-    result = {"line": name, "way": way, "images": batch or len(dataset.train), "preset": preset}
+    stage = "global" if name.endswith("global") else "local"
+    images = batch or config.stage(stage).batch_size
+    result = {"line": name, "way": way, "images": images, "preset": preset}
     if profile is not None:
         profile.stop()
         spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
