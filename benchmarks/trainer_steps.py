@@ -148,7 +148,7 @@ class ReleasedPrototypes(vaesim.Prototypes):
             return c
         with torch.no_grad():
             z, kept, labels = z.detach(), self.prototypes, c.argmax(dim=1)
-            reference = torch.zeros_like(z)
+            reference = torch.zeros_like(z)  # which that code makes and does not use
             for row in range(len(z)):
                 reference[row] = kept[labels[row]]
             for k in range(len(kept)):

@@ -109,7 +109,10 @@ def embed_files(
             raise ValueError(f"embed: embeddings and clusters need different files that end in .npy; got {target}")
         if target.exists() and not overwrite:
             raise ValueError(f"embed: {target} exists; pass --overwrite to replace it, or another name")
-    shards = open_shards(Path(images))
+    source = Path(images)
+    if any(source.resolve() in (target.resolve(), target.resolve().parent) for target in targets):
+        raise ValueError(f"embed: {source} holds the images; pass --out and --clusters that lie elsewhere")
+    shards = open_shards(source)
     count = sum(len(shard) for shard in shards)
     first = load_runs(run)[0]
     experiment = experiment_of(first.path)

@@ -131,6 +131,8 @@ def test_other_mistakes_are_named(run: Path, images: Path, tmp_path: Path, capsy
         ([tmp_path / "none.npy", "--out", out], "expected a .npy file of images or a folder"),
         ([images, "--out", cut], "exists; pass --overwrite"),
         ([images, "--out", tmp_path / "out.txt"], "end in .npy"),
+        ([images, "--out", images, "--overwrite"], "holds the images"),
+        ([tmp_path, "--out", out], "holds the images"),
         ([images, "--out", out, "--clusters", out], "need different files"),
         ([images, "--out", out, "--batch-size", "0"], "batch_size must be at least 1"),
         ([tmp_path / "colour.npy", "--out", out], "does not fit this run"),

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Batch normalisation over the images of all processes, so that R processes with B / R images each train like one with
-B."""
+"""What makes R processes with B / R images each train like one with B: batch normalisation, sums and losses over the images of all."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Experiment(Generic[Config]):
         raise NotImplementedError
 
     def embed(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Embeddings [B, D] and clusters [B] int64 (None without any) of images [B, C, H, W], as they are scored; in evaluation mode."""
+        """Embeddings [B, D] and clusters [B] int64 (None without any) of images [B, C, H, W], without randomness, in evaluation mode."""
         raise ValueError(f"{self.name} has no embeddings of images to write")
 
     def draw(self, folder: Path, run: RunFolder, config: Any, dataset: Any) -> list[Path]:

@@ -7,14 +7,24 @@ import functools
 import os
 import signal
 import sys
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from protokernels.papers import vaesim
-from protokernels.training import Interrupted, Session, Step, gather_batch, synchronize_batch_norm
+from protokernels.training import (
+    Interrupted,
+    Session,
+    Step,
+    distributed,
+    gather_batch,
+    synchronize_batch_norm,
+    whole_batch,
+)
 from protokernels.training.distributed import average_gradients
+from protokernels.training.segmentation import soft_dice_loss
 
 
 def check_batch_norm() -> None:
@@ -53,7 +63,32 @@ def check_batch_norm() -> None:
     shared.eval(), whole.eval()
     torch.testing.assert_close(shared(images), whole(images))
     assert torch.equal(gather_batch(images[rank::processes].flatten(1)), images.flatten(1))
+    check_losses_of_the_whole_batch(rank, processes)
     print("batch-norm ok", flush=True)
+
+
+def check_losses_of_the_whole_batch(rank: int, processes: int) -> None:
+    """Gradients of losses that are no mean over images, weighed and averaged as ``Session.optimise`` does, on uneven shares."""
+    x = torch.randn(7, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(28).view(7, 2, 2) % 3
+
+    def vectors(z: torch.Tensor) -> torch.Tensor:
+        z = whole_batch(z).flatten(1)
+        return (z.T @ z).square().sum() / z.std(dim=0).sum()
+
+    for loss in (vectors, soft_dice_loss):
+        results = []
+        for rows in (slice(None), slice(rank, None, processes)):
+            part = x[rows].clone().requires_grad_()
+            alone = rows == slice(None)
+            arguments = (part,) if loss is vectors else (part, labels[rows])
+            with mock.patch.object(distributed, "process_count", lambda alone=alone: 1 if alone else processes):
+                value = loss(*arguments)
+                (value if alone else value * len(part) * processes / len(x) / processes).backward()
+            results.append((value.detach(), part.grad))
+        (expected, whole), (found, own) = results
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(own, whole[rank::processes], rtol=1e-4, atol=1e-6)
 
 
 def train(folder: str, *, resume: bool) -> None:
