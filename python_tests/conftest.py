@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,13 @@ def pytest_report_header() -> list[str]:
 
     library = _native.LIBRARY.name if _native.LIBRARY is not None else f"none: {_native.PROBLEM}"
     return [f"protokernels: {PACKAGE} (native library: {library}; backend: {backend.get()})"]
+
+
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    """The number of threads as it was, for what sets it."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,15 +13,8 @@ from benchmarks.local_contrast_steps import LINES, ellipses, measure, released_l
 from protokernels.papers.local_contrast import LocalContrastConfig
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """``measure`` takes one thread."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_every_line(threads: None) -> None:
+@pytest.mark.usefixtures("own_threads")
+def test_every_line() -> None:
     config = LocalContrastConfig.preset("fair", data="phantom", image_size=32, width=2, depth=3)
     lines = [measure(line, config, rounds=1) for line in LINES]
     assert all(line["step_ms"] > 0 and line["loss_ms"] > 0 and line["views_ms"] > 0 for line in lines)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,15 +24,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """``measure`` takes one thread."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_every_line(threads: None) -> None:
+@pytest.mark.usefixtures("own_threads")
+def test_every_line() -> None:
     rows = [measure(name, "ours", "fair", UNCOUNTED + 1, **SMALL[name]) for name in LINES]
     rows += [measure("vaesim", way, "fair", UNCOUNTED + 1, **SMALL["vaesim"]) for way in ("plain", "released")]
     assert all(row["least_ms"] > 0 and row["steps"] == 1 and row["peak_mib"] > 0 for row in rows)
