@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""`benchmarks/streaming.py`: what it measures, and the table it makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("accelerate", reason="the benchmark trains; that needs the extra protokernels[train]")
+
+from benchmarks import streaming
+
+
+def test_memory_that_is_taken_is_seen() -> None:
+    taken = streaming.measured(lambda: np.ones(4_000_000).sum())
+    assert 25 < taken["memory_mb"] < 60  # 32 MB
+
+
+def test_search_takes_no_memory_for_its_rows(tmp_path: Path) -> None:
+    found = streaming.search(200_000, tmp_path)  # 25.6 MB, mapped
+    assert found["seconds"] > 0 and found["memory_mb"] < 10
+
+
+def test_cells_and_slopes() -> None:
+    rows = [
+        {"what": what, "rows": count, "seconds": count**power / 1e5, "memory_mb": 0.5}
+        for what, power in (("embed", 1.0), ("search", 2.0))
+        for count in (1000, 2000, 4000)
+    ]
+    assert streaming.slopes(rows) == {"embed": 1.0, "search": 2.0}
+    cells = streaming.cells(rows)
+    assert [line[0] for line in cells[1:]] == ["1,000", "2,000", "4,000", "slope"]
+    assert {len(line) for line in cells} == {5}
