@@ -62,7 +62,7 @@ class TestValue:
         """Blocks of one launch end one tile, begin another, and skip what has stopped."""
         x, y, a, b = clouds(6, 700, 1900, 64, 0)
         epsilon = torch.tensor([1.0, 0.3, 0.1, 0.05, 0.03, 0.02])
-        options: dict[str, Any] = {"num_iters": 40, "tol": 1e-2, "precision": precision}
+        options: dict[str, Any] = {"num_iters": 40, "tol": 8e-3, "precision": precision}
         points = [t.cuda() for t in (x, y, a, b)]
         result = sinkhorn_features(*points, epsilon=epsilon.cuda(), **options)
         again = sinkhorn_features(*points, epsilon=epsilon.cuda(), **options)
