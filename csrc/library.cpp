@@ -58,8 +58,8 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "-> (Tensor grad_cost, Tensor grad_epsilon)");
   library.def(
       "sinkhorn_features_forward(Tensor x, Tensor y, Tensor a, Tensor b, Tensor epsilon, Tensor? g_init, bool cosine, int num_iters, "
-      "float tol, float rho_a, float rho_b) -> (Tensor f, Tensor g, Tensor transport_cost, Tensor entropic_value, Tensor marginal_error, "
-      "Tensor iterations, Tensor feasible)");
+      "float tol, float rho_a, float rho_b, int precision) -> (Tensor f, Tensor g, Tensor transport_cost, Tensor entropic_value, "
+      "Tensor marginal_error, Tensor iterations, Tensor feasible)");
   library.def(
       "sinkhorn_features_backward(Tensor x, Tensor y, Tensor f, Tensor g, Tensor epsilon, Tensor? grad_entropic_value, bool cosine) "
       "-> (Tensor grad_x, Tensor grad_y, Tensor grad_epsilon)");

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,23 @@ class TestValue:
         ]
         torch.testing.assert_close(found[1].f.cpu(), found[0].f, rtol=0, atol=2e-5)
         torch.testing.assert_close(found[1].entropic_value.cpu(), found[0].entropic_value, rtol=1e-5, atol=2e-5)
+
+    @pytest.mark.parametrize("precision", ["highest", "high"])
+    def test_features_of_many_tiles_stop_each_on_its_own(self, precision: str) -> None:
+        """Blocks of one launch end one tile, begin another, and skip what has stopped."""
+        x, y, a, b = clouds(6, 700, 1900, 64, 0)
+        epsilon = torch.tensor([1.0, 0.3, 0.1, 0.05, 0.03, 0.02])
+        options: dict[str, Any] = {"num_iters": 40, "tol": 8e-3, "precision": precision}
+        points = [t.cuda() for t in (x, y, a, b)]
+        result = sinkhorn_features(*points, epsilon=epsilon.cuda(), **options)
+        again = sinkhorn_features(*points, epsilon=epsilon.cuda(), **options)
+        exact = sinkhorn_features(*(t.double() for t in points), epsilon=epsilon.double().cuda(), **options)
+        assert torch.equal(result.f, again.f) and torch.equal(result.entropic_value, again.entropic_value)
+        assert torch.equal(result.iterations, exact.iterations)
+        error = 2e-5 if precision == "highest" else 2e-3
+        torch.testing.assert_close(result.f.double(), exact.f, rtol=0, atol=error)
+        torch.testing.assert_close(result.g.double(), exact.g, rtol=0, atol=error)
+        torch.testing.assert_close(result.entropic_value.double(), exact.entropic_value, rtol=0, atol=error)
 
     def test_features_take_memory_in_proportion_to_the_points(self) -> None:
         points = tuple(t.cuda() for t in clouds(1, 16384, 16384, 64, 0))

@@ -171,6 +171,32 @@ class TestValue:
         assert sinkhorn_features(x, y.double(), a, b).f.dtype == torch.float64
 
 
+class TestPrecision:
+    @pytest.mark.parametrize("cost", COSTS)
+    @pytest.mark.parametrize(("B", "N", "M", "D"), [(2, 33, 31, 3), (3, 300, 270, 64), (1, 130, 600, 100)])
+    def test_what_it_costs(self, place: Place, B: int, N: int, M: int, D: int, cost: Any) -> None:
+        x, y, a, b = clouds(B, N, M, D, torch.float32)
+        points = tuple(t.to(place.device) for t in (x, y, a, b))
+        dense = sinkhorn(plain_cost(x.double(), y.double(), cost), a, b, epsilon=0.1, num_iters=20)
+        exact = sinkhorn_features(*points, cost=cost, epsilon=0.1, num_iters=20)
+        for precision in ("highest", "high", "medium"):
+            result = sinkhorn_features(*points, cost=cost, epsilon=0.1, num_iters=20, precision=precision)  # type: ignore[arg-type]
+            if place.device == "cpu" or precision == "highest":
+                assert torch.equal(result.f, exact.f) and torch.equal(result.entropic_value, exact.entropic_value)
+            # 2^-11 |x| |y| / sqrt(D) is what a cost is off by: 3e-4 at most here
+            torch.testing.assert_close(result.f.cpu().double(), dense.f, rtol=0, atol=1e-3)
+            torch.testing.assert_close(result.g.cpu().double(), dense.g, rtol=0, atol=1e-3)
+            torch.testing.assert_close(result.transport_cost.cpu().double(), dense.transport_cost, rtol=0, atol=1e-3)
+            torch.testing.assert_close(result.marginal_error.cpu().double(), dense.marginal_error, rtol=0, atol=5e-3)
+            # the last half-step is of full precision: columns are exact whatever came before
+            torch.testing.assert_close(result.plan.sum(1), points[3], rtol=1e-4, atol=1e-7)
+
+    def test_of_a_divergence(self, place: Place) -> None:
+        x, y, _, _ = (t.to(place.device) for t in clouds(2, 200, 170, 64, torch.float32))
+        exact, fast = (sinkhorn_divergence(x, y, epsilon=0.3, precision=name) for name in ("highest", "high"))
+        torch.testing.assert_close(fast, exact, rtol=0, atol=1e-3)
+
+
 class TestGradient:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("cost", COSTS)
@@ -299,6 +325,7 @@ class TestContract:
             ({"y": torch.ones(2, 4, 3, device="meta")}, ValueError, r"x is on cpu and y on meta; move one"),
             ({"cost": "l1"}, ValueError, r"cost must be 'cosine' or 'sqeuclidean'; got 'l1'"),
             ({"epsilon": -1.0}, ValueError, r"epsilon must be positive and finite; got -1.0"),
+            ({"precision": "low"}, ValueError, r"precision must be one of"),
             ({"a": torch.ones(3)}, ValueError, r"same total mass"),
         ],
     )

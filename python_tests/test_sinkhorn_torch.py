@@ -85,7 +85,7 @@ class TestOpcheck:
             torch.randn(2, n, 5, generator=generator, dtype=torch.float64).to(place.device, dtype).requires_grad_()
             for n in (9, 12)
         )
-        options = (None, cosine, 3, 0.0, math.inf, math.inf)
+        options = (None, cosine, 3, 0.0, math.inf, math.inf, 1)
         torch.library.opcheck(OPS.sinkhorn_features_forward, (x, y, a, b, epsilon, *options))
         x, y, a, b, epsilon = (t.detach() for t in (x, y, a, b, epsilon))
         f, g, _, value, *_ = OPS.sinkhorn_features_forward(x, y, a, b, epsilon, *options)

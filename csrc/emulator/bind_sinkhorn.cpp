@@ -125,9 +125,9 @@ void features(const Array& x_array, const Array& y_array, const Array& a_array, 
   SinkhornFeatures p;
   p.B = x.shape(0), p.N = x.shape(1), p.M = y.shape(1), p.D = x.shape(2), p.kind = kind_of<T>, p.cosine = cosine;
   p.x = x.data(), p.y = y.data(), p.a = a.data(), p.b = b.data(), p.epsilon = epsilon.data(), p.g_init = g_init.data();
-  p.rho_a = rho_a, p.rho_b = rho_b, p.num_iters = num_iters, p.tolerance = tolerance, p.f = f.data(), p.g = g.data();
-  p.transport_cost = transport_cost.data(), p.entropic_value = entropic_value.data(), p.marginal_error = marginal_error.data();
-  p.iterations = iterations.data(), p.feasible = feasible.data();
+  p.rho_a = rho_a, p.rho_b = rho_b, p.num_iters = num_iters, p.tolerance = tolerance, p.precise = true;
+  p.f = f.data(), p.g = g.data(), p.transport_cost = transport_cost.data(), p.entropic_value = entropic_value.data();
+  p.marginal_error = marginal_error.data(), p.iterations = iterations.data(), p.feasible = feasible.data();
   const Workspace workspace(sinkhorn_features_workspace(p));
   check(launch_sinkhorn_features(p, workspace.data(), nullptr));
 }

@@ -315,10 +315,12 @@ void fill_features(Problem& p, const Tensor& x, const Tensor& y, bool cosine) {
 template <bool ON_CUDA>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> features_forward(Tensor x, Tensor y, Tensor a, Tensor b, Tensor epsilon,
                                                                                     OptionalTensor g_init, bool cosine, int64_t num_iters,
-                                                                                    double tolerance, double rho_a, double rho_b) {
+                                                                                    double tolerance, double rho_a, double rho_b,
+                                                                                    int64_t precision) {
   const Guard<ON_CUDA> guard(x);
   SinkhornFeatures p;
   fill_features(p, x, y, cosine);
+  p.precise = precision == 0;
   fill_measures(p, a, b, epsilon, g_init, rho_a, rho_b);
   const Solution out(p, x, num_iters, tolerance);
   if constexpr (!ON_CUDA) {

@@ -135,6 +135,7 @@ struct SinkhornFeatures {
   double rho_a, rho_b;
   int64_t num_iters;
   double tolerance;
+  bool precise;          // false: products of 11 bits where that is faster, but in the last iteration
   void* f;               // [B, N]
   void* g;               // [B, M]
   void* transport_cost;  // [B]

@@ -121,7 +121,7 @@ def _plan_backward(ctx: Any, grad_plan: Tensor) -> tuple[Grad, ...]:
 
 
 def _setup_features(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, _, _, epsilon, _, ctx.cosine, _, _, ctx.rho_a, ctx.rho_b = inputs
+    x, y, _, _, epsilon, _, ctx.cosine, _, _, ctx.rho_a, ctx.rho_b, _ = inputs
     f, g, transport_cost, _, *rest = output
     ctx.mark_non_differentiable(f, g, transport_cost, *rest)
     ctx.save_for_backward(x, y, f, g, epsilon)
@@ -132,14 +132,14 @@ def _features_backward(
     ctx: Any, _f: Grad, _g: Grad, _transport_cost: Grad, grad_value: Grad, *_rest: Grad
 ) -> tuple[Grad, ...]:
     if grad_value is None:
-        return (None,) * 11
+        return (None,) * 12
     x, y, f, g, epsilon = ctx.saved_tensors
     to_x, to_y, to_epsilon = _calls.call(
         "sinkhorn_features_backward", x, y, f, g, epsilon, grad_value.contiguous(), ctx.cosine
     )
     masses = _envelope_masses(ctx, grad_value, f, g, ctx.needs_input_grad[2:4])
     found = (to_x, to_y, *masses, to_epsilon)
-    return *(v if needed else None for v, needed in zip(found, ctx.needs_input_grad[:5], strict=True)), *(None,) * 6
+    return *(v if needed else None for v, needed in zip(found, ctx.needs_input_grad[:5], strict=True)), *(None,) * 7
 
 
 def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:

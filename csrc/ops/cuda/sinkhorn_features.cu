@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Sinkhorn between features on the GPU: the cost is made anew, tile by tile, in every half-step. The equations stand in ops/sinkhorn.h.
 //
-// Single precision, up to 128 dimensions (SplitSolver): sinkhorn_features_pass.cuh. Everything else (general_forward) by pass_kernel:
+// Single precision, up to 128 dimensions (SplitSolver): sinkhorn_features_pass.cuh; on sm_90a sinkhorn_features_hopper.cu. Everything else (general_forward) by pass_kernel:
 // a block takes 64 rows and a share of the columns, 128 at a time; products stay in registers as they come from the tensor
 // cores, and every thread keeps the log-sum of its part of two rows, the largest of 8 entries taken out at a time. The threads of a row
 // meet once, at the end. The last share of a tile to arrive adds them up in their order; their number depends on the shape alone. The last
@@ -303,6 +303,7 @@ int64_t split_forward(const SinkhornFeatures& p, void* workspace, void* stream, 
 
 int64_t forward(const SinkhornFeatures& p, void* workspace, void* stream, int* status) {
   if (p.kind == Kind::f64) return general_forward<double>(p, workspace, stream, status);
+  if (sinkhorn_features_on_hopper(p)) return sinkhorn_features_hopper(p, workspace, stream, status);
   if (p.D <= 16) return split_forward<1>(p, workspace, stream, status);
   if (p.D <= 32) return split_forward<2>(p, workspace, stream, status);
   if (p.D <= 64) return split_forward<4>(p, workspace, stream, status);

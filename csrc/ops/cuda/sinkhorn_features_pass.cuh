@@ -101,13 +101,52 @@ struct RowTotal {
   }
 };
 
+// Entries (row, column) and (row, column + 1) of the plan, from their exponents and their products over the scale of the row.
+__device__ __forceinline__ void add_values(const HalfStep& step, int64_t b, int row, int column, const float (&x)[2],
+                                           const float (&product)[2], RowTotal<Walk::values>& total) {
+  const int i = row < step.rows.count ? row : step.rows.count - 1;
+  const float row_scale = step.rows.terms[b * step.rows.padded + i].y, row_norm = step.rows.norms[b * step.rows.count + i];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const int j = column + k;
+    const float plan = pk::exp2_fast(x[k]);
+    if (plan == 0 || j >= step.columns.count) continue;
+    const int64_t at = b * step.columns.count + j;
+    total.part[0] += plan;
+    total.part[1] += plan * step.cost(row_scale * product[k], row_norm, step.columns.norms[at]);
+    total.part[2] += plan * step.other[at];
+  }
+}
+
+// The threads that have a tile of rows together.
+template <int THREADS_>
+struct WholeBlock {
+  static constexpr int THREADS = THREADS_;
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
+  static __device__ __forceinline__ bool any(bool x) { return __syncthreads_or(x) != 0; }
+  static __device__ __forceinline__ bool is_last(unsigned* count, int64_t blocks) { return arrives_last(count, blocks); }
+};
+
+template <class Block>
+__device__ __forceinline__ float block_sum(float value, float (*shared)[2]) {
+  value = warp_sum(value);
+  Block::sync();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32][0] = value;
+  Block::sync();
+  float total = 0;
+#pragma unroll
+  for (int w = 0; w < Block::THREADS / 32; ++w) total += shared[w][0];
+  return total;
+}
+
 // log sum_j exp(v_j - C_ij / epsilon) of a row by the whole block, in every thread.
+template <class Block>
 __device__ __forceinline__ float exact_log_sum(const HalfStep& step, int64_t b, int i, float (*shared)[2]) {
   const int64_t row = b * step.rows.count + i;
   const float inverse = step.p.inverse_epsilon(b);
   LogSum<float> sum;
 #pragma unroll 1
-  for (int j = threadIdx.x; j < step.columns.count; j += HALF_THREADS) {
+  for (int j = threadIdx.x; j < step.columns.count; j += Block::THREADS) {
     const int64_t column = b * step.columns.count + j;
     float product = 0;
 #pragma unroll 1
@@ -116,12 +155,12 @@ __device__ __forceinline__ float exact_log_sum(const HalfStep& step, int64_t b, 
     sum.merge(step.other[column] - step.cost(product, step.rows.norms[row], step.columns.norms[column]) * inverse, 1);
   }
   sum.reduce();
-  __syncthreads();
+  Block::sync();
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32][0] = sum.part[0], shared[threadIdx.x / 32][1] = sum.part[1];
-  __syncthreads();
+  Block::sync();
   LogSum<float> total;
 #pragma unroll 1
-  for (int w = 0; w < HALF_THREADS / 32; ++w) total.merge(shared[w][0], shared[w][1]);
+  for (int w = 0; w < Block::THREADS / 32; ++w) total.merge(shared[w][0], shared[w][1]);
   return total.value();
 }
 
@@ -137,6 +176,59 @@ __device__ __forceinline__ float finish_row(const HalfStep& step, int64_t b, int
   if (before == -INFINITY) return p.balanced ? mass : 0.0f;
   if (!p.balanced) return mass * magnitude(before - potential);
   return row_sum >= 0 ? magnitude(row_sum - mass) : mass * magnitude(exponential(before - potential) - 1);
+}
+
+// What becomes of the sums of a tile of rows, of iteration t, a thread per row; by the whole block that is the last to have some of them.
+template <class Block, Walk walk>
+__device__ __forceinline__ void finish_tile(const HalfStep& step, int64_t b, int tile, int tiles, int tile_rows, int t,
+                                            const RowTotal<walk>& total, float (*shared)[2]) {
+  const int N = step.rows.count, i = tile * tile_rows + static_cast<int>(threadIdx.x);
+  const int64_t at = b * N + i;
+  const bool speaks = static_cast<int>(threadIdx.x) < tile_rows && i < N;
+  if constexpr (walk == Walk::values) {
+    if (!speaks) return;
+    const float u = step.p.result(b)[i];
+    step.p.values[b * 3 * N + i] = total.part[0];
+    step.p.values[(b * 3 + 1) * N + i] = total.part[1];
+    step.p.values[(b * 3 + 2) * N + i] = total.part[0] == 0 ? 0.0f : total.part[0] * (u - 1) + total.part[2];
+  } else {
+    float error = 0, log_sum = -INFINITY;
+    bool strays = false;
+    if (speaks) {
+      if constexpr (walk == Walk::logs) {
+        log_sum = total.part[0] == -INFINITY ? -INFINITY : (total.part[0] + log2f(total.part[1])) * LN_2;
+        if (total.part[1] != total.part[1]) log_sum = total.part[1];
+      } else {
+        const float mass = step.side == 0 ? step.p.a[at] : step.p.b[at];
+        strays = mass != 0 && (total.part[0] < 1e-25f || total.part[0] > 1e25f || step.before[at] == -INFINITY);
+        log_sum = logarithm(total.part[0]) - step.before[at];
+      }
+      if (!strays) error = finish_row(step, b, at, log_sum, walk == Walk::sums ? total.part[0] : -1.0f);
+    }
+    if constexpr (walk == Walk::sums) {
+      if (Block::any(strays)) {
+        PK_SHARED(int, again, Block::THREADS);
+        again[threadIdx.x] = strays;
+        Block::sync();
+#pragma unroll 1
+        for (int row = 0; row < tile_rows; ++row) {
+          if (!again[row]) continue;
+          const float exact = exact_log_sum<Block>(step, b, tile * tile_rows + row, shared);
+          if (static_cast<int>(threadIdx.x) == row) error = finish_row(step, b, at, exact, -1.0f);
+        }
+      }
+    }
+    if (!step.tested) return;
+    error = block_sum<Block>(error, shared);
+    if (threadIdx.x == 0) step.errors[b * tiles + tile] = error;
+    if (!Block::is_last(step.problem_arrivals + b, tiles) || threadIdx.x != 0) return;
+    float sum = 0;
+    for (int other = 0; other < tiles; ++other) sum += step.errors[b * tiles + other];
+    if (sum > step.p.tolerance || sum != sum) return;
+    step.p.done[b] = 1;
+    step.p.marginal_error[b] = sum;
+    step.p.iterations[b] = t;
+  }
 }
 
 // resources: dynamic shared 49920 bytes
@@ -226,18 +318,11 @@ __global__ void __launch_bounds__(HALF_THREADS, 3) half_kernel(const HalfStep st
             if constexpr (walk != Walk::values) {
               totals[m][h].add(x);
             } else {
-              const int row = warp_row + m * 16 + h * 8 + group, i = row < N ? row : N - 1;
-              const float row_scale = step.rows.terms[static_cast<int64_t>(b) * step.rows.padded + i].y;
-              const float row_norm = step.rows.norms[static_cast<int64_t>(b) * N + i];
+              float product[2];
 #pragma unroll
-              for (int k = 0; k < 2; ++k) {
-                const int j = first + which * panel + c + f * 8 + member * 2 + k;
-                const float plan = pk::exp2_fast(x[k]), product = row_scale * (column_scale[k] * products[f][m][h * 2 + k]);
-                if (plan == 0 || j >= M) continue;
-                totals[m][h].part[0] += plan;
-                totals[m][h].part[1] += plan * step.cost(product, row_norm, step.columns.norms[static_cast<int64_t>(b) * M + j]);
-                totals[m][h].part[2] += plan * step.other[static_cast<int64_t>(b) * M + j];
-              }
+              for (int k = 0; k < 2; ++k) product[k] = column_scale[k] * products[f][m][h * 2 + k];
+              const int row = warp_row + m * 16 + h * 8 + group, column = first + which * panel + c + f * 8 + member * 2;
+              add_values(step, b, row, column, x, product, totals[m][h]);
             }
           }
       }
@@ -260,10 +345,8 @@ __global__ void __launch_bounds__(HALF_THREADS, 3) half_kernel(const HalfStep st
   if (!arrives_last(step.tile_arrivals + static_cast<int64_t>(b) * tiles + tile, step.shares)) return;
 
   const int i = tile * tile_rows + static_cast<int>(threadIdx.x);
-  const int64_t at = static_cast<int64_t>(b) * N + i;
-  const bool speaks = threadIdx.x < tile_rows && i < N;
   Total total;
-  if (speaks) {
+  if (threadIdx.x < tile_rows && i < N) {
 #pragma unroll 4
     for (int s = 0; s < step.shares; ++s) {
       float part[Total::PARTS];
@@ -272,50 +355,7 @@ __global__ void __launch_bounds__(HALF_THREADS, 3) half_kernel(const HalfStep st
       total.merge(part);
     }
   }
-  if constexpr (walk == Walk::values) {
-    if (!speaks) return;
-    const float u = step.p.result(b)[i];
-    step.p.values[static_cast<int64_t>(b) * 3 * N + i] = total.part[0];
-    step.p.values[(static_cast<int64_t>(b) * 3 + 1) * N + i] = total.part[1];
-    step.p.values[(static_cast<int64_t>(b) * 3 + 2) * N + i] = total.part[0] == 0 ? 0.0f : total.part[0] * (u - 1) + total.part[2];
-  } else {
-    float error = 0, log_sum = -INFINITY;
-    bool strays = false;
-    if (speaks) {
-      if constexpr (walk == Walk::logs) {
-        log_sum = total.part[0] == -INFINITY ? -INFINITY : (total.part[0] + log2f(total.part[1])) * LN_2;
-        if (total.part[1] != total.part[1]) log_sum = total.part[1];
-      } else {
-        const float mass = step.side == 0 ? step.p.a[at] : step.p.b[at];
-        strays = mass != 0 && (total.part[0] < 1e-25f || total.part[0] > 1e25f || step.before[at] == -INFINITY);
-        log_sum = logarithm(total.part[0]) - step.before[at];
-      }
-      if (!strays) error = finish_row(step, b, at, log_sum, walk == Walk::sums ? total.part[0] : -1.0f);
-    }
-    if constexpr (walk == Walk::sums) {
-      if (__syncthreads_or(strays)) {
-        PK_SHARED(int, again, HALF_THREADS);
-        again[threadIdx.x] = strays;
-        __syncthreads();
-#pragma unroll 1
-        for (int row = 0; row < tile_rows; ++row) {
-          if (!again[row]) continue;
-          const float exact = exact_log_sum(step, b, tile * tile_rows + row, shared);
-          if (static_cast<int>(threadIdx.x) == row) error = finish_row(step, b, at, exact, -1.0f);
-        }
-      }
-    }
-    if (!step.tested) return;
-    error = problem_sum(error, &shared[0][0]);
-    if (threadIdx.x == 0) step.errors[static_cast<int64_t>(b) * tiles + tile] = error;
-    if (!arrives_last(step.problem_arrivals + b, tiles) || threadIdx.x != 0) return;
-    float sum = 0;
-    for (int t = 0; t < tiles; ++t) sum += step.errors[static_cast<int64_t>(b) * tiles + t];
-    if (sum > step.p.tolerance || sum != sum) return;
-    step.p.done[b] = 1;
-    step.p.marginal_error[b] = sum;
-    step.p.iterations[b] = step.p.t;
-  }
+  finish_tile<WholeBlock<HALF_THREADS>>(step, b, tile, tiles, tile_rows, step.p.t, total, shared);
 }
 
 // Biases of one side from its potentials; result: u where a problem stopped.

@@ -31,6 +31,24 @@ __device__ __forceinline__ float rest_of_half(float x) { return x - __half2float
 
 __host__ __device__ constexpr int unit_place(int vector, int step, int steps) { return steps > 1 ? step ^ (vector & 1) : step; }
 
+// What a vector is multiplied by, found by its warp.
+struct Scaling {
+  float norm;           // as Vectors
+  float power, factor;  // factor: power, for the cosine over the length
+
+  __device__ __forceinline__ Scaling(const float* x, int D, bool cosine) {
+    float squares = 0, largest = 0;
+    for (int d = threadIdx.x % 32; d < D; d += 32) squares += x[d] * x[d], largest = larger(largest, magnitude(x[d]));
+    squares = warp_sum(squares);
+    largest = warp_larger(largest);
+    constexpr float floor = static_cast<float>(SINKHORN_NORM_FLOOR * SINKHORN_NORM_FLOOR);
+    norm = !cosine ? squares : squares <= floor ? 0.0f : rsqrt(squares);
+    const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127, bounded = exponent < -112 ? -112 : exponent;
+    power = __uint_as_float(static_cast<unsigned>(cosine ? 14 + 127 : 14 - bounded + 127) << 23);
+    factor = cosine ? norm * power : power;
+  }
+};
+
 // A warp per vector.
 template <int STEPS>
 __global__ void __launch_bounds__(STREAM_THREADS) split_kernel(int64_t total, int D, bool cosine, const SplitSide side, float* norms) {
@@ -40,30 +58,22 @@ __global__ void __launch_bounds__(STREAM_THREADS) split_kernel(int64_t total, in
   const int lane = threadIdx.x % 32;
   const bool there = i < side.count;
   const float* const x = side.vectors + (b * side.count + (there ? i : 0)) * D;
-  float squares = 0, largest = 0;
-  for (int d = lane; d < D && there; d += 32) squares += x[d] * x[d], largest = larger(largest, magnitude(x[d]));
-  squares = warp_sum(squares);
-  largest = warp_larger(largest);
-  constexpr float floor = static_cast<float>(SINKHORN_NORM_FLOOR * SINKHORN_NORM_FLOOR);
-  const float norm = !cosine ? squares : squares <= floor ? 0.0f : rsqrt(squares);
-  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127, bounded = exponent < -112 ? -112 : exponent;
-  const float power = __uint_as_float(static_cast<unsigned>(cosine ? 14 + 127 : 14 - bounded + 127) << 23);
-  const float factor = cosine ? norm * power : power;
+  const Scaling scaling(x, there ? D : 0, cosine);
   if (lane < STEPS * 4) {
     const int step = lane / 4, d = step * 16 + lane % 4 * 2;
     float v[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int place = d + k / 2 * 8 + k % 2;
-      v[k] = there && place < D ? x[place] * factor : 0.0f;
+      v[k] = there && place < D ? x[place] * scaling.factor : 0.0f;
     }
     const uint4 unit{pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(rest_of_half(v[0]), rest_of_half(v[1])),
                      pack_halves(rest_of_half(v[2]), rest_of_half(v[3]))};
     pk::store_vector(side.split + (at * STEPS + unit_place(static_cast<int>(i), step, STEPS)) * 4 + lane % 4, unit);
   }
   if (lane != 0) return;
-  side.terms[at] = float2{-INFINITY, 1.0f / power};
-  if (there) norms[b * side.count + i] = norm;
+  side.terms[at] = float2{-INFINITY, 1.0f / scaling.power};
+  if (there) norms[b * side.count + i] = scaling.norm;
 }
 
 // A warp's rows: FRAGMENTS times 16, in registers.

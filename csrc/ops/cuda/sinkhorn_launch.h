@@ -40,6 +40,10 @@ constexpr int64_t SINKHORN_SCALED_UNROLLED_SIDE = 64;
 int launch_scaled_unrolled(const SinkhornBackward&, void* stream);   // sinkhorn_scaled_unrolled.cu
 int launch_on_chip_implicit(const SinkhornBackward&, void* stream);  // sinkhorn_implicit.cu
 
+// Between features on sm_90a (sinkhorn_features_hopper.cu): whether it runs this; the bytes of the workspace, and with one the launches.
+bool sinkhorn_features_on_hopper(const SinkhornFeatures&);
+int64_t sinkhorn_features_hopper(const SinkhornFeatures&, void* workspace, void* stream, int* status);
+
 // The streaming kernels (sinkhorn_stream*.cu).
 int64_t stream_forward_workspace(const SinkhornForward&);
 int launch_stream_forward(const SinkhornForward&, void* workspace, void* stream);
