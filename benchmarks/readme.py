@@ -240,6 +240,29 @@ def gpu_cells() -> Cells:
     return made
 
 
+def gpu_peer_cells(rows: Sequence[Row]) -> Cells:
+    """What was timed on a GPU beside peers: a line for each case and precision of ours, torch first among the peers."""
+    ours = {(row["what"], row["case"], row["contender"]): row for row in rows if row["contender"].startswith(OURS)}
+    lines: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        key = (row["what"], row["case"], row.get("against", OURS))
+        if not row["contender"].startswith(OURS):
+            lines.setdefault(key, []).append(row)
+    made = [["ms on the device unless launched from Python", "ours (of the limit)", "torch", "other peers"]]
+    for what, case, name in sorted(lines, key=lambda key: (key[0], ours[key]["order"] if key in ours else 0, key)):
+        own, peers = ours.get((what, case, name)), lines[what, case, name]
+        column = Column("", what, shows="limit")
+        mine = column.cell(own) if own else milliseconds(peers[0]["ours"]["median_ms"])
+        texts: dict[bool, list[str]] = {True: [], False: []}
+        for row in sorted(peers, key=lambda row: row["contender"]):
+            text = f"{milliseconds(row['median_ms'])} ({times(row['ratio'])})"
+            is_torch = row["contender"].split(",")[0].split(" ")[0] == "torch"
+            texts[is_torch].append(text if is_torch else f"{row['contender']}: {text}")
+        title = f"{what.removesuffix(', in a CUDA graph')}: {case}{name.removeprefix(OURS)}"
+        made.append([title, mine, "; ".join(texts[True]), "; ".join(texts[False])])
+    return made
+
+
 def tables_in(markdown: str) -> list[tuple[str, Cells]]:
     """The tables of a Markdown text, without the lines between head and body, each with the bold line above it."""
     found = []
