@@ -22,23 +22,25 @@ namespace {
 // By the tile's pixels before the blur: their gradients at GRAD_AT, and those that the taps' slopes would give at DERIVATIVE_AT.
 template <class T, bool mixed>
 __device__ __forceinline__ void adjoint_blur_tile(const Program& p, const Tile& tile, const Array& grad, T* shared) {
-  const Taps<T> taps = taps_of_sample<T>(p, tile.sample, p.radius_y, p.radius_x);
+  PK_SHARED(T, taps, TAPS);
+  const T sigma = sigma_of_sample<T>(p, tile.sample);
   T* const middle = shared + MIDDLE_AT;
   T* const slope_middle = shared + SLOPE_MIDDLE_AT;
-  load_raw<T, mixed>(grad, tile, taps.reach_y, taps.reach_x, WarpBlurPadding::zeros, shared);
-  filter_rows<T, true>(shared, tile, taps.reach_x, p.padding, taps.weight, T(1), middle);
+  load_raw<T, mixed>(grad, tile, p.radius_y, p.radius_x, WarpBlurPadding::zeros, shared, [&] { make_tile_taps(p, sigma, taps); });
+  const Reach reach = reach_of_tiles(p, sigma);
+  filter_rows<T, true>(shared, tile, reach.x, p.padding, taps, T(1), middle);
   const ColumnRun run;
   T weight[REACH + 1], out[RUN] = {};
-  read_taps(taps.weight, taps.reach_y, weight);
-  filter_column<T, true>(middle, run, tile, taps.reach_y, p.padding, weight, T(1), out);
+  read_taps(taps, weight);
+  filter_column<T, true>(middle, run, tile, reach.y, p.padding, weight, T(1), out);
   write_column(shared + GRAD_AT, run, tile, out);
   T by_sigma[RUN] = {};
-  if (!taps.is_identity()) {
-    filter_rows<T, true>(shared, tile, taps.reach_x, p.padding, taps.slope, T(0), slope_middle);
+  if (!reach.is_identity()) {
+    filter_rows<T, true>(shared, tile, reach.x, p.padding, taps + SLOPES_AT, T(0), slope_middle);
     T slope[REACH + 1];
-    read_taps(taps.slope, taps.reach_y, slope);
-    filter_column<T, true>(middle, run, tile, taps.reach_y, p.padding, slope, T(0), by_sigma);
-    filter_column<T, true>(slope_middle, run, tile, taps.reach_y, p.padding, weight, T(1), by_sigma);
+    read_taps(taps + SLOPES_AT, slope);
+    filter_column<T, true>(middle, run, tile, reach.y, p.padding, slope, T(0), by_sigma);
+    filter_column<T, true>(slope_middle, run, tile, reach.y, p.padding, weight, T(1), by_sigma);
   }
   write_column(shared + DERIVATIVE_AT, run, tile, by_sigma);
   __syncthreads();
@@ -57,19 +59,26 @@ __device__ __forceinline__ void scale_sums(const Program& p, const Step& step, i
 // A gradient step that is nothing but the adjoint of a blur: a thread's run of a column needs no other.
 template <class T, bool mixed>
 __device__ __forceinline__ void run_blur_gradient(const Program& p, const Step& step, const Tile& tile, T* shared) {
+  PK_SHARED(T, taps, TAPS);
   const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
-  if (is_void<T>(p, tile.sample)) {
+  const bool nothing = is_void<T>(p, tile.sample);
+  const T sigma = sigma_of_sample<T>(p, tile.sample);
+  if (p.first > 0) pk::wait_for_previous();
+  if (nothing) {
     if (step.target) fill_with_nan<T, mixed>(target, tile);
     return;  // nor are there sums
   }
-  const Taps<T> taps = taps_of_sample<T>(p, tile.sample, p.radius_y, p.radius_x);
-  const bool slopes = step.values && !taps.is_identity();
-  load_raw<T, mixed>(plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image), tile, taps.reach_y, taps.reach_x, WarpBlurPadding::zeros,
-                     shared);
-  filter_rows_twice(shared, tile, taps, p.padding, shared + MIDDLE_AT, slopes ? shared + SLOPE_MIDDLE_AT : nullptr);
+  load_raw<T, mixed>(plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image), tile, p.radius_y, p.radius_x, WarpBlurPadding::zeros, shared,
+                     [&] { make_tile_taps(p, sigma, taps); });
+  const Reach reach = reach_of_tiles(p, sigma);
+  const bool slopes = step.values && !reach.is_identity();
+  T weight[REACH + 1], slope[REACH + 1];
+  read_taps(taps, weight);
+  read_taps(taps + SLOPES_AT, slope);
+  filter_rows_twice(shared, tile, weight, slope, reach.x, p.padding, shared + MIDDLE_AT, slopes ? shared + SLOPE_MIDDLE_AT : nullptr);
   const ColumnRun run;
   T sums[SUMS] = {}, out[RUN] = {}, by_sigma[RUN] = {};
-  filter_column_twice(shared, run, tile, taps, p.padding, slopes, out, by_sigma);
+  filter_column_twice(shared, run, tile, weight, slope, reach.y, p.padding, slopes, out, by_sigma);
   // on the middle line of an odd side the last mirror image is the pixel itself
   const int x = tile.x(run.t, run.column), rows = tile.h - run.row - ((run.t & 2) != 0 && 2 * (tile.y0 + tile.h) > tile.H ? 1 : 0);
   if (run.column < tile.w && !((run.t & 1) != 0 && x == tile.x0 + run.column)) {
@@ -126,7 +135,9 @@ __device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step,
 
 template <class T, bool mixed, Work work>
 __device__ __forceinline__ void run_gradient(const Program& p, const Step& step, const Tile& tile, T* shared) {
-  if (is_void<T>(p, tile.sample)) {
+  const bool nothing = is_void<T>(p, tile.sample);
+  if (p.first > 0) pk::wait_for_previous();
+  if (nothing) {
     if (step.target) fill_with_nan<T, mixed>(plane_of<T, mixed>(p, tile, step.target, step.is_target_image), tile);
     return;  // nor are there sums
   }
@@ -134,9 +145,11 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
   const T* const noise = step.values ? shared + NOISE_AT : nullptr;
   if (step.values) read_tile<T, mixed>(p, step, gradient_reader<work>(step), tile, shared);
   const Local<T> local = local_of_sample<T>(p, step, tile.sample);
+  PK_SHARED(T, masks, 3 * MASKS);
   if (step.values && local.on(WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
-  Mask<T> mask;
-  if (local.on(WarpStage::crop)) mask = make_mask<T>(p, tile);
+  const Mask<T> mask{masks};
+  if (local.on(WarpStage::crop)) make_mask(p, tile, masks);
+  __syncthreads();
   const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
   T sums[SUMS] = {};
   for_orbits(tile, [&](const Orbit& orbit) {
@@ -172,9 +185,10 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8       ? 1
                                            : work == Work::blur ? 3
                                                                 : 2) warp_backward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, dynamic);
-  T* const shared = dynamic - GRAD_AT;
+  T* const shared = work == Work::blur ? dynamic : dynamic - GRAD_AT;
   const Tile tile = tile_of_block(p);
   const int64_t blocks = p.C * p.tiles_y * p.tiles_x;
+  if (p.followed) pk::let_next_begin();
   if (p.clear && tile.channel == 0 && tile.x0 == 0 && tile.y0 == 0 && threadIdx.x == 0) p.arrivals[tile.sample] = 0;
   if constexpr (work == Work::any) {
     for (int i = p.first; i < p.last; ++i) {
@@ -260,14 +274,14 @@ int launch_backward(const WarpBackward& p, void* workspace, void* stream) {
   }
   return launch_steps(program, steps, [&](const Program& part) {
     auto* kernel = warp_backward_kernel<T, mixed, Work::any>;
+    bool gradients = true;  // at GRAD_AT
     if constexpr (sizeof(T) == 4) {
       const Work work = work_of(part, true);
-      if (work == Work::blur) kernel = warp_backward_kernel<T, mixed, Work::blur>;
+      if (work == Work::blur) kernel = warp_backward_kernel<T, mixed, Work::blur>, gradients = false;
       if (work == Work::turn) kernel = warp_backward_kernel<T, mixed, Work::turn>;
       if (work == Work::chain) kernel = warp_backward_kernel<T, mixed, Work::chain>;
     }
-    return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
-                     shared_bytes(part, true, sizeof(T)), stream, part);
+    return launch_part(kernel, part, shared_bytes(part, gradients, sizeof(T)), stream);
   });
 }
 

@@ -26,10 +26,13 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8        ? 1
                                                                  : 4) warp_forward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, shared);
   const Tile tile = tile_of_block(p);
+  if (p.followed) pk::let_next_begin();
   if constexpr (work == Work::chain) {
     run_pass<T, mixed, Work::blur>(p, p.step[0], tile, shared);
     __syncthreads();  // the next pass reads what the others of this block wrote
-    run_pass<T, mixed, Work::turn>(p, p.step[1], tile, shared);
+    run_turn<T, mixed>(p, p.step[1], tile, shared);
+  } else if constexpr (work == Work::turn) {
+    run_turn<T, mixed>(p, p.step[p.first], tile, shared);
   } else if constexpr (work == Work::any) {
     for (int i = p.first; i < p.last; ++i) {
       run_pass<T, mixed, work>(p, p.step[i], tile, shared);
@@ -64,8 +67,7 @@ int launch_forward(const WarpForward& p, void* workspace, void* stream) {
       if (work == Work::turn) kernel = warp_forward_kernel<T, mixed, Work::turn>;
       if (work == Work::chain) kernel = warp_forward_kernel<T, mixed, Work::chain>;
     }
-    return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
-                     shared_bytes(part, false, sizeof(T)), stream, part);
+    return launch_part(kernel, part, shared_bytes(part, false, sizeof(T)), stream);
   });
 }
 

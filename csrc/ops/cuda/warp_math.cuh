@@ -193,13 +193,6 @@ __device__ __forceinline__ int padded_place(int i, int n, WarpBlurPadding paddin
   return i < n ? i : period - i;
 }
 
-// The same where a radius is less than the axis.
-__device__ __forceinline__ int padded_once(int i, int n, WarpBlurPadding padding) {
-  if (padding == WarpBlurPadding::reflect) return i < 0 ? -i : i < n ? i : 2 * (n - 1) - i;
-  if (padding == WarpBlurPadding::replicate) return i < 0 ? 0 : i < n ? i : n - 1;
-  return i < n ? i : -1;
-}
-
 // -------------------------------------------------------------------------------------------------------------------------- sums
 
 // The block's sums of those values whose bit is set, warps in their order, written by its first threads: value i to column i, value 0 to column `first`.

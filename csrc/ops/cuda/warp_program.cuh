@@ -55,6 +55,7 @@ struct Program {
   unsigned columns;    // that some step sums up
   unsigned stages;     // bits of the stages in the order
   bool clear, finish;  // the launch sets arrivals to 0; its last blocks add up the sums
+  bool followed;       // the next launch may begin before this one ends: before it has waited it reads what was there before either
   int first, last;     // steps of the launch
   Step step[MOST_STEPS];
 };
@@ -195,6 +196,14 @@ inline Program program_of(const WarpProblem& p) {
 
 inline int64_t blocks_of_sample(const Program& p) { return p.C * p.tiles_y * p.tiles_x; }
 
+// A launch of its own, or behind that of the steps before.
+template <class Kernel>
+int launch_part(const Kernel& kernel, const Program& part, std::size_t shared_bytes, void* stream) {
+  const dim3 grid(static_cast<unsigned>(part.B * blocks_of_sample(part)));
+  return part.first > 0 ? PK_LAUNCH_BEHIND(kernel, grid, dim3(THREADS), shared_bytes, stream, part)
+                        : PK_LAUNCH(kernel, grid, dim3(THREADS), shared_bytes, stream, part);
+}
+
 // Launches the steps [0, count): one launch if a block holds a whole plane, else one a step. launch(program, first, last).
 template <class Launch>
 int launch_steps(Program& program, int count, const Launch& launch) {
@@ -205,6 +214,7 @@ int launch_steps(Program& program, int count, const Launch& launch) {
     program.last = whole ? count : i + 1;
     program.clear = program.grad_params && i == 0 && launches > 1;
     program.finish = program.grad_params && i == launches - 1;
+    program.followed = i < launches - 1;
     const int status = launch(program);
     if (status != 0) return status;
   }
