@@ -14,7 +14,7 @@
 // once would take fewer, but two of them share a place where rounding decides, next to quarter turns.
 
 #include "common/simt.cuh"
-#include "ops/cuda/warp_step.cuh"
+#include "ops/cuda/warp_patch.cuh"
 #include "ops/warp.h"
 
 namespace {
@@ -178,14 +178,30 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
   write_block_sums(sums, step.sums, step.behind, p.partial + static_cast<int64_t>(blockIdx.x) * COLUMNS);
 }
 
+// The gradients by a sample's parameters, from the sums of its blocks, a warp for each; `patches`: as many of sigma's sums stand by themselves.
+template <class T>
+__device__ __forceinline__ void add_up(const Program& p, int64_t sample, int64_t patches) {
+  const int column = threadIdx.x / 32;
+  if (column >= WARP_PARAMS) return;
+  const int64_t blocks = p.C * p.tiles_y * p.tiles_x;
+  const double* const partial = p.partial + sample * blocks * COLUMNS;
+  double sum = 0;
+  if (is_void<T>(p, sample)) {
+    sum = is_used(p, sample, column) ? double(NAN) : 0.0;
+  } else if (column == 0 && patches > 0) {
+    sum = column_sum(p.patch_partial + sample * patches, patches, 1, 0);
+  } else {
+    if ((p.columns >> column & 1u) != 0) sum = column_sum(partial, blocks, COLUMNS, column);
+    if (column == 0 && (p.columns >> SECOND_BLUR & 1u) != 0) sum += column_sum(partial, blocks, COLUMNS, SECOND_BLUR);
+  }
+  if (threadIdx.x % 32 == 0) static_cast<T*>(p.grad_params)[sample * WARP_PARAMS + column] = static_cast<T>(sum);
+}
+
 // resources: dynamic shared 68352 bytes
 template <class T, bool mixed, Work work>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8       ? 1
-                                           : work == Work::turn ? 4
-                                           : work == Work::blur ? 3
-                                                                : 2) warp_backward_kernel(const Program p) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::turn ? 4 : 2) warp_backward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, dynamic);
-  T* const shared = work == Work::blur ? dynamic : dynamic - GRAD_AT;
+  T* const shared = dynamic - GRAD_AT;
   const Tile tile = tile_of_block(p);
   const int64_t blocks = p.C * p.tiles_y * p.tiles_x;
   if (p.followed) pk::let_next_begin();
@@ -201,20 +217,21 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8       ? 1
     }
   }
   if constexpr (work == Work::turn || work == Work::chain) run_gradient<T, mixed, Work::turn>(p, p.step[p.first], tile, shared);
-  if constexpr (work == Work::chain) __syncthreads();
-  if constexpr (work == Work::blur || work == Work::chain) run_blur_gradient<T, mixed>(p, p.step[p.last - 1], tile, shared);
-  if (!p.finish || !arrives_last(p.arrivals + tile.sample, blocks)) return;
-  const int column = threadIdx.x / 32;
-  if (column >= WARP_PARAMS) return;
-  const double* const partial = p.partial + tile.sample * blocks * COLUMNS;
-  double sum = 0;
-  if (is_void<T>(p, tile.sample)) {
-    sum = is_used(p, tile.sample, column) ? double(NAN) : 0.0;
-  } else {
-    if ((p.columns >> column & 1u) != 0) sum = column_sum(partial, blocks, COLUMNS, column);
-    if (column == 0 && (p.columns >> SECOND_BLUR & 1u) != 0) sum += column_sum(partial, blocks, COLUMNS, SECOND_BLUR);
+  if constexpr (work == Work::chain) {
+    __syncthreads();
+    run_blur_gradient<T, mixed>(p, p.step[p.last - 1], tile, shared);
   }
-  if (threadIdx.x % 32 == 0) static_cast<T*>(p.grad_params)[tile.sample * WARP_PARAMS + column] = static_cast<T>(sum);
+  if (p.finish && arrives_last(p.arrivals + tile.sample, blocks)) add_up<T>(p, tile.sample, 0);
+}
+
+// resources: dynamic shared 37312 bytes
+template <class T, bool mixed>
+__global__ void __launch_bounds__(THREADS, 3) warp_backward_blur_kernel(const Program p) {
+  PK_DYNAMIC_SHARED(T, shared);
+  const Patch patch = patch_of_block(p);
+  const int64_t blocks = 4 * p.C * patches_of(p.H, PATCH_H) * patches_of(p.W, PATCH_W);
+  run_patch<T, mixed>(p, p.step[p.last - 1], patch, shared);
+  if (p.finish && arrives_last(p.arrivals + patch.sample, blocks)) add_up<T>(p, patch.sample, blocks);
 }
 
 // ------------------------------------------------------------------------------------------------------------------------ launch
@@ -257,6 +274,7 @@ int backward_steps(const WarpBackward& p, Pieces& pieces, Program& program) {
     step.is_target_image = i == gradients - 1;
   }
   program.partial = pieces.take<double>(values ? p.B * blocks_of_sample(program) * COLUMNS : 0);
+  program.patch_partial = pieces.take<double>(values ? p.B * patches_of_sample(program) : 0);
   program.arrivals = pieces.take<unsigned>(values ? p.B : 0);
   program.grad_params = p.grad_params;
   return steps;
@@ -268,20 +286,20 @@ int launch_backward(const WarpBackward& p, void* workspace, void* stream) {
   Pieces pieces(workspace);
   const int steps = backward_steps<T>(p, pieces, program);
   const bool whole = program.tiles_y == 1 && program.tiles_x == 1;
-  if (p.grad_params && (whole || steps == 1) && blocks_of_sample(program) > 1) {  // no launch before the last could do it
+  if (p.grad_params && (steps == 1 || (whole && blocks_of_sample(program) > 1))) {  // no launch before the last could do it
     const int status = pk::memset_async(program.arrivals, 0, sizeof(unsigned) * static_cast<std::size_t>(p.B), stream);
     if (status != 0) return status;
   }
   return launch_steps(program, steps, [&](const Program& part) {
     auto* kernel = warp_backward_kernel<T, mixed, Work::any>;
-    bool gradients = true;  // at GRAD_AT
     if constexpr (sizeof(T) == 4) {
       const Work work = work_of(part, true);
-      if (work == Work::blur) kernel = warp_backward_kernel<T, mixed, Work::blur>, gradients = false;
+      if (work == Work::blur)
+        return launch_part(warp_backward_blur_kernel<T, mixed>, part, patches_of_sample(part), PATCH_ELEMENTS * sizeof(T), stream);
       if (work == Work::turn) kernel = warp_backward_kernel<T, mixed, Work::turn>;
       if (work == Work::chain) kernel = warp_backward_kernel<T, mixed, Work::chain>;
     }
-    return launch_part(kernel, part, shared_bytes(part, gradients, sizeof(T)), stream);
+    return launch_part(kernel, part, blocks_of_sample(part), shared_bytes(part, true, sizeof(T)), stream);
   });
 }
 

@@ -67,7 +67,7 @@ int launch_forward(const WarpForward& p, void* workspace, void* stream) {
       if (work == Work::turn) kernel = warp_forward_kernel<T, mixed, Work::turn>;
       if (work == Work::chain) kernel = warp_forward_kernel<T, mixed, Work::chain>;
     }
-    return launch_part(kernel, part, shared_bytes(part, false, sizeof(T)), stream);
+    return launch_part(kernel, part, blocks_of_sample(part), shared_bytes(part, false, sizeof(T)), stream);
   });
 }
 

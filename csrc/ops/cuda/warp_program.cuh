@@ -49,7 +49,8 @@ struct Program {
   int radius_y, radius_x;
   double sigma_max, noise_std, half_y, half_x, sharpness;
   WarpBlurPadding padding;
-  double* partial;     // [B, C tiles, COLUMNS]
+  double* partial;        // [B, C tiles, COLUMNS]
+  double* patch_partial;  // [B, patches]: sigma's, where the adjoint blur has a launch of its own
   unsigned* arrivals;  // [B]
   void* grad_params;   // T [B, 7] or null
   unsigned columns;    // that some step sums up
@@ -198,8 +199,8 @@ inline int64_t blocks_of_sample(const Program& p) { return p.C * p.tiles_y * p.t
 
 // A launch of its own, or behind that of the steps before.
 template <class Kernel>
-int launch_part(const Kernel& kernel, const Program& part, std::size_t shared_bytes, void* stream) {
-  const dim3 grid(static_cast<unsigned>(part.B * blocks_of_sample(part)));
+int launch_part(const Kernel& kernel, const Program& part, int64_t blocks, std::size_t shared_bytes, void* stream) {
+  const dim3 grid(static_cast<unsigned>(part.B * blocks));
   return part.first > 0 ? PK_LAUNCH_BEHIND(kernel, grid, dim3(THREADS), shared_bytes, stream, part)
                         : PK_LAUNCH(kernel, grid, dim3(THREADS), shared_bytes, stream, part);
 }
