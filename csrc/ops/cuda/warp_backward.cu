@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::tu
 
 // resources: dynamic shared 37312 bytes
 template <class T, bool mixed>
-__global__ void __launch_bounds__(THREADS, 3) warp_backward_blur_kernel(const Program p) {
+__global__ void __launch_bounds__(THREADS, 4) warp_backward_blur_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, shared);
   const Patch patch = patch_of_block(p);
   const int64_t blocks = 4 * p.C * patches_of(p.H, PATCH_H) * patches_of(p.W, PATCH_W);

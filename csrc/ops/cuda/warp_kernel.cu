@@ -23,7 +23,7 @@ template <class T, bool mixed, Work work>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 8        ? 1
                                            : work == Work::any   ? 3
                                            : work == Work::chain ? 2
-                                                                 : 4) warp_forward_kernel(const Program p) {
+                                                                 : 6) warp_forward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, shared);
   const Tile tile = tile_of_block(p);
   if (p.followed) pk::let_next_begin();

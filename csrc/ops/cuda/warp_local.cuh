@@ -53,13 +53,14 @@ struct Orbit {
   __device__ __forceinline__ int at(int t) const { return (t * TILE_H + row) * VALUE_W + column; }
 };
 
-// Calls visit(orbit) for the thread's pixels of the tile. A warp has a row.
+// Calls visit(orbit) for the thread's pixels of the tile.
 template <class Visit>
 __device__ __forceinline__ void for_orbits(const Tile& tile, const Visit& visit) {
-  const int column = threadIdx.x % TILE_W;
+  const int lanes = tile.lanes(), column = threadIdx.x & (lanes - 1), rows_at_once = lanes == TILE_W ? THREADS / TILE_W : 2 * THREADS / TILE_W;
   if (column >= tile.w) return;
 #pragma unroll 1
-  for (int row = threadIdx.x / TILE_W; row < tile.h; row += THREADS / TILE_W) visit(Orbit(tile, column, row));
+  for (int row = lanes == TILE_W ? threadIdx.x / TILE_W : threadIdx.x / (TILE_W / 2); row < tile.h; row += rows_at_once)
+    visit(Orbit(tile, column, row));
 }
 
 // The normal numbers of the tile. Four threads make a row of a mirror image, the four numbers of a Philox block at a time, of which some may lie

@@ -199,12 +199,29 @@ __device__ __forceinline__ int padded_place(int i, int n, WarpBlurPadding paddin
 template <int count, class T>
 __device__ __forceinline__ void write_block_sums(const T (&values)[count], unsigned bits, int first, double* target) {
   PK_SHARED(double, of_warp, THREADS / 32, count);
+  if constexpr (count == 1) {
+    const T sum = warp_sum(values[0]);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32][0] = static_cast<double>(sum);
+  } else {
+    // a lane gives half of its values away and takes its partner's share of the others: in the end EACH lanes have one sum
+    constexpr int PLACES = count <= 8 ? 8 : 16, EACH = 32 / PLACES;
+    static_assert(count <= PLACES);
+    T kept[PLACES];
 #pragma unroll
-  for (int i = 0; i < count; ++i) {
-    if ((bits >> i & 1u) != 0) {
-      const T sum = warp_sum(values[i]);
-      if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32][i] = static_cast<double>(sum);
+    for (int i = 0; i < PLACES; ++i) kept[i] = i < count ? values[i] : T(0);
+#pragma unroll
+    for (int half = PLACES / 2; half > 0; half /= 2) {
+      const bool upper = (threadIdx.x & EACH * half) != 0;
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        const T mine = upper ? kept[i + half] : kept[i], other = upper ? kept[i] : kept[i + half];
+        kept[i] = mine + __shfl_xor_sync(ALL, other, EACH * half);
+      }
     }
+#pragma unroll
+    for (int lanes = EACH / 2; lanes > 0; lanes /= 2) kept[0] += __shfl_xor_sync(ALL, kept[0], lanes);
+    const int i = threadIdx.x % 32 / EACH;
+    if (threadIdx.x % EACH == 0 && i < count) of_warp[threadIdx.x / 32][i] = static_cast<double>(kept[0]);
   }
   __syncthreads();
   const int i = threadIdx.x;

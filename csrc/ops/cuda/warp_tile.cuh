@@ -50,6 +50,8 @@ struct Tile {
   int x0, y0, w, h;                // in the upper left quarter
   int W, H;
 
+  // Lanes that a row takes: two rows to a warp where they are short.
+  __device__ __forceinline__ int lanes() const { return w <= TILE_W / 2 ? TILE_W / 2 : TILE_W; }
   // Rows that whole runs of outputs take, and so the lines that are filtered.
   __device__ __forceinline__ int lines() const { return (h + RUN - 1) / RUN * RUN + 2 * REACH; }
   // Mirror image t: bit 0 along x, bit 1 along y.

@@ -183,10 +183,9 @@ __device__ __forceinline__ Corners<T> corners_of_cell(const Turn<T>& turn, const
 }
 
 // The gradients by the tile's pixels before the rotation, at GRAD_AT, and the derivatives of their parts of the sum by the angle, at DERIVATIVE_AT.
-// A lane has a column of a mirror image, a warp eight of its rows; what a cell gives to the right goes to the next lane.
+// A lane has a column of a mirror image and eight of its rows, or four where a warp holds two rows; what a cell gives to the right goes to the next lane.
 template <class T, bool mixed>
 __device__ __forceinline__ void adjoint_rotate_tile(const Tile& tile, const Turn<T>& turn, const Array& grad, T* shared) {
-  constexpr int ROWS = TILE_H / 2;
   const Quarter quarter(tile);
   CellFrame<T> frame;
   {
@@ -206,9 +205,11 @@ __device__ __forceinline__ void adjoint_rotate_tile(const Tile& tile, const Turn
     load_box<T, mixed>(grad, tile, quarter, box, shared + BOX_AT);
   }
   __syncthreads();
-  const int lane = threadIdx.x % 32, first = quarter.thread / 32 * ROWS, rows = min(ROWS, tile.h - first);
+  const int lanes = tile.lanes(), most = lanes * TILE_H / 64, lane = threadIdx.x & (lanes - 1);
+  const int first = (lanes == TILE_W ? quarter.thread / TILE_W : quarter.thread / (TILE_W / 2)) * most;
+  const int rows = min(most, tile.h - (lanes == TILE_W ? first : first & ~most));  // of the warp's first lane; the others have no more
   if (rows > 0) {
-    const int column = min(lane, tile.w - 1);
+    const int column = min(lane, tile.w - 1), lane_0 = threadIdx.x % 32 - lane;
     const T half_x = T(tile.w) / 2, half_y = T(tile.h) / 2;
     // From the left edge: lane k has the cell beside row first - 1 + k.
     T edge_grad, edge_derivative;
@@ -221,15 +222,15 @@ __device__ __forceinline__ void adjoint_rotate_tile(const Tile& tile, const Turn
     T upper_grad[2] = {}, upper_derivative[2] = {};  // what the cells above give downwards: to the lane's pixel, to the next one
 #pragma unroll 1
     for (int k = 0; k <= rows; ++k) {
-      const int row = first - 1 + k;
+      const int row = min(first - 1 + k, tile.h - 1);
       const Corners<T> c =
           corners_of_cell(turn, frame, T(column) + 1 - half_x, T(row) + 1 - half_y, T(quarter.x + column), T(quarter.y + row));
       if (k > 0) {
         T left_grad = __shfl_up_sync(ALL, c.grad[1] + upper_grad[1], 1);
         T left_derivative = __shfl_up_sync(ALL, c.derivative[1] + upper_derivative[1], 1);
-        const T edge = __shfl_sync(ALL, edge_grad, k), derivative = __shfl_sync(ALL, edge_derivative, k);
+        const T edge = __shfl_sync(ALL, edge_grad, lane_0 + k), derivative = __shfl_sync(ALL, edge_derivative, lane_0 + k);
         if (lane == 0) left_grad = edge, left_derivative = derivative;
-        if (lane < tile.w) {
+        if (lane < tile.w && first - 1 + k < tile.h) {
           const int at =
               (quarter.t * TILE_H + (quarter.t & 2 ? tile.h - 1 - row : row)) * VALUE_W + (quarter.t & 1 ? tile.w - 1 - lane : lane);
           shared[GRAD_AT + at] = c.grad[0] + upper_grad[0] + left_grad;
