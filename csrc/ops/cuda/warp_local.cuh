@@ -18,7 +18,7 @@ struct Local {
 // Whether a column of params belongs to a stage that is on for the sample.
 __device__ __forceinline__ bool is_used(const Program& p, int64_t sample, int column) {
   const int stage = column < 3 ? column : column - 1;  // the crop has two
-  return (p.stages & static_cast<unsigned>(p.enabled[sample]) & 1u << stage) != 0;
+  return (p.stages & static_cast<unsigned>(p.on(sample)) & 1u << stage) != 0;
 }
 
 // Whether one of these is not finite: then the sample is NaN, output and gradients. By whole warps.
@@ -32,7 +32,7 @@ __device__ __forceinline__ bool is_void(const Program& p, int64_t sample) {
 template <class T>
 __device__ __forceinline__ Local<T> local_of_sample(const Program& p, const Step& step, int64_t sample) {
   const T* const params = static_cast<const T*>(p.params) + sample * WARP_PARAMS;
-  return {p.enabled[sample] & step.local, static_cast<T>(p.noise_std) * params[1], params[4], params[5]};
+  return {p.on(sample) & step.local, static_cast<T>(p.noise_std) * params[1], params[4], params[5]};
 }
 
 // A pixel (column, row) of the tile with its mirror images; on the middle line of an odd side an image is the pixel itself.
@@ -70,7 +70,7 @@ __device__ __forceinline__ void make_noise(const Program& p, const Tile& tile, T
   static_assert(THREADS == 4 * 4 * TILE_H);
   const int line = threadIdx.x / 4, t = line / TILE_H, row = line % TILE_H;
   if (row < tile.h) {
-    const auto key = static_cast<unsigned long long>(p.seed[tile.sample]);
+    const auto key = p.seed ? static_cast<unsigned long long>(p.seed[tile.sample]) : 0ull;
     const int x = t & 1 ? tile.W - tile.x0 - tile.w : tile.x0;  // the row's first pixel, from the left
     const auto start = static_cast<unsigned long long>((tile.channel * tile.H + tile.y(t, row)) * tile.W + x);  // in the sample
     const int before = static_cast<int>(start % 4);

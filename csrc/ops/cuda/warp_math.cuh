@@ -79,7 +79,7 @@ __device__ __forceinline__ Words philox(unsigned long long key, unsigned long lo
   unsigned k0 = static_cast<unsigned>(key), k1 = static_cast<unsigned>(key >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const unsigned long long first = 0xD2511F53ull * c0, second = 0xCD9E8D57ull * c2;
+    const unsigned long long first = pk::multiply_wide(0xD2511F53u, c0), second = pk::multiply_wide(0xCD9E8D57u, c2);
     c0 = static_cast<unsigned>(second >> 32) ^ c1 ^ k0;
     c1 = static_cast<unsigned>(second);
     c2 = static_cast<unsigned>(first >> 32) ^ c3 ^ k1;
@@ -102,9 +102,9 @@ __device__ __forceinline__ float pair_length(float, unsigned word) {
   p = fmaf(p, f, 0.3333112299442291f);
   p = fmaf(p, f, 0.5000002980232239f);
   const float near = 2.0f * fmaf(p * f, f, f);
-  const float far = -1.3862943611198906f * __log2f((static_cast<float>(word) + 0.5f) * 0x1p-32f);
+  const float far = -1.3862943611198906f * pk::log2_fast((static_cast<float>(word) + 0.5f) * 0x1p-32f);
   const float twice = f < 0.3f ? near : far;
-  return twice * rsqrtf(twice);
+  return twice * pk::rsqrt_fast(twice);
 }
 __device__ __forceinline__ double pair_length(double, unsigned word) {
   return sqrt(-2.0 * log((static_cast<double>(word) + 0.5) * 0x1p-32));

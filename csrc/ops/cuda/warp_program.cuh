@@ -44,8 +44,8 @@ struct Program {
   int H, W, tiles_x, tiles_y;
   Kind kind;
   const void* params;  // T [B, 7]
-  const int32_t* enabled;
-  const int64_t* seed;
+  const int32_t* enabled;  // or null: all stages are on
+  const int64_t* seed;     // or null: 0
   int radius_y, radius_x;
   double sigma_max, noise_std, half_y, half_x, sharpness;
   WarpBlurPadding padding;
@@ -59,6 +59,9 @@ struct Program {
   bool followed;       // the next launch may begin before this one ends: before it has waited it reads what was there before either
   int first, last;     // steps of the launch
   Step step[MOST_STEPS];
+
+  // Bit k: stage k is on for the sample.
+  __device__ __forceinline__ int on(int64_t sample) const { return enabled ? enabled[sample] : (1 << WARP_STAGES) - 1; }
 };
 
 // Steps that have a kernel of their own, with fewer registers; `any` takes every step, and those of a whole plane one after the other. The others'

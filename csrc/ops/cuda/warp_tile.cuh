@@ -237,7 +237,7 @@ struct Taps {
 
 template <class T>
 __device__ __forceinline__ T sigma_of_sample(const Program& p, int64_t sample) {
-  const bool on = (p.enabled[sample] >> static_cast<int>(WarpStage::blur) & 1) != 0;
+  const bool on = (p.on(sample) >> static_cast<int>(WarpStage::blur) & 1) != 0;
   const T level = static_cast<const T*>(p.params)[sample * WARP_PARAMS];
   return on ? magnitude(static_cast<T>(p.sigma_max) * level) : T(0);
 }

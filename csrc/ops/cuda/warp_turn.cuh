@@ -27,7 +27,7 @@ struct Turn {
 template <class T>
 __device__ __forceinline__ Turn<T> turn_of_sample(const Program& p, int64_t sample) {
   Turn<T> turn;
-  turn.on = (p.enabled[sample] >> static_cast<int>(WarpStage::rotate) & 1) != 0;
+  turn.on = (p.on(sample) >> static_cast<int>(WarpStage::rotate) & 1) != 0;
   const T turns = static_cast<const T*>(p.params)[sample * WARP_PARAMS + WARP_COLUMN[static_cast<int>(WarpStage::rotate)]];
   sine_cosine_pi(2 * (turns - rounded(turns)), turn.sine, turn.cosine);
   turn.center_x = T(p.W - 1) / 2, turn.center_y = T(p.H - 1) / 2;
@@ -149,10 +149,10 @@ __device__ __forceinline__ Corners<T> corners_of_cell(const Turn<T>& turn, const
   T ax = 0, ay = 0, v[2][2];  // the place of the first candidate in the cell; what lies there, by rows
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const T row_x = turn.row_x(dy + T(j)), row_y = turn.row_y(dy + T(j));
+    const T row_x = turn.row_x(j == 0 ? dy : dy + 1), row_y = turn.row_y(j == 0 ? dy : dy + 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const T sx = turn.source_x(dx + T(i), row_x), sy = turn.source_y(dx + T(i), row_y);
+      const T sx = turn.source_x(i == 0 ? dx : dx + 1, row_x), sy = turn.source_y(i == 0 ? dx : dx + 1, row_y);
       const T value = g[j * BOX_W + i];
       v[j][i] = sx >= px && sx < px + 1 && sy >= py && sy < py + 1 ? value : T(0);
       if (i == 0 && j == 0) ax = sx - px, ay = sy - py;
@@ -209,36 +209,44 @@ __device__ __forceinline__ void adjoint_rotate_tile(const Tile& tile, const Turn
   const int first = (lanes == TILE_W ? quarter.thread / TILE_W : quarter.thread / (TILE_W / 2)) * most;
   const int rows = min(most, tile.h - (lanes == TILE_W ? first : first & ~most));  // of the warp's first lane; the others have no more
   if (rows > 0) {
-    const int column = min(lane, tile.w - 1), lane_0 = threadIdx.x % 32 - lane;
-    const T half_x = T(tile.w) / 2, half_y = T(tile.h) / 2;
-    // From the left edge: lane k has the cell beside row first - 1 + k.
-    T edge_grad, edge_derivative;
-    {
-      const int row = min(first - 1 + lane, tile.h - 1);
-      const Corners<T> c = corners_of_cell(turn, frame, -half_x, T(row) + 1 - half_y, T(quarter.x - 1), T(quarter.y + row));
-      edge_grad = c.grad[1] + __shfl_up_sync(ALL, c.grad[3], 1);
-      edge_derivative = c.derivative[1] + __shfl_up_sync(ALL, c.derivative[3], 1);
-    }
+    const int column = min(lane, tile.w - 1);
+    const T half_x = T(tile.w) / 2, half_y = T(tile.h) / 2, last_y = T(tile.h) - half_y;
+    const auto place_of = [&](int at_column, int at_row) {
+      return (quarter.t * TILE_H + (quarter.t & 2 ? tile.h - 1 - at_row : at_row)) * VALUE_W +
+             (quarter.t & 1 ? tile.w - 1 - at_column : at_column);
+    };
+    T* target = shared + GRAD_AT + place_of(lane, first - 1);
+    const int step = quarter.t & 2 ? -VALUE_W : VALUE_W;
+    const T x = T(column) + 1 - half_x, px = T(quarter.x + column);
+    T y = T(min(first, tile.h)) - half_y, py = T(quarter.y + first - 1);  // no further than the box: of the warp's lower rows there may be fewer
     T upper_grad[2] = {}, upper_derivative[2] = {};  // what the cells above give downwards: to the lane's pixel, to the next one
 #pragma unroll 1
     for (int k = 0; k <= rows; ++k) {
-      const int row = min(first - 1 + k, tile.h - 1);
-      const Corners<T> c =
-          corners_of_cell(turn, frame, T(column) + 1 - half_x, T(row) + 1 - half_y, T(quarter.x + column), T(quarter.y + row));
+      const Corners<T> c = corners_of_cell(turn, frame, x, y, px, py);
       if (k > 0) {
         T left_grad = __shfl_up_sync(ALL, c.grad[1] + upper_grad[1], 1);
         T left_derivative = __shfl_up_sync(ALL, c.derivative[1] + upper_derivative[1], 1);
-        const T edge = __shfl_sync(ALL, edge_grad, lane_0 + k), derivative = __shfl_sync(ALL, edge_derivative, lane_0 + k);
-        if (lane == 0) left_grad = edge, left_derivative = derivative;
+        if (lane == 0) left_grad = left_derivative = 0;
         if (lane < tile.w && first - 1 + k < tile.h) {
-          const int at =
-              (quarter.t * TILE_H + (quarter.t & 2 ? tile.h - 1 - row : row)) * VALUE_W + (quarter.t & 1 ? tile.w - 1 - lane : lane);
-          shared[GRAD_AT + at] = c.grad[0] + upper_grad[0] + left_grad;
-          shared[DERIVATIVE_AT + at] = c.derivative[0] + upper_derivative[0] + left_derivative;
+          target[0] = c.grad[0] + upper_grad[0] + left_grad;
+          target[DERIVATIVE_AT - GRAD_AT] = c.derivative[0] + upper_derivative[0] + left_derivative;
         }
       }
+      target += step;
+      y = y + 1 < last_y ? y + 1 : last_y, py += 1;
       upper_grad[0] = c.grad[2], upper_grad[1] = c.grad[3];
       upper_derivative[0] = c.derivative[2], upper_derivative[1] = c.derivative[3];
+    }
+    // What the left edge's cells give to the first column: lane k has the one beside row first - 1 + k.
+    const int row = min(first - 1 + lane, tile.h - 1);
+    const Corners<T> c = corners_of_cell(turn, frame, -half_x, T(row) + 1 - half_y, T(quarter.x - 1), T(quarter.y + row));
+    const T edge_grad = c.grad[1] + __shfl_up_sync(ALL, c.grad[3], 1);
+    const T edge_derivative = c.derivative[1] + __shfl_up_sync(ALL, c.derivative[3], 1);
+    __syncwarp();
+    if (lane >= 1 && lane <= most && first - 1 + lane < tile.h) {
+      T* const edge = shared + GRAD_AT + place_of(0, row);
+      edge[0] += edge_grad;
+      edge[DERIVATIVE_AT - GRAD_AT] += edge_derivative;
     }
   }
   __syncthreads();
