@@ -229,7 +229,7 @@ template <class T, bool mixed>
 __global__ void __launch_bounds__(THREADS, 4) warp_backward_blur_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, shared);
   const Patch patch = patch_of_block(p);
-  const int64_t blocks = 4 * p.C * patches_of(p.H, PATCH_H) * patches_of(p.W, PATCH_W);
+  const int64_t blocks = patches_of_sample(p);
   run_patch<T, mixed>(p, p.step[p.last - 1], patch, shared);
   if (p.finish && arrives_last(p.arrivals + patch.sample, blocks)) add_up<T>(p, patch.sample, blocks);
 }
@@ -239,6 +239,7 @@ __global__ void __launch_bounds__(THREADS, 4) warp_backward_blur_kernel(const Pr
 // The steps of a backward program; without a workspace `pieces` counts. Returns their number.
 template <class T>
 int backward_steps(const WarpBackward& p, Pieces& pieces, Program& program) {
+  cut_into_patches(program);
   Pass passes[MOST_PASSES];
   const int count = passes_of(p, passes);
   const bool values = p.grad_params != nullptr;

@@ -28,25 +28,30 @@ struct Patch {
 };
 
 // Of an axis of n: patches of a half, and their side, as even as whole runs allow.
-__host__ __device__ __forceinline__ int patches_of(int n, int most) { return ((n + 1) / 2 + most - 1) / most; }
-__host__ __device__ __forceinline__ int patch_side(int n, int most) {
+inline int patches_of(int n, int most) { return ((n + 1) / 2 + most - 1) / most; }
+inline int patch_side(int n, int most) {
   const int count = patches_of(n, most);
   return (((n + 1) / 2 + count - 1) / count + RUN - 1) / RUN * RUN;
 }
 
-inline int64_t patches_of_sample(const Program& p) { return 4 * p.C * patches_of(p.H, PATCH_H) * patches_of(p.W, PATCH_W); }
+inline void cut_into_patches(Program& p) {
+  const int along_x = patches_of(p.W, PATCH_W), along_y = patches_of(p.H, PATCH_H);
+  p.patches = divider(int64_t{along_x} * along_y), p.patch_columns = divider(along_x);
+  p.patch_w = patch_side(p.W, PATCH_W), p.patch_h = patch_side(p.H, PATCH_H);
+}
+
+__host__ __device__ __forceinline__ int64_t patches_of_sample(const Program& p) { return 4 * p.C * p.patches.divisor; }
 
 __device__ __forceinline__ Patch patch_of_block(const Program& p) {
-  const unsigned along_x = patches_of(p.W, PATCH_W), along_y = patches_of(p.H, PATCH_H), side_x = patch_side(p.W, PATCH_W),
-                 side_y = patch_side(p.H, PATCH_H);
-  const unsigned quarter = blockIdx.x % 4, rest = blockIdx.x / 4, place = rest % (along_x * along_y), plane = rest / (along_x * along_y);
+  const unsigned quarter = blockIdx.x % 4, rest = blockIdx.x / 4, plane = p.patches.quotient(rest), place = rest - plane * p.patches.divisor;
+  const unsigned patch_row = p.patch_columns.quotient(place), patch_column = place - patch_row * p.patch_columns.divisor;
   Patch patch;
-  patch.sample = plane / static_cast<unsigned>(p.C), patch.first = static_cast<int64_t>(plane) * p.H * p.W;
+  patch.sample = p.channels.quotient(plane), patch.first = static_cast<int64_t>(plane) * p.H * p.W;
   patch.W = p.W, patch.H = p.H, patch.far_x = (quarter & 1) != 0, patch.far_y = (quarter & 2) != 0;
-  patch.x0 = static_cast<int>(place % along_x * side_x), patch.y0 = static_cast<int>(place / along_x * side_y);
+  patch.x0 = static_cast<int>(patch_column) * p.patch_w, patch.y0 = static_cast<int>(patch_row) * p.patch_h;
   // the middle line of an odd side belongs to the near half
-  patch.w = max(0, min(static_cast<int>(side_x), (patch.far_x ? p.W / 2 : (p.W + 1) / 2) - patch.x0));
-  patch.h = max(0, min(static_cast<int>(side_y), (patch.far_y ? p.H / 2 : (p.H + 1) / 2) - patch.y0));
+  patch.w = max(0, min(p.patch_w, (patch.far_x ? p.W / 2 : (p.W + 1) / 2) - patch.x0));
+  patch.h = max(0, min(p.patch_h, (patch.far_y ? p.H / 2 : (p.H + 1) / 2) - patch.y0));
   return patch;
 }
 

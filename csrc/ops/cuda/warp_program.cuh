@@ -39,9 +39,24 @@ struct Step {
   void* target;        // [B, C, H, W] or null
 };
 
+// Division of numbers below 2^31 by one that the host knows: a product and a shift, where the device's own division takes some twenty instructions.
+struct Divider {
+  unsigned divisor, factor, shift;
+
+  __device__ __forceinline__ unsigned quotient(unsigned n) const { return static_cast<unsigned>(pk::multiply_wide(n, factor) >> shift); }
+};
+
+inline Divider divider(int64_t divisor) {
+  unsigned bits = 0;
+  while (int64_t{1} << bits < divisor) ++bits;
+  return {static_cast<unsigned>(divisor), static_cast<unsigned>((1ull << (31 + bits)) / static_cast<unsigned long long>(divisor) + 1), 31 + bits};
+}
+
 struct Program {
   int64_t B, C;
   int H, W, tiles_x, tiles_y;
+  Divider channels, tiles, tile_columns, patches, patch_columns;  // of a sample; of a plane; of a row of them
+  int patch_w, patch_h;
   Kind kind;
   const void* params;  // T [B, 7]
   const int32_t* enabled;  // or null: all stages are on
@@ -188,6 +203,8 @@ inline Program program_of(const WarpProblem& p) {
   program.H = static_cast<int>(p.H), program.W = static_cast<int>(p.W);
   program.tiles_x = static_cast<int>((p.W + 2 * TILE_W - 1) / (2 * TILE_W));
   program.tiles_y = static_cast<int>((p.H + 2 * TILE_H - 1) / (2 * TILE_H));
+  program.channels = divider(p.C);
+  program.tiles = divider(int64_t{program.tiles_x} * program.tiles_y), program.tile_columns = divider(program.tiles_x);
   program.kind = p.kind;
   program.params = p.params, program.enabled = p.enabled, program.seed = p.seed;
   program.radius_y = static_cast<int>(p.radius_y), program.radius_x = static_cast<int>(p.radius_x);

@@ -63,10 +63,10 @@ struct Tile {
 
 __device__ __forceinline__ Tile tile_of_block(const Program& p) {
   // the grid has B C tiles_y tiles_x blocks: 32 bits hold them
-  const unsigned tiles_x = p.tiles_x, tiles = tiles_x * p.tiles_y, channels = static_cast<unsigned>(p.C);
-  const unsigned plane = blockIdx.x / tiles, tile = blockIdx.x % tiles, sample = plane / channels;
-  const int x0 = static_cast<int>(tile % tiles_x * TILE_W), y0 = static_cast<int>(tile / tiles_x * TILE_H);
-  return {sample, plane - sample * channels,       static_cast<int64_t>(plane) * p.H * p.W, x0,
+  const unsigned plane = p.tiles.quotient(blockIdx.x), tile = blockIdx.x - plane * p.tiles.divisor, sample = p.channels.quotient(plane);
+  const unsigned tile_row = p.tile_columns.quotient(tile), tile_column = tile - tile_row * p.tile_columns.divisor;
+  const int x0 = static_cast<int>(tile_column * TILE_W), y0 = static_cast<int>(tile_row * TILE_H);
+  return {sample, plane - sample * p.channels.divisor, static_cast<int64_t>(plane) * p.H * p.W, x0,
           y0,     min(TILE_W, (p.W + 1) / 2 - x0), min(TILE_H, (p.H + 1) / 2 - y0),         p.W,
           p.H};
 }
