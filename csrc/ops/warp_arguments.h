@@ -150,8 +150,8 @@ Tensor affine_forward_by(const Run& run, const Tensor& images, const Tensor& mat
 }
 
 template <class Run>
-std::tuple<Tensor, Tensor> affine_backward_by(const Run& run, const Tensor& grad, const Tensor& images, const Tensor& matrix, int64_t padding,
-                                              bool need_images, bool need_matrix) {
+std::tuple<Tensor, Tensor> affine_backward_by(const Run& run, const Tensor& grad, const Tensor& images, const Tensor& matrix,
+                                              int64_t padding, bool need_images, bool need_matrix) {
   WarpAffineBackward b{};
   STD_TORCH_CHECK(grad.dim() == images.dim() && grad.dim() >= 4 && grad.dim() <= 5, "warp: the gradient must have the images' dimensions");
   const int64_t sides[3] = {grad.size(2), grad.size(3), grad.dim() == 5 ? grad.size(4) : 1};

@@ -2,16 +2,18 @@
 // Differentiable transformations on the GPU, backward. The cut of a chain into steps stands in warp_program.cuh.
 //
 // In the default order two launches, with one intermediate gradient. The first takes the adjoint of the rotation (warp_turn.cuh), makes the blurred tile
-// and the noise again, and walks back through flips, crop and noise in registers; the second is the adjoint blur, once with the taps and once with
-// their slopes, so that sigma's gradient needs no more than the image's own pixels. The angle's gradient comes with the rotation's adjoint: a
-// pixel times the derivatives of the weights with which outputs read it. Chains of other orders take up to seven launches; where a
-// block holds the whole plane it is one.
+// and the noise again, and walks back through flips, crop and noise in registers; the second (warp_patch.cuh), which begins while the first one ends, is
+// the adjoint blur, once with the taps and once with their slopes, so that sigma's gradient needs no more than the image's own pixels. The angle's
+// gradient comes with the rotation's adjoint: a pixel times the derivatives of the weights with which outputs read it. Chains of other orders take
+// up to seven launches; where a block holds the whole plane it is one.
 // Sums of parameters: registers, warps, block, then the blocks of a sample in their order, in float64, by the one that comes last. No float atomics.
 //
-// Limit: instructions and their latency. Measured on an NVIDIA H200 (profiler, float32): 63 and 38 us for the two launches at
-// 16 x 3 x 224 x 224, 16 and 10 us at 32 x 1 x 128 x 128, 18 us for the one at 64 x 1 x 28 x 28, which is bound by latency. By the assembly the adjoint of the rotation is a third of the
-// first launch's instructions, 150 a cell: each of four candidates has its coordinates and tests. Outputs that are sorted into their cells
-// once would take fewer, but two of them share a place where rounding decides, next to quarter turns.
+// Limit: instructions and their latency. Measured on an NVIDIA H200 (profiler, float32): 51 us for the first launch at 16 x 3 x 224 x 224, 13 us at
+// 32 x 1 x 128 x 128, 11 us for the only one at 64 x 1 x 28 x 28, which is bound by latency; forward and backward in a CUDA graph 114, 32 and 18 us.
+// By the assembly the adjoint of the rotation is a third of the first launch's instructions, 127 a cell (at 147, and with four shuffles for two, the
+// launch took 55 us): each of four candidates has its coordinates and tests. Outputs that are sorted into their cells once would take fewer, but two
+// of them share a place where rounding decides, next to quarter turns. Weights max(0, 1 - |t|) over 3 x 3 outputs would give the image's gradient
+// in 80 instructions, but the angle's needs to know which cell an output is in.
 
 #include "common/simt.cuh"
 #include "ops/cuda/warp_patch.cuh"
@@ -68,8 +70,8 @@ __device__ __forceinline__ void run_blur_gradient(const Program& p, const Step& 
     if (step.target) fill_with_nan<T, mixed>(target, tile);
     return;  // nor are there sums
   }
-  load_raw<T, mixed>(plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image), tile, p.radius_y, p.radius_x, WarpBlurPadding::zeros, shared,
-                     [&] { make_tile_taps(p, sigma, taps); });
+  load_raw<T, mixed>(plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image), tile, p.radius_y, p.radius_x, WarpBlurPadding::zeros,
+                     shared, [&] { make_tile_taps(p, sigma, taps); });
   const Reach reach = reach_of_tiles(p, sigma);
   const bool slopes = step.values && !reach.is_identity();
   T weight[REACH + 1], slope[REACH + 1];
@@ -197,9 +199,12 @@ __device__ __forceinline__ void add_up(const Program& p, int64_t sample, int64_t
   if (threadIdx.x % 32 == 0) static_cast<T*>(p.grad_params)[sample * WARP_PARAMS + column] = static_cast<T>(sum);
 }
 
+// resources: spills at most 128 bytes (chains in any order, whose bound gives 128 registers)
 // resources: dynamic shared 68352 bytes
 template <class T, bool mixed, Work work>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : work == Work::turn ? 4 : 2) warp_backward_kernel(const Program p) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8       ? 1
+                                           : work == Work::turn ? 4
+                                                                : 2) warp_backward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, dynamic);
   T* const shared = dynamic - GRAD_AT;
   const Tile tile = tile_of_block(p);

@@ -56,7 +56,8 @@ struct Orbit {
 // Calls visit(orbit) for the thread's pixels of the tile.
 template <class Visit>
 __device__ __forceinline__ void for_orbits(const Tile& tile, const Visit& visit) {
-  const int lanes = tile.lanes(), column = threadIdx.x & (lanes - 1), rows_at_once = lanes == TILE_W ? THREADS / TILE_W : 2 * THREADS / TILE_W;
+  const int lanes = tile.lanes(), column = threadIdx.x & (lanes - 1),
+            rows_at_once = lanes == TILE_W ? THREADS / TILE_W : 2 * THREADS / TILE_W;
   if (column >= tile.w) return;
 #pragma unroll 1
   for (int row = lanes == TILE_W ? threadIdx.x / TILE_W : threadIdx.x / (TILE_W / 2); row < tile.h; row += rows_at_once)

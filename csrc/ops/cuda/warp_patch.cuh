@@ -43,7 +43,8 @@ inline void cut_into_patches(Program& p) {
 __host__ __device__ __forceinline__ int64_t patches_of_sample(const Program& p) { return 4 * p.C * p.patches.divisor; }
 
 __device__ __forceinline__ Patch patch_of_block(const Program& p) {
-  const unsigned quarter = blockIdx.x % 4, rest = blockIdx.x / 4, plane = p.patches.quotient(rest), place = rest - plane * p.patches.divisor;
+  const unsigned quarter = blockIdx.x % 4, rest = blockIdx.x / 4, plane = p.patches.quotient(rest),
+                 place = rest - plane * p.patches.divisor;
   const unsigned patch_row = p.patch_columns.quotient(place), patch_column = place - patch_row * p.patch_columns.divisor;
   Patch patch;
   patch.sample = p.channels.quotient(plane), patch.first = static_cast<int64_t>(plane) * p.H * p.W;

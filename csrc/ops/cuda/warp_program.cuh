@@ -49,7 +49,8 @@ struct Divider {
 inline Divider divider(int64_t divisor) {
   unsigned bits = 0;
   while (int64_t{1} << bits < divisor) ++bits;
-  return {static_cast<unsigned>(divisor), static_cast<unsigned>((1ull << (31 + bits)) / static_cast<unsigned long long>(divisor) + 1), 31 + bits};
+  return {static_cast<unsigned>(divisor), static_cast<unsigned>((1ull << (31 + bits)) / static_cast<unsigned long long>(divisor) + 1),
+          31 + bits};
 }
 
 struct Program {
@@ -58,7 +59,7 @@ struct Program {
   Divider channels, tiles, tile_columns, patches, patch_columns;  // of a sample; of a plane; of a row of them
   int patch_w, patch_h;
   Kind kind;
-  const void* params;  // T [B, 7]
+  const void* params;      // T [B, 7]
   const int32_t* enabled;  // or null: all stages are on
   const int64_t* seed;     // or null: 0
   int radius_y, radius_x;
@@ -66,13 +67,13 @@ struct Program {
   WarpBlurPadding padding;
   double* partial;        // [B, C tiles, COLUMNS]
   double* patch_partial;  // [B, patches]: sigma's, where the adjoint blur has a launch of its own
-  unsigned* arrivals;  // [B]
-  void* grad_params;   // T [B, 7] or null
-  unsigned columns;    // that some step sums up
-  unsigned stages;     // bits of the stages in the order
-  bool clear, finish;  // the launch sets arrivals to 0; its last blocks add up the sums
-  bool followed;       // the next launch may begin before this one ends: before it has waited it reads what was there before either
-  int first, last;     // steps of the launch
+  unsigned* arrivals;     // [B]
+  void* grad_params;      // T [B, 7] or null
+  unsigned columns;       // that some step sums up
+  unsigned stages;        // bits of the stages in the order
+  bool clear, finish;     // the launch sets arrivals to 0; its last blocks add up the sums
+  bool followed;          // the next launch may begin before this one ends: before it has waited it reads what was there before either
+  int first, last;        // steps of the launch
   Step step[MOST_STEPS];
 
   // Bit k: stage k is on for the sample.

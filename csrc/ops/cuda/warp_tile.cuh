@@ -67,7 +67,7 @@ __device__ __forceinline__ Tile tile_of_block(const Program& p) {
   const unsigned tile_row = p.tile_columns.quotient(tile), tile_column = tile - tile_row * p.tile_columns.divisor;
   const int x0 = static_cast<int>(tile_column * TILE_W), y0 = static_cast<int>(tile_row * TILE_H);
   return {sample, plane - sample * p.channels.divisor, static_cast<int64_t>(plane) * p.H * p.W, x0,
-          y0,     min(TILE_W, (p.W + 1) / 2 - x0), min(TILE_H, (p.H + 1) / 2 - y0),         p.W,
+          y0,     min(TILE_W, (p.W + 1) / 2 - x0),     min(TILE_H, (p.H + 1) / 2 - y0),         p.W,
           p.H};
 }
 
@@ -312,9 +312,8 @@ __device__ __forceinline__ void filter_twice(const T (&in)[RUN + 2 * REACH], con
 
 // The adjoint along rows, from raw; without a slope_middle with the weights only. Ends with a barrier.
 template <class T>
-__device__ __forceinline__ void filter_rows_twice(const T* raw, const Tile& tile, const T (&weight)[REACH + 1],
-                                                  const T (&slope)[REACH + 1], int reach, WarpBlurPadding padding, T* middle,
-                                                  T* slope_middle) {
+__device__ __forceinline__ void filter_rows_twice(const T* raw, const Tile& tile, const T (&weight)[REACH + 1], const T (&slope)[REACH + 1],
+                                                  int reach, WarpBlurPadding padding, T* middle, T* slope_middle) {
 #pragma unroll 1
   for (int e = threadIdx.x; e < 4 * RAW_H * (TILE_W / RUN); e += THREADS) {
     const int run = e % (TILE_W / RUN), line = e / (TILE_W / RUN);
@@ -330,9 +329,9 @@ __device__ __forceinline__ void filter_rows_twice(const T* raw, const Tile& tile
 
 // The adjoint along a thread's run of a column, and its derivative by sigma if slopes.
 template <class T>
-__device__ __forceinline__ void filter_column_twice(const T* shared, const ColumnRun& run, const Tile& tile,
-                                                    const T (&weight)[REACH + 1], const T (&slope)[REACH + 1], int reach,
-                                                    WarpBlurPadding padding, bool slopes, T (&out)[RUN], T (&by_sigma)[RUN]) {
+__device__ __forceinline__ void filter_column_twice(const T* shared, const ColumnRun& run, const Tile& tile, const T (&weight)[REACH + 1],
+                                                    const T (&slope)[REACH + 1], int reach, WarpBlurPadding padding, bool slopes,
+                                                    T (&out)[RUN], T (&by_sigma)[RUN]) {
   if (run.column >= tile.w || run.row >= tile.h) return;
   const int at = (run.t * RAW_H + run.row) * MIDDLE_W + run.column;
   const bool at_edge = tile.y0 == 0 && run.row == 0;

@@ -218,7 +218,8 @@ __device__ __forceinline__ void adjoint_rotate_tile(const Tile& tile, const Turn
     T* target = shared + GRAD_AT + place_of(lane, first - 1);
     const int step = quarter.t & 2 ? -VALUE_W : VALUE_W;
     const T x = T(column) + 1 - half_x, px = T(quarter.x + column);
-    T y = T(min(first, tile.h)) - half_y, py = T(quarter.y + first - 1);  // no further than the box: of the warp's lower rows there may be fewer
+    T y = T(min(first, tile.h)) - half_y,
+      py = T(quarter.y + first - 1);                 // no further than the box: of the warp's lower rows there may be fewer
     T upper_grad[2] = {}, upper_derivative[2] = {};  // what the cells above give downwards: to the lane's pixel, to the next one
 #pragma unroll 1
     for (int k = 0; k <= rows; ++k) {
