@@ -163,6 +163,15 @@ class TestSubsets:
                 if not stages >> stage & 1:
                     assert not found[2][b, list(columns)].any()
 
+    def test_nothing_given_means_all_stages_and_the_key_0(self) -> None:
+        emulator = load("warp")
+        chain = Chain("f32", (2, 1, 18, 20), ORDERS[0])
+        chain.seed = torch.zeros_like(chain.seed)
+        expected = chain.run(emulator)
+        chain.enabled, chain.seed = chain.enabled[:0], chain.seed[:0]
+        for a, b in zip(chain.run(emulator), expected, strict=True):
+            assert torch.equal(a, b)
+
     def test_the_noise_of_a_sample_does_not_depend_on_its_batch(self) -> None:
         emulator = load("warp")
         chain = Chain("f32", (3, 2, 21, 35), (NOISE,))

@@ -22,6 +22,8 @@
 //     pk::mma_m16n8k8_tf32(d, a, b), pk::mma_m16n8k16_bf16(d, a, b), pk::mma_m16n8k16_f16(d, a, b)
 //     pk::reciprocal_fast(x)                                // 1 / x in one instruction: to 2^-23, and denormals are 0
 //     pk::exp2_fast(x)                                      // 2^x in one instruction: to 2^-22, and 0 below 2^-126
+//     pk::log2_fast(x), pk::rsqrt_fast(x)                   // likewise, of normal numbers: to 2^-22, absolutely or of itself; 1 / sqrt(x)
+//     pk::multiply_wide(a, b)                               // all 64 bits of a product of 32-bit numbers, in one instruction
 //
 // A kernel launched behind another on the same stream may begin before that one ends (compute capability 9.0; elsewhere it waits):
 //
@@ -219,6 +221,22 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
+}
+
+__device__ __forceinline__ float log2_fast(float x) {
+  float logarithm;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(logarithm) : "f"(x));
+  return logarithm;
+}
+__device__ __forceinline__ float rsqrt_fast(float x) {
+  float root;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+}
+__device__ __forceinline__ unsigned long long multiply_wide(unsigned a, unsigned b) {
+  unsigned long long product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
 }
 
 __device__ __forceinline__ void let_next_begin() {

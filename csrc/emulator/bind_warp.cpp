@@ -56,8 +56,8 @@ struct Inputs {
     p.kind = kind_of<T>;
     p.double_compute = std::is_same_v<T, double>;
     p.params = params.data();
-    p.enabled = enabled.data();
-    p.seed = seed.data();
+    p.enabled = enabled.shape(0) > 0 ? enabled.data() : nullptr;
+    p.seed = seed.shape(0) > 0 ? seed.data() : nullptr;
     p.stages = static_cast<int>(options.order.size());
     for (int i = 0; i < p.stages; ++i) p.order[i] = static_cast<WarpStage>(options.order[i]);
     p.radius_y = options.radius[0], p.radius_x = options.radius[1];

@@ -244,6 +244,9 @@ inline void copy_async_wait() {
 }
 
 // Denormal arguments and results count as zero, as in the hardware's instruction.
+inline float log2_fast(float x) { return ::log2f(x); }
+inline float rsqrt_fast(float x) { return rsqrtf(x); }
+inline unsigned long long multiply_wide(unsigned a, unsigned b) { return static_cast<unsigned long long>(a) * b; }
 inline float exp2_fast(float x) {
   if (::fabsf(x) < 0x1p-126f) return 1.0f;
   const float power = ::exp2f(x);

@@ -59,8 +59,8 @@ struct WarpProblem {
   Kind kind;
   bool double_compute;
   const void* params;      // T [B, 7]
-  const int32_t* enabled;  // [B], bit k: stage k is on for the sample
-  const int64_t* seed;     // [B]
+  const int32_t* enabled;  // [B], bit k: stage k is on for the sample; on CUDA null: all are
+  const int64_t* seed;     // [B]; on CUDA null: 0 for all
   int stages;              // entries of order
   WarpStage order[WARP_STAGES];  // distinct, in the order applied
   int64_t radius_y, radius_x;    // of the blur, 0: this axis is left alone

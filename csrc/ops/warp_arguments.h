@@ -33,16 +33,16 @@ inline Tensor nothing_beside(const Tensor& like, ScalarType type) { return empty
 // Whether there are no pixels: then no kernel runs.
 inline bool is_empty(const WarpProblem& p) { return p.B == 0 || p.C == 0 || p.H == 0 || p.W == 0; }
 
-inline void fill_problem(WarpProblem& p, const Tensor& images, const Tensor& params, const Tensor& enabled, const Tensor& seed,
-                         const std::vector<int64_t>& order, const std::vector<int64_t>& radius, double sigma_max, double noise_std,
-                         const std::vector<double>& crop_half, double sharpness, int64_t padding) {
+inline void fill_problem(WarpProblem& p, const Tensor& images, const Tensor& params, const OptionalTensor& enabled,
+                         const OptionalTensor& seed, const std::vector<int64_t>& order, const std::vector<int64_t>& radius,
+                         double sigma_max, double noise_std, const std::vector<double>& crop_half, double sharpness, int64_t padding) {
   STD_TORCH_CHECK(images.dim() == 4 && images.is_contiguous(), "warp: images must be contiguous [B, C, H, W]");
   p.B = images.size(0), p.C = images.size(1), p.H = images.size(2), p.W = images.size(3);
   STD_TORCH_CHECK(p.W == 0 || p.H < MOST_PIXELS / p.W, "warp: a plane must have fewer than 2^30 pixels");
   p.images = images.data_ptr(), p.kind = kind_of(images, "images"), p.double_compute = p.kind == Kind::f64;
   p.params = checked(params, "params", compute_type(p.double_compute), {p.B, WARP_PARAMS});
-  p.enabled = static_cast<const int32_t*>(checked(enabled, "enabled", ScalarType::Int, {p.B}));
-  p.seed = static_cast<const int64_t*>(checked(seed, "seed", ScalarType::Long, {p.B}));
+  p.enabled = enabled ? static_cast<const int32_t*>(checked(*enabled, "enabled", ScalarType::Int, {p.B})) : nullptr;
+  p.seed = seed ? static_cast<const int64_t*>(checked(*seed, "seed", ScalarType::Long, {p.B})) : nullptr;
   STD_TORCH_CHECK(order.size() <= WARP_STAGES, "warp: order must name a stage once at most");
   uint32_t seen = 0;
   for (const int64_t stage : order) {
@@ -58,15 +58,12 @@ inline void fill_problem(WarpProblem& p, const Tensor& images, const Tensor& par
   p.padding = static_cast<WarpBlurPadding>(padding);
 }
 
-// What is given for every sample, or the same number for all.
+// What is given for every sample, or the same number for all; that needs no tensor on CUDA.
 template <class T>
-Tensor of_samples(const std::optional<Tensor>& given, const Tensor& images, ScalarType type, T number) {
-  if (given) return *given;
-  Tensor same = empty_beside(images, {images.size(0)}, type);
-  if (images.is_cpu())
-    std::fill_n(static_cast<T*>(same.data_ptr()), images.size(0), number);
-  else
-    torch::stable::fill_(same, static_cast<double>(number));
+OptionalTensor of_samples(const OptionalTensor& given, const Tensor& images, ScalarType type, T number) {
+  if (given || !images.is_cpu()) return given;
+  const Tensor same = empty_beside(images, {images.size(0)}, type);
+  std::fill_n(static_cast<T*>(same.data_ptr()), images.size(0), number);
   return same;
 }
 
@@ -76,7 +73,8 @@ Tensor forward_by(const Run& run, const Tensor& images, const Tensor& params, co
                   const std::vector<int64_t>& order, const std::vector<int64_t>& radius, double sigma_max, double noise_std,
                   const std::vector<double>& crop_half, double sharpness, int64_t padding) {
   WarpForward f{};
-  const Tensor on = of_samples(enabled, images, ScalarType::Int, ALL_STAGES), keys = of_samples(seed, images, ScalarType::Long, int64_t{0});
+  const OptionalTensor on = of_samples(enabled, images, ScalarType::Int, ALL_STAGES),
+                       keys = of_samples(seed, images, ScalarType::Long, int64_t{0});
   fill_problem(f, images, params, on, keys, order, radius, sigma_max, noise_std, crop_half, sharpness, padding);
   const Tensor output = empty_beside(images, {f.B, f.C, f.H, f.W}, images.scalar_type());
   f.output = output.data_ptr();
@@ -91,7 +89,8 @@ std::tuple<Tensor, Tensor> backward_by(const Run& run, const Tensor& grad, const
                                        const std::vector<double>& crop_half, double sharpness, int64_t padding, bool need_images,
                                        bool need_params) {
   WarpBackward b{};
-  const Tensor on = of_samples(enabled, images, ScalarType::Int, ALL_STAGES), keys = of_samples(seed, images, ScalarType::Long, int64_t{0});
+  const OptionalTensor on = of_samples(enabled, images, ScalarType::Int, ALL_STAGES),
+                       keys = of_samples(seed, images, ScalarType::Long, int64_t{0});
   fill_problem(b, images, params, on, keys, order, radius, sigma_max, noise_std, crop_half, sharpness, padding);
   b.grad = checked(grad, "the gradient", images.scalar_type(), {b.B, b.C, b.H, b.W});
   Tensor grad_images =
@@ -151,8 +150,8 @@ Tensor affine_forward_by(const Run& run, const Tensor& images, const Tensor& mat
 }
 
 template <class Run>
-std::tuple<Tensor, Tensor> affine_backward_by(const Run& run, const Tensor& grad, const Tensor& images, const Tensor& matrix, int64_t padding,
-                                              bool need_images, bool need_matrix) {
+std::tuple<Tensor, Tensor> affine_backward_by(const Run& run, const Tensor& grad, const Tensor& images, const Tensor& matrix,
+                                              int64_t padding, bool need_images, bool need_matrix) {
   WarpAffineBackward b{};
   STD_TORCH_CHECK(grad.dim() == images.dim() && grad.dim() >= 4 && grad.dim() <= 5, "warp: the gradient must have the images' dimensions");
   const int64_t sides[3] = {grad.size(2), grad.size(3), grad.dim() == 5 ? grad.size(4) : 1};

@@ -2,19 +2,21 @@
 // Differentiable transformations on the GPU, backward. The cut of a chain into steps stands in warp_program.cuh.
 //
 // In the default order two launches, with one intermediate gradient. The first takes the adjoint of the rotation (warp_turn.cuh), makes the blurred tile
-// and the noise again, and walks back through flips, crop and noise in registers; the second is the adjoint blur, once with the taps and once with
-// their slopes, so that sigma's gradient needs no more than the image's own pixels. The angle's gradient comes with the rotation's adjoint: a
-// pixel times the derivatives of the weights with which outputs read it. Chains of other orders take up to seven launches; where a
-// block holds the whole plane it is one.
+// and the noise again, and walks back through flips, crop and noise in registers; the second (warp_patch.cuh), which begins while the first one ends, is
+// the adjoint blur, once with the taps and once with their slopes, so that sigma's gradient needs no more than the image's own pixels. The angle's
+// gradient comes with the rotation's adjoint: a pixel times the derivatives of the weights with which outputs read it. Chains of other orders take
+// up to seven launches; where a block holds the whole plane it is one.
 // Sums of parameters: registers, warps, block, then the blocks of a sample in their order, in float64, by the one that comes last. No float atomics.
 //
-// Limit: instructions and their latency. Measured on an NVIDIA H200 (profiler, float32): 63 and 38 us for the two launches at
-// 16 x 3 x 224 x 224, 16 and 10 us at 32 x 1 x 128 x 128, 18 us for the one at 64 x 1 x 28 x 28, which is bound by latency. By the assembly the adjoint of the rotation is a third of the
-// first launch's instructions, 150 a cell: each of four candidates has its coordinates and tests. Outputs that are sorted into their cells
-// once would take fewer, but two of them share a place where rounding decides, next to quarter turns.
+// Limit: instructions and their latency. Measured on an NVIDIA H200 (profiler, float32): 51 us for the first launch at 16 x 3 x 224 x 224, 13 us at
+// 32 x 1 x 128 x 128, 11 us for the only one at 64 x 1 x 28 x 28, which is bound by latency; forward and backward in a CUDA graph 114, 32 and 18 us.
+// By the assembly the adjoint of the rotation is a third of the first launch's instructions, 127 a cell (at 147, and with four shuffles for two, the
+// launch took 55 us): each of four candidates has its coordinates and tests. Outputs that are sorted into their cells once would take fewer, but two
+// of them share a place where rounding decides, next to quarter turns. Weights max(0, 1 - |t|) over 3 x 3 outputs would give the image's gradient
+// in 80 instructions, but the angle's needs to know which cell an output is in.
 
 #include "common/simt.cuh"
-#include "ops/cuda/warp_step.cuh"
+#include "ops/cuda/warp_patch.cuh"
 #include "ops/warp.h"
 
 namespace {
@@ -22,23 +24,25 @@ namespace {
 // By the tile's pixels before the blur: their gradients at GRAD_AT, and those that the taps' slopes would give at DERIVATIVE_AT.
 template <class T, bool mixed>
 __device__ __forceinline__ void adjoint_blur_tile(const Program& p, const Tile& tile, const Array& grad, T* shared) {
-  const Taps<T> taps = taps_of_sample<T>(p, tile.sample, p.radius_y, p.radius_x);
+  PK_SHARED(T, taps, TAPS);
+  const T sigma = sigma_of_sample<T>(p, tile.sample);
   T* const middle = shared + MIDDLE_AT;
   T* const slope_middle = shared + SLOPE_MIDDLE_AT;
-  load_raw<T, mixed>(grad, tile, taps.reach_y, taps.reach_x, WarpBlurPadding::zeros, shared);
-  filter_rows<T, true>(shared, tile, taps.reach_x, p.padding, taps.weight, T(1), middle);
+  load_raw<T, mixed>(grad, tile, p.radius_y, p.radius_x, WarpBlurPadding::zeros, shared, [&] { make_tile_taps(p, sigma, taps); });
+  const Reach reach = reach_of_tiles(p, sigma);
+  filter_rows<T, true>(shared, tile, reach.x, p.padding, taps, T(1), middle);
   const ColumnRun run;
   T weight[REACH + 1], out[RUN] = {};
-  read_taps(taps.weight, taps.reach_y, weight);
-  filter_column<T, true>(middle, run, tile, taps.reach_y, p.padding, weight, T(1), out);
+  read_taps(taps, weight);
+  filter_column<T, true>(middle, run, tile, reach.y, p.padding, weight, T(1), out);
   write_column(shared + GRAD_AT, run, tile, out);
   T by_sigma[RUN] = {};
-  if (!taps.is_identity()) {
-    filter_rows<T, true>(shared, tile, taps.reach_x, p.padding, taps.slope, T(0), slope_middle);
+  if (!reach.is_identity()) {
+    filter_rows<T, true>(shared, tile, reach.x, p.padding, taps + SLOPES_AT, T(0), slope_middle);
     T slope[REACH + 1];
-    read_taps(taps.slope, taps.reach_y, slope);
-    filter_column<T, true>(middle, run, tile, taps.reach_y, p.padding, slope, T(0), by_sigma);
-    filter_column<T, true>(slope_middle, run, tile, taps.reach_y, p.padding, weight, T(1), by_sigma);
+    read_taps(taps + SLOPES_AT, slope);
+    filter_column<T, true>(middle, run, tile, reach.y, p.padding, slope, T(0), by_sigma);
+    filter_column<T, true>(slope_middle, run, tile, reach.y, p.padding, weight, T(1), by_sigma);
   }
   write_column(shared + DERIVATIVE_AT, run, tile, by_sigma);
   __syncthreads();
@@ -57,19 +61,26 @@ __device__ __forceinline__ void scale_sums(const Program& p, const Step& step, i
 // A gradient step that is nothing but the adjoint of a blur: a thread's run of a column needs no other.
 template <class T, bool mixed>
 __device__ __forceinline__ void run_blur_gradient(const Program& p, const Step& step, const Tile& tile, T* shared) {
+  PK_SHARED(T, taps, TAPS);
   const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
-  if (is_void<T>(p, tile.sample)) {
+  const bool nothing = is_void<T>(p, tile.sample);
+  const T sigma = sigma_of_sample<T>(p, tile.sample);
+  if (p.first > 0) pk::wait_for_previous();
+  if (nothing) {
     if (step.target) fill_with_nan<T, mixed>(target, tile);
     return;  // nor are there sums
   }
-  const Taps<T> taps = taps_of_sample<T>(p, tile.sample, p.radius_y, p.radius_x);
-  const bool slopes = step.values && !taps.is_identity();
-  load_raw<T, mixed>(plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image), tile, taps.reach_y, taps.reach_x, WarpBlurPadding::zeros,
-                     shared);
-  filter_rows_twice(shared, tile, taps, p.padding, shared + MIDDLE_AT, slopes ? shared + SLOPE_MIDDLE_AT : nullptr);
+  load_raw<T, mixed>(plane_of<T, mixed>(p, tile, step.grad, step.is_grad_image), tile, p.radius_y, p.radius_x, WarpBlurPadding::zeros,
+                     shared, [&] { make_tile_taps(p, sigma, taps); });
+  const Reach reach = reach_of_tiles(p, sigma);
+  const bool slopes = step.values && !reach.is_identity();
+  T weight[REACH + 1], slope[REACH + 1];
+  read_taps(taps, weight);
+  read_taps(taps + SLOPES_AT, slope);
+  filter_rows_twice(shared, tile, weight, slope, reach.x, p.padding, shared + MIDDLE_AT, slopes ? shared + SLOPE_MIDDLE_AT : nullptr);
   const ColumnRun run;
   T sums[SUMS] = {}, out[RUN] = {}, by_sigma[RUN] = {};
-  filter_column_twice(shared, run, tile, taps, p.padding, slopes, out, by_sigma);
+  filter_column_twice(shared, run, tile, weight, slope, reach.y, p.padding, slopes, out, by_sigma);
   // on the middle line of an odd side the last mirror image is the pixel itself
   const int x = tile.x(run.t, run.column), rows = tile.h - run.row - ((run.t & 2) != 0 && 2 * (tile.y0 + tile.h) > tile.H ? 1 : 0);
   if (run.column < tile.w && !((run.t & 1) != 0 && x == tile.x0 + run.column)) {
@@ -126,7 +137,9 @@ __device__ __forceinline__ void adjoint_tile(const Program& p, const Step& step,
 
 template <class T, bool mixed, Work work>
 __device__ __forceinline__ void run_gradient(const Program& p, const Step& step, const Tile& tile, T* shared) {
-  if (is_void<T>(p, tile.sample)) {
+  const bool nothing = is_void<T>(p, tile.sample);
+  if (p.first > 0) pk::wait_for_previous();
+  if (nothing) {
     if (step.target) fill_with_nan<T, mixed>(plane_of<T, mixed>(p, tile, step.target, step.is_target_image), tile);
     return;  // nor are there sums
   }
@@ -134,9 +147,11 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
   const T* const noise = step.values ? shared + NOISE_AT : nullptr;
   if (step.values) read_tile<T, mixed>(p, step, gradient_reader<work>(step), tile, shared);
   const Local<T> local = local_of_sample<T>(p, step, tile.sample);
+  PK_SHARED(T, masks, 3 * MASKS);
   if (step.values && local.on(WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
-  Mask<T> mask;
-  if (local.on(WarpStage::crop)) mask = make_mask<T>(p, tile);
+  const Mask<T> mask{masks};
+  if (local.on(WarpStage::crop)) make_mask(p, tile, masks);
+  __syncthreads();
   const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
   T sums[SUMS] = {};
   for_orbits(tile, [&](const Orbit& orbit) {
@@ -165,16 +180,36 @@ __device__ __forceinline__ void run_gradient(const Program& p, const Step& step,
   write_block_sums(sums, step.sums, step.behind, p.partial + static_cast<int64_t>(blockIdx.x) * COLUMNS);
 }
 
+// The gradients by a sample's parameters, from the sums of its blocks, a warp for each; `patches`: as many of sigma's sums stand by themselves.
+template <class T>
+__device__ __forceinline__ void add_up(const Program& p, int64_t sample, int64_t patches) {
+  const int column = threadIdx.x / 32;
+  if (column >= WARP_PARAMS) return;
+  const int64_t blocks = p.C * p.tiles_y * p.tiles_x;
+  const double* const partial = p.partial + sample * blocks * COLUMNS;
+  double sum = 0;
+  if (is_void<T>(p, sample)) {
+    sum = is_used(p, sample, column) ? double(NAN) : 0.0;
+  } else if (column == 0 && patches > 0) {
+    sum = column_sum(p.patch_partial + sample * patches, patches, 1, 0);
+  } else {
+    if ((p.columns >> column & 1u) != 0) sum = column_sum(partial, blocks, COLUMNS, column);
+    if (column == 0 && (p.columns >> SECOND_BLUR & 1u) != 0) sum += column_sum(partial, blocks, COLUMNS, SECOND_BLUR);
+  }
+  if (threadIdx.x % 32 == 0) static_cast<T*>(p.grad_params)[sample * WARP_PARAMS + column] = static_cast<T>(sum);
+}
+
+// resources: spills at most 128 bytes (chains in any order, whose bound gives 128 registers)
 // resources: dynamic shared 68352 bytes
 template <class T, bool mixed, Work work>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 8       ? 1
                                            : work == Work::turn ? 4
-                                           : work == Work::blur ? 3
                                                                 : 2) warp_backward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, dynamic);
   T* const shared = dynamic - GRAD_AT;
   const Tile tile = tile_of_block(p);
   const int64_t blocks = p.C * p.tiles_y * p.tiles_x;
+  if (p.followed) pk::let_next_begin();
   if (p.clear && tile.channel == 0 && tile.x0 == 0 && tile.y0 == 0 && threadIdx.x == 0) p.arrivals[tile.sample] = 0;
   if constexpr (work == Work::any) {
     for (int i = p.first; i < p.last; ++i) {
@@ -187,20 +222,21 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8       ? 1
     }
   }
   if constexpr (work == Work::turn || work == Work::chain) run_gradient<T, mixed, Work::turn>(p, p.step[p.first], tile, shared);
-  if constexpr (work == Work::chain) __syncthreads();
-  if constexpr (work == Work::blur || work == Work::chain) run_blur_gradient<T, mixed>(p, p.step[p.last - 1], tile, shared);
-  if (!p.finish || !arrives_last(p.arrivals + tile.sample, blocks)) return;
-  const int column = threadIdx.x / 32;
-  if (column >= WARP_PARAMS) return;
-  const double* const partial = p.partial + tile.sample * blocks * COLUMNS;
-  double sum = 0;
-  if (is_void<T>(p, tile.sample)) {
-    sum = is_used(p, tile.sample, column) ? double(NAN) : 0.0;
-  } else {
-    if ((p.columns >> column & 1u) != 0) sum = column_sum(partial, blocks, COLUMNS, column);
-    if (column == 0 && (p.columns >> SECOND_BLUR & 1u) != 0) sum += column_sum(partial, blocks, COLUMNS, SECOND_BLUR);
+  if constexpr (work == Work::chain) {
+    __syncthreads();
+    run_blur_gradient<T, mixed>(p, p.step[p.last - 1], tile, shared);
   }
-  if (threadIdx.x % 32 == 0) static_cast<T*>(p.grad_params)[tile.sample * WARP_PARAMS + column] = static_cast<T>(sum);
+  if (p.finish && arrives_last(p.arrivals + tile.sample, blocks)) add_up<T>(p, tile.sample, 0);
+}
+
+// resources: dynamic shared 37312 bytes
+template <class T, bool mixed>
+__global__ void __launch_bounds__(THREADS, 4) warp_backward_blur_kernel(const Program p) {
+  PK_DYNAMIC_SHARED(T, shared);
+  const Patch patch = patch_of_block(p);
+  const int64_t blocks = patches_of_sample(p);
+  run_patch<T, mixed>(p, p.step[p.last - 1], patch, shared);
+  if (p.finish && arrives_last(p.arrivals + patch.sample, blocks)) add_up<T>(p, patch.sample, blocks);
 }
 
 // ------------------------------------------------------------------------------------------------------------------------ launch
@@ -208,6 +244,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8       ? 1
 // The steps of a backward program; without a workspace `pieces` counts. Returns their number.
 template <class T>
 int backward_steps(const WarpBackward& p, Pieces& pieces, Program& program) {
+  cut_into_patches(program);
   Pass passes[MOST_PASSES];
   const int count = passes_of(p, passes);
   const bool values = p.grad_params != nullptr;
@@ -243,6 +280,7 @@ int backward_steps(const WarpBackward& p, Pieces& pieces, Program& program) {
     step.is_target_image = i == gradients - 1;
   }
   program.partial = pieces.take<double>(values ? p.B * blocks_of_sample(program) * COLUMNS : 0);
+  program.patch_partial = pieces.take<double>(values ? p.B * patches_of_sample(program) : 0);
   program.arrivals = pieces.take<unsigned>(values ? p.B : 0);
   program.grad_params = p.grad_params;
   return steps;
@@ -254,7 +292,7 @@ int launch_backward(const WarpBackward& p, void* workspace, void* stream) {
   Pieces pieces(workspace);
   const int steps = backward_steps<T>(p, pieces, program);
   const bool whole = program.tiles_y == 1 && program.tiles_x == 1;
-  if (p.grad_params && (whole || steps == 1) && blocks_of_sample(program) > 1) {  // no launch before the last could do it
+  if (p.grad_params && (steps == 1 || (whole && blocks_of_sample(program) > 1))) {  // no launch before the last could do it
     const int status = pk::memset_async(program.arrivals, 0, sizeof(unsigned) * static_cast<std::size_t>(p.B), stream);
     if (status != 0) return status;
   }
@@ -262,12 +300,12 @@ int launch_backward(const WarpBackward& p, void* workspace, void* stream) {
     auto* kernel = warp_backward_kernel<T, mixed, Work::any>;
     if constexpr (sizeof(T) == 4) {
       const Work work = work_of(part, true);
-      if (work == Work::blur) kernel = warp_backward_kernel<T, mixed, Work::blur>;
+      if (work == Work::blur)
+        return launch_part(warp_backward_blur_kernel<T, mixed>, part, patches_of_sample(part), PATCH_ELEMENTS * sizeof(T), stream);
       if (work == Work::turn) kernel = warp_backward_kernel<T, mixed, Work::turn>;
       if (work == Work::chain) kernel = warp_backward_kernel<T, mixed, Work::chain>;
     }
-    return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
-                     shared_bytes(part, true, sizeof(T)), stream, part);
+    return launch_part(kernel, part, blocks_of_sample(part), shared_bytes(part, true, sizeof(T)), stream);
   });
 }
 

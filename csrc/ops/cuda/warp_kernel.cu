@@ -7,10 +7,11 @@
 // A chain in the default order is two launches, with one intermediate image that the L2 cache holds; one launch where a block holds
 // the whole plane (up to 64 x 32), the passes separated by barriers. Nothing depends on the order of threads or blocks.
 //
-// Limit: instructions and their latency. Measured on an NVIDIA H200 (profiler, float32): 30 and 15 us for the two launches at
-// 16 x 3 x 224 x 224, 9 and 5 us at 32 x 1 x 128 x 128, 9 us for the one at 64 x 1 x 28 x 28, where one block a plane leaves half of the
-// multiprocessors idle and latency decides. An earlier version executed 310 instructions a pixel in the first launch and filled 64 % of the issue
-// slots; memory alone would take 4.5 us at 224.
+// Limit: instructions and their latency. Measured on an NVIDIA H200 (profiler, float32): 24 us for the first launch at 16 x 3 x 224 x 224, 7 us at
+// 32 x 1 x 128 x 128, 5.5 us for the only one at 64 x 1 x 28 x 28, where one block a plane leaves half of the multiprocessors idle and latency
+// decides; memory alone would take 4.5 us at 224. The second launch begins while the first one ends. What a block waits for shows at every size: with
+// the taps made by all threads' first warp behind two barriers, where now a warp without pixels to load makes them meanwhile, and the noise
+// and the crop's mask behind three more, these were 30, 9 and 9 us. A third of the instructions are the noise's, 180 for four numbers.
 
 #include "common/simt.cuh"
 #include "ops/cuda/warp_step.cuh"
@@ -18,18 +19,22 @@
 
 namespace {
 
+// resources: spills at most 8 bytes (sm_100)
 // resources: dynamic shared 35840 bytes
 template <class T, bool mixed, Work work>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 8        ? 1
                                            : work == Work::any   ? 3
                                            : work == Work::chain ? 2
-                                                                 : 4) warp_forward_kernel(const Program p) {
+                                                                 : 6) warp_forward_kernel(const Program p) {
   PK_DYNAMIC_SHARED(T, shared);
   const Tile tile = tile_of_block(p);
+  if (p.followed) pk::let_next_begin();
   if constexpr (work == Work::chain) {
     run_pass<T, mixed, Work::blur>(p, p.step[0], tile, shared);
     __syncthreads();  // the next pass reads what the others of this block wrote
-    run_pass<T, mixed, Work::turn>(p, p.step[1], tile, shared);
+    run_turn<T, mixed>(p, p.step[1], tile, shared);
+  } else if constexpr (work == Work::turn) {
+    run_turn<T, mixed>(p, p.step[p.first], tile, shared);
   } else if constexpr (work == Work::any) {
     for (int i = p.first; i < p.last; ++i) {
       run_pass<T, mixed, work>(p, p.step[i], tile, shared);
@@ -64,8 +69,7 @@ int launch_forward(const WarpForward& p, void* workspace, void* stream) {
       if (work == Work::turn) kernel = warp_forward_kernel<T, mixed, Work::turn>;
       if (work == Work::chain) kernel = warp_forward_kernel<T, mixed, Work::chain>;
     }
-    return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(part.B * blocks_of_sample(part))), dim3(THREADS),
-                     shared_bytes(part, false, sizeof(T)), stream, part);
+    return launch_part(kernel, part, blocks_of_sample(part), shared_bytes(part, false, sizeof(T)), stream);
   });
 }
 

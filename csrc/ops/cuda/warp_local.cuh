@@ -18,23 +18,21 @@ struct Local {
 // Whether a column of params belongs to a stage that is on for the sample.
 __device__ __forceinline__ bool is_used(const Program& p, int64_t sample, int column) {
   const int stage = column < 3 ? column : column - 1;  // the crop has two
-  return (p.stages & static_cast<unsigned>(p.enabled[sample]) & 1u << stage) != 0;
+  return (p.stages & static_cast<unsigned>(p.on(sample)) & 1u << stage) != 0;
 }
 
 // Whether one of these is not finite: then the sample is NaN, output and gradients. By whole warps.
 template <class T>
 __device__ __forceinline__ bool is_void(const Program& p, int64_t sample) {
-  const int column = threadIdx.x % 32;
-  bool found = false;
-  if (column < WARP_PARAMS && is_used(p, sample, column))
-    found = !is_finite(static_cast<const T*>(p.params)[sample * WARP_PARAMS + column]);
-  return __any_sync(ALL, found) != 0;
+  const int column = min(static_cast<int>(threadIdx.x % 32), WARP_PARAMS - 1);
+  const T level = static_cast<const T*>(p.params)[sample * WARP_PARAMS + column];  // does not wait for what is on
+  return __any_sync(ALL, is_used(p, sample, column) && !is_finite(level)) != 0;
 }
 
 template <class T>
 __device__ __forceinline__ Local<T> local_of_sample(const Program& p, const Step& step, int64_t sample) {
   const T* const params = static_cast<const T*>(p.params) + sample * WARP_PARAMS;
-  return {p.enabled[sample] & step.local, static_cast<T>(p.noise_std) * params[1], params[4], params[5]};
+  return {p.on(sample) & step.local, static_cast<T>(p.noise_std) * params[1], params[4], params[5]};
 }
 
 // A pixel (column, row) of the tile with its mirror images; on the middle line of an odd side an image is the pixel itself.
@@ -55,39 +53,46 @@ struct Orbit {
   __device__ __forceinline__ int at(int t) const { return (t * TILE_H + row) * VALUE_W + column; }
 };
 
-// Calls visit(orbit) for the thread's pixels of the tile. A warp has a row.
+// Calls visit(orbit) for the thread's pixels of the tile.
 template <class Visit>
 __device__ __forceinline__ void for_orbits(const Tile& tile, const Visit& visit) {
-  const int column = threadIdx.x % TILE_W;
+  const int lanes = tile.lanes(), column = threadIdx.x & (lanes - 1),
+            rows_at_once = lanes == TILE_W ? THREADS / TILE_W : 2 * THREADS / TILE_W;
   if (column >= tile.w) return;
 #pragma unroll 1
-  for (int row = threadIdx.x / TILE_W; row < tile.h; row += THREADS / TILE_W) visit(Orbit(tile, column, row));
+  for (int row = lanes == TILE_W ? threadIdx.x / TILE_W : threadIdx.x / (TILE_W / 2); row < tile.h; row += rows_at_once)
+    visit(Orbit(tile, column, row));
 }
 
 // The normal numbers of the tile. Four threads make a row of a mirror image, the four numbers of a Philox block at a time, of which some may lie
-// beside the tile. Ends with a barrier.
+// beside the tile. The caller's barrier ends it.
 template <class T>
 __device__ __forceinline__ void make_noise(const Program& p, const Tile& tile, T* noise) {
   static_assert(THREADS == 4 * 4 * TILE_H);
   const int line = threadIdx.x / 4, t = line / TILE_H, row = line % TILE_H;
   if (row < tile.h) {
-    const auto key = static_cast<unsigned long long>(p.seed[tile.sample]);
+    const auto key = p.seed ? static_cast<unsigned long long>(p.seed[tile.sample]) : 0ull;
     const int x = t & 1 ? tile.W - tile.x0 - tile.w : tile.x0;  // the row's first pixel, from the left
     const auto start = static_cast<unsigned long long>((tile.channel * tile.H + tile.y(t, row)) * tile.W + x);  // in the sample
     const int before = static_cast<int>(start % 4);
     T* const target = noise + line * VALUE_W;
-#pragma unroll 2
+    const bool mirrored = (t & 1) != 0, whole = before == 0 && tile.w % 4 == 0;  // all four are in the tile
+#pragma unroll 1
     for (int group = threadIdx.x % 4; 4 * group - before < tile.w; group += 4) {
       T n[4];
       normal_numbers(key, start / 4 + group, n);
+      if (whole) {
+        const T four[4] = {mirrored ? n[3] : n[0], mirrored ? n[2] : n[1], mirrored ? n[1] : n[2], mirrored ? n[0] : n[3]};
+        write_row(target + (mirrored ? tile.w - 4 - 4 * group : 4 * group), four);
+      } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int place = 4 * group - before + i;
-        if (static_cast<unsigned>(place) < static_cast<unsigned>(tile.w)) target[t & 1 ? tile.w - 1 - place : place] = n[i];
+        for (int i = 0; i < 4; ++i) {
+          const int place = 4 * group - before + i;
+          if (static_cast<unsigned>(place) < static_cast<unsigned>(tile.w)) target[mirrored ? tile.w - 1 - place : place] = n[i];
+        }
       }
     }
   }
-  __syncthreads();
 }
 
 template <class T>
@@ -100,26 +105,24 @@ constexpr int MASK_ROWS = 2 * TILE_W, MASKS = MASK_ROWS + 2 * TILE_H;
 
 template <class T>
 struct Mask {
-  const T* inside;  // [MASKS]: distance from the window's edge times the sharpness; columns of both mirror images, then rows
-  const T* value;   // sigmoid of it
-  const T* slope;   // m (1 - m), with the sign of the way from the centre
+  const T* table;  // [3, MASKS]; columns of both mirror images, then rows
+
+  __device__ __forceinline__ T inside(int at) const { return table[at]; }             // distance from the window's edge times the sharpness
+  __device__ __forceinline__ T value(int at) const { return table[MASKS + at]; }      // sigmoid of it
+  __device__ __forceinline__ T slope(int at) const { return table[2 * MASKS + at]; }  // m (1 - m), with the sign of the way from the centre
 
   // Which side decides: x at ties.
   __device__ __forceinline__ int at(const Orbit& orbit, int t, bool& along_x) const {
     const int x = (t & 1) * TILE_W + orbit.column, y = MASK_ROWS + (t & 2) / 2 * TILE_H + orbit.row;
-    along_x = !(inside[y] < inside[x]);
+    along_x = !(inside(y) < inside(x));
     return along_x ? x : y;
   }
 };
 
-// By the whole block; ends with a barrier.
+// By the block's last warps; the caller's barrier ends it.
 template <class T>
-__device__ __forceinline__ Mask<T> make_mask(const Program& p, const Tile& tile) {
-  PK_SHARED(T, inside, MASKS);
-  PK_SHARED(T, value, MASKS);
-  PK_SHARED(T, slope, MASKS);
-  __syncthreads();
-  const int i = threadIdx.x;
+__device__ __forceinline__ void make_mask(const Program& p, const Tile& tile, T* table) {
+  const int i = THREADS - 1 - threadIdx.x;
   if (i < MASKS) {
     const bool along_x = i < MASK_ROWS;
     const int place = along_x ? tile.x(i / TILE_W, i % TILE_W) : tile.y((i - MASK_ROWS) / TILE_H * 2, (i - MASK_ROWS) % TILE_H);
@@ -127,12 +130,10 @@ __device__ __forceinline__ Mask<T> make_mask(const Program& p, const Tile& tile)
     const T distance = T(place) + T(0.5) - center * T(along_x ? p.W : p.H);
     const T here = static_cast<T>(p.sharpness) * (static_cast<T>(along_x ? p.half_x : p.half_y) - magnitude(distance));
     const T e = exponential(-magnitude(here)), share = T(1) / (1 + e);
-    inside[i] = here;
-    value[i] = here >= 0 ? share : e * share;
-    slope[i] = e * share * share * sign_of(distance);
+    table[i] = here;
+    table[MASKS + i] = here >= 0 ? share : e * share;
+    table[2 * MASKS + i] = e * share * share * sign_of(distance);
   }
-  __syncthreads();
-  return {inside, value, slope};
 }
 
 template <class T>
@@ -156,7 +157,7 @@ __device__ __forceinline__ void apply(WarpStage stage, const Local<T>& local, co
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         bool along_x;
-        v[t] *= mask.value[mask.at(orbit, t, along_x)];
+        v[t] *= mask.value(mask.at(orbit, t, along_x));
       }
       break;
     case WarpStage::hflip:
@@ -188,10 +189,10 @@ __device__ __forceinline__ void apply_adjoint(WarpStage stage, const Local<T>& l
       for (int t = 0; t < 4; ++t) {
         bool along_x;
         const int at = mask.at(orbit, t, along_x);
-        const T by_center = orbit.owns(t) ? g[t] * v[t] * mask.slope[at] : T(0);
+        const T by_center = orbit.owns(t) ? g[t] * v[t] * mask.slope(at) : T(0);
         sums[2] += along_x ? by_center : T(0);
         sums[3] += along_x ? T(0) : by_center;
-        g[t] *= mask.value[at];
+        g[t] *= mask.value(at);
       }
       break;
     case WarpStage::hflip:

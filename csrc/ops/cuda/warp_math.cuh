@@ -79,7 +79,7 @@ __device__ __forceinline__ Words philox(unsigned long long key, unsigned long lo
   unsigned k0 = static_cast<unsigned>(key), k1 = static_cast<unsigned>(key >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const unsigned long long first = 0xD2511F53ull * c0, second = 0xCD9E8D57ull * c2;
+    const unsigned long long first = pk::multiply_wide(0xD2511F53u, c0), second = pk::multiply_wide(0xCD9E8D57u, c2);
     c0 = static_cast<unsigned>(second >> 32) ^ c1 ^ k0;
     c1 = static_cast<unsigned>(second);
     c2 = static_cast<unsigned>(first >> 32) ^ c3 ^ k1;
@@ -102,9 +102,9 @@ __device__ __forceinline__ float pair_length(float, unsigned word) {
   p = fmaf(p, f, 0.3333112299442291f);
   p = fmaf(p, f, 0.5000002980232239f);
   const float near = 2.0f * fmaf(p * f, f, f);
-  const float far = -1.3862943611198906f * __log2f((static_cast<float>(word) + 0.5f) * 0x1p-32f);
+  const float far = -1.3862943611198906f * pk::log2_fast((static_cast<float>(word) + 0.5f) * 0x1p-32f);
   const float twice = f < 0.3f ? near : far;
-  return twice * rsqrtf(twice);
+  return twice * pk::rsqrt_fast(twice);
 }
 __device__ __forceinline__ double pair_length(double, unsigned word) {
   return sqrt(-2.0 * log((static_cast<double>(word) + 0.5) * 0x1p-32));
@@ -193,25 +193,35 @@ __device__ __forceinline__ int padded_place(int i, int n, WarpBlurPadding paddin
   return i < n ? i : period - i;
 }
 
-// The same where a radius is less than the axis.
-__device__ __forceinline__ int padded_once(int i, int n, WarpBlurPadding padding) {
-  if (padding == WarpBlurPadding::reflect) return i < 0 ? -i : i < n ? i : 2 * (n - 1) - i;
-  if (padding == WarpBlurPadding::replicate) return i < 0 ? 0 : i < n ? i : n - 1;
-  return i < n ? i : -1;
-}
-
 // -------------------------------------------------------------------------------------------------------------------------- sums
 
 // The block's sums of those values whose bit is set, warps in their order, written by its first threads: value i to column i, value 0 to column `first`.
 template <int count, class T>
 __device__ __forceinline__ void write_block_sums(const T (&values)[count], unsigned bits, int first, double* target) {
   PK_SHARED(double, of_warp, THREADS / 32, count);
+  if constexpr (count == 1) {
+    const T sum = warp_sum(values[0]);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32][0] = static_cast<double>(sum);
+  } else {
+    // a lane gives half of its values away and takes its partner's share of the others: in the end EACH lanes have one sum
+    constexpr int PLACES = count <= 8 ? 8 : 16, EACH = 32 / PLACES;
+    static_assert(count <= PLACES);
+    T kept[PLACES];
 #pragma unroll
-  for (int i = 0; i < count; ++i) {
-    if ((bits >> i & 1u) != 0) {
-      const T sum = warp_sum(values[i]);
-      if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32][i] = static_cast<double>(sum);
+    for (int i = 0; i < PLACES; ++i) kept[i] = i < count ? values[i] : T(0);
+#pragma unroll
+    for (int half = PLACES / 2; half > 0; half /= 2) {
+      const bool upper = (threadIdx.x & EACH * half) != 0;
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        const T mine = upper ? kept[i + half] : kept[i], other = upper ? kept[i] : kept[i + half];
+        kept[i] = mine + __shfl_xor_sync(ALL, other, EACH * half);
+      }
     }
+#pragma unroll
+    for (int lanes = EACH / 2; lanes > 0; lanes /= 2) kept[0] += __shfl_xor_sync(ALL, kept[0], lanes);
+    const int i = threadIdx.x % 32 / EACH;
+    if (threadIdx.x % EACH == 0 && i < count) of_warp[threadIdx.x / 32][i] = static_cast<double>(kept[0]);
   }
   __syncthreads();
   const int i = threadIdx.x;

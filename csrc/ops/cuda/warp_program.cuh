@@ -39,24 +39,45 @@ struct Step {
   void* target;        // [B, C, H, W] or null
 };
 
+// Division of numbers below 2^31 by one that the host knows: a product and a shift, where the device's own division takes some twenty instructions.
+struct Divider {
+  unsigned divisor, factor, shift;
+
+  __device__ __forceinline__ unsigned quotient(unsigned n) const { return static_cast<unsigned>(pk::multiply_wide(n, factor) >> shift); }
+};
+
+inline Divider divider(int64_t divisor) {
+  unsigned bits = 0;
+  while (int64_t{1} << bits < divisor) ++bits;
+  return {static_cast<unsigned>(divisor), static_cast<unsigned>((1ull << (31 + bits)) / static_cast<unsigned long long>(divisor) + 1),
+          31 + bits};
+}
+
 struct Program {
   int64_t B, C;
   int H, W, tiles_x, tiles_y;
+  Divider channels, tiles, tile_columns, patches, patch_columns;  // of a sample; of a plane; of a row of them
+  int patch_w, patch_h;
   Kind kind;
-  const void* params;  // T [B, 7]
-  const int32_t* enabled;
-  const int64_t* seed;
+  const void* params;      // T [B, 7]
+  const int32_t* enabled;  // or null: all stages are on
+  const int64_t* seed;     // or null: 0
   int radius_y, radius_x;
   double sigma_max, noise_std, half_y, half_x, sharpness;
   WarpBlurPadding padding;
-  double* partial;     // [B, C tiles, COLUMNS]
-  unsigned* arrivals;  // [B]
-  void* grad_params;   // T [B, 7] or null
-  unsigned columns;    // that some step sums up
-  unsigned stages;     // bits of the stages in the order
-  bool clear, finish;  // the launch sets arrivals to 0; its last blocks add up the sums
-  int first, last;     // steps of the launch
+  double* partial;        // [B, C tiles, COLUMNS]
+  double* patch_partial;  // [B, patches]: sigma's, where the adjoint blur has a launch of its own
+  unsigned* arrivals;     // [B]
+  void* grad_params;      // T [B, 7] or null
+  unsigned columns;       // that some step sums up
+  unsigned stages;        // bits of the stages in the order
+  bool clear, finish;     // the launch sets arrivals to 0; its last blocks add up the sums
+  bool followed;          // the next launch may begin before this one ends: before it has waited it reads what was there before either
+  int first, last;        // steps of the launch
   Step step[MOST_STEPS];
+
+  // Bit k: stage k is on for the sample.
+  __device__ __forceinline__ int on(int64_t sample) const { return enabled ? enabled[sample] : (1 << WARP_STAGES) - 1; }
 };
 
 // Steps that have a kernel of their own, with fewer registers; `any` takes every step, and those of a whole plane one after the other. The others'
@@ -183,6 +204,8 @@ inline Program program_of(const WarpProblem& p) {
   program.H = static_cast<int>(p.H), program.W = static_cast<int>(p.W);
   program.tiles_x = static_cast<int>((p.W + 2 * TILE_W - 1) / (2 * TILE_W));
   program.tiles_y = static_cast<int>((p.H + 2 * TILE_H - 1) / (2 * TILE_H));
+  program.channels = divider(p.C);
+  program.tiles = divider(int64_t{program.tiles_x} * program.tiles_y), program.tile_columns = divider(program.tiles_x);
   program.kind = p.kind;
   program.params = p.params, program.enabled = p.enabled, program.seed = p.seed;
   program.radius_y = static_cast<int>(p.radius_y), program.radius_x = static_cast<int>(p.radius_x);
@@ -195,6 +218,14 @@ inline Program program_of(const WarpProblem& p) {
 
 inline int64_t blocks_of_sample(const Program& p) { return p.C * p.tiles_y * p.tiles_x; }
 
+// A launch of its own, or behind that of the steps before.
+template <class Kernel>
+int launch_part(const Kernel& kernel, const Program& part, int64_t blocks, std::size_t shared_bytes, void* stream) {
+  const dim3 grid(static_cast<unsigned>(part.B * blocks));
+  return part.first > 0 ? PK_LAUNCH_BEHIND(kernel, grid, dim3(THREADS), shared_bytes, stream, part)
+                        : PK_LAUNCH(kernel, grid, dim3(THREADS), shared_bytes, stream, part);
+}
+
 // Launches the steps [0, count): one launch if a block holds a whole plane, else one a step. launch(program, first, last).
 template <class Launch>
 int launch_steps(Program& program, int count, const Launch& launch) {
@@ -205,6 +236,7 @@ int launch_steps(Program& program, int count, const Launch& launch) {
     program.last = whole ? count : i + 1;
     program.clear = program.grad_params && i == 0 && launches > 1;
     program.finish = program.grad_params && i == launches - 1;
+    program.followed = i < launches - 1;
     const int status = launch(program);
     if (status != 0) return status;
   }

@@ -13,21 +13,22 @@ __device__ __forceinline__ Array plane_of(const Program& p, const Tile& tile, co
   return Array{const_cast<void*>(data), is_image ? p.kind : Kind::f32}.from<T, mixed>(tile.first);
 }
 
-// The values of the blur by tiles, at VALUE_AT. Ends with a barrier.
+// The values of the blur by tiles, at VALUE_AT; the caller's barrier ends it.
 template <class T, bool mixed>
 __device__ __forceinline__ void blur_tile(const Program& p, const Tile& tile, const Array& source, T* shared) {
-  const Taps<T> taps = taps_of_sample<T>(p, tile.sample, p.radius_y, p.radius_x);
-  load_raw<T, mixed>(source, tile, taps.reach_y, taps.reach_x, p.padding, shared);
-  filter_rows<T, false>(shared, tile, taps.reach_x, p.padding, taps.weight, T(1), shared + MIDDLE_AT);
+  PK_SHARED(T, taps, TAPS);
+  const T sigma = sigma_of_sample<T>(p, tile.sample);
+  load_raw<T, mixed>(source, tile, p.radius_y, p.radius_x, p.padding, shared, [&] { make_tile_taps(p, sigma, taps); });
+  const Reach reach = reach_of_tiles(p, sigma);
+  filter_rows<T, false>(shared, tile, reach.x, p.padding, taps, T(1), shared + MIDDLE_AT);
   const ColumnRun run;
   T weight[REACH + 1], out[RUN] = {};
-  read_taps(taps.weight, taps.reach_y, weight);
-  filter_column<T, false>(shared + MIDDLE_AT, run, tile, taps.reach_y, p.padding, weight, T(1), out);
+  read_taps(taps, weight);
+  filter_column<T, false>(shared + MIDDLE_AT, run, tile, reach.y, p.padding, weight, T(1), out);
   write_column(shared + VALUE_AT, run, tile, out);
-  __syncthreads();
 }
 
-// The values of the tile after the reading stage of a pass, at VALUE_AT. Either is read by the thread that wrote it, or behind a barrier.
+// The values of the tile after the reading stage of a pass, at VALUE_AT: they are read behind a barrier. Nothing is left at NOISE_AT.
 template <class T, bool mixed>
 __device__ __forceinline__ void read_tile(const Program& p, const Step& step, Reader reader, const Tile& tile, T* shared) {
   const Array source = plane_of<T, mixed>(p, tile, step.source, step.is_source_image);
@@ -36,7 +37,13 @@ __device__ __forceinline__ void read_tile(const Program& p, const Step& step, Re
   Taps<T> taps;
   if (reader == Reader::rotate) turn = turn_of_sample<T>(p, tile.sample);
   if constexpr (sizeof(T) == 4) {  // boxes of float64 would not fit everywhere
-    if (reader == Reader::rotate && turn.on) return rotate_tile<T, mixed>(tile, turn, source, shared);
+    if (reader == Reader::rotate && turn.on) {
+      rotate_tile<T, mixed>(tile, turn, source, shared, [&](const Orbit& orbit, const T(&v)[4]) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t) shared[VALUE_AT + orbit.at(t)] = v[t];
+      });
+      return __syncthreads();  // what comes next may lie where the boxes are
+    }
   }
   if (reader == Reader::blur_x) taps = taps_of_sample<T>(p, tile.sample, 0, p.radius_x);
   if (reader == Reader::blur_y) taps = taps_of_sample<T>(p, tile.sample, p.radius_y, 0);
@@ -77,15 +84,38 @@ __device__ __forceinline__ void fill_with_nan(const Array& target, const Tile& t
   });
 }
 
+// A pass that is nothing but a rotation.
+template <class T, bool mixed>
+__device__ __forceinline__ void run_turn(const Program& p, const Step& step, const Tile& tile, T* shared) {
+  const Array source = plane_of<T, mixed>(p, tile, step.source, step.is_source_image),
+              target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
+  const bool nothing = is_void<T>(p, tile.sample);
+  const Turn<T> turn = turn_of_sample<T>(p, tile.sample);
+  if (p.first > 0) pk::wait_for_previous();
+  if (nothing) return fill_with_nan<T, mixed>(target, tile);
+  const auto take = [&](const Orbit& orbit, const T(&v)[4]) { store_orbit<T, mixed>(target, tile, orbit, v); };
+  if (turn.on) return rotate_tile<T, mixed>(tile, turn, source, shared, take);
+  for_orbits(tile, [&](const Orbit& orbit) {
+    T v[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) v[t] = load<T, mixed>(source, tile.at(orbit.x(t), orbit.y(t)));
+    take(orbit, v);
+  });
+}
+
 template <class T, bool mixed, Work work>
 __device__ __forceinline__ void run_pass(const Program& p, const Step& step, const Tile& tile, T* shared) {
   const Array target = plane_of<T, mixed>(p, tile, step.target, step.is_target_image);
-  if (is_void<T>(p, tile.sample)) return fill_with_nan<T, mixed>(target, tile);
+  const bool nothing = is_void<T>(p, tile.sample);
   const Local<T> local = local_of_sample<T>(p, step, tile.sample);
+  if (p.first > 0) pk::wait_for_previous();
+  if (nothing) return fill_with_nan<T, mixed>(target, tile);
+  PK_SHARED(T, masks, 3 * MASKS);
   read_tile<T, mixed>(p, step, pass_reader<work>(step), tile, shared);
   if (local.on(WarpStage::noise)) make_noise(p, tile, shared + NOISE_AT);
-  Mask<T> mask;
-  if (local.on(WarpStage::crop)) mask = make_mask<T>(p, tile);
+  const Mask<T> mask{masks};
+  if (local.on(WarpStage::crop)) make_mask(p, tile, masks);
+  __syncthreads();
   for_orbits(tile, [&](const Orbit& orbit) {
     T v[4];
 #pragma unroll

@@ -50,6 +50,8 @@ struct Tile {
   int x0, y0, w, h;                // in the upper left quarter
   int W, H;
 
+  // Lanes that a row takes: two rows to a warp where they are short.
+  __device__ __forceinline__ int lanes() const { return w <= TILE_W / 2 ? TILE_W / 2 : TILE_W; }
   // Rows that whole runs of outputs take, and so the lines that are filtered.
   __device__ __forceinline__ int lines() const { return (h + RUN - 1) / RUN * RUN + 2 * REACH; }
   // Mirror image t: bit 0 along x, bit 1 along y.
@@ -61,37 +63,38 @@ struct Tile {
 
 __device__ __forceinline__ Tile tile_of_block(const Program& p) {
   // the grid has B C tiles_y tiles_x blocks: 32 bits hold them
-  const unsigned tiles_x = p.tiles_x, tiles = tiles_x * p.tiles_y, channels = static_cast<unsigned>(p.C);
-  const unsigned plane = blockIdx.x / tiles, tile = blockIdx.x % tiles, sample = plane / channels;
-  const int x0 = static_cast<int>(tile % tiles_x * TILE_W), y0 = static_cast<int>(tile / tiles_x * TILE_H);
-  return {sample, plane - sample * channels,       static_cast<int64_t>(plane) * p.H * p.W, x0,
-          y0,     min(TILE_W, (p.W + 1) / 2 - x0), min(TILE_H, (p.H + 1) / 2 - y0),         p.W,
+  const unsigned plane = p.tiles.quotient(blockIdx.x), tile = blockIdx.x - plane * p.tiles.divisor, sample = p.channels.quotient(plane);
+  const unsigned tile_row = p.tile_columns.quotient(tile), tile_column = tile - tile_row * p.tile_columns.divisor;
+  const int x0 = static_cast<int>(tile_column * TILE_W), y0 = static_cast<int>(tile_row * TILE_H);
+  return {sample, plane - sample * p.channels.divisor, static_cast<int64_t>(plane) * p.H * p.W, x0,
+          y0,     min(TILE_W, (p.W + 1) / 2 - x0),     min(TILE_H, (p.H + 1) / 2 - y0),         p.W,
           p.H};
 }
 
 // Pixels of the tile and reach_y, reach_x around them, as the padding gives them; zeros where no tap may see anything. A thread has a column, the same of
-// the four mirror images. Ends with a barrier.
-template <class T, bool mixed>
-__device__ __forceinline__ void load_raw(const Array& source, const Tile& tile, int reach_y, int reach_x, WarpBlurPadding padding, T* raw) {
+// the four mirror images; the last warp has none and does `meanwhile` instead. Ends with a barrier.
+template <class T, bool mixed, class Meanwhile>
+__device__ __forceinline__ void load_raw(const Array& source, const Tile& tile, int reach_y, int reach_x, WarpBlurPadding padding, T* raw,
+                                         const Meanwhile& meanwhile) {
   constexpr int PLACES = RAW_H * RAW_W, LINES_AT_ONCE = THREADS / RAW_W, ROUNDS = (RAW_H + LINES_AT_ONCE - 1) / LINES_AT_ONCE;
-  PK_SHARED(int, line_at, ROUNDS* LINES_AT_ONCE);  // where a line starts in the plane; -1: it is not seen
+  static_assert(LINES_AT_ONCE * RAW_W <= THREADS - 32);
   const int column = threadIdx.x % RAW_W, first = threadIdx.x / RAW_W;
-  if (threadIdx.x < ROUNDS * LINES_AT_ONCE) {
-    const int line = threadIdx.x;
-    const bool there = line >= REACH - reach_y && line < REACH + tile.h + reach_y;
-    const int y = there ? padded_once(tile.y0 + line - REACH, tile.H, padding) : -1;
-    line_at[line] = y < 0 ? -1 : tile.at(0, y);
-  }
-  __syncthreads();
+  if (threadIdx.x >= THREADS - 32) meanwhile();
   if (first < LINES_AT_ONCE) {
-    const bool there = column >= REACH - reach_x && column < REACH + tile.w + reach_x;
-    const int x = there ? padded_once(tile.x0 + column - REACH, tile.W, padding) : -1;
+    // places before the near edge: mirrored, moved to it, or none
+    const int mirror = padding == WarpBlurPadding::reflect ? -1 : 0;
+    const bool cut = padding == WarpBlurPadding::zeros;
+    const int first_x = max(REACH - reach_x, cut ? REACH - tile.x0 : 0), first_y = max(REACH - reach_y, cut ? REACH - tile.y0 : 0);
+    const unsigned columns = REACH + tile.w + reach_x - first_x, lines = REACH + tile.h + reach_y - first_y;
+    const bool seen_x = static_cast<unsigned>(column - first_x) < columns;
+    const int from_x = tile.x0 + column - REACH, x = max(from_x, mirror * from_x);
     const int far_x = tile.W - 1 - x, last = (tile.H - 1) * tile.W;
 #pragma unroll
     for (int k = 0; k < ROUNDS; ++k) {
-      const int line = first + k * LINES_AT_ONCE, near = line_at[line], far = last - near;
+      const int line = first + k * LINES_AT_ONCE, from_y = tile.y0 + line - REACH, y = max(from_y, mirror * from_y);
+      const int near = y * tile.W, far = last - near;
       T v[4] = {};
-      if (near >= 0 && x >= 0) {
+      if (seen_x && static_cast<unsigned>(line - first_y) < lines) {
         v[0] = load<T, mixed>(source, near + x), v[1] = load<T, mixed>(source, near + far_x);
         v[2] = load<T, mixed>(source, far + x), v[3] = load<T, mixed>(source, far + far_x);
       }
@@ -124,13 +127,15 @@ __device__ __forceinline__ void read_row(const double* shared, double (&in)[RUN 
     in[i] = v.x, in[i + 1] = v.y;
   }
 }
-__device__ __forceinline__ void write_row(float* shared, const float (&out)[RUN]) {
+template <int count>
+__device__ __forceinline__ void write_row(float* shared, const float (&out)[count]) {
 #pragma unroll
-  for (int i = 0; i < RUN; i += 4) pk::store_vector(shared + i, float4{out[i], out[i + 1], out[i + 2], out[i + 3]});
+  for (int i = 0; i < count; i += 4) pk::store_vector(shared + i, float4{out[i], out[i + 1], out[i + 2], out[i + 3]});
 }
-__device__ __forceinline__ void write_row(double* shared, const double (&out)[RUN]) {
+template <int count>
+__device__ __forceinline__ void write_row(double* shared, const double (&out)[count]) {
 #pragma unroll
-  for (int i = 0; i < RUN; i += 2) pk::store_vector(shared + i, double2{out[i], out[i + 1]});
+  for (int i = 0; i < count; i += 2) pk::store_vector(shared + i, double2{out[i], out[i + 1]});
 }
 
 // out[i] += sum_k taps[|k|] in[REACH + i + k], |k| <= REACH.
@@ -162,9 +167,9 @@ __device__ __forceinline__ void fold(const T (&in)[RUN + 2 * REACH], const T (&t
 }
 
 template <class T>
-__device__ __forceinline__ void read_taps(const T* shared, int reach, T (&taps)[REACH + 1]) {
+__device__ __forceinline__ void read_taps(const T* shared, T (&taps)[REACH + 1]) {
 #pragma unroll
-  for (int k = 0; k <= REACH; ++k) taps[k] = reach > 0 && k <= reach ? shared[k] : T(0);
+  for (int k = 0; k <= REACH; ++k) taps[k] = shared[k];
 }
 
 // Filters the rows of raw into middle; an axis that is not blurred multiplies by `alone`. Ends with a barrier. adjoint: with fold.
@@ -172,7 +177,7 @@ template <class T, bool adjoint>
 __device__ __forceinline__ void filter_rows(const T* raw, const Tile& tile, int reach, WarpBlurPadding padding, const T* shared_taps,
                                             T alone, T* middle) {
   T taps[REACH + 1];
-  read_taps(shared_taps, reach, taps);
+  read_taps(shared_taps, taps);
   for (int e = threadIdx.x; e < 4 * RAW_H * (TILE_W / RUN); e += THREADS) {
     const int run = e % (TILE_W / RUN), line = e / (TILE_W / RUN);
     if (run * RUN >= tile.w || line % RAW_H >= tile.lines()) continue;
@@ -231,30 +236,65 @@ struct Taps {
 };
 
 template <class T>
+__device__ __forceinline__ T sigma_of_sample(const Program& p, int64_t sample) {
+  const bool on = (p.on(sample) >> static_cast<int>(WarpStage::blur) & 1) != 0;
+  const T level = static_cast<const T*>(p.params)[sample * WARP_PARAMS];
+  return on ? magnitude(static_cast<T>(p.sigma_max) * level) : T(0);
+}
+
+template <class T>
 __device__ __forceinline__ Taps<T> taps_of_sample(const Program& p, int64_t sample, int radius_y, int radius_x) {
   PK_SHARED(T, weight, MOST_TAPS);
   PK_SHARED(T, slope, MOST_TAPS);
-  const bool on = (p.enabled[sample] >> static_cast<int>(WarpStage::blur) & 1) != 0;
-  const T level = static_cast<const T*>(p.params)[sample * WARP_PARAMS];
-  const T sigma = on ? magnitude(static_cast<T>(p.sigma_max) * level) : T(0);
+  const T sigma = sigma_of_sample<T>(p, sample);
   if (sigma < T(WARP_LEAST_SIGMA)) return {weight, slope, 0, 0};
   make_taps(sigma, max(radius_y, radius_x), weight, slope);
   return {weight, slope, radius_y, radius_x};
 }
 
+// Of the blur by tiles: the taps' table is in shared memory, weights, then slopes, zeros beyond the radius.
+constexpr int SLOPES_AT = REACH + 1, TAPS = 2 * (REACH + 1);
+
+struct Reach {
+  int y, x;
+  __device__ __forceinline__ bool is_identity() const { return y == 0 && x == 0; }
+};
+
+template <class T>
+__device__ __forceinline__ Reach reach_of_tiles(const Program& p, T sigma) {
+  return sigma < T(WARP_LEAST_SIGMA) ? Reach{0, 0} : Reach{p.radius_y, p.radius_x};
+}
+
+// By one warp; the caller's barrier ends it. Eight lanes hold the taps, the other lanes the same.
+template <class T>
+__device__ __forceinline__ void make_tile_taps(const Program& p, T sigma, T* taps) {
+  static_assert(REACH < 8);
+  const int k = threadIdx.x % 8;
+  const T inverse = T(1) / (sigma < T(WARP_LEAST_SIGMA) ? T(1) : sigma), ratio = T(k) * inverse, square = T(k) * T(k);
+  const T power = k <= max(p.radius_y, p.radius_x) ? exponential(ratio * ratio * T(-0.5)) : T(0);
+  T total = k == 0 ? power : 2 * power, squares = total * square;
+#pragma unroll
+  for (int lanes = 4; lanes > 0; lanes /= 2) {
+    total += __shfl_xor_sync(ALL, total, lanes);
+    squares += __shfl_xor_sync(ALL, squares, lanes);
+  }
+  const T share = T(1) / total, weight = power * share;
+  if (threadIdx.x % 32 <= REACH) {
+    taps[k] = weight;
+    taps[SLOPES_AT + k] = weight * (square - squares * share) * inverse * inverse * inverse;
+  }
+}
+
 // The same inputs with weights and slopes: out and slope_out, from the sums of the two inputs that have a tap. An axis that is not blurred has the weight
 // 1 and the slope 0. at_edge: with what the padding's adjoint adds.
 template <class T>
-__device__ __forceinline__ void filter_twice(const T (&in)[RUN + 2 * REACH], const Taps<T>& taps, int reach, WarpBlurPadding padding,
-                                             bool at_edge, T (&out)[RUN], T (&slope_out)[RUN]) {
+__device__ __forceinline__ void filter_twice(const T (&in)[RUN + 2 * REACH], const T (&weight)[REACH + 1], const T (&slope)[REACH + 1],
+                                             int reach, WarpBlurPadding padding, bool at_edge, T (&out)[RUN], T (&slope_out)[RUN]) {
   if (reach == 0) {
 #pragma unroll
     for (int i = 0; i < RUN; ++i) out[i] = in[REACH + i];
     return;
   }
-  T weight[REACH + 1], slope[REACH + 1];
-  read_taps(taps.weight, reach, weight);
-  read_taps(taps.slope, reach, slope);
 #pragma unroll
   for (int i = 0; i < RUN; ++i) {
     out[i] = weight[0] * in[REACH + i], slope_out[i] = slope[0] * in[REACH + i];
@@ -272,15 +312,15 @@ __device__ __forceinline__ void filter_twice(const T (&in)[RUN + 2 * REACH], con
 
 // The adjoint along rows, from raw; without a slope_middle with the weights only. Ends with a barrier.
 template <class T>
-__device__ __forceinline__ void filter_rows_twice(const T* raw, const Tile& tile, const Taps<T>& taps, WarpBlurPadding padding, T* middle,
-                                                  T* slope_middle) {
+__device__ __forceinline__ void filter_rows_twice(const T* raw, const Tile& tile, const T (&weight)[REACH + 1], const T (&slope)[REACH + 1],
+                                                  int reach, WarpBlurPadding padding, T* middle, T* slope_middle) {
 #pragma unroll 1
   for (int e = threadIdx.x; e < 4 * RAW_H * (TILE_W / RUN); e += THREADS) {
     const int run = e % (TILE_W / RUN), line = e / (TILE_W / RUN);
     if (run * RUN >= tile.w || line % RAW_H >= tile.lines()) continue;
     T in[RUN + 2 * REACH], out[RUN] = {}, slope_out[RUN] = {};
     read_row(raw + line * RAW_W + run * RUN, in);
-    filter_twice(in, taps, taps.reach_x, padding, tile.x0 == 0 && run == 0, out, slope_out);
+    filter_twice(in, weight, slope, reach, padding, tile.x0 == 0 && run == 0, out, slope_out);
     write_row(middle + line * MIDDLE_W + run * RUN, out);
     if (slope_middle) write_row(slope_middle + line * MIDDLE_W + run * RUN, slope_out);
   }
@@ -289,23 +329,24 @@ __device__ __forceinline__ void filter_rows_twice(const T* raw, const Tile& tile
 
 // The adjoint along a thread's run of a column, and its derivative by sigma if slopes.
 template <class T>
-__device__ __forceinline__ void filter_column_twice(const T* shared, const ColumnRun& run, const Tile& tile, const Taps<T>& taps,
-                                                    WarpBlurPadding padding, bool slopes, T (&out)[RUN], T (&by_sigma)[RUN]) {
+__device__ __forceinline__ void filter_column_twice(const T* shared, const ColumnRun& run, const Tile& tile, const T (&weight)[REACH + 1],
+                                                    const T (&slope)[REACH + 1], int reach, WarpBlurPadding padding, bool slopes,
+                                                    T (&out)[RUN], T (&by_sigma)[RUN]) {
   if (run.column >= tile.w || run.row >= tile.h) return;
   const int at = (run.t * RAW_H + run.row) * MIDDLE_W + run.column;
   const bool at_edge = tile.y0 == 0 && run.row == 0;
   T in[RUN + 2 * REACH];
   read_run(shared + MIDDLE_AT + at, MIDDLE_W, in);
-  filter_twice(in, taps, taps.reach_y, padding, at_edge, out, by_sigma);
+  filter_twice(in, weight, slope, reach, padding, at_edge, out, by_sigma);
   if (!slopes) return;
-  T weight[REACH + 1], more[RUN] = {};
-  read_taps(taps.weight, taps.reach_y, weight);
   read_run(shared + SLOPE_MIDDLE_AT + at, MIDDLE_W, in);
-  if (taps.reach_y == 0) weight[0] = 1;
-  filter(in, weight, more);
-  if (at_edge && taps.reach_y > 0) fold(in, weight, padding, more);
+  if (reach == 0) {
 #pragma unroll
-  for (int i = 0; i < RUN; ++i) by_sigma[i] += more[i];
+    for (int i = 0; i < RUN; ++i) by_sigma[i] += in[REACH + i];
+    return;
+  }
+  filter(in, weight, by_sigma);
+  if (at_edge) fold(in, weight, padding, by_sigma);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ struct Turn {
 template <class T>
 __device__ __forceinline__ Turn<T> turn_of_sample(const Program& p, int64_t sample) {
   Turn<T> turn;
-  turn.on = (p.enabled[sample] >> static_cast<int>(WarpStage::rotate) & 1) != 0;
+  turn.on = (p.on(sample) >> static_cast<int>(WarpStage::rotate) & 1) != 0;
   const T turns = static_cast<const T*>(p.params)[sample * WARP_PARAMS + WARP_COLUMN[static_cast<int>(WarpStage::rotate)]];
   sine_cosine_pi(2 * (turns - rounded(turns)), turn.sine, turn.cosine);
   turn.center_x = T(p.W - 1) / 2, turn.center_y = T(p.H - 1) / 2;
@@ -76,9 +76,10 @@ __device__ __forceinline__ void load_box(const Array& source, const Tile& tile, 
 
 // ----------------------------------------------------------------------------------------------------------------------- forward
 
-// The values of the tile after the rotation, at VALUE_AT; each is read by the thread that wrote it. Bilinear, every tap outside is 0.
-template <class T, bool mixed>
-__device__ __forceinline__ void rotate_tile(const Tile& tile, const Turn<T>& turn, const Array& source, T* shared) {
+// Calls take(orbit, values) with the values of the tile after the rotation; what take writes at VALUE_AT is read behind a barrier. Bilinear, every
+// tap outside is 0.
+template <class T, bool mixed, class Take>
+__device__ __forceinline__ void rotate_tile(const Tile& tile, const Turn<T>& turn, const Array& source, T* shared, const Take& take) {
   PK_SHARED(int, corner, 4, 2);
   const Quarter quarter(tile);
   {
@@ -96,6 +97,7 @@ __device__ __forceinline__ void rotate_tile(const Tile& tile, const Turn<T>& tur
   }
   __syncthreads();
   for_orbits(tile, [&](const Orbit& orbit) {
+    T v[4];
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       const T dx = T(orbit.x(t)) - turn.center_x, dy = T(orbit.y(t)) - turn.center_y;
@@ -105,10 +107,10 @@ __device__ __forceinline__ void rotate_tile(const Tile& tile, const Turn<T>& tur
       const unsigned column = min(static_cast<unsigned>(static_cast<int>(low_x) - corner[t][0]), BOX_SIDE - 2u);
       const unsigned row = min(static_cast<unsigned>(static_cast<int>(low_y) - corner[t][1]), BOX_SIDE - 2u);
       const T* const q = shared + FORWARD_BOX_AT + (t * BOX_SIDE + row) * BOX_W + column;
-      shared[VALUE_AT + orbit.at(t)] = (1 - ay) * ((1 - ax) * q[0] + ax * q[1]) + ay * ((1 - ax) * q[BOX_W] + ax * q[BOX_W + 1]);
+      v[t] = (1 - ay) * ((1 - ax) * q[0] + ax * q[1]) + ay * ((1 - ax) * q[BOX_W] + ax * q[BOX_W + 1]);
     }
+    take(orbit, v);
   });
-  __syncthreads();  // what comes next may lie where the boxes are
 }
 
 // ---------------------------------------------------------------------------------------------------------------------- backward
@@ -133,6 +135,7 @@ template <class T>
 struct CellFrame {
   T middle_x, middle_y;  // of the mirror image's cells, from their middle: where turning back puts it in the box
   T from_x, from_y;      // the box's corner from the plane's centre
+  T cc, ss, cs;          // products of cosine and sine
   const T* box;
 };
 
@@ -143,20 +146,27 @@ __device__ __forceinline__ Corners<T> corners_of_cell(const Turn<T>& turn, const
   const int row = static_cast<int>(fused(turn.cosine, y, fused(-turn.sine, x, frame.middle_y)));
   const T* const g = frame.box + row * BOX_W + column;
   const T dx = T(column) + frame.from_x, dy = T(row) + frame.from_y;
-  T sum = 0, sum_x = 0, sum_y = 0, sum_xy = 0, sum_xx = 0, sum_yy = 0;
+  T ax = 0, ay = 0, v[2][2];  // the place of the first candidate in the cell; what lies there, by rows
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const T row_x = turn.row_x(dy + T(j)), row_y = turn.row_y(dy + T(j));
+    const T row_x = turn.row_x(j == 0 ? dy : dy + 1), row_y = turn.row_y(j == 0 ? dy : dy + 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const T sx = turn.source_x(dx + T(i), row_x), sy = turn.source_y(dx + T(i), row_y);
+      const T sx = turn.source_x(i == 0 ? dx : dx + 1, row_x), sy = turn.source_y(i == 0 ? dx : dx + 1, row_y);
       const T value = g[j * BOX_W + i];
-      const bool here = sx >= px && sx < px + 1 && sy >= py && sy < py + 1;
-      const T v = here ? value : T(0), ax = sx - px, ay = sy - py, v_x = v * ax, v_y = v * ay;
-      sum += v, sum_x += v_x, sum_y += v_y;
-      sum_xy = fused(v_x, ay, sum_xy), sum_xx = fused(v_x, ax, sum_xx), sum_yy = fused(v_y, ay, sum_yy);
+      v[j][i] = sx >= px && sx < px + 1 && sy >= py && sy < py + 1 ? value : T(0);
+      if (i == 0 && j == 0) ax = sx - px, ay = sy - py;
     }
   }
+  // The others lie from the first at (cosine, sine), (-sine, cosine) and their sum; first the moments of that.
+  const T right_of = v[0][1] + v[1][1], below = v[1][0] + v[1][1], both = v[1][1], sum = v[0][0] + v[0][1] + below;
+  const T way_x = fused(turn.cosine, right_of, -turn.sine * below), way_y = fused(turn.sine, right_of, turn.cosine * below);
+  const T way_xx = fused(frame.cc, right_of, fused(frame.ss, below, -2 * frame.cs * both));
+  const T way_yy = fused(frame.ss, right_of, fused(frame.cc, below, 2 * frame.cs * both));
+  const T way_xy = fused(frame.cs, right_of - below, (frame.cc - frame.ss) * both);
+  const T sum_x = fused(ax, sum, way_x), sum_y = fused(ay, sum, way_y);
+  const T sum_xx = fused(ax, sum_x + way_x, way_xx), sum_yy = fused(ay, sum_y + way_y, way_yy);
+  const T sum_xy = fused(ax, sum_y, fused(ay, way_x, way_xy));
   Corners<T> corners;
   corners.grad[3] = sum_xy;
   corners.grad[2] = sum_y - sum_xy;
@@ -173,10 +183,9 @@ __device__ __forceinline__ Corners<T> corners_of_cell(const Turn<T>& turn, const
 }
 
 // The gradients by the tile's pixels before the rotation, at GRAD_AT, and the derivatives of their parts of the sum by the angle, at DERIVATIVE_AT.
-// A lane has a column of a mirror image, a warp eight of its rows; what a cell gives to the right goes to the next lane.
+// A lane has a column of a mirror image and eight of its rows, or four where a warp holds two rows; what a cell gives to the right goes to the next lane.
 template <class T, bool mixed>
 __device__ __forceinline__ void adjoint_rotate_tile(const Tile& tile, const Turn<T>& turn, const Array& grad, T* shared) {
-  constexpr int ROWS = TILE_H / 2;
   const Quarter quarter(tile);
   CellFrame<T> frame;
   {
@@ -189,44 +198,56 @@ __device__ __forceinline__ void adjoint_rotate_tile(const Tile& tile, const Turn
     const T low_x = floored(x - reach_x), low_y = floored(y - reach_y);
     frame.middle_x = x - low_x, frame.middle_y = y - low_y;
     frame.from_x = low_x - turn.center_x, frame.from_y = low_y - turn.center_y;
+    frame.cc = turn.cosine * turn.cosine, frame.ss = turn.sine * turn.sine, frame.cs = turn.cosine * turn.sine;
     frame.box = shared + BOX_AT + quarter.t * BOX_SIDE * BOX_W;
     const Box box{static_cast<int>(low_x), static_cast<int>(low_y), min(static_cast<int>(frame.middle_x + reach_x) + 2, BOX_SIDE),
                   min(static_cast<int>(frame.middle_y + reach_y) + 2, BOX_SIDE)};
     load_box<T, mixed>(grad, tile, quarter, box, shared + BOX_AT);
   }
   __syncthreads();
-  const int lane = threadIdx.x % 32, first = quarter.thread / 32 * ROWS, rows = min(ROWS, tile.h - first);
+  const int lanes = tile.lanes(), most = lanes * TILE_H / 64, lane = threadIdx.x & (lanes - 1);
+  const int first = (lanes == TILE_W ? quarter.thread / TILE_W : quarter.thread / (TILE_W / 2)) * most;
+  const int rows = min(most, tile.h - (lanes == TILE_W ? first : first & ~most));  // of the warp's first lane; the others have no more
   if (rows > 0) {
     const int column = min(lane, tile.w - 1);
-    const T half_x = T(tile.w) / 2, half_y = T(tile.h) / 2;
-    // From the left edge: lane k has the cell beside row first - 1 + k.
-    T edge_grad, edge_derivative;
-    {
-      const int row = min(first - 1 + lane, tile.h - 1);
-      const Corners<T> c = corners_of_cell(turn, frame, -half_x, T(row) + 1 - half_y, T(quarter.x - 1), T(quarter.y + row));
-      edge_grad = c.grad[1] + __shfl_up_sync(ALL, c.grad[3], 1);
-      edge_derivative = c.derivative[1] + __shfl_up_sync(ALL, c.derivative[3], 1);
-    }
+    const T half_x = T(tile.w) / 2, half_y = T(tile.h) / 2, last_y = T(tile.h) - half_y;
+    const auto place_of = [&](int at_column, int at_row) {
+      return (quarter.t * TILE_H + (quarter.t & 2 ? tile.h - 1 - at_row : at_row)) * VALUE_W +
+             (quarter.t & 1 ? tile.w - 1 - at_column : at_column);
+    };
+    T* target = shared + GRAD_AT + place_of(lane, first - 1);
+    const int step = quarter.t & 2 ? -VALUE_W : VALUE_W;
+    const T x = T(column) + 1 - half_x, px = T(quarter.x + column);
+    T y = T(min(first, tile.h)) - half_y,
+      py = T(quarter.y + first - 1);                 // no further than the box: of the warp's lower rows there may be fewer
     T upper_grad[2] = {}, upper_derivative[2] = {};  // what the cells above give downwards: to the lane's pixel, to the next one
 #pragma unroll 1
     for (int k = 0; k <= rows; ++k) {
-      const int row = first - 1 + k;
-      const Corners<T> c =
-          corners_of_cell(turn, frame, T(column) + 1 - half_x, T(row) + 1 - half_y, T(quarter.x + column), T(quarter.y + row));
+      const Corners<T> c = corners_of_cell(turn, frame, x, y, px, py);
       if (k > 0) {
         T left_grad = __shfl_up_sync(ALL, c.grad[1] + upper_grad[1], 1);
         T left_derivative = __shfl_up_sync(ALL, c.derivative[1] + upper_derivative[1], 1);
-        const T edge = __shfl_sync(ALL, edge_grad, k), derivative = __shfl_sync(ALL, edge_derivative, k);
-        if (lane == 0) left_grad = edge, left_derivative = derivative;
-        if (lane < tile.w) {
-          const int at =
-              (quarter.t * TILE_H + (quarter.t & 2 ? tile.h - 1 - row : row)) * VALUE_W + (quarter.t & 1 ? tile.w - 1 - lane : lane);
-          shared[GRAD_AT + at] = c.grad[0] + upper_grad[0] + left_grad;
-          shared[DERIVATIVE_AT + at] = c.derivative[0] + upper_derivative[0] + left_derivative;
+        if (lane == 0) left_grad = left_derivative = 0;
+        if (lane < tile.w && first - 1 + k < tile.h) {
+          target[0] = c.grad[0] + upper_grad[0] + left_grad;
+          target[DERIVATIVE_AT - GRAD_AT] = c.derivative[0] + upper_derivative[0] + left_derivative;
         }
       }
+      target += step;
+      y = y + 1 < last_y ? y + 1 : last_y, py += 1;
       upper_grad[0] = c.grad[2], upper_grad[1] = c.grad[3];
       upper_derivative[0] = c.derivative[2], upper_derivative[1] = c.derivative[3];
+    }
+    // What the left edge's cells give to the first column: lane k has the one beside row first - 1 + k.
+    const int row = min(first - 1 + lane, tile.h - 1);
+    const Corners<T> c = corners_of_cell(turn, frame, -half_x, T(row) + 1 - half_y, T(quarter.x - 1), T(quarter.y + row));
+    const T edge_grad = c.grad[1] + __shfl_up_sync(ALL, c.grad[3], 1);
+    const T edge_derivative = c.derivative[1] + __shfl_up_sync(ALL, c.derivative[3], 1);
+    __syncwarp();
+    if (lane >= 1 && lane <= most && first - 1 + lane < tile.h) {
+      T* const edge = shared + GRAD_AT + place_of(0, row);
+      edge[0] += edge_grad;
+      edge[DERIVATIVE_AT - GRAD_AT] += edge_derivative;
     }
   }
   __syncthreads();
