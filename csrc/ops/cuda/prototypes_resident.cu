@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, F > 8 ? 1 : 2) resident_kernel
       copy_tile(p, next * TILE, mine);
     }
     int label[2];
-    finish_rows<Z, F>(p, row0, rows, factor, bias, to_log2, s, label);
+    finish_rows<Z, F, false>(p, row0, rows, factor, bias, to_log2, s, label);
     if (summed) add_rows(p, tile, label, sums + warp * sizes, counts + warp * p.K);
     __syncwarp();
   }

@@ -15,9 +15,8 @@ struct Softmax {
 };
 
 // s: sums of products on entry; row factors carry log2(e) / temperature.
-template <int F>
-__device__ __forceinline__ Softmax softmax_rows(float (&s)[F][4], const float (&row_factor)[2], const float* factor, const float* bias,
-                                                bool with_entropy) {
+template <int F, bool with_entropy>
+__device__ __forceinline__ Softmax softmax_rows(float (&s)[F][4], const float (&row_factor)[2], const float* factor, const float* bias) {
   const int member = threadIdx.x % 4;
   float top[2] = {-INFINITY, -INFINITY};
 #pragma unroll
@@ -115,14 +114,14 @@ __device__ __forceinline__ int draw_label(const float (&s)[F][4], float threshol
   return chosen < F * 8 ? chosen : last;
 }
 
-template <int F>
+template <int F, bool whole>
 __device__ __forceinline__ void write_weights(float* to, int K, const float (&s)[F][4], int r, float scale) {
   const int member = threadIdx.x % 4;
 #pragma unroll
   for (int f = 0; f < F; f += 2) {
     const int k = f * 8 + member * 4;
     const float4 c = {s[f][2 * r] * scale, s[f][2 * r + 1] * scale, s[f + 1][2 * r] * scale, s[f + 1][2 * r + 1] * scale};
-    if (K % 4 == 0) {
+    if (whole || K % 4 == 0) {
       if (k < K) __stcs(reinterpret_cast<float4*>(to + k), c);
     } else if (K % 2 == 0) {
       if (k < K) __stcs(reinterpret_cast<float2*>(to + k), float2{c.x, c.y});
@@ -137,15 +136,16 @@ __device__ __forceinline__ void write_weights(float* to, int K, const float (&s)
 }
 
 // What a warp does with the scores of its rows row0 ... row0 + 15: softmax, labels (-1: the row does not count), entropy, and all of it written.
-// to_log2: log2(e) / temperature.
-template <class Z, int F>
+// to_log2: log2(e) / temperature. plain: no entropy, nothing drawn, K a multiple of four. All of this lies in a row in the instruction cache, and what is
+// not needed costs by being there.
+template <class Z, int F, bool plain>
 __device__ __forceinline__ void finish_rows(const Resident<Z>& p, int64_t row0, const RowPair& rows, const float* factor, const float* bias,
                                             float to_log2, float (&s)[F][4], int (&label)[2]) {
   const int lane = threadIdx.x % 32, member = lane % 4;
   const float row_factor[2] = {rows.factor[0] * to_log2, rows.factor[1] * to_log2};
-  const Softmax softmax = softmax_rows<F>(s, row_factor, factor, bias, p.entropy != nullptr);
+  const Softmax softmax = softmax_rows<F, !plain>(s, row_factor, factor, bias);
   label[0] = softmax.label[0], label[1] = softmax.label[1];
-  if (p.uniform) {
+  if (!plain && p.uniform) {
     const int64_t row = row0 + lane / 4;
     const int first = draw_label<F, 0>(s, softmax.sum[0] * (row < p.B ? p.uniform[row] : 0.0f));
     const int second = draw_label<F, 1>(s, softmax.sum[1] * (row + 8 < p.B ? p.uniform[row + 8] : 0.0f));
@@ -157,9 +157,9 @@ __device__ __forceinline__ void finish_rows(const Resident<Z>& p, int64_t row0, 
     const int64_t row = row0 + lane / 4 + r * 8;
     if (row >= p.B || (p.skip_nonfinite && !rows.finite[r])) label[r] = -1;
     if (row >= p.B) continue;
-    write_weights<F>(p.assignment + row * p.K, p.K, s, r, 1.0f / softmax.sum[r]);
+    write_weights<F, plain>(p.assignment + row * p.K, p.K, s, r, 1.0f / softmax.sum[r]);
     if (member == 0 && p.labels) p.labels[row] = label[r];
-    if (member == 0 && p.entropy) p.entropy[row] = softmax.entropy[r];
+    if (!plain && member == 0 && p.entropy) p.entropy[row] = softmax.entropy[r];
   }
 }
 

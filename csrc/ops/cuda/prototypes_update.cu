@@ -21,8 +21,8 @@ constexpr int ROWS = 4096;              // sorted at a time
 constexpr int PER_WARP = ROWS / WARPS;  // rows
 constexpr int CLUSTERS = 256;           // of a block
 constexpr int MAX_LANES = 32;           // threads on a row, four dimensions each
-template <class V, int LANES>
-constexpr int AHEAD = sizeof(V) == 8 ? 4 : LANES == MAX_LANES ? 12 : 8;  // rows of a segment on their way at a time
+template <class V>
+constexpr int AHEAD = sizeof(V) == 8 ? 8 : 16;  // rows of a segment on their way at a time
 constexpr int MAX_CHUNKS = 1024;
 constexpr int MAX_PARTS = 16;  // of a chunk's clusters
 
@@ -87,13 +87,22 @@ __device__ __forceinline__ int first_cluster_of(const int (&begins)[CLUSTERS + 1
 
 // Writes or adds four sums of a cluster.
 template <class Z>
-__device__ __forceinline__ void put(const Sums<Z>& p, int64_t chunk, int64_t k, int64_t d, const double (&sum)[4], int count, bool first) {
+__device__ __forceinline__ void put(const Sums<Z>& p, int64_t chunk, int64_t k, int64_t d, const double (&sum)[4], bool first) {
   double* const to = p.sums + (chunk * p.K + k) * p.D + d;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (d + i >= p.D) continue;
-    to[i] = first ? sum[i] : to[i] + sum[i];
-    if (p.alone && p.blend.updated) blend_element(p.blend, k * p.D + d + i, read_kind(p.blend.prototypes, p.blend.kind, k * p.D + d + i), sum[i], count);
+  for (int i = 0; i < 4; ++i)
+    if (d + i < p.D) to[i] = first ? sum[i] : to[i] + sum[i];
+}
+
+// Four values of a row from dimension d on, zeros behind the last.
+template <class Z, class V>
+__device__ __forceinline__ void load_row(const Sums<Z>& p, const Z* from, int64_t d, V (&x)[4]) {
+  if (p.aligned) {
+    if (d < p.D) load_four(from, x);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (d + j < p.D) x[j] = widen(from[j]);
   }
 }
 
@@ -173,54 +182,54 @@ __global__ void __launch_bounds__(THREADS) sums_kernel(const Sums<Z> p) {
     const int end = begin + length < from_row + kept ? begin + length : from_row + kept;
     const Z* const z = p.z + row0 * p.z_stride + d;
     double sum[4] = {};
-    int current = begin < end ? cluster_of(entries[begin]) : -1;
-    for (int i0 = begin; i0 < end; i0 += AHEAD<V, LANES>) {
-      V x[AHEAD<V, LANES>][4];
+    int current = -1;
+    bool from_before = false;
+#pragma unroll 1
+    for (int i = begin; i < end;) {
+      current = cluster_of(entries[i]);
+      from_before = begins[current] < begin;
+      const int stop = begins[current + 1] < end ? begins[current + 1] : end;
 #pragma unroll
-      for (int i = 0; i < AHEAD<V, LANES>; ++i) {
-        if (i0 + i >= end) continue;
-        const Z* const from = z + row_of(entries[i0 + i]) * p.z_stride;
-        if (p.aligned && d < p.D) {
-          load_four(from, x[i]);
-        } else {
+      for (int j = 0; j < 4; ++j) sum[j] = 0;
+#pragma unroll 1
+      for (; i < stop; i += AHEAD<V>) {
+        V x[AHEAD<V>][4];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) x[i][j] = d + j < p.D ? widen(from[j]) : V(0);
-        }
-      }
+        for (int a = 0; a < AHEAD<V>; ++a) {
 #pragma unroll
-      for (int i = 0; i < AHEAD<V, LANES>; ++i) {
-        if (i0 + i >= end) continue;
-        const int next = cluster_of(entries[i0 + i]);
-        if (next != current) {
-          if (begins[current] < begin)
-            for (int j = 0; j < 4; ++j) heads[segment][part + j] = sum[j];
-          else
-            put(p, chunk, k0 + current, d, sum, begins[current + 1] - begins[current], first);
-          for (int j = 0; j < 4; ++j) sum[j] = 0;
-          current = next;
+          for (int j = 0; j < 4; ++j) x[a][j] = 0;
+          if (i + a < stop) load_row(p, z + row_of(entries[i + a]) * p.z_stride, d, x[a]);
         }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[j] += static_cast<double>(x[i][j]);
+        for (int a = 0; a < AHEAD<V>; ++a)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[j] += static_cast<double>(x[a][j]);
       }
+      i = stop;
+      if (from_before)
+        for (int j = 0; j < 4; ++j) heads[segment][part + j] = sum[j];
+      else if (stop < end)
+        put(p, chunk, k0 + current, d, sum, first);
     }
-    const bool from_before = begin < end && begins[current] < begin;
-    if (from_before)
-      for (int j = 0; j < 4; ++j) heads[segment][part + j] = sum[j];
     __syncthreads();
     // 5. The last run of a segment, with its pieces in the segments after it; clusters without members.
     if (begin < end && !from_before) {
       for (int s = segment + 1; from_row + s * length < begins[current + 1]; ++s)
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum[j] += heads[s][part + j];
-      put(p, chunk, k0 + current, d, sum, begins[current + 1] - begins[current], first);
+      put(p, chunk, k0 + current, d, sum, first);
     }
     if (first)
       for (int c = first_cluster + segment; c < last_cluster && c < clusters; c += SEGMENTS)
         if (begins[c] == begins[c + 1]) {
           const double none[4] = {};
-          put(p, chunk, k0 + c, d, none, 0, true);
+          put(p, chunk, k0 + c, d, none, true);
         }
     __syncthreads();
+    if (p.alone && p.blend.updated)
+      for (int c = first_cluster + segment; c < last_cluster && c < clusters; c += SEGMENTS)
+        for (int64_t i = (k0 + c) * p.D + d, j = 0; j < 4 && d + j < p.D; ++j, ++i)
+          blend_element(p.blend, i, read_kind(p.blend.prototypes, p.blend.kind, i), p.sums[i], begins[c + 1] - begins[c]);
   }
   if (d0 == 0 && own == 0 && thread < clusters) {
     if (p.alone)
