@@ -141,31 +141,23 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Backward<Z> 
 
     double sum = 0;
     for (int64_t t = static_cast<int64_t>(warp / 4) * gridDim.x + blockIdx.x; t < p.tiles; t += static_cast<int64_t>(gridDim.x) * (WARPS / 4)) {
-      const int64_t first = t * GROUP_ROWS + warp % 4 * TILE + lane / 4;
+      const int64_t first = t * GROUP_ROWS + warp % 4 * TILE + lane / 4, second = first + 8;
       unsigned high[STEPS][4], low[STEPS][4];
       Scale scale[2];
-      Length length[2];
       float ds[STEPS][4];
-      length[0] = length_of<F, plain>(p, p.z + (first < p.B ? first : 0) * p.z_stride);
-      score_gradients<STEPS, plain>(p, first, length[0].scale.up * length[0].factor, ds);
+      const Length first_length = length_of<F>(p, p.z + first * p.z_stride, first < p.B);
+      score_gradients<STEPS, plain>(p, first, first_length.scale.up * first_length.factor, ds);
       scale[0] = split_gradients<STEPS, 0>(ds, factor, high, low);
-      __syncwarp();  // what is loaded below is not loaded before: registers would not do
-      length[1] = length_of<F, plain>(p, p.z + (first + 8 < p.B ? first + 8 : 0) * p.z_stride);
-      score_gradients<STEPS, plain>(p, first + 8, length[1].scale.up * length[1].factor, ds);
+      __syncwarp();  // the loads of the second row begin here: registers do not do for both
+      const Length second_length = length_of<F>(p, p.z + second * p.z_stride, second < p.B);
+      score_gradients<STEPS, plain>(p, second, second_length.scale.up * second_length.factor, ds);
       scale[1] = split_gradients<STEPS, 1>(ds, factor, high, low);
       float s[F][4];
       multiply_rows<PANELS, F, together>(parts, high, low, s);
-      // A lane's two rows go through the same instructions, one after the other, and move on: the code has to fit into the instruction cache.
-#pragma unroll 1
-      for (int r = 0; r < 2; ++r) {
-        const int64_t row = first + r * 8;
-        const bool valid = row < p.B;
-        const float along = finish_row<F, plain>(p, row, valid, length[0], scale[0].down * inverse_t, s);
-        if (lane % 4 == 0 && valid) sum += static_cast<double>(along);
-        scale[0] = scale[1], length[0] = length[1];
-#pragma unroll
-        for (int f = 0; f < F; ++f) s[f][0] = s[f][2], s[f][1] = s[f][3];
-      }
+      const bool has_first = first < p.B, has_second = second < p.B;
+      const float first_along = finish_row<F, 0>(p, first, has_first, first_length, scale[0].down * inverse_t, s);
+      const float second_along = finish_row<F, 1>(p, second, has_second, second_length, scale[1].down * inverse_t, s);
+      if (lane % 4 == 0) sum += (has_first ? static_cast<double>(first_along) : 0.0) + (has_second ? static_cast<double>(second_along) : 0.0);
     }
     sum = warp_sum(sum);
     if (lane == 0) warp_along[warp] = sum;
@@ -195,8 +187,7 @@ int launch_kernel(const Backward<Z>& backward, void* stream) {
 
 template <class Z, int PANELS, int F>
 int launch_rows(const Backward<Z>& backward, void* stream) {
-  const bool plain = backward.k_aligned && backward.z_aligned && !backward.grad_entropy && backward.K == PANELS * PANEL;
-  return plain ? launch_kernel<Z, PANELS, F, true>(backward, stream)
+  return backward.k_aligned && !backward.grad_entropy ? launch_kernel<Z, PANELS, F, true>(backward, stream)
                                                       : launch_kernel<Z, PANELS, F, false>(backward, stream);
 }
 

@@ -36,7 +36,7 @@ __device__ __forceinline__ void load_scores(const Backward<Z>& p, const float* r
 #pragma unroll
   for (int i = 0; i < 4; ++i) x[i] = 0;
   if (plain || p.k_aligned) {
-    if (plain || k < p.K) load_four(row + k, x);
+    if (k < p.K) load_four(row + k, x);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -44,17 +44,11 @@ __device__ __forceinline__ void load_scores(const Backward<Z>& p, const float* r
   }
 }
 
-template <bool plain, class Z>
+template <class Z>
 __device__ __forceinline__ void load_row(const Backward<Z>& p, const Z* row, int d, float (&x)[4]) {
+  if (p.z_aligned && d < p.D) return load_four(row + d, x);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = 0;
-  if (plain || p.z_aligned) {
-    if (d < p.D) load_four(row + d, x);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (d + i < p.D) x[i] = widen(row[d + i]);
-  }
+  for (int i = 0; i < 4; ++i) x[i] = d + i < p.D ? static_cast<float>(widen(row[d + i])) : 0.0f;
 }
 
 __device__ __forceinline__ void store_value(float* to, float x) { *to = x; }
@@ -73,15 +67,16 @@ struct Length {
   float factor;  // 1 / |z| of the scaled row, 0 for a zero row; 1 / scale.up where vectors are not normalised
 };
 
-template <int F, bool plain, class Z>
-__device__ __forceinline__ Length length_of(const Backward<Z>& p, const Z* row) {
+template <int F, class Z>
+__device__ __forceinline__ Length length_of(const Backward<Z>& p, const Z* row, bool valid) {
   if (!p.cosine) return {{1.0f, 1.0f}, 1.0f};
   float x[F / 2][4];
   unsigned largest = 0;
 #pragma unroll
   for (int pair = 0; pair < F / 2; ++pair) {
 #pragma unroll
-    load_row<plain>(p, row, pair * 16 + threadIdx.x % 4 * 4, x[pair]);
+    for (int i = 0; i < 4; ++i) x[pair][i] = 0;
+    if (valid) load_row(p, row, pair * 16 + threadIdx.x % 4 * 4, x[pair]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) largest = max(largest, magnitude_bits(x[pair][i]));
   }
@@ -94,47 +89,45 @@ __device__ __forceinline__ Length length_of(const Backward<Z>& p, const Z* row) 
   return {scale, inverse_norm(quad_sum(squared), scale)};
 }
 
-// The gradient of a row's scores, ds, as four lanes hold it; to weights as well. plain: no gradient of the entropy, K fills the
-// panels, rows of z are aligned. The code has to fit into the instruction cache, so what is not needed is not there.
+// The gradient of a row's scores, ds, as four lanes hold it; to weights as well. plain: no gradient of the entropy, aligned rows.
 template <int STEPS, bool plain, class Z>
 __device__ __forceinline__ void score_gradients(const Backward<Z>& p, int64_t row, float over_length, float (&ds)[STEPS][4]) {
   const int member = threadIdx.x % 4;
   const bool valid = row < p.B;
   const float *const c = p.assignment + (valid ? row : 0) * p.K, *const g = p.grad_assignment + (valid ? row : 0) * p.K;
-  float along = 0, entropy = 0;
+  float upstream[STEPS][4];
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    float upstream[4];
     load_scores<plain>(p, c, step * 16 + member * 4, ds[step]);
-    load_scores<plain>(p, g, step * 16 + member * 4, upstream);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) along += ds[step][i] * upstream[i];
-    if (step % 4 == 3) __syncwarp();  // eight loads on their way at a time: registers would not do for more
+    load_scores<plain>(p, g, step * 16 + member * 4, upstream[step]);
   }
+  float along = 0;
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) along += ds[step][i] * upstream[step][i];
   along = quad_sum(along);
-  const bool with_entropy = !plain && p.grad_entropy;
-  const float upstream_entropy = with_entropy && valid ? p.grad_entropy[row] : 0.0f;
-  if (with_entropy) {
+  if (!plain && p.grad_entropy) {
+    const float upstream_entropy = valid ? p.grad_entropy[row] : 0.0f;
+    float entropy = 0;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
 #pragma unroll
       for (int i = 0; i < 4; ++i) entropy -= ds[step][i] > 0 ? ds[step][i] * logf(ds[step][i]) : 0.0f;
     entropy = quad_sum(entropy);
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        upstream[step][i] -= upstream_entropy * ((ds[step][i] > 0 ? logf(ds[step][i]) : 0.0f) + entropy);
   }
-  __syncwarp();  // the upstream gradient is read again, from the cache: registers would not do for both
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    float upstream[4];
-    load_scores<plain>(p, g, step * 16 + member * 4, upstream);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (with_entropy) upstream[i] -= upstream_entropy * ((ds[step][i] > 0 ? logf(ds[step][i]) : 0.0f) + entropy);
-      ds[step][i] *= upstream[i] - along;
-    }
+    for (int i = 0; i < 4; ++i) ds[step][i] *= upstream[step][i] - along;
     if (p.weights && valid)
       pk::store_vector(p.weights + row * p.weights_stride + step * 16 + member * 4, float4{ds[step][0] * over_length, ds[step][1] * over_length,
                                                                                           ds[step][2] * over_length, ds[step][3] * over_length});
-    if (step % 4 == 3) __syncwarp();
   }
 }
 
@@ -160,19 +153,19 @@ __device__ __forceinline__ Scale split_gradients(float (&ds)[STEPS][4], const fl
   return scale;
 }
 
-// The first of a lane's two rows from the products to its gradient; returns <z, t>, the same in four lanes. to_t takes products to t.
-template <int F, bool plain, class Z>
+// One of a lane's two rows from the products to its gradient; returns <z, t>, the same in four lanes. to_t takes products to t.
+template <int F, int r, class Z>
 __device__ __forceinline__ float finish_row(const Backward<Z>& p, int64_t row, bool valid, const Length& length, float to_t, const float (&s)[F][4]) {
   const int member = threadIdx.x % 4;
   const Z* const z = p.z + (valid ? row : 0) * p.z_stride;
   float unit[F / 2][4], along = 0;
 #pragma unroll
   for (int pair = 0; pair < F / 2; ++pair) {
-    load_row<plain>(p, z, pair * 16 + member * 4, unit[pair]);
+    load_row(p, z, pair * 16 + member * 4, unit[pair]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       unit[pair][i] = unit[pair][i] * length.scale.up * length.factor;
-      along += unit[pair][i] * (s[2 * pair + i / 2][i % 2] * to_t);
+      along += unit[pair][i] * (s[2 * pair + i / 2][2 * r + i % 2] * to_t);
     }
   }
   along = quad_sum(along);
@@ -183,11 +176,11 @@ __device__ __forceinline__ float finish_row(const Backward<Z>& p, int64_t row, b
     float gradient[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float t = s[2 * pair + i / 2][i % 2] * to_t;
+      const float t = s[2 * pair + i / 2][2 * r + i % 2] * to_t;
       gradient[i] = p.cosine ? (t - unit[pair][i] * along) * length.factor * length.scale.up : t;
     }
     Z* const to = p.grad_z + row * p.D + d;
-    if (plain || p.D % 4 == 0) {
+    if (p.D % 4 == 0) {
       if (d < p.D) store_four(to, gradient);
     } else {
 #pragma unroll
