@@ -5,7 +5,7 @@
 // the registers of a block; rows come to shared memory 32 at a time, two such stages ahead. The sum runs over rows, which share no scale, so the
 // products are three of tf32 numbers, whose range is that of float.
 // finish_kernel: adds up the blocks' parts in order, in float64, and goes on to the gradient.
-// Limit at B = 65536, D = 128, K = 256 on an H200: memory, 24 us; mma.sync at its rate for tf32, about 40 us.
+// Limit at B = 65536, D = 128, K = 256 on an H200: memory, 24 us; mma.sync at its rate for tf32, about 40 us. Measured: 86 us.
 
 #include "common/simt.cuh"
 #include "ops/cuda/prototypes_gradient.cuh"
