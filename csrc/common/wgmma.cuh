@@ -55,7 +55,8 @@ __device__ __forceinline__ void end_products(float (&d)[F][4]) {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-  for (int f = 0; f < F; ++f) asm volatile("" : "+f"(d[f][0]), "+f"(d[f][1]), "+f"(d[f][2]), "+f"(d[f][3])::"memory");  // read behind the wait
+  for (int f = 0; f < F; ++f)
+    asm volatile("" : "+f"(d[f][0]), "+f"(d[f][1]), "+f"(d[f][2]), "+f"(d[f][3])::"memory");  // read behind the wait
 }
 
 #define PK_FRAGMENT(f) "+f"(d[f][0]), "+f"(d[f][1]), "+f"(d[f][2]), "+f"(d[f][3])
@@ -68,7 +69,8 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[16][4], const unsi
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
       "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;}"
-      : PK_FRAGMENT(0), PK_FRAGMENT(1), PK_FRAGMENT(2), PK_FRAGMENT(3), PK_FRAGMENT(4), PK_FRAGMENT(5), PK_FRAGMENT(6), PK_FRAGMENT(7), PK_FRAGMENT(8), PK_FRAGMENT(9), PK_FRAGMENT(10), PK_FRAGMENT(11), PK_FRAGMENT(12), PK_FRAGMENT(13), PK_FRAGMENT(14), PK_FRAGMENT(15)
+      : PK_FRAGMENT(0), PK_FRAGMENT(1), PK_FRAGMENT(2), PK_FRAGMENT(3), PK_FRAGMENT(4), PK_FRAGMENT(5), PK_FRAGMENT(6), PK_FRAGMENT(7),
+        PK_FRAGMENT(8), PK_FRAGMENT(9), PK_FRAGMENT(10), PK_FRAGMENT(11), PK_FRAGMENT(12), PK_FRAGMENT(13), PK_FRAGMENT(14), PK_FRAGMENT(15)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
 __device__ __forceinline__ void warpgroup_multiply(float (&d)[32][4], const unsigned (&a)[4], uint64_t b, bool add) {
@@ -84,7 +86,11 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[32][4], const unsi
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
       "}, {%128, %129, %130, %131}, %132, p, 1, 1, 0;}"
-      : PK_FRAGMENT(0), PK_FRAGMENT(1), PK_FRAGMENT(2), PK_FRAGMENT(3), PK_FRAGMENT(4), PK_FRAGMENT(5), PK_FRAGMENT(6), PK_FRAGMENT(7), PK_FRAGMENT(8), PK_FRAGMENT(9), PK_FRAGMENT(10), PK_FRAGMENT(11), PK_FRAGMENT(12), PK_FRAGMENT(13), PK_FRAGMENT(14), PK_FRAGMENT(15), PK_FRAGMENT(16), PK_FRAGMENT(17), PK_FRAGMENT(18), PK_FRAGMENT(19), PK_FRAGMENT(20), PK_FRAGMENT(21), PK_FRAGMENT(22), PK_FRAGMENT(23), PK_FRAGMENT(24), PK_FRAGMENT(25), PK_FRAGMENT(26), PK_FRAGMENT(27), PK_FRAGMENT(28), PK_FRAGMENT(29), PK_FRAGMENT(30), PK_FRAGMENT(31)
+      : PK_FRAGMENT(0), PK_FRAGMENT(1), PK_FRAGMENT(2), PK_FRAGMENT(3), PK_FRAGMENT(4), PK_FRAGMENT(5), PK_FRAGMENT(6), PK_FRAGMENT(7),
+        PK_FRAGMENT(8), PK_FRAGMENT(9), PK_FRAGMENT(10), PK_FRAGMENT(11), PK_FRAGMENT(12), PK_FRAGMENT(13), PK_FRAGMENT(14),
+        PK_FRAGMENT(15), PK_FRAGMENT(16), PK_FRAGMENT(17), PK_FRAGMENT(18), PK_FRAGMENT(19), PK_FRAGMENT(20), PK_FRAGMENT(21),
+        PK_FRAGMENT(22), PK_FRAGMENT(23), PK_FRAGMENT(24), PK_FRAGMENT(25), PK_FRAGMENT(26), PK_FRAGMENT(27), PK_FRAGMENT(28),
+        PK_FRAGMENT(29), PK_FRAGMENT(30), PK_FRAGMENT(31)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
 #undef PK_FRAGMENT

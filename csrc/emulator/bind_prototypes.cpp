@@ -76,7 +76,8 @@ void backward(const Array& grad_assignment_array, const Array& grad_entropy_arra
   const Input<float> assignment(assignment_array, "assignment"), prototypes(prototypes_array, "prototypes");
   const Input<Z> z(z_array, "z");
   const Output<Z> grad_z(grad_z_array, "grad_z");
-  const Output<float> grad_prototypes(grad_prototypes_array, "grad_prototypes"), grad_temperature(grad_temperature_array, "grad_temperature");
+  const Output<float> grad_prototypes(grad_prototypes_array, "grad_prototypes"),
+      grad_temperature(grad_temperature_array, "grad_temperature");
   PrototypesBackward p{};
   p.B = rows;
   p.K = prototypes.shape(0);

@@ -59,7 +59,8 @@ __device__ __forceinline__ void prepare_transposed(const Backward<Z>& p, unsigne
       split(x[0][i], x[1][i], high, low);
       if constexpr (together) {
 #if defined(PK_WARPGROUP_PRODUCTS)
-        unsigned char* const to = parts + (step / 4 * F * 8 + f * 8 + column) * 128 + pk::swizzled_piece(column, step % 4 * 2 + half) * 16 + member * 4;
+        unsigned char* const to =
+            parts + (step / 4 * F * 8 + f * 8 + column) * 128 + pk::swizzled_piece(column, step % 4 * 2 + half) * 16 + member * 4;
         pk::store_vector(to, high);
         pk::store_vector(to + PANELS * F * 8 * 128, low);
 #endif
@@ -127,7 +128,7 @@ template <class Z, int PANELS, int F, bool together, bool plain>
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Backward<Z> p) {
   if constexpr (together ? TOGETHER_COMPILED : !TOGETHER_COMPILED || F < 16) {  // the other is never launched
     constexpr int STEPS = PANELS * 4;
-    PK_SHARED(float, factor, PANELS * PANEL);
+    PK_SHARED(float, factor, PANELS* PANEL);
     PK_SHARED(double, warp_along, WARPS);
     PK_DYNAMIC_SHARED(unsigned char, memory);
     unsigned char* parts = memory;
@@ -141,7 +142,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Backward<Z> 
     __syncthreads();
 
     double sum = 0;
-    for (int64_t t = static_cast<int64_t>(warp / 4) * gridDim.x + blockIdx.x; t < p.tiles; t += static_cast<int64_t>(gridDim.x) * (WARPS / 4)) {
+    for (int64_t t = static_cast<int64_t>(warp / 4) * gridDim.x + blockIdx.x; t < p.tiles;
+         t += static_cast<int64_t>(gridDim.x) * (WARPS / 4)) {
       const int64_t first = t * GROUP_ROWS + warp % 4 * TILE + lane / 4, second = first + 8;
       unsigned high[STEPS][4], low[STEPS][4];
       Scale scale[2];
@@ -158,7 +160,8 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Backward<Z> 
       const bool has_first = first < p.B, has_second = second < p.B;
       const float first_along = finish_row<F, 0>(p, first, has_first, first_length, scale[0].down * inverse_t, s);
       const float second_along = finish_row<F, 1>(p, second, has_second, second_length, scale[1].down * inverse_t, s);
-      if (lane % 4 == 0) sum += (has_first ? static_cast<double>(first_along) : 0.0) + (has_second ? static_cast<double>(second_along) : 0.0);
+      if (lane % 4 == 0)
+        sum += (has_first ? static_cast<double>(first_along) : 0.0) + (has_second ? static_cast<double>(second_along) : 0.0);
     }
     sum = warp_sum(sum);
     if (lane == 0) warp_along[warp] = sum;
@@ -232,12 +235,14 @@ int backward_of(const PrototypesBackward& p, const Workspace& w, void* stream) {
                              p.grad_prototypes ? w.weights : nullptr,
                              w.temperatures};
   if (p.B > 0) {
-    const int status = w.weights_stride == PANEL       ? p.D <= 64 ? launch_rows<Z, 1, 8>(backward, stream) : launch_rows<Z, 1, 16>(backward, stream)
+    const int status = w.weights_stride == PANEL
+                           ? p.D <= 64 ? launch_rows<Z, 1, 8>(backward, stream) : launch_rows<Z, 1, 16>(backward, stream)
                        : w.weights_stride == 2 * PANEL ? launch_rows<Z, 2, 16>(backward, stream)
                                                        : launch_rows<Z, 4, 16>(backward, stream);
     if (status != 0) return status;
   }
-  return launch_prototypes_gradient(p, {w.weights, w.weights_stride, w.gradients, w.gradient_parts, w.temperatures, blocks_of(p.B)}, stream);
+  return launch_prototypes_gradient(p, {w.weights, w.weights_stride, w.gradients, w.gradient_parts, w.temperatures, blocks_of(p.B)},
+                                    stream);
 }
 
 }  // namespace

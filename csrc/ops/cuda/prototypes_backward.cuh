@@ -17,17 +17,17 @@ struct Backward {
   int K, D;
   int weights_stride;  // 64, 128 or 256
   int64_t z_stride;
-  const Z* z;                // [B, D]
-  const float* prototypes;   // [K, D]
+  const Z* z;               // [B, D]
+  const float* prototypes;  // [K, D]
   const float* temperature_pointer;
   double temperature;
   bool cosine, k_aligned, z_aligned;  // rows of [B, K], of z: whole pieces of four
-  const float* assignment;       // [B, K]
-  const float* grad_assignment;  // [B, K]
-  const float* grad_entropy;     // [B] or null
-  Z* grad_z;                     // [B, D]
-  float* weights;                // [B, weights_stride] or null: gradient of the score, over |z| for cosine
-  double* temperature_parts;     // [blocks]: sums of <z, t>
+  const float* assignment;            // [B, K]
+  const float* grad_assignment;       // [B, K]
+  const float* grad_entropy;          // [B] or null
+  Z* grad_z;                          // [B, D]
+  float* weights;                     // [B, weights_stride] or null: gradient of the score, over |z| for cosine
+  double* temperature_parts;          // [blocks]: sums of <z, t>
 };
 
 // Four values of a row of [B, K], zeros behind its end.
@@ -118,16 +118,15 @@ __device__ __forceinline__ void score_gradients(const Backward<Z>& p, int64_t ro
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        upstream[step][i] -= upstream_entropy * ((ds[step][i] > 0 ? logf(ds[step][i]) : 0.0f) + entropy);
+      for (int i = 0; i < 4; ++i) upstream[step][i] -= upstream_entropy * ((ds[step][i] > 0 ? logf(ds[step][i]) : 0.0f) + entropy);
   }
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) ds[step][i] *= upstream[step][i] - along;
     if (p.weights && valid)
-      pk::store_vector(p.weights + row * p.weights_stride + step * 16 + member * 4, float4{ds[step][0] * over_length, ds[step][1] * over_length,
-                                                                                          ds[step][2] * over_length, ds[step][3] * over_length});
+      pk::store_vector(p.weights + row * p.weights_stride + step * 16 + member * 4,
+                       float4{ds[step][0] * over_length, ds[step][1] * over_length, ds[step][2] * over_length, ds[step][3] * over_length});
   }
 }
 
@@ -155,7 +154,8 @@ __device__ __forceinline__ Scale split_gradients(float (&ds)[STEPS][4], const fl
 
 // One of a lane's two rows from the products to its gradient; returns <z, t>, the same in four lanes. to_t takes products to t.
 template <int F, int r, class Z>
-__device__ __forceinline__ float finish_row(const Backward<Z>& p, int64_t row, bool valid, const Length& length, float to_t, const float (&s)[F][4]) {
+__device__ __forceinline__ float finish_row(const Backward<Z>& p, int64_t row, bool valid, const Length& length, float to_t,
+                                            const float (&s)[F][4]) {
   const int member = threadIdx.x % 4;
   const Z* const z = p.z + (valid ? row : 0) * p.z_stride;
   float unit[F / 2][4], along = 0;

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int ELEMENTS = 32;   // of [K, D] in a block
+constexpr int ELEMENTS = 32;    // of [K, D] in a block
 constexpr int MAX_GROUPS = 32;  // of threads, each with a share of the parts
 
 __global__ void __launch_bounds__(ELEMENTS* MAX_GROUPS)

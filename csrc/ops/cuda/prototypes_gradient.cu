@@ -13,9 +13,9 @@
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int ROWS = 32;      // of a stage
+constexpr int ROWS = 32;  // of a stage
 constexpr int STAGES = 3;
-constexpr int PANEL = 64;     // prototypes
+constexpr int PANEL = 64;  // prototypes
 constexpr int MAX_PARTS = 128;
 
 template <class Z>
@@ -76,8 +76,8 @@ __device__ __forceinline__ void copy_stage(const Parts<Z>& p, int64_t row0, int6
 template <class Z, int PANELS, int F>
 __global__ void __launch_bounds__(THREADS, 1) parts_kernel(const Parts<Z> p) {
   using S = Stage<PANELS, F, Z>;
-  constexpr int SIDES = PANELS == 1 ? 2 : 1;                    // warps that share the dimensions of the same prototypes
-  constexpr int M = PANELS == 4 ? 2 : 1, N = F / SIDES;         // fragments of a warp
+  constexpr int SIDES = PANELS == 1 ? 2 : 1;             // warps that share the dimensions of the same prototypes
+  constexpr int M = PANELS == 4 ? 2 : 1, N = F / SIDES;  // fragments of a warp
   PK_DYNAMIC_SHARED(unsigned char, memory);
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
   const int k0 = warp / SIDES * M * 16, d0 = warp % SIDES * N * 8;
@@ -104,7 +104,8 @@ __global__ void __launch_bounds__(THREADS, 1) parts_kernel(const Parts<Z> p) {
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) split(weights[(r + i / 2 * 4) * S::WEIGHTS_STRIDE + k0 + m * 16 + i % 2 * 8 + group], high[m][i], low[m][i]);
+        for (int i = 0; i < 4; ++i)
+          split(weights[(r + i / 2 * 4) * S::WEIGHTS_STRIDE + k0 + m * 16 + i % 2 * 8 + group], high[m][i], low[m][i]);
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         unsigned z_high[2], z_low[2];

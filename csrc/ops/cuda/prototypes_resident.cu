@@ -7,7 +7,8 @@
 // of these runs meanwhile. A small K D is summed up on the way, float64, a warp into its own part of shared memory and the warps, then the blocks,
 // in order. A larger one would need K D float64 numbers per block: its sums come from the labels (prototypes_update.cu), which reads z again.
 // Limit at B = 65536, D = 128, K = 256 on an H200: memory, 23 us; fp16 products at the rate of mma.sync, about 20 us; the prototypes' fragments
-// from shared memory, 16 us; 3 us to fill it. Measured: 83 us; compute capability 9.0 has prototypes_warpgroup.cu for this size. A scheduler has two warps, and one of them can issue in 26 % of the cycles; a tile is
+// from shared memory, 16 us; 3 us to fill it. Measured: 83 us, and
+// prototypes_warpgroup.cu does it on compute capability 9.0. A scheduler has two warps, and one of them can issue in 26 % of the cycles; a tile is
 // about 4,500 instructions of a warp.
 
 #include "common/simt.cuh"

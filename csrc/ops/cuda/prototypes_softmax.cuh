@@ -58,7 +58,7 @@ __device__ __forceinline__ Softmax softmax_rows(float (&s)[F][4], const float (&
   if (__any_sync(ALL, result.sum[0] != result.sum[0] || result.sum[1] != result.sum[1])) {  // NaN counts as the largest, as in torch.argmax
 #pragma unroll
     for (int f = F - 2; f >= 0; f -= 2) {
-  #pragma unroll
+#pragma unroll
       for (int h = 1; h >= 0; --h)
 #pragma unroll
         for (int i = 3; i >= 0; --i)
@@ -68,8 +68,7 @@ __device__ __forceinline__ Softmax softmax_rows(float (&s)[F][4], const float (&
     for (int r = 0; r < 2; ++r) {
       bool nan = false;  // labels of numbers do not count in a row with NaN
 #pragma unroll
-      for (int f = 0; f < F; ++f)
-        nan |= s[f][2 * r] != s[f][2 * r] || s[f][2 * r + 1] != s[f][2 * r + 1];
+      for (int f = 0; f < F; ++f) nan |= s[f][2 * r] != s[f][2 * r] || s[f][2 * r + 1] != s[f][2 * r + 1];
       if (result.sum[r] != result.sum[r] && !nan) result.label[r] = F * 8;
     }
   }

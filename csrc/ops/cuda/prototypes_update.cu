@@ -8,8 +8,8 @@
 // labels only. A cluster has one block of a chunk: where it holds nearly all of 65536 rows, this block reads what eight blocks read otherwise.
 // prototypes_finish.cu adds up chunks and blends; a single chunk does so itself.
 // Limit: z is read once (33.5 MB at B = 65536, D = 128: 8 us from memory, 6 us from L2), after the sort of a chunk, about 2 us.
-// Measured on an H200: 26 us, of which about 7 wait for rows and most of the rest is the sort's chain of short waits; 16 us at B = 2048; about 50 us where one
-// cluster has 99 % of 65536 rows.
+// Measured on an H200: 26 us, of which about 7 wait for rows and most of the rest is the sort's chain of short waits; 16 us at B = 2048;
+// about 50 us where one cluster has 99 % of 65536 rows.
 
 #include "common/simt.cuh"
 #include "ops/cuda/prototypes_sums.cuh"
@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(THREADS) sums_kernel(const Sums<Z> p) {
   PK_SHARED(unsigned, entries, ROWS);
   PK_SHARED(int, begins, CLUSTERS + 1);
   PK_SHARED(int, warp_totals, CLUSTERS / 32);
-  int* const ranks = reinterpret_cast<int*>(&heads[0][0]);  // [WARPS, CLUSTERS]: rows of a cluster seen by a warp; done with before heads are
+  int* const ranks =
+      reinterpret_cast<int*>(&heads[0][0]);  // [WARPS, CLUSTERS]: rows of a cluster seen by a warp; done with before heads are
   static_assert(sizeof(int) * WARPS * CLUSTERS <= sizeof(double) * SEGMENTS * SLICE);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int64_t slices = (p.D + SLICE - 1) / SLICE, ranges = (p.K + CLUSTERS - 1) / CLUSTERS, block = blockIdx.x / p.parts;

@@ -14,12 +14,12 @@
 
 namespace {
 
-constexpr int GROUPS = 2;            // warpgroups of a block
+constexpr int GROUPS = 2;  // warpgroups of a block
 constexpr int THREADS = GROUPS * 128;
-constexpr int GROUP_ROWS = 64;       // rows of z in a tile
-constexpr int PANEL = 64;            // dimensions: 128 bytes of fp16
+constexpr int GROUP_ROWS = 64;  // rows of z in a tile
+constexpr int PANEL = 64;       // dimensions: 128 bytes of fp16
 constexpr int PANEL_STEPS = PANEL / 16;
-constexpr int ALIGNMENT = 1024;      // of a panel
+constexpr int ALIGNMENT = 1024;  // of a panel
 
 #if defined(PK_WARPGROUP_PRODUCTS)
 
@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(THREADS, 1) warpgroup_kernel(const Resident<Z>
   if (t < p.tiles) copy_rows<PANELS>(p, t * GROUP_ROWS + first_row, tile);
   pk::let_next_begin();
   prepare_panels<F, PANELS>(p, panels, factor, bias);
-  const float to_log2 = static_cast<float>(1.4426950408889634 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
+  const float to_log2 =
+      static_cast<float>(1.4426950408889634 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
   pk::publish_to_tensor_cores();
   __syncthreads();
 
