@@ -28,6 +28,9 @@ SHAPES = [
     (50, 40, 45), (35, 16, 100), (37, 20, 190), (33, 130, 250), (20, 5, 400), (18, 600, 100),
 ]  # fmt: skip
 
+# (B, D, K): odd sizes, no rows, one of everything; every kernel: K <= 64 with D <= 64 and not, K <= 128, K <= 256
+BACKWARD_SHAPES = [(1, 1, 1), (70, 33, 31), (129, 64, 64), (37, 100, 10), (0, 5, 3), (40, 128, 100), (35, 17, 130), (66, 126, 256)]  # fmt: skip
+
 
 def as_numpy(x: torch.Tensor) -> np.ndarray[Any, Any]:
     x = x.contiguous()
@@ -237,9 +240,6 @@ class TestForward:
 
 
 class TestBackward:
-    # (B, D, K): odd sizes, no rows, one of everything; every kernel: K <= 64 with D <= 64 and not, K <= 128, K <= 256
-    SHAPES = [(1, 1, 1), (70, 33, 31), (129, 64, 64), (37, 100, 10), (0, 5, 3), (40, 128, 100), (35, 17, 130), (66, 126, 256)]  # fmt: skip
-
     @staticmethod
     def run(
         emulator: Any, case: Case, grad_c: torch.Tensor, grad_h: torch.Tensor | None, c: torch.Tensor
@@ -293,14 +293,18 @@ class TestBackward:
                 scale = float(truth.abs().max()) if truth.numel() else 1.0
                 if name == "temperature":  # a sum of terms that cancel
                     upstream = grad_c.abs() + (0 if grad_h is None else 2 * grad_h.abs()[:, None] * np.log(case.K + 1))
-                    longest = float((z.norm(dim=1)[:, None] * q.norm(dim=1)).max()) if case.similarity == "dot" and case.B else 1.0
+                    longest = (
+                        float((z.norm(dim=1)[:, None] * q.norm(dim=1)).max())
+                        if case.similarity == "dot" and case.B
+                        else 1.0
+                    )
                     scale = float((c * upstream).sum()) * longest / case.temperature**2
                 np.testing.assert_allclose(
                     got.double().reshape(truth.shape), truth, rtol=error, atol=error * max(scale, 1e-3), err_msg=name
                 )
 
     @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("shape", BACKWARD_SHAPES, ids=str)
     def test_matches_float64_reference(self, shape: tuple[int, int, int], similarity: str) -> None:
         case = Case("f32", shape, similarity)
         if similarity == "dot":
