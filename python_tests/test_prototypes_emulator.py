@@ -29,7 +29,9 @@ SHAPES = [
 ]  # fmt: skip
 
 # (B, D, K): odd sizes, no rows, one of everything; every kernel: K <= 64 with D <= 64 and not, K <= 128, K <= 256
-BACKWARD_SHAPES = [(1, 1, 1), (70, 33, 31), (129, 64, 64), (37, 100, 10), (0, 5, 3), (40, 128, 100), (35, 17, 130), (66, 126, 256)]  # fmt: skip
+BACKWARD_SHAPES = [
+    (1, 1, 1), (70, 33, 31), (129, 64, 64), (37, 100, 10), (0, 5, 3), (40, 128, 100), (35, 17, 130), (66, 126, 256),
+]  # fmt: skip
 
 
 def as_numpy(x: torch.Tensor) -> np.ndarray[Any, Any]:
