@@ -34,6 +34,10 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "prototypes_backward(Tensor grad_assignment, Tensor? grad_entropy, Tensor assignment, Tensor z, Tensor prototypes, "
       "Tensor? temperature_tensor, float temperature, bool cosine, bool with_prototypes) "
       "-> (Tensor grad_z, Tensor grad_prototypes, Tensor grad_temperature)");
+  library.def(
+      "prototypes_backward_resident(Tensor grad_assignment, Tensor? grad_entropy, Tensor assignment, Tensor z, Tensor prototypes, "
+      "Tensor? temperature_tensor, float temperature, bool cosine, bool with_prototypes) "
+      "-> (Tensor grad_z, Tensor grad_prototypes, Tensor grad_temperature)");
   library.def("prototypes_accumulate(Tensor z, Tensor labels, int num_prototypes, bool skip_nonfinite) -> (Tensor sums, Tensor counts)");
   library.def("prototypes_blend(Tensor prototypes, Tensor sums, Tensor counts, float new_weight) -> Tensor");
 

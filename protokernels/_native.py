@@ -15,6 +15,7 @@ OPERATORS = (
     "build_info",
     "prototypes_forward",
     "prototypes_backward",
+    "prototypes_backward_resident",
     "prototypes_accumulate",
     "prototypes_blend",
     "sinkhorn_forward",

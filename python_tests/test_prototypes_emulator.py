@@ -28,6 +28,11 @@ SHAPES = [
     (50, 40, 45), (35, 16, 100), (37, 20, 190), (33, 130, 250), (20, 5, 400), (18, 600, 100),
 ]  # fmt: skip
 
+# (B, D, K): odd sizes, no rows, one of everything; every kernel: K <= 64 with D <= 64 and not, K <= 128, K <= 256
+BACKWARD_SHAPES = [
+    (1, 1, 1), (70, 33, 31), (129, 64, 64), (37, 100, 10), (0, 5, 3), (40, 128, 100), (35, 17, 130), (66, 126, 256),
+]  # fmt: skip
+
 
 def as_numpy(x: torch.Tensor) -> np.ndarray[Any, Any]:
     x = x.contiguous()
@@ -234,6 +239,98 @@ class TestForward:
         empty = out["counts"] == 0
         assert empty.any()
         np.testing.assert_array_equal(out["updated"][empty], case.prototypes.numpy()[empty])
+
+
+class TestBackward:
+    @staticmethod
+    def run(
+        emulator: Any, case: Case, grad_c: torch.Tensor, grad_h: torch.Tensor | None, c: torch.Tensor
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        out = {
+            "z": poisoned((case.B, case.D), np.float32),
+            "prototypes": poisoned((case.K, case.D), np.float32),
+            "temperature": poisoned((1,), np.float32),
+        }
+        if case.kind != "f32":
+            out["z"] = np.full((case.B, case.D), 0x7FFF, np.uint16)
+            out["z"] = out["z"] if case.kind == "bf16" else out["z"].view(np.float16)
+        getattr(emulator, f"backward_{case.kind}")(
+            grad_c.numpy(),
+            None if grad_h is None else grad_h.numpy(),
+            c.numpy(),
+            as_numpy(case.storage),
+            case.B,
+            case.stride,
+            as_numpy(case.prototypes),
+            case.temperature,
+            case.similarity == "cosine",
+            out["z"],
+            out["prototypes"],
+            out["temperature"],
+        )
+        return out
+
+    @classmethod
+    def check(cls, case: Case, *, with_entropy: bool, seeds: tuple[int, ...] = (0, 1), build: str = "watched") -> None:
+        emulator = load("prototypes", build)
+        generator = torch.Generator().manual_seed(7)
+        grad_c = torch.randn(case.B, case.K, generator=generator)
+        grad_h = torch.randn(case.B, generator=generator) if with_entropy else None
+        z, q = case.z.double().requires_grad_(), case.prototypes.double().requires_grad_()
+        temperature = torch.tensor(case.temperature, dtype=torch.float64, requires_grad=True)
+        c, _, entropy = reference.soft_assign(z, q, temperature, case.similarity)
+        loss = (c * grad_c).sum() + ((entropy * grad_h).sum() if grad_h is not None else 0.0)
+        expected = torch.autograd.grad(loss, (z, q, temperature))
+        first = None
+        for seed in seeds:
+            emulator.configure(seed=seed)
+            out = cls.run(emulator, case, grad_c, grad_h, c.detach().float())
+            first = first or out
+            for (name, value), truth in zip(out.items(), expected, strict=True):
+                np.testing.assert_array_equal(value, first[name], err_msg=f"{name} depends on the order of threads")
+                got = torch.from_numpy(value.view(np.float32) if name != "z" or case.kind == "f32" else value)
+                if name == "z" and case.kind == "bf16":
+                    got = got.view(torch.bfloat16)
+                error = 2.0**-19 if name != "z" or case.kind == "f32" else 2.0**-8
+                scale = float(truth.abs().max()) if truth.numel() else 1.0
+                if name == "temperature":  # a sum of terms that cancel
+                    upstream = grad_c.abs() + (0 if grad_h is None else 2 * grad_h.abs()[:, None] * np.log(case.K + 1))
+                    longest = (
+                        float((z.norm(dim=1)[:, None] * q.norm(dim=1)).max())
+                        if case.similarity == "dot" and case.B
+                        else 1.0
+                    )
+                    scale = float((c * upstream).sum()) * longest / case.temperature**2
+                np.testing.assert_allclose(
+                    got.double().reshape(truth.shape), truth, rtol=error, atol=error * max(scale, 1e-3), err_msg=name
+                )
+
+    @pytest.mark.parametrize("similarity", ["cosine", "dot"])
+    @pytest.mark.parametrize("shape", BACKWARD_SHAPES, ids=str)
+    def test_matches_float64_reference(self, shape: tuple[int, int, int], similarity: str) -> None:
+        case = Case("f32", shape, similarity)
+        if similarity == "dot":
+            case.temperature = 3.0
+        self.check(case, with_entropy=shape[0] % 2 == 1)
+
+    @pytest.mark.parametrize("kind", ["f16", "bf16"])
+    def test_half_precision_rows(self, kind: str) -> None:
+        self.check(Case(kind, (70, 36, 20), "cosine"), with_entropy=True)
+
+    def test_row_stride(self) -> None:
+        self.check(Case("f32", (40, 17, 9), "cosine", stride=5), with_entropy=False)
+
+    def test_a_block_takes_several_tiles_and_stages(self) -> None:
+        self.check(Case("f32", (64 * 132 * 2 + 70, 8, 6), "cosine"), with_entropy=True, seeds=(0,), build="plain")
+
+    def test_a_zero_row_and_a_zero_prototype_have_no_gradient(self) -> None:
+        emulator = load("prototypes", "watched")
+        case = Case("f32", (20, 12, 7), "cosine")
+        case.storage[3], case.prototypes[2] = 0, 0
+        c, _, _ = reference.soft_assign(case.z.double(), case.prototypes.double(), case.temperature, "cosine")
+        out = self.run(emulator, case, torch.randn(20, 7), None, c.float())
+        assert not out["z"][3].any() and not out["prototypes"][2].any()
+        assert all(np.isfinite(value).all() for value in out.values())
 
 
 class TestAccumulate:

@@ -69,6 +69,38 @@ void forward(const Array& z_array, int64_t rows, int64_t z_stride, const Array& 
 }
 
 template <typename Z>
+void backward(const Array& grad_assignment_array, const Array& grad_entropy_array, const Array& assignment_array, const Array& z_array,
+              int64_t rows, int64_t z_stride, const Array& prototypes_array, double temperature, bool cosine, const Array& grad_z_array,
+              const Array& grad_prototypes_array, const Array& grad_temperature_array) {
+  const Input<float> grad_assignment(grad_assignment_array, "grad_assignment"), grad_entropy(grad_entropy_array, "grad_entropy");
+  const Input<float> assignment(assignment_array, "assignment"), prototypes(prototypes_array, "prototypes");
+  const Input<Z> z(z_array, "z");
+  const Output<Z> grad_z(grad_z_array, "grad_z");
+  const Output<float> grad_prototypes(grad_prototypes_array, "grad_prototypes"),
+      grad_temperature(grad_temperature_array, "grad_temperature");
+  PrototypesBackward p{};
+  p.B = rows;
+  p.K = prototypes.shape(0);
+  p.D = prototypes.shape(1);
+  p.z = z.data();
+  p.z_kind = kind_of<Z>;
+  p.z_stride = z_stride;
+  p.prototypes = prototypes.data();
+  p.prototypes_kind = Kind::f32;
+  p.temperature = temperature;
+  p.cosine = cosine;
+  p.assignment = assignment.data();
+  p.grad_assignment = grad_assignment.data();
+  p.grad_entropy = grad_entropy.data();
+  p.grad_z = grad_z.data();
+  p.grad_prototypes = grad_prototypes.data();
+  p.grad_temperature = grad_temperature.data();
+  p.grad_prototypes_kind = Kind::f32;
+  const Workspace workspace(prototypes_backward_workspace(p));
+  check(launch_prototypes_backward(p, workspace.buffer.data(), nullptr));
+}
+
+template <typename Z>
 void accumulate(const Array& z_array, const Array& labels_array, int64_t z_stride, int64_t D, bool skip_nonfinite, const Array& sums_array,
                 const Array& counts_array) {
   const Input<Z> z(z_array, "z");
@@ -100,6 +132,9 @@ PK_EMULATOR_MODULE(module) {
   module.def("forward_f64", &forward<double, double>);
   module.def("forward_f16", &forward<float, __half>);
   module.def("forward_bf16", &forward<float, __nv_bfloat16>);
+  module.def("backward_f32", &backward<float>);
+  module.def("backward_f16", &backward<__half>);
+  module.def("backward_bf16", &backward<__nv_bfloat16>);
   module.def("accumulate_f32", &accumulate<float>);
   module.def("accumulate_f64", &accumulate<double>);
   module.def("accumulate_f16", &accumulate<__half>);

@@ -168,6 +168,8 @@ BackwardOutputs allocate_backward(PrototypesBackward& p, const Tensor& grad_assi
   p.grad_entropy = data_or_null<const void>(grad_entropy);
   p.grad_z = out.z.data_ptr();
   p.grad_prototypes = with_prototypes ? out.prototypes.data_ptr() : nullptr;
+  p.grad_temperature = out.temperature.data_ptr();
+  p.grad_prototypes_kind = kind_of(prototypes, "prototypes");
   return out;
 }
 
@@ -294,6 +296,24 @@ Outputs forward_cuda(Tensor z_any, Tensor prototypes_any, OptionalTensor tempera
   return out.tuple();
 }
 
+// For float arithmetic, K <= 256 and D <= 128.
+std::tuple<Tensor, Tensor, Tensor> backward_cuda(Tensor grad_assignment_any, OptionalTensor grad_entropy_any, Tensor assignment_any,
+                                                 Tensor z_any, Tensor prototypes_any, OptionalTensor temperature_tensor, double temperature,
+                                                 bool cosine, bool with_prototypes) {
+  const torch::stable::accelerator::DeviceGuard guard(z_any.get_device_index());
+  const Tensor z = with_dense_rows(in_compute_type(z_any, false, true)), given = as_contiguous(prototypes_any);
+  const Tensor prototypes = in_compute_type(given, false, false);
+  const Tensor assignment = as_contiguous(assignment_any), grad_assignment = as_contiguous(grad_assignment_any);
+  const OptionalTensor grad_entropy = dense(grad_entropy_any);
+  PrototypesBackward p;
+  fill_problem(p, z, prototypes, temperature_tensor, temperature, cosine);
+  STD_TORCH_CHECK(!p.double_compute && p.K <= 256 && p.D <= 128, "prototypes_backward_resident: float arithmetic, K <= 256 and D <= 128");
+  const BackwardOutputs out = allocate_backward(p, grad_assignment, grad_entropy, assignment, z, given, with_prototypes);
+  const Tensor workspace = empty_beside(z, {prototypes_backward_workspace(p)}, ScalarType::Byte);
+  check_cuda(launch_prototypes_backward(p, workspace.data_ptr(), current_cuda_stream(z)), "prototypes_backward");
+  return {out.z, out.prototypes, out.temperature};
+}
+
 std::tuple<Tensor, Tensor> accumulate_cuda(Tensor z_any, Tensor labels_any, int64_t num_prototypes, bool skip_nonfinite) {
   const torch::stable::accelerator::DeviceGuard guard(z_any.get_device_index());
   const Tensor z = with_dense_rows(z_any), labels = as_contiguous(labels_any);
@@ -324,15 +344,17 @@ STABLE_TORCH_LIBRARY_IMPL(protokernels, CPU, library) {
   using namespace protokernels;
   library.impl("prototypes_forward", TORCH_BOX(&forward_cpu));
   library.impl("prototypes_backward", TORCH_BOX(&backward_cpu));
+  library.impl("prototypes_backward_resident", TORCH_BOX(&backward_cpu));
   library.impl("prototypes_accumulate", TORCH_BOX(&accumulate_cpu));
   library.impl("prototypes_blend", TORCH_BOX(&blend_cpu));
 }
 
 #if defined(PROTOKERNELS_WITH_CUDA)
-// prototypes_backward on CUDA stands in protokernels/ops/prototypes.py: two cuBLAS products and torch's softmax backward.
+// prototypes_backward on CUDA stands in protokernels/ops/_prototypes_autograd.py: this where it serves, else two cuBLAS products and torch's softmax.
 STABLE_TORCH_LIBRARY_IMPL(protokernels, CUDA, library) {
   using namespace protokernels;
   library.impl("prototypes_forward", TORCH_BOX(&forward_cuda));
+  library.impl("prototypes_backward_resident", TORCH_BOX(&backward_cuda));
   library.impl("prototypes_accumulate", TORCH_BOX(&accumulate_cuda));
   library.impl("prototypes_blend", TORCH_BOX(&blend_cuda));
 }

@@ -57,7 +57,9 @@ struct PrototypesBackward : PrototypesProblem {
   const void* grad_assignment;  // T [B, K]
   const void* grad_entropy;     // T [B] or null
   void* grad_z;                 // [B, D] of z_kind
-  void* grad_prototypes;        // [K, D] of prototypes_kind, or null
+  void* grad_prototypes;        // [K, D] of grad_prototypes_kind, or null
+  void* grad_temperature;       // T [1]; CUDA
+  Kind grad_prototypes_kind;    // CUDA, whose prototypes are of T
 };
 
 struct PrototypesAccumulate {
@@ -115,6 +117,8 @@ const PrototypesCpu& prototypes_cpu();  // the best table this machine can run
 // Each returns a cudaError_t as int; workspace sizes are in bytes and depend on the shape only. Prototypes are of T, z of T or of half precision.
 int64_t prototypes_forward_workspace(const PrototypesForward&);
 int launch_prototypes_forward(const PrototypesForward&, void* workspace, void* stream);
+int64_t prototypes_backward_workspace(const PrototypesBackward&);  // K <= 256, D <= 128, float
+int launch_prototypes_backward(const PrototypesBackward&, void* workspace, void* stream);
 int64_t prototypes_accumulate_workspace(const PrototypesAccumulate&);
 int launch_prototypes_accumulate(const PrototypesAccumulate&, void* workspace, void* stream);
 int launch_prototypes_blend(const PrototypesBlend&, void* stream);

@@ -97,6 +97,34 @@ def _backward(
     )
 
 
+def _backward_on_cuda(
+    grad_assignment: Tensor,  # [B, K]
+    grad_entropy: Tensor | None,  # [B]
+    assignment: Tensor,  # [B, K]
+    z: Tensor,  # [B, D]
+    prototypes: Tensor,  # [K, D]
+    temperature_tensor: Tensor | None,  # [1]
+    temperature: float,
+    cosine: bool,
+    with_prototypes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """prototypes_backward for CUDA: our kernel where all prototypes fit into a multiprocessor, else plain torch."""
+    arguments = (grad_assignment, grad_entropy, assignment, z, prototypes, temperature_tensor, temperature, cosine)
+    if _resident(assignment, z):
+        gradients: tuple[Tensor, Tensor, Tensor] = _calls.call(
+            "prototypes_backward_resident", *arguments, with_prototypes
+        )
+        return gradients
+    return _backward_in_torch(*arguments, with_prototypes)
+
+
+def _resident(assignment: Tensor, z: Tensor) -> bool:
+    K, D = assignment.shape[1], z.shape[1]
+    if assignment.dtype != torch.float32 or K > 256 or D > 128:
+        return False
+    return K <= 64 or torch.cuda.get_device_properties(z.device).shared_memory_per_block_optin >= 160 * 1024
+
+
 def _backward_in_torch(
     grad_assignment: Tensor,  # [B, K]
     grad_entropy: Tensor | None,  # [B]
@@ -108,7 +136,7 @@ def _backward_in_torch(
     cosine: bool,
     with_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """prototypes_backward for CUDA: the equations of csrc/ops/prototypes.h as two cuBLAS products and element-wise kernels."""
+    """Any sizes and types: the equations of csrc/ops/prototypes.h as two cuBLAS products and element-wise kernels."""
     dtype = assignment.dtype
     inverse_t = 1.0 / (temperature if temperature_tensor is None else temperature_tensor.reshape(()))
     ds = assignment * (grad_assignment - (grad_assignment * assignment).sum(-1, keepdim=True))
@@ -156,8 +184,9 @@ def _fake_blend(prototypes: Tensor, sums: Tensor, counts: Tensor, new_weight: fl
 
 
 if _native.LIBRARY is not None:
-    torch.library.impl("protokernels::prototypes_backward", "CUDA")(_backward_in_torch)
+    torch.library.impl("protokernels::prototypes_backward", "CUDA")(_backward_on_cuda)
 _calls.register("prototypes_forward", _fake_forward, setup=_setup_context, backward=_backward)
 _calls.register("prototypes_backward", _fake_backward, backward=_no_second_derivative)
+_calls.register("prototypes_backward_resident", _fake_backward)
 _calls.register("prototypes_accumulate", _fake_accumulate)
 _calls.register("prototypes_blend", _fake_blend)

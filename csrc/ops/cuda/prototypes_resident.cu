@@ -1,24 +1,25 @@
 // SPDX-License-Identifier: MIT
 // Soft assignment on the GPU where all prototypes fit into shared memory (K <= 256, about K D <= 40,000): the usual case. The equations stand in
-// ops/prototypes.h, the arithmetic in prototypes_resident.cuh; prototypes_kernel.cu does the rest.
+// ops/prototypes.h, the arithmetic in prototypes_resident.cuh and prototypes_softmax.cuh; prototypes_kernel.cu does the rest.
 //
 // A block splits the prototypes into fp16 parts once and keeps them. From then on its warps go their own ways, without a barrier: a warp takes 16
 // rows of z, has their scores with all prototypes in registers, turns them into softmax, label and entropy, writes, and takes the next 16; the copy
 // of these runs meanwhile. A small K D is summed up on the way, float64, a warp into its own part of shared memory and the warps, then the blocks,
 // in order. A larger one would need K D float64 numbers per block: its sums come from the labels (prototypes_update.cu), which reads z again.
 // Limit at B = 65536, D = 128, K = 256 on an H200: memory, 23 us; fp16 products at the rate of mma.sync, about 20 us; the prototypes' fragments
-// from shared memory, 16 us; 3 us to fill it. Measured: 83 us. A scheduler has two warps, and one of them can issue in 26 % of the cycles; a tile is
+// from shared memory, 16 us; 3 us to fill it. Measured: 83 us, and
+// prototypes_warpgroup.cu does it on compute capability 9.0. A scheduler has two warps, and one of them can issue in 26 % of the cycles; a tile is
 // about 4,500 instructions of a warp.
 
 #include "common/simt.cuh"
-#include "ops/cuda/prototypes_resident.cuh"
+#include "ops/cuda/prototypes_softmax.cuh"
 
 namespace {
 
 constexpr int MAX_K = 256;
 constexpr int MAX_SUMMED = 1024;     // K D up to which sums are made on the way
 constexpr int MAX_SUMMED_D = 128;    // a warp then has two tiles in shared memory
-constexpr int SUMMED_BLOCKS = 264;   // at most: a constant, so that the order of summation does not depend on the GPU
+constexpr int SUMMED_BLOCKS = 256;   // at most: a constant, so that the order of summation does not depend on the GPU
 
 // The tile's rows, added to the warp's sums [K, D] in their order.
 template <class Z>
@@ -41,32 +42,11 @@ __device__ __forceinline__ void add_rows(const Resident<Z>& p, const Z* tile, co
   }
 }
 
-template <int F>
-__device__ __forceinline__ void write_weights(float* to, int K, const float (&s)[F][4], int r, float scale) {
-  const int member = threadIdx.x % 4;
-#pragma unroll
-  for (int f = 0; f < F; f += 2) {
-    const int k = f * 8 + member * 4;
-    const float4 c = {s[f][2 * r] * scale, s[f][2 * r + 1] * scale, s[f + 1][2 * r] * scale, s[f + 1][2 * r + 1] * scale};
-    if (K % 4 == 0) {
-      if (k < K) __stcs(reinterpret_cast<float4*>(to + k), c);
-    } else if (K % 2 == 0) {
-      if (k < K) __stcs(reinterpret_cast<float2*>(to + k), float2{c.x, c.y});
-      if (k + 2 < K) __stcs(reinterpret_cast<float2*>(to + k + 2), float2{c.z, c.w});
-    } else {
-      if (k < K) to[k] = c.x;
-      if (k + 1 < K) to[k + 1] = c.y;
-      if (k + 2 < K) to[k + 2] = c.z;
-      if (k + 3 < K) to[k + 3] = c.w;
-    }
-  }
-}
-
 // resources: dynamic shared 160768 bytes
 template <class Z, int F>
 __global__ void __launch_bounds__(MAX_WARPS * 32, F > 8 ? 1 : 2) resident_kernel(const Resident<Z> p) {
   PK_DYNAMIC_SHARED(uint4, fragments);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, member = lane % 4, warps = blockDim.x / 32;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   float* const factor = reinterpret_cast<float*>(fragments + p.steps * F * 32);
   float* const bias = factor + F * 8;
   Z* const tiles = reinterpret_cast<Z*>(bias + F * 8);
@@ -83,6 +63,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, F > 8 ? 1 : 2) resident_kernel
     for (int i = threadIdx.x; i < warps * sizes; i += blockDim.x) sums[i] = 0;
     for (int i = threadIdx.x; i < warps * p.K; i += blockDim.x) counts[i] = 0;
   }
+  pk::let_next_begin();
   prepare_prototypes<F>(p, fragments, factor, bias);
   const float to_log2 = static_cast<float>(1.4426950408889634 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
   __syncthreads();
@@ -104,25 +85,8 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, F > 8 ? 1 : 2) resident_kernel
       __syncwarp();
       copy_tile(p, next * TILE, mine);
     }
-    const float row_factor[2] = {rows.factor[0] * to_log2, rows.factor[1] * to_log2};
-    const Softmax softmax = softmax_rows<F>(s, row_factor, factor, bias, p.entropy != nullptr);
-    int label[2] = {softmax.label[0], softmax.label[1]};
-    if (p.uniform) {
-      const int64_t row = row0 + lane / 4;
-      const int first = draw_label<F, 0>(s, softmax.sum[0] * (row < p.B ? p.uniform[row] : 0.0f));
-      const int second = draw_label<F, 1>(s, softmax.sum[1] * (row + 8 < p.B ? p.uniform[row + 8] : 0.0f));
-      if (softmax.sum[0] == softmax.sum[0]) label[0] = first;
-      if (softmax.sum[1] == softmax.sum[1]) label[1] = second;
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int64_t row = row0 + lane / 4 + r * 8;
-      if (row >= p.B || (p.skip_nonfinite && !rows.finite[r])) label[r] = -1;
-      if (row >= p.B) continue;
-      write_weights<F>(p.assignment + row * p.K, p.K, s, r, 1.0f / softmax.sum[r]);
-      if (member == 0 && p.labels) p.labels[row] = label[r];
-      if (member == 0 && p.entropy) p.entropy[row] = softmax.entropy[r];
-    }
+    int label[2];
+    finish_rows<Z, F, false>(p, row0, rows, factor, bias, to_log2, s, label);
     if (summed) add_rows(p, tile, label, sums + warp * sizes, counts + warp * p.K);
     __syncwarp();
   }
@@ -186,28 +150,8 @@ int launch_kernel(const Plan& plan, const Resident<Z>& resident, void* stream) {
 
 template <class Z>
 int launch_resident(const Plan& plan, const PrototypesForward& p, double* partial_sums, int* partial_counts, void* stream) {
-  const Resident<Z> resident{p.B,
-                             (p.B + TILE - 1) / TILE,
-                             static_cast<int>(p.K),
-                             static_cast<int>(p.D),
-                             plan.steps,
-                             plan.stride,
-                             plan.buffers,
-                             p.z_stride,
-                             static_cast<const Z*>(p.z),
-                             static_cast<const float*>(p.prototypes),
-                             static_cast<const float*>(p.temperature_pointer),
-                             p.temperature,
-                             p.cosine,
-                             p.skip_nonfinite,
-                             aligned_rows(p.z, p.z_stride, p.D, sizeof(Z), 16),
-                             aligned_rows(p.prototypes, p.D, p.D, sizeof(float), 16),
-                             p.uniform,
-                             static_cast<float*>(p.assignment),
-                             p.labels,
-                             static_cast<float*>(p.entropy),
-                             partial_sums,
-                             partial_counts};
+  const Resident<Z> resident =
+      resident_of<Z>(p, (p.B + TILE - 1) / TILE, plan.steps, plan.stride, plan.buffers, partial_sums, partial_counts);
   switch (plan.fragments) {
     case 2: return launch_kernel<Z, 2>(plan, resident, stream);
     case 4: return launch_kernel<Z, 4>(plan, resident, stream);
@@ -236,7 +180,9 @@ int launch_prototypes_resident(const PrototypesForward& p, const PrototypesBlend
   int* const partial_counts = plan.summed ? reinterpret_cast<int*>(partial_sums + plan.blocks * p.K * p.D) : nullptr;
   if (plan.blocks > 0) {
     int status = 0;
-    switch (p.z_kind) {
+    if (!plan.summed && prototypes_warpgroup(p))
+      status = launch_prototypes_warpgroup(p, stream);
+    else switch (p.z_kind) {
       case Kind::f32: status = launch_resident<float>(plan, p, partial_sums, partial_counts, stream); break;
       case Kind::bf16: status = launch_resident<__nv_bfloat16>(plan, p, partial_sums, partial_counts, stream); break;
       default: status = launch_resident<__half>(plan, p, partial_sums, partial_counts, stream);

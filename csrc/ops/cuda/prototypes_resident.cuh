@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// A warp's share of prototypes_resident.cu: products of float accuracy from the fp16 tensor cores, softmax, labels, sums of clusters.
+// A warp's share of prototypes_resident.cu: rows, prototypes, and products of float accuracy from the fp16 tensor cores.
 //
 // A float is scaled by a power of two and split into two fp16 numbers, x 2^s = high + low; high high + high low + low high is the product to 2^-22.
 // The scale takes the largest value of a row to [2^14, 2^15): values down to 2^-17 of it keep all their bits, smaller ones are exact to 2^-39 of it.
@@ -16,7 +16,6 @@ namespace {
 
 constexpr int TILE = 16;       // rows of z a warp has at a time
 constexpr int MAX_WARPS = 8;   // of a block
-constexpr float LN_2 = 0.6931471805599453f;
 
 __device__ __forceinline__ unsigned magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 constexpr unsigned INFINITE_BITS = 0x7f800000u;
@@ -81,6 +80,33 @@ struct Resident {
   double* partial_sums;   // [blocks, K, D] or null: sums are made elsewhere
   int* partial_counts;    // [blocks, K]
 };
+
+template <class Z>
+Resident<Z> resident_of(const PrototypesForward& p, int64_t tiles, int steps, int stride, int buffers, double* partial_sums,
+                        int* partial_counts) {
+  return {p.B,
+          tiles,
+          static_cast<int>(p.K),
+          static_cast<int>(p.D),
+          steps,
+          stride,
+          buffers,
+          p.z_stride,
+          static_cast<const Z*>(p.z),
+          static_cast<const float*>(p.prototypes),
+          static_cast<const float*>(p.temperature_pointer),
+          p.temperature,
+          p.cosine,
+          p.skip_nonfinite,
+          aligned_rows(p.z, p.z_stride, p.D, sizeof(Z), 16),
+          aligned_rows(p.prototypes, p.D, p.D, sizeof(float), 16),
+          p.uniform,
+          static_cast<float*>(p.assignment),
+          p.labels,
+          static_cast<float*>(p.entropy),
+          partial_sums,
+          partial_counts};
+}
 
 // ----------------------------------------------------------------------------------------------------------------- prototypes
 
@@ -235,115 +261,6 @@ __device__ __forceinline__ void multiply(const Resident<Z>& p, const Z* tile, co
       for (int g = 0; g < GROUP; ++g) pk::mma_m16n8k16_f16(sum[f + g], high, q_high[g]);
     }
   }
-}
-
-// -------------------------------------------------------------------------------------------------------------------- softmax
-
-// What lane / 4 and lane / 4 + 8 know of their rows after the softmax; s[f][2 r + i] then holds exp(score - max).
-struct Softmax {
-  float sum[2], entropy[2];
-  int label[2];
-};
-
-// s: sums of products on entry; row factors carry log2(e) / temperature.
-template <int F>
-__device__ __forceinline__ Softmax softmax_rows(float (&s)[F][4], const float (&row_factor)[2], const float* factor, const float* bias,
-                                                bool with_entropy) {
-  const int member = threadIdx.x % 4;
-  float top[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-  for (int f = 0; f < F; f += 2) {
-    const float4 scale = pk::load_vector<float4>(factor + f * 8 + member * 4), shift = pk::load_vector<float4>(bias + f * 8 + member * 4);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      s[f][2 * r] = fmaf(s[f][2 * r], scale.x * row_factor[r], shift.x);
-      s[f][2 * r + 1] = fmaf(s[f][2 * r + 1], scale.y * row_factor[r], shift.y);
-      s[f + 1][2 * r] = fmaf(s[f + 1][2 * r], scale.z * row_factor[r], shift.z);
-      s[f + 1][2 * r + 1] = fmaf(s[f + 1][2 * r + 1], scale.w * row_factor[r], shift.w);
-      top[r] = fmaxf(top[r], fmaxf(fmaxf(s[f][2 * r], s[f][2 * r + 1]), fmaxf(s[f + 1][2 * r], s[f + 1][2 * r + 1])));
-    }
-  }
-  Softmax result;
-  float weighted[2] = {};
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    top[r] = quad_max(top[r]);
-    result.sum[r] = 0;
-    result.label[r] = F * 8;
-  }
-#pragma unroll
-  for (int f = F - 2; f >= 0; f -= 2) {  // downwards: the label that stays is the lowest
-#pragma unroll
-    for (int h = 1; h >= 0; --h)
-#pragma unroll
-      for (int i = 3; i >= 0; --i) {
-        const int r = i / 2;
-        const float shifted = s[f + h][i] - top[r], weight = pk::exp2_fast(shifted);
-        if (shifted == 0) result.label[r] = f * 8 + h * 2 + i % 2;
-        if (with_entropy) weighted[r] += weight * fmaxf(shifted, -1024.0f);
-        s[f + h][i] = weight;
-        result.sum[r] += weight;
-      }
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) result.sum[r] = quad_sum(result.sum[r]);
-  if (__any_sync(ALL, result.sum[0] != result.sum[0] || result.sum[1] != result.sum[1])) {  // NaN counts as the largest, as in torch.argmax
-#pragma unroll
-    for (int f = F - 2; f >= 0; f -= 2) {
-  #pragma unroll
-      for (int h = 1; h >= 0; --h)
-#pragma unroll
-        for (int i = 3; i >= 0; --i)
-          if (s[f + h][i] != s[f + h][i]) result.label[i / 2] = f * 8 + h * 2 + i % 2;
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      bool nan = false;  // labels of numbers do not count in a row with NaN
-#pragma unroll
-      for (int f = 0; f < F; ++f)
-        nan |= s[f][2 * r] != s[f][2 * r] || s[f][2 * r + 1] != s[f][2 * r + 1];
-      if (result.sum[r] != result.sum[r] && !nan) result.label[r] = F * 8;
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (result.label[r] < F * 8) result.label[r] += member * 4;
-    result.label[r] = quad_min(result.label[r]);
-    result.entropy[r] = with_entropy ? LN_2 * (log2f(result.sum[r]) - quad_sum(weighted[r]) / result.sum[r]) : 0.0f;
-  }
-  return result;
-}
-
-// The first k whose cumulative weight exceeds threshold; if rounding leaves none, the last with a weight. r: which of the lane's rows.
-template <int F, int r>
-__device__ __forceinline__ int draw_label(const float (&s)[F][4], float threshold) {
-  const int member = threadIdx.x % 4;
-  int chosen = F * 8, last = 0;
-  float before = 0;
-#pragma unroll
-  for (int f = 0; f < F; f += 2) {
-    const float weights[4] = {s[f][2 * r], s[f][2 * r + 1], s[f + 1][2 * r], s[f + 1][2 * r + 1]};
-    float inclusive = (weights[0] + weights[1]) + (weights[2] + weights[3]);
-    float other = __shfl_up_sync(ALL, inclusive, 1, 4);
-    if (member >= 1) inclusive += other;
-    other = __shfl_up_sync(ALL, inclusive, 2, 4);
-    if (member >= 2) inclusive += other;
-    other = __shfl_up_sync(ALL, inclusive, 1, 4);
-    float cumulative = before + (member > 0 ? other : 0.0f);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      cumulative += weights[i];
-      if (weights[i] > 0) {
-        last = f * 8 + member * 4 + i;
-        if (cumulative > threshold) chosen = min(chosen, last);
-      }
-    }
-    before += __shfl_sync(ALL, inclusive, 3, 4);
-  }
-  chosen = quad_min(chosen);
-  last = max(last, __shfl_xor_sync(ALL, last, 1));
-  last = max(last, __shfl_xor_sync(ALL, last, 2));
-  return chosen < F * 8 ? chosen : last;
 }
 
 }  // namespace

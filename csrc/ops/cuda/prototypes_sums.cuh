@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the CUDA kernels of prototypes share: types of z, reductions of a warp, the blend, and the two launches that make sums of clusters from
-// labels (prototypes_update.cu).
+// What the CUDA kernels of prototypes share: types of z, reductions of a warp, the blend, and the launches that make sums of clusters
+// (prototypes_update.cu, prototypes_finish.cu).
 #pragma once
 
 #include "common/simt.cuh"
@@ -26,6 +26,10 @@ int launch_prototypes_sums(const PrototypesAccumulate&, const PrototypesBlend& b
 bool prototypes_resident(const PrototypesForward&);
 int64_t prototypes_resident_workspace(const PrototypesForward&);
 int launch_prototypes_resident(const PrototypesForward&, const PrototypesBlend& blend, void* workspace, void* stream);
+
+// Its rows and labels by the tensor cores of compute capability 9.0 (prototypes_warpgroup.cu); the first says whether this device and shape have them.
+bool prototypes_warpgroup(const PrototypesForward&);
+int launch_prototypes_warpgroup(const PrototypesForward&, void* stream);
 
 }  // namespace protokernels
 
@@ -78,6 +82,28 @@ __device__ __forceinline__ bool is_finite_row(const Z* row, int D) {
   bool finite = true;
   for (int d = threadIdx.x % 32; d < D; d += 32) finite &= widen(row[d]) * 0 == 0;
   return __all_sync(ALL, finite);
+}
+
+__device__ __forceinline__ double read_kind(const void* base, Kind kind, int64_t i) {
+  switch (kind) {
+    case Kind::f32: return static_cast<const float*>(base)[i];
+    case Kind::f64: return static_cast<const double*>(base)[i];
+    case Kind::bf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[i]);
+    default: return __half2float(static_cast<const __half*>(base)[i]);
+  }
+}
+
+__device__ __forceinline__ void write_kind(void* base, Kind kind, int64_t i, double value) {
+  switch (kind) {
+    case Kind::f32: static_cast<float*>(base)[i] = static_cast<float>(value); break;
+    case Kind::f64: static_cast<double*>(base)[i] = value; break;
+    case Kind::bf16: static_cast<__nv_bfloat16*>(base)[i] = __float2bfloat16_rn(static_cast<float>(value)); break;
+    default: static_cast<__half*>(base)[i] = __float2half_rn(static_cast<float>(value));
+  }
+}
+
+__device__ __forceinline__ void blend_element(const PrototypesBlend& p, int64_t i, double old, double sum, int64_t count) {
+  write_kind(p.updated, p.kind, i, count > 0 ? p.new_weight / static_cast<double>(count) * sum + (1.0 - p.new_weight) * old : old);
 }
 
 }  // namespace

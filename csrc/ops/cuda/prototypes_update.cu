@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: MIT
-// Prototypes on the GPU from labels: sums and counts of the clusters, and the blend. The equations stand in ops/prototypes.h.
+// Prototypes on the GPU from labels: sums and counts of the clusters. The equations stand in ops/prototypes.h.
 //
-// sums_kernel: a block takes a chunk of rows, 16 dimensions and 256 clusters. It sorts its rows by label (a counting sort: stable, so rows of one
-// cluster keep their order), cuts the sorted rows into 128 equal segments, and four threads walk along each: rows are read once, whatever the sizes
-// of the clusters. A run that lies within a segment is written at once; where it goes on in the next, the segment that holds its beginning adds up
-// the pieces in order. float64, no atomics, an order that depends on the shape and the labels only.
-// finish_kernel: adds up chunks in order and blends; a single chunk does so itself.
+// sums_kernel: a block takes a chunk of rows, up to 128 dimensions, and of up to 256 clusters those that hold its share of the chunk's rows. It sorts
+// the chunk's rows by label (a counting sort: stable, so rows of one cluster keep their order), cuts the rows of its clusters into equal segments, and
+// up to 32 threads walk along each, a row at a time: rows are read once, whole. A run that lies within a segment is written at once; where it goes on
+// in the next, the segment that holds its beginning adds up the pieces in order. float64, no atomics, an order that depends on the shape and the
+// labels only. A cluster has one block of a chunk: where it holds nearly all of 65536 rows, this block reads what eight blocks read otherwise.
+// prototypes_finish.cu adds up chunks and blends; a single chunk does so itself.
 // Limit: z is read once (33.5 MB at B = 65536, D = 128: 8 us from memory, 6 us from L2), after the sort of a chunk, about 2 us.
-// Measured on an H200: 26 us, and 20 us at B = 2048, where eight blocks do it; mostly waiting for rows.
+// Measured on an H200: 26 us, of which about 7 wait for rows and most of the rest is the sort's chain of short waits; 16 us at B = 2048;
+// about 50 us where one cluster has 99 % of 65536 rows.
 
 #include "common/simt.cuh"
 #include "ops/cuda/prototypes_sums.cuh"
@@ -19,41 +21,18 @@ constexpr int WARPS = THREADS / 32;
 constexpr int ROWS = 4096;              // sorted at a time
 constexpr int PER_WARP = ROWS / WARPS;  // rows
 constexpr int CLUSTERS = 256;           // of a block
-constexpr int SLICE = 16;               // dimensions of a block
-constexpr int LANES = SLICE / 4;        // threads on a row
-constexpr int SEGMENTS = THREADS / LANES;
+constexpr int MAX_LANES = 32;           // threads on a row, four dimensions each
 template <class V>
-constexpr int AHEAD = sizeof(V) == 4 ? 8 : 4;  // rows of a segment on their way at a time
+constexpr int AHEAD = sizeof(V) == 8 ? 8 : 16;  // rows of a segment on their way at a time
 constexpr int MAX_CHUNKS = 1024;
-
-__device__ __forceinline__ double read_kind(const void* base, Kind kind, int64_t i) {
-  switch (kind) {
-    case Kind::f32: return static_cast<const float*>(base)[i];
-    case Kind::f64: return static_cast<const double*>(base)[i];
-    case Kind::bf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[i]);
-    default: return __half2float(static_cast<const __half*>(base)[i]);
-  }
-}
-
-__device__ __forceinline__ void write_kind(void* base, Kind kind, int64_t i, double value) {
-  switch (kind) {
-    case Kind::f32: static_cast<float*>(base)[i] = static_cast<float>(value); break;
-    case Kind::f64: static_cast<double*>(base)[i] = value; break;
-    case Kind::bf16: static_cast<__nv_bfloat16*>(base)[i] = __float2bfloat16_rn(static_cast<float>(value)); break;
-    default: static_cast<__half*>(base)[i] = __float2half_rn(static_cast<float>(value));
-  }
-}
-
-__device__ __forceinline__ void blend_element(const PrototypesBlend& p, int64_t i, double sum, int64_t count) {
-  const double old = read_kind(p.prototypes, p.kind, i);
-  write_kind(p.updated, p.kind, i, count > 0 ? p.new_weight / static_cast<double>(count) * sum + (1.0 - p.new_weight) * old : old);
-}
+constexpr int MAX_PARTS = 16;  // of a chunk's clusters
 
 // ------------------------------------------------------------------------------------------------------------ sums of a chunk
 
 template <class Z>
 struct Sums {
   int64_t B, K, D, rows_per_chunk, z_stride;
+  int parts;              // blocks that share the clusters of a chunk
   const Z* z;             // [B, D]
   const int64_t* labels;  // [B]
   bool aligned, alone;    // alone: one chunk of at most ROWS rows; its sums are the sums
@@ -90,36 +69,68 @@ __device__ __forceinline__ void exclusive_sums(int mine, int (&warp_totals)[CLUS
   __syncthreads();
 }
 
+// The clusters of a chunk's blocks follow each other, each with about as many rows: block `part` begins with the first cluster that begins at or
+// behind its share of the rows.
+__device__ __forceinline__ int first_cluster_of(const int (&begins)[CLUSTERS + 1], int parts, int part) {
+  if (part == 0) return 0;
+  if (part == parts) return CLUSTERS;
+  const int share = static_cast<int>(static_cast<int64_t>(begins[CLUSTERS]) * part / parts);
+  int low = 0, high = CLUSTERS;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (begins[middle] < share)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
 // Writes or adds four sums of a cluster.
 template <class Z>
-__device__ __forceinline__ void put(const Sums<Z>& p, int64_t chunk, int64_t k, int64_t d, const double (&sum)[4], int count, bool first) {
+__device__ __forceinline__ void put(const Sums<Z>& p, int64_t chunk, int64_t k, int64_t d, const double (&sum)[4], bool first) {
   double* const to = p.sums + (chunk * p.K + k) * p.D + d;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (d + i >= p.D) continue;
-    to[i] = first ? sum[i] : to[i] + sum[i];
-    if (p.alone && p.blend.updated) blend_element(p.blend, k * p.D + d + i, sum[i], count);
+  for (int i = 0; i < 4; ++i)
+    if (d + i < p.D) to[i] = first ? sum[i] : to[i] + sum[i];
+}
+
+// Four values of a row from dimension d on, zeros behind the last.
+template <class Z, class V>
+__device__ __forceinline__ void load_row(const Sums<Z>& p, const Z* from, int64_t d, V (&x)[4]) {
+  if (p.aligned) {
+    if (d < p.D) load_four(from, x);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (d + j < p.D) x[j] = widen(from[j]);
   }
 }
 
-template <class Z>
+template <class Z, int LANES>
 __global__ void __launch_bounds__(THREADS) sums_kernel(const Sums<Z> p) {
   using V = decltype(widen(Z()));
+  constexpr int SLICE = LANES * 4;  // dimensions of a block
+  constexpr int SEGMENTS = THREADS / LANES;
   PK_SHARED(double, heads, SEGMENTS, SLICE);  // sums of a run that began in an earlier segment
   PK_SHARED(unsigned, entries, ROWS);
   PK_SHARED(int, begins, CLUSTERS + 1);
   PK_SHARED(int, warp_totals, CLUSTERS / 32);
-  int* const ranks = reinterpret_cast<int*>(&heads[0][0]);  // [WARPS, CLUSTERS]: rows of a cluster seen by a warp; done with before heads are
+  int* const ranks =
+      reinterpret_cast<int*>(&heads[0][0]);  // [WARPS, CLUSTERS]: rows of a cluster seen by a warp; done with before heads are
   static_assert(sizeof(int) * WARPS * CLUSTERS <= sizeof(double) * SEGMENTS * SLICE);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int64_t slices = (p.D + SLICE - 1) / SLICE, ranges = (p.K + CLUSTERS - 1) / CLUSTERS, block = blockIdx.x;
+  const int64_t slices = (p.D + SLICE - 1) / SLICE, ranges = (p.K + CLUSTERS - 1) / CLUSTERS, block = blockIdx.x / p.parts;
   const int64_t chunk = block / slices / ranges, k0 = block / slices % ranges * CLUSTERS, d0 = block % slices * SLICE;
+  const int own = static_cast<int>(blockIdx.x % p.parts);
   const int clusters = p.K - k0 < CLUSTERS ? static_cast<int>(p.K - k0) : CLUSTERS;
   const int64_t chunk_begin = chunk * p.rows_per_chunk;
   const int64_t chunk_end = p.B - chunk_begin < p.rows_per_chunk ? p.B : chunk_begin + p.rows_per_chunk;
   const int segment = thread / LANES, part = thread % LANES * 4;  // part: the first of this thread's dimensions in the slice
   const int64_t d = d0 + part;
   int64_t total = 0;
+  pk::let_next_begin();
+  pk::wait_for_previous();
 
   bool first = true;
   for (int64_t row0 = chunk_begin; first || row0 < chunk_end; row0 += ROWS, first = false) {
@@ -149,12 +160,13 @@ __global__ void __launch_bounds__(THREADS) sums_kernel(const Sums<Z> p) {
     __syncthreads();
     // 2. Where each cluster, and in it each warp, begins.
     int members = 0;
-    if (thread < CLUSTERS)
-      for (int w = 0; w < WARPS; ++w) {
-        const int count = ranks[w * CLUSTERS + thread];
-        ranks[w * CLUSTERS + thread] = members;
-        members += count;
-      }
+    if (thread < CLUSTERS) {
+      int count[WARPS];
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) count[w] = ranks[w * CLUSTERS + thread];
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) ranks[w * CLUSTERS + thread] = members, members += count[w];
+    }
     total += members;
     exclusive_sums(members, warp_totals, begins);
     // 3. The sorted rows.
@@ -164,61 +176,64 @@ __global__ void __launch_bounds__(THREADS) sums_kernel(const Sums<Z> p) {
         entries[begins[cluster[i]] + ranks[warp * CLUSTERS + cluster[i]] + rank[i]] =
             static_cast<unsigned>(cluster[i]) << 16 | static_cast<unsigned>(warp * PER_WARP + i * 32 + lane);
     __syncthreads();
-    // 4. A segment: runs that begin and end in it are done; one from before goes to heads; one that goes on stays in sum.
-    const int kept = begins[CLUSTERS], length = (kept + SEGMENTS - 1) / SEGMENTS;
-    const int begin = segment * length < kept ? segment * length : kept, end = begin + length < kept ? begin + length : kept;
+    // 4. The sorted rows of the block's clusters, and the segment of them: runs that begin and end in it are done; one from before goes to heads;
+    // one that goes on stays in sum.
+    const int first_cluster = first_cluster_of(begins, p.parts, own), last_cluster = first_cluster_of(begins, p.parts, own + 1);
+    const int from_row = begins[first_cluster], kept = begins[last_cluster] - from_row, length = (kept + SEGMENTS - 1) / SEGMENTS;
+    const int begin = from_row + (segment * length < kept ? segment * length : kept);
+    const int end = begin + length < from_row + kept ? begin + length : from_row + kept;
     const Z* const z = p.z + row0 * p.z_stride + d;
     double sum[4] = {};
-    int current = begin < end ? cluster_of(entries[begin]) : -1;
-    for (int i0 = begin; i0 < end; i0 += AHEAD<V>) {
-      V x[AHEAD<V>][4];
+    int current = -1;
+    bool from_before = false;
+#pragma unroll 1
+    for (int i = begin; i < end;) {
+      current = cluster_of(entries[i]);
+      from_before = begins[current] < begin;
+      const int stop = begins[current + 1] < end ? begins[current + 1] : end;
 #pragma unroll
-      for (int i = 0; i < AHEAD<V>; ++i) {
-        if (i0 + i >= end) continue;
-        const Z* const from = z + row_of(entries[i0 + i]) * p.z_stride;
-        if (p.aligned && d < p.D) {
-          load_four(from, x[i]);
-        } else {
+      for (int j = 0; j < 4; ++j) sum[j] = 0;
+#pragma unroll 1
+      for (; i < stop; i += AHEAD<V>) {
+        V x[AHEAD<V>][4];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) x[i][j] = d + j < p.D ? widen(from[j]) : V(0);
-        }
-      }
+        for (int a = 0; a < AHEAD<V>; ++a) {
 #pragma unroll
-      for (int i = 0; i < AHEAD<V>; ++i) {
-        if (i0 + i >= end) continue;
-        const int next = cluster_of(entries[i0 + i]);
-        if (next != current) {
-          if (begins[current] < begin)
-            for (int j = 0; j < 4; ++j) heads[segment][part + j] = sum[j];
-          else
-            put(p, chunk, k0 + current, d, sum, begins[current + 1] - begins[current], first);
-          for (int j = 0; j < 4; ++j) sum[j] = 0;
-          current = next;
+          for (int j = 0; j < 4; ++j) x[a][j] = 0;
+          if (i + a < stop) load_row(p, z + row_of(entries[i + a]) * p.z_stride, d, x[a]);
         }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[j] += static_cast<double>(x[i][j]);
+        for (int a = 0; a < AHEAD<V>; ++a)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[j] += static_cast<double>(x[a][j]);
       }
+      i = stop;
+      if (from_before)
+        for (int j = 0; j < 4; ++j) heads[segment][part + j] = sum[j];
+      else if (stop < end)
+        put(p, chunk, k0 + current, d, sum, first);
     }
-    const bool from_before = begin < end && begins[current] < begin;
-    if (from_before)
-      for (int j = 0; j < 4; ++j) heads[segment][part + j] = sum[j];
     __syncthreads();
     // 5. The last run of a segment, with its pieces in the segments after it; clusters without members.
     if (begin < end && !from_before) {
-      for (int s = segment + 1; s * length < begins[current + 1]; ++s)
+      for (int s = segment + 1; from_row + s * length < begins[current + 1]; ++s)
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum[j] += heads[s][part + j];
-      put(p, chunk, k0 + current, d, sum, begins[current + 1] - begins[current], first);
+      put(p, chunk, k0 + current, d, sum, first);
     }
     if (first)
-      for (int c = segment; c < clusters; c += SEGMENTS)
+      for (int c = first_cluster + segment; c < last_cluster && c < clusters; c += SEGMENTS)
         if (begins[c] == begins[c + 1]) {
           const double none[4] = {};
-          put(p, chunk, k0 + c, d, none, 0, true);
+          put(p, chunk, k0 + c, d, none, true);
         }
     __syncthreads();
+    if (p.alone && p.blend.updated)
+      for (int c = first_cluster + segment; c < last_cluster && c < clusters; c += SEGMENTS)
+        for (int64_t i = (k0 + c) * p.D + d, j = 0; j < 4 && d + j < p.D; ++j, ++i)
+          blend_element(p.blend, i, read_kind(p.blend.prototypes, p.blend.kind, i), p.sums[i], begins[c + 1] - begins[c]);
   }
-  if (d0 == 0 && thread < clusters) {
+  if (d0 == 0 && own == 0 && thread < clusters) {
     if (p.alone)
       p.counts[k0 + thread] = total;
     else
@@ -226,50 +241,13 @@ __global__ void __launch_bounds__(THREADS) sums_kernel(const Sums<Z> p) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------ sums of the parts
-
-constexpr int ELEMENTS = 32;   // of [K, D] in a block
-constexpr int MAX_GROUPS = 32;  // of threads, each with a share of the parts
-
-__global__ void __launch_bounds__(ELEMENTS* MAX_GROUPS)
-    finish_kernel(const PrototypesParts parts, const PrototypesBlend p, double* sums, int64_t* counts) {
-  PK_SHARED(double, group_sum, MAX_GROUPS, ELEMENTS);
-  PK_SHARED(int64_t, group_count, MAX_GROUPS, ELEMENTS);
-  const int element = threadIdx.x % ELEMENTS, group = threadIdx.x / ELEMENTS, groups = blockDim.x / ELEMENTS;
-  const int64_t size = p.K * p.D, i = static_cast<int64_t>(blockIdx.x) * ELEMENTS + element, k = i / p.D;
-  const int64_t share = (parts.parts + groups - 1) / groups, begin = group * share;
-  const int64_t end = begin + share < parts.parts ? begin + share : parts.parts;
-  double sum = 0;
-  int64_t count = 0;
-  if (i < size) {
-#pragma unroll 8
-    for (int64_t b = begin; b < end; ++b) {
-      sum += parts.sums[b * size + i];
-      count += parts.counts[b * p.K + k];
-    }
-  }
-  group_sum[group][element] = sum;
-  group_count[group][element] = count;
-  __syncthreads();
-  if (group > 0 || i >= size) return;
-  for (int g = 1; g < groups; ++g) sum += group_sum[g][element], count += group_count[g][element];
-  sums[i] = sum;
-  if (i % p.D == 0) counts[k] = count;
-  if (p.updated) blend_element(p, i, sum, count);
-}
-
-constexpr int BLEND_THREADS = 256;
-
-__global__ void __launch_bounds__(BLEND_THREADS) blend_kernel(PrototypesBlend p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * BLEND_THREADS + threadIdx.x;
-  if (i < p.K * p.D) blend_element(p, i, p.sums[i], p.counts[i / p.D]);
-}
+constexpr int ROW_THREADS = 256;
 
 // Labels [B] with -1 for rows that hold NaN or infinity; one warp per row.
 template <class Z>
-__global__ void __launch_bounds__(BLEND_THREADS)
+__global__ void __launch_bounds__(ROW_THREADS)
     finite_labels_kernel(int64_t B, int D, const Z* z, int64_t z_stride, const int64_t* labels, int64_t* kept) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (BLEND_THREADS / 32) + threadIdx.x / 32;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (ROW_THREADS / 32) + threadIdx.x / 32;
   if (row >= B) return;
   const bool finite = is_finite_row(z + row * z_stride, D);
   if (threadIdx.x % 32 == 0) kept[row] = finite ? labels[row] : -1;
@@ -278,19 +256,33 @@ __global__ void __launch_bounds__(BLEND_THREADS)
 // ----------------------------------------------------------------------------------------------------------------------- launch
 
 struct Chunks {
-  int64_t count, rows;
+  int64_t count, rows, parts;
+  int lanes;
 };
 
-// About 128 blocks, for they do not depend on the GPU; but no more parts than there are rows for: B / 8 K of them are a quarter of z.
+// About 128 blocks, for they do not depend on the GPU; but no more chunks than there are rows for: B / 8 K of them are a quarter of z.
 Chunks chunks_of(int64_t B, int64_t K, int64_t D) {
-  const int64_t blocks = (D + SLICE - 1) / SLICE * ((K + CLUSTERS - 1) / CLUSTERS);
-  const int64_t wanted = (128 + blocks - 1) / blocks, needed = (B + ROWS - 1) / ROWS, limit = B / (8 * K);
+  const int lanes = D <= 32 ? 8 : D <= 64 ? 16 : MAX_LANES;
+  const int64_t blocks = (D + lanes * 4 - 1) / (lanes * 4) * ((K + CLUSTERS - 1) / CLUSTERS);
+  const int64_t most_parts = K < 32 ? 1 : K < 16 * MAX_PARTS ? K / 16 : MAX_PARTS;
+  const int64_t wanted = (128 + blocks * most_parts - 1) / (blocks * most_parts), needed = (B + ROWS - 1) / ROWS, limit = B / (8 * K);
   int64_t count = wanted > needed ? wanted : needed;
   if (count > limit) count = limit;
   if (count > MAX_CHUNKS) count = MAX_CHUNKS;
   if (count < 1) count = 1;
   const int64_t rows = B > 0 ? (B + count - 1) / count : 1;
-  return {B > 0 ? (B + rows - 1) / rows : 1, rows};
+  count = B > 0 ? (B + rows - 1) / rows : 1;
+  const int64_t parts = rows > ROWS ? 1 : (128 + blocks * count - 1) / (blocks * count);  // of a chunk that is sorted at once
+  return {count, rows, parts < most_parts ? parts : most_parts, lanes};
+}
+
+template <class Z>
+int launch_sums(const Chunks& chunks, const Sums<Z>& sums, void* stream) {
+  const int64_t slices = (sums.D + chunks.lanes * 4 - 1) / (chunks.lanes * 4), ranges = (sums.K + CLUSTERS - 1) / CLUSTERS;
+  const dim3 blocks(static_cast<unsigned>(chunks.count * slices * ranges * chunks.parts));
+  if (chunks.lanes == 8) return PK_LAUNCH_BEHIND((sums_kernel<Z, 8>), blocks, dim3(THREADS), 0, stream, sums);
+  if (chunks.lanes == 16) return PK_LAUNCH_BEHIND((sums_kernel<Z, 16>), blocks, dim3(THREADS), 0, stream, sums);
+  return PK_LAUNCH_BEHIND((sums_kernel<Z, MAX_LANES>), blocks, dim3(THREADS), 0, stream, sums);
 }
 
 template <class Z>
@@ -305,6 +297,7 @@ int sums_of(const PrototypesAccumulate& p, const PrototypesBlend& blend, void* w
                      p.D,
                      chunks.rows,
                      p.z_stride,
+                     static_cast<int>(chunks.parts),
                      static_cast<const Z*>(p.z),
                      p.labels,
                      p.D % 4 == 0 && aligned_rows(p.z, p.z_stride, p.D, sizeof(Z), piece),
@@ -313,8 +306,7 @@ int sums_of(const PrototypesAccumulate& p, const PrototypesBlend& blend, void* w
                      part_counts,
                      p.counts,
                      blend};
-  const int64_t blocks = chunks.count * ((p.D + SLICE - 1) / SLICE) * ((p.K + CLUSTERS - 1) / CLUSTERS);
-  const int status = PK_LAUNCH((sums_kernel<Z>), dim3(static_cast<unsigned>(blocks)), dim3(THREADS), 0, stream, sums);
+  const int status = launch_sums(chunks, sums, stream);
   return status != 0 || alone ? status : launch_prototypes_finish({chunks.count, part_sums, part_counts}, blend, p.sums, p.counts, stream);
 }
 
@@ -325,8 +317,8 @@ int accumulate(const PrototypesAccumulate& p, void* workspace, void* stream) {
     int64_t* const kept = static_cast<int64_t*>(workspace);
     workspace = kept + (p.B + 1) / 2 * 2;
     finite.labels = kept;
-    const dim3 blocks(static_cast<unsigned>((p.B * 32 + BLEND_THREADS - 1) / BLEND_THREADS));
-    const int status = PK_LAUNCH((finite_labels_kernel<Z>), blocks, dim3(BLEND_THREADS), 0, stream, p.B, static_cast<int>(p.D),
+    const dim3 blocks(static_cast<unsigned>((p.B * 32 + ROW_THREADS - 1) / ROW_THREADS));
+    const int status = PK_LAUNCH((finite_labels_kernel<Z>), blocks, dim3(ROW_THREADS), 0, stream, p.B, static_cast<int>(p.D),
                                  static_cast<const Z*>(p.z), p.z_stride, p.labels, kept);
     if (status != 0) return status;
   }
@@ -351,13 +343,6 @@ int launch_prototypes_sums(const PrototypesAccumulate& p, const PrototypesBlend&
   }
 }
 
-int launch_prototypes_finish(const PrototypesParts& parts, const PrototypesBlend& blend, double* sums, int64_t* counts, void* stream) {
-  int groups = 8;
-  while (groups < MAX_GROUPS && groups * 8 < parts.parts) groups *= 2;
-  const dim3 blocks(static_cast<unsigned>((blend.K * blend.D + ELEMENTS - 1) / ELEMENTS));
-  return PK_LAUNCH(finish_kernel, blocks, dim3(ELEMENTS * groups), 0, stream, parts, blend, sums, counts);
-}
-
 int64_t prototypes_accumulate_workspace(const PrototypesAccumulate& p) {
   return prototypes_sums_workspace(p.B, p.K, p.D) + (p.skip_nonfinite ? (p.B + 1) / 2 * 2 * static_cast<int64_t>(sizeof(int64_t)) : 0);
 }
@@ -369,11 +354,6 @@ int launch_prototypes_accumulate(const PrototypesAccumulate& p, void* workspace,
     case Kind::bf16: return accumulate<__nv_bfloat16>(p, workspace, stream);
     default: return accumulate<__half>(p, workspace, stream);
   }
-}
-
-int launch_prototypes_blend(const PrototypesBlend& p, void* stream) {
-  const dim3 blocks(static_cast<unsigned>((p.K * p.D + BLEND_THREADS - 1) / BLEND_THREADS));
-  return PK_LAUNCH(blend_kernel, blocks, dim3(BLEND_THREADS), 0, stream, p);
 }
 
 }  // namespace protokernels
