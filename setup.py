@@ -3,7 +3,7 @@
 
 Environment:
     PROTOKERNELS_CUDA        auto (default): CUDA kernels if nvcc is found; on: an error if it is not; off: CPU kernels only
-    PROTOKERNELS_CUDA_ARCHS  e.g. "80;90a;100"; default: the GPUs of this machine, or 80, 90, 100 and PTX for later
+    PROTOKERNELS_CUDA_ARCHS  e.g. "80;90a;100"; default: the GPUs of this machine, or 80, 90a, 100 and PTX for later
     chips where there is none
 """
 
@@ -24,7 +24,7 @@ from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).parent.resolve()
 PORTABLE_ARCHS = (
-    "80-real;90-real;100"  # machine code for A100, H100/H200, B200; PTX of the last for whatever comes later
+    "80-real;90a-real;100"  # machine code for A100, H100/H200, B200; PTX of the last for whatever comes later
 )
 
 
@@ -68,7 +68,7 @@ def gpu_archs() -> str | None:
     found = sorted(
         {line.strip().replace(".", "") for line in query.stdout.splitlines() if re.fullmatch(r"\d+\.\d+", line.strip())}
     )
-    return ";".join(f"{arch}-real" for arch in found) or None
+    return ";".join(f"{arch}a-real" if arch == "90" else f"{arch}-real" for arch in found) or None  # 90a: with wgmma
 
 
 def cuda_archs() -> tuple[str | None, str]:

@@ -48,6 +48,9 @@ LIMITS = {
     "sm_100": Limits(warps=64, blocks=32, registers=65536, shared_bytes=228 * 1024, shared_bytes_per_block=227 * 1024),
 }
 
+SHIPPED = {"sm_90": "sm_90a"}
+"""What is compiled for an architecture where that is not its name: wgmma is of sm_90a alone (see setup.py)."""
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -199,7 +202,7 @@ def measure(source: Path, architecture: str) -> list[Kernel]:
     if nvcc is None:
         raise RuntimeError("resources: nvcc is not on the PATH; install the CUDA toolkit")
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *FLAGS, f"-arch={architecture}", "--keep"]
+        command = [nvcc, *FLAGS, f"-arch={SHIPPED.get(architecture, architecture)}", "--keep"]
         command += ["--keep-dir", folder, "-I", str(ROOT / "csrc"), "-o", f"{folder}/kernel.cubin", str(source)]
         process = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         if process.returncode != 0:

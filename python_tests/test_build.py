@@ -102,7 +102,7 @@ class TestCudaChoice:
             return subprocess.CompletedProcess(command, 0, stdout="9.0\n8.6\n9.0\n", stderr="")
 
         monkeypatch.setattr(setup_script.subprocess, "run", query)
-        assert setup_script.cuda_archs() == (NVCC, "86-real;90-real")
+        assert setup_script.cuda_archs() == (NVCC, "86-real;90a-real")
 
     def test_the_toolkit_named_by_cuda_home_goes_before_the_path(
         self, setup_script: ModuleType, tools: dict[str, str], monkeypatch: pytest.MonkeyPatch

@@ -40,7 +40,7 @@ def value_and_gradient(loss: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
 class TestValue:
     @pytest.mark.parametrize("precision", list(ERROR))
     @pytest.mark.parametrize("form", FORMS)
-    @pytest.mark.parametrize(("N", "D"), [(512, 16), (2048, 64), (3000, 128), (1500, 300)])
+    @pytest.mark.parametrize(("N", "D"), [(512, 16), (2048, 64), (3000, 128), (2051, 65), (1500, 300)])
     def test_embeddings(self, N: int, D: int, form: str, precision: str) -> None:
         x, labels = embeddings(N, D, 10)
         exact = supcon_loss(x.double(), labels, form=form)  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ class TestValue:
 
 class TestGradient:
     @pytest.mark.parametrize("form", FORMS)
-    @pytest.mark.parametrize(("N", "D"), [(512, 16), (2048, 64), (3000, 128), (1500, 300)])
+    @pytest.mark.parametrize(("N", "D"), [(512, 16), (2048, 64), (3000, 128), (2051, 65), (1500, 300)])
     def test_embeddings(self, N: int, D: int, form: str) -> None:
         x, labels = embeddings(N, D, 10)
         _, exact = value_and_gradient(lambda x: supcon_loss(x, labels, form=form), x.double())  # type: ignore[arg-type]

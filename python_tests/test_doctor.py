@@ -24,7 +24,7 @@ BUILD = {
     "torch": "2.13.0",
     "compiler": "GNU 13.3.0",
     "cuda_compiler": "nvcc 13.0.88",
-    "cuda_archs": "80-real 90-real 100",
+    "cuda_archs": "80-real 90a-real 100",
     "cpu_level": "avx2",
 }
 
@@ -132,7 +132,7 @@ class TestGpus:
         gpus.append(("NVIDIA H200", (9, 0)))
         code, text = printed(capsys)
         assert code == 0
-        assert "CUDA kernels   80-real, 90-real, 100, built with nvcc 13.0.88\n" in text
+        assert "CUDA kernels   80-real, 90a-real, 100, built with nvcc 13.0.88\n" in text
         assert "cuda:0: NVIDIA H200, compute capability 9.0, served by machine code in the file" in text
         assert "  cuda:0       native\n" in text
         assert "Everything is in order." in text

@@ -9,45 +9,14 @@
 //
 // Measured on an H200, precision highest (high) / what counting allows, as in contrastive_kernel.cu:
 //   100 groups of 1024 rows, 17 % anchors, C = 16: 80 us / 20
-//   N = 8192, D = 128: 471 us / 180 (204 / 60): one block of 8 warps is all that registers allow, and they issue in a third of all cycles
+//   N = 8192, D = 128: 471 us / 180 (204 / 60): one block of 8 warps is all that registers allow, and they issue in a third of all cycles.
+//     Now by contrastive_hopper.cuh
 //   one group of 102,400, 17 % anchors, C = 16: 3.4 ms / 1.3
 
 #include "common/simt.cuh"
-#include "ops/cuda/contrastive_factors.cuh"
-#include "ops/cuda/contrastive_tile.cuh"
+#include "ops/cuda/contrastive_hopper_backward.cuh"
 
 namespace {
-
-struct Backward {
-  int R, G, shares, slices;
-  Side rows, columns;
-  const ContrastiveGroup* groups;  // [G]
-  const ContrastiveRange* ranges;  // [R]
-  float scale;                     // log2(e) / temperature
-  float inverse_temperature;
-  bool rows_have_losses, columns_have_losses;
-  Factors of_rows, of_columns;
-  const float* largest;  // [largest_count]: the largest sums of derivatives
-  int largest_count, Cp;
-  float* gradient;  // [shares, R, Cp]
-};
-
-// H is at most twice the largest sum of a vector's derivatives: times 2^lift it fits 16-bit floats, and what it loses is 2^-37 of that sum at most.
-template <int threads>
-__device__ __forceinline__ int find_lift(const Backward& p) {
-  PK_SHARED(float, of_warp, threads / 32);
-  float size = 0;
-  for (int i = threadIdx.x; i < p.largest_count; i += threads) size = fmaxf(size, p.largest[i]);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) size = fmaxf(size, __shfl_xor_sync(ALL, size, step));
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = size;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < threads / 32; ++w) size = fmaxf(size, of_warp[w]);
-  const int exponent = static_cast<int>(__float_as_uint(size) >> 23) - 126;
-  return size == 0 || size == INFINITY ? 0 : min(13 - exponent, 60);
-}
-__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
 // The weights of a thread's rows: kept in registers, or read again where these are short.
 template <class S>
@@ -200,20 +169,11 @@ __device__ __forceinline__ void write_gradient(const Gradient<S>& d, float* targ
 
 template <class S, bool bounded>
 __device__ __forceinline__ void backward_block(const Backward& p, unsigned* shared) {
-  const int block = static_cast<int>(blockIdx.x), slice = block % p.slices, share = block / p.slices % p.shares;
-  const Rows rows = find_rows<S::THREADS>(p.groups, p.G, p.R, S::ROWS, block / p.slices / p.shares);
+  const Portion portion = find_portion<S::THREADS>(p, S::ROWS, S::COLUMNS);
+  const Rows& rows = portion.rows;
   if (rows.first >= rows.end) return;
-  const ContrastiveGroup& group = rows.group;
-  const int of_anchors = p.columns_have_losses ? group.column_anchor_end : group.column_begin;
-  const auto columns_end = [&](int first, int behind) {  // of rows [first, behind)
-    first = max(first, group.row_begin), behind = min(behind, rows.end);
-    if (first >= min(behind, group.row_end)) return group.column_begin;
-    return p.rows_have_losses && first < group.row_anchor_end ? group.column_end : of_anchors;
-  };
+  const int slice = portion.slice, begin = portion.begin, end = portion.end;
   const int row0 = rows.first + S::warp_row(), lane = threadIdx.x % 32;
-  const int count = columns_end(rows.first, rows.end) - group.column_begin;
-  const int of_share = ((count + p.shares - 1) / p.shares + S::COLUMNS - 1) / S::COLUMNS * S::COLUMNS;
-  const int begin = group.column_begin + share * of_share, end = min(begin + of_share, group.column_begin + count);
 
   PK_SHARED(WarpRows, of_warps, S::THREADS / 32);
   WarpRows& of_warp = of_warps[threadIdx.x / 32];
@@ -221,7 +181,7 @@ __device__ __forceinline__ void backward_block(const Backward& p, unsigned* shar
   classes.find(p.ranges, row0 + lane, rows.in_group(row0 + lane));
   const unsigned present = __ballot_sync(ALL, row0 + lane < rows.end), takes_part = __ballot_sync(ALL, rows.in_group(row0 + lane));
   const int lift = bounded ? find_lift<S::THREADS>(p) : 0;
-  if (lane == 0) of_warp = {classes, present, takes_part, min(end, columns_end(row0, row0 + 32))};
+  if (lane == 0) of_warp = {classes, present, takes_part, min(end, columns_end(p, rows, row0, row0 + 32))};
   __syncwarp();
   float4* const weight = reinterpret_cast<float4*>(shared + S::ROW_WORDS + S::STAGES * S::STAGE_WORDS);  // [STAGES, COLUMNS]
   float2* const level = reinterpret_cast<float2*>(weight + S::STAGES * S::COLUMNS);                      // [STAGES, COLUMNS]
@@ -243,7 +203,7 @@ __device__ __forceinline__ void backward_block(const Backward& p, unsigned* shar
         const unsigned* const y = shared + S::ROW_WORDS + stage * S::STAGE_WORDS + S::warp_column() * S::WORDS;
         add_gradient<S>(gradient, scores, y, p.Cp - slice * S::CHANNELS);
       });
-  float* const target = p.gradient + (static_cast<int64_t>(share) * p.R + row0) * p.Cp + slice * S::CHANNELS;
+  float* const target = p.gradient + (static_cast<int64_t>(portion.share) * p.R + row0) * p.Cp + slice * S::CHANNELS;
   write_gradient<S>(gradient, target, p.Cp, p.Cp - slice * S::CHANNELS, of_warp, p.inverse_temperature * power_of_two(-lift),
                     reinterpret_cast<float*>(shared));
 }
@@ -324,6 +284,11 @@ int launch_format(ContrastiveWidth width, const Backward& p, int64_t blocks, voi
 int64_t blocks_of(int64_t count) { return (count + FACTOR_THREADS - 1) / FACTOR_THREADS; }
 dim3 blocks_for(int64_t count) { return dim3(static_cast<unsigned>(blocks_of(count))); }
 
+ContrastiveGrid grid_of(const ContrastiveBackward& p) {
+  return on_hopper(p) ? contrastive_hopper_grid(p.R, p.M, p.G, p.precision == Precision::highest)
+                      : contrastive_backward_grid(p.R, p.M, p.G, p.Cp);
+}
+
 // What lies in the workspace; without one its size.
 struct Arrangement {
   float4 *row_weight, *column_weight;
@@ -351,28 +316,29 @@ struct Arrangement {
 namespace protokernels {
 
 int64_t contrastive_backward_workspace(const ContrastiveBackward& p) {
-  return p.double_compute ? 0 : Arrangement(p, contrastive_backward_grid(p.R, p.M, p.G, p.Cp), nullptr).bytes;
+  return p.double_compute ? 0 : Arrangement(p, grid_of(p), nullptr).bytes;
 }
 
 int launch_contrastive_backward(const ContrastiveBackward& p, void* workspace, void* stream) {
   if (p.R == 0) return 0;
   if (p.double_compute) return launch_contrastive_double_backward(p, stream);
-  const ContrastiveGrid grid = contrastive_backward_grid(p.R, p.M, p.G, p.Cp);
+  const ContrastiveGrid grid = grid_of(p);
   const ContrastiveWidth width = contrastive_width(p.Cp);
   const Arrangement memory(p, grid, workspace);
   const bool one_set = p.one_set;
   const Format format = format_of(p.precision, p.bounded);
-  const auto factors = [&](int64_t count, const void* statistics, const void* coefficients, const void* vectors, const Side& side, float4* weight,
-                           float2* level, float* largest) {
+  const auto factors = [&](int64_t count, const void* statistics, const void* coefficients, const void* vectors, const Side& side,
+                           float4* weight, float2* level, float* largest) {
     const FactorsInput in{count,
                           p.bounded,
                           static_cast<const float*>(statistics),
                           static_cast<const float*>(coefficients),
                           is_half(format) && static_cast<const void*>(side.vectors) != vectors ? count * p.Cp / 4 : 0,
                           static_cast<const float4*>(vectors),
-                          format == Format::halves};
-    return PK_LAUNCH(factors_kernel, blocks_for(in.fours > count + PADDING ? in.fours : count + PADDING), dim3(FACTOR_THREADS), 0, stream, in,
-                     weight, level, const_cast<unsigned*>(side.vectors), largest);
+                          format == Format::halves,
+                          on_hopper(p) ? static_cast<int>(p.Cp) : 0};
+    return PK_LAUNCH(factors_kernel, blocks_for(in.fours > count + PADDING ? in.fours : count + PADDING), dim3(FACTOR_THREADS), 0, stream,
+                     in, weight, level, const_cast<unsigned*>(side.vectors), largest);
   };
   int status = factors(p.R, p.row_statistics, p.row_coefficients, p.rows, memory.rows, memory.row_weight, memory.row_level, memory.largest);
   if (status == 0 && !one_set)
@@ -391,13 +357,16 @@ int launch_contrastive_backward(const ContrastiveBackward& p, void* workspace, v
   launch.of_rows = {memory.row_weight, memory.row_level};
   launch.of_columns = one_set ? launch.of_rows : Factors{memory.column_weight, memory.column_level};
   launch.gradient = grid.shares > 1 ? memory.partial : static_cast<float*>(p.grad_rows);
-  switch (format) {
-    case Format::halves: status = launch_format<Format::halves>(width, launch, grid.blocks(), stream); break;
-    case Format::half: status = launch_format<Format::half>(width, launch, grid.blocks(), stream); break;
-    case Format::exact: status = launch_format<Format::exact>(width, launch, grid.blocks(), stream); break;
-    case Format::tf32: status = launch_format<Format::tf32>(width, launch, grid.blocks(), stream); break;
-    default: status = launch_format<Format::bf16>(width, launch, grid.blocks(), stream);
-  }
+  if (on_hopper(p)) {
+    status = launch_hopper(format == Format::halves, launch, grid.blocks(), stream);
+  } else
+    switch (format) {
+      case Format::halves: status = launch_format<Format::halves>(width, launch, grid.blocks(), stream); break;
+      case Format::half: status = launch_format<Format::half>(width, launch, grid.blocks(), stream); break;
+      case Format::exact: status = launch_format<Format::exact>(width, launch, grid.blocks(), stream); break;
+      case Format::tf32: status = launch_format<Format::tf32>(width, launch, grid.blocks(), stream); break;
+      default: status = launch_format<Format::bf16>(width, launch, grid.blocks(), stream);
+    }
   if (status != 0 || grid.shares == 1) return status;
   const int64_t vectors = p.R * p.Cp / 4;
   return PK_LAUNCH(combine_kernel, blocks_for(vectors), dim3(FACTOR_THREADS), 0, stream, vectors, launch.shares,

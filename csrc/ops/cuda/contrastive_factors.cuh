@@ -26,6 +26,7 @@ struct FactorsInput {
   int64_t fours;
   const float4* vectors;
   bool two;
+  int apart;  // see write_halves
 };
 
 // Also the vectors as 16-bit floats, and the largest derivative of every block's vectors.
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(FACTOR_THREADS)
     factors_kernel(const FactorsInput in, float4* weight, float2* level, unsigned* halves, float* largest) {
   PK_SHARED(float, of_warp, FACTOR_THREADS / 32);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * FACTOR_THREADS + threadIdx.x, count = in.count;
-  if (i < in.fours) write_halves(halves, in.two, i, in.vectors[i]);
+  if (i < in.fours) write_halves(halves, in.two, in.apart, i, in.vectors[i]);
   float4 mine = make_float4(0, 0, 0, 0);
   float2 levels = make_float2(INFINITY, INFINITY);
   float size = 0;

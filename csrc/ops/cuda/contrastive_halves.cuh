@@ -7,12 +7,18 @@
 
 namespace {
 
-// Four channels in a format of 16-bit floats.
-__device__ __forceinline__ void write_halves(unsigned* halves, bool two, int64_t i, const float4& v) {
+// Four channels in a format of 16-bit floats. apart: of two parts a vector's high ones come first and then its low ones (contrastive_hopper.cuh); so
+// many words it has, else 0.
+__device__ __forceinline__ void write_halves(unsigned* halves, bool two, int apart, int64_t i, const float4& v) {
   uint4 words;
   split_pair(v.x, v.y, words.x, words.z);
   split_pair(v.z, v.w, words.y, words.w);
-  if (two)
+  if (two && apart > 0) {
+    const int64_t vector = i / (apart / 4);
+    unsigned* const to = halves + vector * apart + 2 * (i - vector * (apart / 4));
+    pk::store_vector(to, uint2{words.x, words.y});
+    pk::store_vector(to + apart / 2, uint2{words.z, words.w});
+  } else if (two)
     pk::store_vector(halves + 4 * i, words);
   else
     pk::store_vector(halves + 2 * i, uint2{words.x, words.y});

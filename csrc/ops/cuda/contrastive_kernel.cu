@@ -10,88 +10,13 @@
 // Measured on an H200, precision highest (high) / what counting allows (products at 60 % of the tensor cores' speed, 16 ex2 a clock):
 //   100 groups of 1024 rows, 17 % anchors, C = 16: 40 us / 10. 1460 of 1700 blocks have no anchors and cost a search and an arrival each; the others
 //     are 2 to a multiprocessor: instructions are issued in a third of all cycles
-//   N = 8192, D = 128: 201 us / 90 (103 / 36): 4 warps of a scheduler hide half of their latencies
+//   N = 8192, D = 128: 201 us / 90 (103 / 36): 4 warps of a scheduler hide half of their latencies. Now by contrastive_hopper.cuh
 //   one group of 102,400, 17 % anchors, C = 16: 1.15 ms / 0.5
 
 #include "common/simt.cuh"
-#include "ops/cuda/contrastive_halves.cuh"
-#include "ops/cuda/contrastive_tile.cuh"
+#include "ops/cuda/contrastive_hopper_forward.cuh"
 
 namespace {
-
-constexpr float LN_2 = 0.693147181f;
-
-// Log of a sum of powers of two. Bounded: a plain sum; else relative to the largest exponent.
-template <bool bounded>
-struct LogSum;
-
-template <>
-struct LogSum<true> {
-  static constexpr int PARTS = 1;
-  float part[1] = {0};
-
-  __device__ __forceinline__ void merge(const float* other) { part[0] += other[0]; }
-  __device__ __forceinline__ float value() const { return logf(part[0]); }
-};
-
-template <>
-struct LogSum<false> {
-  static constexpr int PARTS = 2;
-  float part[2] = {-INFINITY, 0};
-
-  __device__ __forceinline__ float shift() const { return part[0] == -INFINITY ? 0.0f : part[0]; }
-  __device__ __forceinline__ void raise(float top) {  // a NaN among the exponents comes with the sum
-    const float before = part[0];
-    part[0] = fmaxf(before, top);
-    part[1] *= pk::exp2_fast(before - shift());
-  }
-  __device__ __forceinline__ void merge(const float* other) {
-    raise(other[0]);
-    part[1] += other[1] * pk::exp2_fast(other[0] - shift());
-  }
-  __device__ __forceinline__ float value() const { return shift() * LN_2 + logf(part[1]); }
-};
-
-template <bool bounded>
-struct RowSums {
-  static constexpr int OF_LOG = LogSum<bounded>::PARTS, PARTS = 2 * OF_LOG + 1;
-  LogSum<bounded> p, n;
-  float l = 0;
-
-  __device__ __forceinline__ void merge(const float (&other)[PARTS]) {
-    p.merge(other);
-    n.merge(other + OF_LOG);
-    l += other[PARTS - 1];
-  }
-  __device__ __forceinline__ void parts(float (&out)[PARTS]) const {
-#pragma unroll
-    for (int k = 0; k < OF_LOG; ++k) out[k] = p.part[k], out[OF_LOG + k] = n.part[k];
-    out[PARTS - 1] = l;
-  }
-  // With the other threads of the warp that share the row.
-  __device__ __forceinline__ void gather() {
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      float mine[PARTS], other[PARTS];
-      parts(mine);
-#pragma unroll
-      for (int k = 0; k < PARTS; ++k) other[k] = __shfl_xor_sync(ALL, mine[k], step);
-      merge(other);
-    }
-  }
-};
-
-struct Forward {
-  int R, G, shares, stages;
-  Side rows, columns;
-  const ContrastiveGroup* groups;  // [G]
-  const ContrastiveRange* ranges;  // [R]
-  float scale;                     // log2(e) / temperature
-  float inverse_temperature;
-  Results<float> results;
-  float* partial;           // [tiles, shares, ROWS, parts]
-  unsigned* tile_arrivals;  // [tiles], 0 before the launch
-};
 
 // Adds the scores of a warp to the sums of its rows; entries in the layout of Scores.
 template <class S>
@@ -178,14 +103,10 @@ template <class S, bool bounded>
 __device__ __forceinline__ void forward_block(const Forward& p, unsigned* shared) {
   using Sums = RowSums<bounded>;
   constexpr int PARTS = Sums::PARTS;
-  const int tile = static_cast<int>(blockIdx.x) / p.shares, share = static_cast<int>(blockIdx.x) % p.shares;
-  const Rows rows = find_rows<S::THREADS>(p.groups, p.G, p.R, S::ROWS, tile);
-  const int anchors_begin = max(rows.first, rows.group.row_begin), anchors_end = min(rows.end, rows.group.row_anchor_end);
-  const int count = anchors_begin < anchors_end ? rows.group.column_end - rows.group.column_begin : 0;
-  const int of_share = ((count + p.shares - 1) / p.shares + S::COLUMNS - 1) / S::COLUMNS * S::COLUMNS;
-  const int used = count > 0 ? (count + of_share - 1) / of_share : 1;
-  if (share >= used) return;
-  const int begin = rows.group.column_begin + share * of_share, end = min(begin + of_share, rows.group.column_begin + count);
+  const Portion portion = find_portion<S::THREADS>(p, S::ROWS, S::COLUMNS);
+  if (portion.share >= portion.used) return;
+  const Rows& rows = portion.rows;
+  const int anchors_begin = portion.anchors_begin, anchors_end = portion.anchors_end, begin = portion.begin, end = portion.end;
 
   const int row0 = rows.first + S::warp_row(), lane = threadIdx.x % 32;
   const bool takes_part = row0 + lane >= anchors_begin && row0 + lane < anchors_end;
@@ -211,40 +132,23 @@ __device__ __forceinline__ void forward_block(const Forward& p, unsigned* shared
       if (lane % 4 == 0) sums[t][r].parts(gathered[S::warp_row() + 16 * t + 8 * r + lane / 4][threadIdx.x / 32 % 2]);
     }
   __syncthreads();
-  const int at = threadIdx.x, row = rows.first + at;
-  const bool speaks = at < S::ROWS && row < rows.end;
+  const int at = threadIdx.x;
   Sums total;
-  if (speaks) {
+  if (at < S::ROWS && rows.first + at < rows.end) {
     total.merge(gathered[at][0]);
     total.merge(gathered[at][1]);
   }
-  if (used > 1) {
-    float(*const partial)[S::ROWS][PARTS] = reinterpret_cast<float(*)[S::ROWS][PARTS]>(p.partial) + static_cast<int64_t>(tile) * p.shares;
-    if (speaks) total.parts(partial[share][at]);
-    if (!arrives_last(p.tile_arrivals + tile, used)) return;
-    if (speaks) {
-      total = Sums();
-      for (int s = 0; s < used; ++s) {
-        float part[PARTS];
-#pragma unroll
-        for (int k = 0; k < PARTS; ++k) part[k] = __ldcg(&partial[s][at][k]);
-        total.merge(part);
-      }
-    }
-  }
-  double weighted = 0;
-  if (speaks) weighted = p.results.write(row, rows.is_anchor(row), total.p.value(), total.n.value(), total.l * p.inverse_temperature);
-  p.results.template add<S::THREADS>(tile, weighted);
+  finish<S::THREADS, S::ROWS, bounded>(p, portion, total);
 }
 
 constexpr int HALVES_THREADS = 256;
 
 // `fours` times four channels; and zeros to count in, which spares a launch.
 __global__ void __launch_bounds__(HALVES_THREADS)
-    halves_kernel(int64_t fours, const float4* vectors, bool two, unsigned* halves, unsigned* zeros, int64_t count) {
+    halves_kernel(int64_t fours, const float4* vectors, bool two, int apart, unsigned* halves, unsigned* zeros, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * HALVES_THREADS + threadIdx.x;
   if (i < count) zeros[i] = 0;
-  if (i < fours) write_halves(halves, two, i, vectors[i]);
+  if (i < fours) write_halves(halves, two, apart, i, vectors[i]);
 }
 
 template <Format F>
@@ -311,23 +215,30 @@ int launch_format(ContrastiveWidth width, Forward& p, int64_t blocks, void* stre
 }
 
 // Writes both sides, where they are in a workspace, and so many zeros.
-int launch_halves(const ContrastiveProblem& p, const Side& rows, const Side& columns, unsigned* zeros, int64_t count, void* stream) {
+int launch_halves(const ContrastiveForward& p, const Side& rows, const Side& columns, unsigned* zeros, int64_t count, void* stream) {
   const Format format = format_of(p.precision, p.bounded);
   const auto write = [&](const void* vectors, const Side& side, int64_t number, int64_t zero_count) {
     const int64_t fours = is_half(format) ? number * p.Cp / 4 : 0, threads = fours > zero_count ? fours : zero_count;
     if (threads == 0) return 0;
     return PK_LAUNCH(halves_kernel, dim3(static_cast<unsigned>((threads + HALVES_THREADS - 1) / HALVES_THREADS)), dim3(HALVES_THREADS), 0,
-                     stream, fours, static_cast<const float4*>(vectors), format == Format::halves, const_cast<unsigned*>(side.vectors), zeros,
-                     zero_count);
+                     stream, fours, static_cast<const float4*>(vectors), format == Format::halves,
+                     on_hopper(p) ? static_cast<int>(p.Cp) : 0, const_cast<unsigned*>(side.vectors), zeros, zero_count);
   };
   const int status = write(p.rows, rows, p.R, count);
   return status == 0 && columns.vectors != rows.vectors ? write(p.columns, columns, p.M, 0) : status;
 }
 
+ContrastiveGrid grid_of(const ContrastiveForward& p) {
+  return on_hopper(p) ? contrastive_hopper_grid(p.R, p.M, p.G, p.precision == Precision::highest)
+                      : contrastive_forward_grid(p.R, p.M, p.G, p.Cp);
+}
+
 // The workspace; without one its size.
 int64_t arrange(const ContrastiveForward& p, void* workspace, Forward& out) {
-  const ContrastiveGrid grid = contrastive_forward_grid(p.R, p.M, p.G, p.Cp);
-  const int64_t rows = contrastive_rows(contrastive_width(p.Cp)), parts = p.bounded ? RowSums<true>::PARTS : RowSums<false>::PARTS;
+  const ContrastiveGrid grid = grid_of(p);
+  const int64_t rows =
+                    on_hopper(p) ? contrastive_hopper_rows(p.precision == Precision::highest) : contrastive_rows(contrastive_width(p.Cp)),
+                parts = p.bounded ? RowSums<true>::PARTS : RowSums<false>::PARTS;
   Pieces pieces(workspace);
   unsigned* const arrivals = pieces.take<unsigned>(1 + grid.tiles);
   out.results.arrivals = arrivals;
@@ -351,7 +262,7 @@ int64_t contrastive_forward_workspace(const ContrastiveForward& p) {
 int launch_contrastive_forward(const ContrastiveForward& p, void* workspace, void* stream) {
   if (p.R == 0) return p.weights ? pk::memset_async(p.total, 0, p.double_compute ? sizeof(double) : sizeof(float), stream) : 0;
   if (p.double_compute) return launch_contrastive_double_forward(p, workspace, stream);
-  const ContrastiveGrid grid = contrastive_forward_grid(p.R, p.M, p.G, p.Cp);
+  const ContrastiveGrid grid = grid_of(p);
   Forward launch;
   arrange(p, workspace, launch);
   launch.R = static_cast<int>(p.R), launch.G = static_cast<int>(p.G), launch.shares = static_cast<int>(grid.shares);
@@ -364,6 +275,7 @@ int launch_contrastive_forward(const ContrastiveForward& p, void* workspace, voi
   results.total = static_cast<float*>(p.total);
   const int status = launch_halves(p, launch.rows, launch.columns, results.arrivals, 1 + grid.tiles, stream);
   if (status != 0) return status;
+  if (on_hopper(p)) return launch_hopper(p.precision == Precision::highest, launch, grid.blocks(), stream);
   const ContrastiveWidth width = contrastive_width(p.Cp);
   switch (format_of(p.precision, p.bounded)) {
     case Format::halves: return launch_format<Format::halves>(width, launch, grid.blocks(), stream);

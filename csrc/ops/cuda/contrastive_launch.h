@@ -61,6 +61,23 @@ constexpr ContrastiveGrid contrastive_backward_grid(int64_t R, int64_t M, int64_
   return {contrastive_tiles(R, G, rows), shares, slices};
 }
 
+// The kernels of contrastive_hopper.cuh, forward and backward: blocks of 192 rows, of 128 where vectors have two parts, one on a multiprocessor. As
+// many shares as end first on 132 of these, as H100 and H200 have; a share costs about as much as 256 columns beside its own.
+constexpr int64_t contrastive_hopper_rows(bool two) { return two ? 128 : 192; }
+
+constexpr ContrastiveGrid contrastive_hopper_grid(int64_t R, int64_t M, int64_t G, bool two) {
+  constexpr int64_t most = 16, multiprocessors = 132, step = 128, beside = 2;
+  const int64_t rows = contrastive_hopper_rows(two), tiles = (R + rows - 1) / rows, of_group = M / (G > 0 ? G : 1);
+  int64_t best = 1, best_time = 0;
+  for (int64_t shares = 1; shares <= most && (shares == 1 || of_group >= 2 * step * shares); ++shares) {
+    const int64_t rounds = (tiles * shares + multiprocessors - 1) / multiprocessors,
+                  steps = (of_group + shares * step - 1) / (shares * step);
+    const int64_t time = rounds * (steps + beside);
+    if (shares == 1 || time < best_time) best = shares, best_time = time;
+  }
+  return {contrastive_tiles(R, G, rows), best, 1};
+}
+
 // In double: a warp per row, no tensor cores (contrastive_double.cu).
 int64_t contrastive_double_forward_workspace(const ContrastiveForward&);
 int launch_contrastive_double_forward(const ContrastiveForward&, void* workspace, void* stream);
