@@ -61,12 +61,15 @@ def _setup_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     x, order, ctx.normalize = inputs
     packed, norms = output
     ctx.mark_non_differentiable(norms)
+    ctx.set_materialize_grads(False)  # no zeros for the norms
     ctx.channels_last = x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2] > 1
     like = x.new_empty((1, 1, 1)).expand(x.shape)  # shape, dtype and device without the memory
     ctx.save_for_backward(packed, norms, order, like)
 
 
-def _pack_backward(ctx: Any, grad_packed: Tensor, _norms: Tensor | None) -> tuple[Tensor | None, ...]:
+def _pack_backward(ctx: Any, grad_packed: Tensor | None, _norms: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_packed is None:
+        return None, None, None
     packed, norms, order, like = ctx.saved_tensors
     return (
         _calls.call("contrastive_unpack", grad_packed, packed, norms, order, like, ctx.normalize, ctx.channels_last),

@@ -29,12 +29,18 @@ struct FactorsInput {
   int apart;  // see write_halves
 };
 
-// Also the vectors as 16-bit floats, and the largest derivative of every block's vectors.
-__global__ void __launch_bounds__(FACTOR_THREADS)
-    factors_kernel(const FactorsInput in, float4* weight, float2* level, unsigned* halves, float* largest) {
+struct FactorsOutput {
+  float4* weight;
+  float2* level;
+  unsigned* halves;
+  float* largest;  // of every block's vectors
+};
+
+// By block number `block`: its vectors' factors, also the vectors as 16-bit floats, and their largest derivative.
+__device__ __forceinline__ void write_factors(const FactorsInput& in, const FactorsOutput& out, int block) {
   PK_SHARED(float, of_warp, FACTOR_THREADS / 32);
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * FACTOR_THREADS + threadIdx.x, count = in.count;
-  if (i < in.fours) write_halves(halves, in.two, in.apart, i, in.vectors[i]);
+  const int64_t i = static_cast<int64_t>(block) * FACTOR_THREADS + threadIdx.x, count = in.count;
+  if (i < in.fours) write_halves(out.halves, in.two, in.apart, i, in.vectors[i]);
   float4 mine = make_float4(0, 0, 0, 0);
   float2 levels = make_float2(INFINITY, INFINITY);
   float size = 0;
@@ -50,16 +56,20 @@ __global__ void __launch_bounds__(FACTOR_THREADS)
     }
   }
   if (i < count + PADDING) {
-    weight[i] = mine;
-    if (!in.bounded) level[i] = levels;
+    out.weight[i] = mine;
+    if (!in.bounded) out.level[i] = levels;
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) size = fmaxf(size, __shfl_xor_sync(ALL, size, step));
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = size;
   __syncthreads();
-  if (threadIdx.x > 0 || blockIdx.x * FACTOR_THREADS >= count + PADDING) return;
+  if (threadIdx.x > 0 || static_cast<int64_t>(block) * FACTOR_THREADS >= count + PADDING) return;
   for (int w = 1; w < FACTOR_THREADS / 32; ++w) size = fmaxf(size, of_warp[w]);
-  largest[blockIdx.x] = size;
+  out.largest[block] = size;
+}
+
+__global__ void __launch_bounds__(FACTOR_THREADS) factors_kernel(const FactorsInput in, const FactorsOutput out) {
+  write_factors(in, out, static_cast<int>(blockIdx.x));
 }
 
 }  // namespace

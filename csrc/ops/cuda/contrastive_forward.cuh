@@ -1,72 +1,10 @@
 // SPDX-License-Identifier: MIT
-// What the forward kernels of contrastive share: the sums of a row, a block's part of the problem, and what becomes of its sums.
+// What the forward kernels of contrastive share: a block's part of the problem, and what becomes of its sums.
 #pragma once
 
-#include "ops/cuda/contrastive_tile.cuh"
+#include "ops/cuda/contrastive_sums.cuh"
 
 namespace {
-
-constexpr float LN_2 = 0.693147181f;
-
-// Log of a sum of powers of two. Bounded: a plain sum; else relative to the largest exponent.
-template <bool bounded>
-struct LogSum;
-
-template <>
-struct LogSum<true> {
-  static constexpr int PARTS = 1;
-  float part[1] = {0};
-
-  __device__ __forceinline__ void merge(const float* other) { part[0] += other[0]; }
-  __device__ __forceinline__ float value() const { return logf(part[0]); }
-};
-
-template <>
-struct LogSum<false> {
-  static constexpr int PARTS = 2;
-  float part[2] = {-INFINITY, 0};
-
-  __device__ __forceinline__ float shift() const { return part[0] == -INFINITY ? 0.0f : part[0]; }
-  __device__ __forceinline__ void raise(float top) {  // a NaN among the exponents comes with the sum
-    const float before = part[0];
-    part[0] = fmaxf(before, top);
-    part[1] *= pk::exp2_fast(before - shift());
-  }
-  __device__ __forceinline__ void merge(const float* other) {
-    raise(other[0]);
-    part[1] += other[1] * pk::exp2_fast(other[0] - shift());
-  }
-  __device__ __forceinline__ float value() const { return shift() * LN_2 + logf(part[1]); }
-};
-
-template <bool bounded>
-struct RowSums {
-  static constexpr int OF_LOG = LogSum<bounded>::PARTS, PARTS = 2 * OF_LOG + 1;
-  LogSum<bounded> p, n;
-  float l = 0;
-
-  __device__ __forceinline__ void merge(const float (&other)[PARTS]) {
-    p.merge(other);
-    n.merge(other + OF_LOG);
-    l += other[PARTS - 1];
-  }
-  __device__ __forceinline__ void parts(float (&out)[PARTS]) const {
-#pragma unroll
-    for (int k = 0; k < OF_LOG; ++k) out[k] = p.part[k], out[OF_LOG + k] = n.part[k];
-    out[PARTS - 1] = l;
-  }
-  // With the other threads of the warp that share the row.
-  __device__ __forceinline__ void gather() {
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      float mine[PARTS], other[PARTS];
-      parts(mine);
-#pragma unroll
-      for (int k = 0; k < PARTS; ++k) other[k] = __shfl_xor_sync(ALL, mine[k], step);
-      merge(other);
-    }
-  }
-};
 
 struct Forward {
   int R, G, shares, stages;

@@ -1,103 +1,20 @@
 // SPDX-License-Identifier: MIT
-// Contrastive losses on the GPU, forward. The equations stand in ops/contrastive.h, the products in contrastive_tile.cuh.
+// Contrastive losses on the GPU, forward, from 65 channels on (contrastive_local_forward.cu is about fewer). The equations stand in ops/contrastive.h, the products in contrastive_tile.cuh.
 //
-// forward_block: a block has 64 or 128 rows of a group and walks over the group's columns, or a share of them. Scores stay in registers as they
+// forward_block: a block has 128 rows of a group and walks over the group's columns, or a share of them. Scores stay in registers as they
 // come from the tensor cores; a thread adds up powers of two for its part of four rows, and the threads of a row meet once, at the end. Rows and
 // columns are in order of their classes, so that a fragment of 8 columns nearly always is of one kind for all rows of a warp: 4 instructions an
 // entry. Unit vectors need no maximum and no shift. Blocks without anchors write zeros and leave. The last share of a tile to arrive adds up all
 // of them in their order, the last tile the total: no atomics on floats, the same bits every time.
 //
 // Measured on an H200, precision highest (high) / what counting allows (products at 60 % of the tensor cores' speed, 16 ex2 a clock):
-//   100 groups of 1024 rows, 17 % anchors, C = 16: 40 us / 10. 1460 of 1700 blocks have no anchors and cost a search and an arrival each; the others
-//     are 2 to a multiprocessor: instructions are issued in a third of all cycles
 //   N = 8192, D = 128: 201 us / 90 (103 / 36): 4 warps of a scheduler hide half of their latencies. Now by contrastive_hopper.cuh
-//   one group of 102,400, 17 % anchors, C = 16: 1.15 ms / 0.5
 
 #include "common/simt.cuh"
+#include "ops/cuda/contrastive_halves.cuh"
 #include "ops/cuda/contrastive_hopper_forward.cuh"
 
 namespace {
-
-// Adds the scores of a warp to the sums of its rows; entries in the layout of Scores.
-template <class S>
-__device__ __forceinline__ void add_entries(RowSums<true> (&sums)[2][2], const Scores<S>& scores, float scale, const WarpClasses& classes,
-                                            const ContrastiveRange* ranges, int row0, int last_row, int column0, int end) {
-  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
-  unsigned others, same;
-  classes.kinds<S::FRAGMENTS>(column0, end, others, same);
-#pragma unroll
-  for (int f = 0; f < S::FRAGMENTS; ++f) {
-    if (others >> f & 1) {
-#pragma unroll
-      for (int t = 0; t < 2; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[t][i / 2].n.part[0] += pk::exp2_fast(scores[t][f][i] * scale);
-    } else if (same >> f & 1) {
-#pragma unroll
-      for (int t = 0; t < 2; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sums[t][i / 2].p.part[0] += pk::exp2_fast(scores[t][f][i] * scale);
-          sums[t][i / 2].l += scores[t][f][i];
-        }
-    } else {
-#pragma unroll
-      for (int t = 0; t < 2; ++t)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const ContrastiveRange range = range_at(ranges, min(row0 + 16 * t + 8 * r + group, last_row));
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int column = column0 + 8 * f + 2 * member + e;
-            const float s = scores[t][f][2 * r + e], power = pk::exp2_fast(s * scale);
-            if (column >= end || column == range.self) continue;
-            if (in_class(range, column)) {
-              sums[t][r].p.part[0] += power;
-              sums[t][r].l += s;
-            } else {
-              sums[t][r].n.part[0] += power;
-            }
-          }
-        }
-    }
-  }
-}
-
-template <class S>
-__device__ __forceinline__ void add_entries(RowSums<false> (&sums)[2][2], const Scores<S>& scores, float scale, const WarpClasses&,
-                                            const ContrastiveRange* ranges, int row0, int last_row, int column0, int end) {
-  const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
-#pragma unroll
-  for (int t = 0; t < 2; ++t)
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const ContrastiveRange range = range_at(ranges, min(row0 + 16 * t + 8 * r + group, last_row));
-      float top_p = -INFINITY, top_n = -INFINITY;
-      const auto each = [&](const auto& entry) {
-#pragma unroll
-        for (int f = 0; f < S::FRAGMENTS; ++f)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int column = column0 + 8 * f + 2 * member + e;
-            if (column < end && column != range.self) entry(scores[t][f][2 * r + e], in_class(range, column));
-          }
-      };
-      each([&](float s, bool positive) {
-        top_p = positive ? fmaxf(top_p, s * scale) : top_p;
-        top_n = positive ? top_n : fmaxf(top_n, s * scale);
-      });
-      RowSums<false>& row = sums[t][r];
-      row.p.raise(top_p);
-      row.n.raise(top_n);
-      const float shift_p = row.p.shift(), shift_n = row.n.shift();
-      each([&](float s, bool positive) {
-        const float power = pk::exp2_fast(s * scale - (positive ? shift_p : shift_n));
-        row.p.part[1] += positive ? power : 0.0f;
-        row.n.part[1] += positive ? 0.0f : power;
-        row.l += positive ? s : 0.0f;
-      });
-    }
-}
 
 template <class S, bool bounded>
 __device__ __forceinline__ void forward_block(const Forward& p, unsigned* shared) {
@@ -120,7 +37,9 @@ __device__ __forceinline__ void forward_block(const Forward& p, unsigned* shared
       p.rows, rows, p.columns, begin, end, -1, p.stages, shared, [](int, int) {},
       [&](int column0) { return works && column0 + S::warp_column() < end; },
       [&](const Scores<S>& scores, int, int column0) {
-        add_entries<S>(sums, scores, p.scale, classes, p.ranges, row0, p.R - 1, column0 + S::warp_column(), end);
+        unsigned others, same;
+        classes.kinds<S::FRAGMENTS>(column0 + S::warp_column(), end, others, same);
+        add_entries<S>(sums, scores, p.scale, others, same, p.ranges, row0, p.R - 1, column0 + S::warp_column(), end);
       });
 
   float(*const gathered)[2][PARTS] = reinterpret_cast<float(*)[2][PARTS]>(shared);  // the columns are not needed any more
@@ -152,10 +71,6 @@ __global__ void __launch_bounds__(HALVES_THREADS)
 }
 
 template <Format F>
-using Narrow = Shape<F, 16, 2, 4>;
-template <Format F>
-using Middle = Shape<F, 64, 2, IS_HALF<F> ? 2 : 4>;
-template <Format F>
 using Wide = Shape<F, 128, 4, IS_HALF<F> ? 2 : 4, F == Format::halves ? 1 : 2>;
 template <Format F>
 using Sliced = Shape<F, 128, 4, IS_HALF<F> || F == Format::exact ? 2 : 4, 1, true>;
@@ -168,18 +83,6 @@ template <Format F>
 constexpr int BLOCKS = IS_HALF<F> ? 4 : 2;
 #endif
 
-// resources: dynamic shared 20480 bytes
-template <Format F>
-__global__ void __launch_bounds__(128, F == Format::halves ? 3 : BLOCKS<F>) narrow_forward_kernel(const Forward p) {
-  PK_DYNAMIC_SHARED(unsigned, shared);
-  forward_block<Narrow<F>, IS_HALF<F>>(p, shared);
-}
-// resources: dynamic shared 81920 bytes
-template <Format F>
-__global__ void __launch_bounds__(128, BLOCKS<F>) middle_forward_kernel(const Forward p) {
-  PK_DYNAMIC_SHARED(unsigned, shared);
-  forward_block<Middle<F>, IS_HALF<F>>(p, shared);
-}
 // With the second stage of floats, where it fits, 196608 bytes.
 // resources: dynamic shared 131072 bytes
 template <Format F>
@@ -207,8 +110,6 @@ int launch_shape(Kernel kernel, Forward& p, int64_t blocks, void* stream) {
 template <Format F>
 int launch_format(ContrastiveWidth width, Forward& p, int64_t blocks, void* stream) {
   switch (width) {
-    case ContrastiveWidth::narrow: return launch_shape<Narrow<F>>(narrow_forward_kernel<F>, p, blocks, stream);
-    case ContrastiveWidth::middle: return launch_shape<Middle<F>>(middle_forward_kernel<F>, p, blocks, stream);
     case ContrastiveWidth::wide: return launch_shape<Wide<F>>(wide_forward_kernel<F>, p, blocks, stream);
     default: return launch_shape<Sliced<F>>(sliced_forward_kernel<F>, p, blocks, stream);
   }
@@ -255,13 +156,16 @@ int64_t arrange(const ContrastiveForward& p, void* workspace, Forward& out) {
 namespace protokernels {
 
 int64_t contrastive_forward_workspace(const ContrastiveForward& p) {
+  if (p.double_compute) return contrastive_double_forward_workspace(p);
+  if (contrastive_width(p.Cp) < ContrastiveWidth::wide) return contrastive_local_forward_workspace(p);
   Forward ignored;
-  return p.double_compute ? contrastive_double_forward_workspace(p) : arrange(p, nullptr, ignored);
+  return arrange(p, nullptr, ignored);
 }
 
 int launch_contrastive_forward(const ContrastiveForward& p, void* workspace, void* stream) {
   if (p.R == 0) return p.weights ? pk::memset_async(p.total, 0, p.double_compute ? sizeof(double) : sizeof(float), stream) : 0;
   if (p.double_compute) return launch_contrastive_double_forward(p, workspace, stream);
+  if (contrastive_width(p.Cp) < ContrastiveWidth::wide) return launch_contrastive_local_forward(p, workspace, stream);
   const ContrastiveGrid grid = grid_of(p);
   Forward launch;
   arrange(p, workspace, launch);

@@ -18,11 +18,8 @@ constexpr ContrastiveWidth contrastive_width(int64_t Cp) {
                      : ContrastiveWidth::sliced;
 }
 constexpr int64_t contrastive_rows(ContrastiveWidth width) { return width < ContrastiveWidth::wide ? 64 : 128; }
-constexpr int64_t contrastive_slice(ContrastiveWidth width) {
-  return width == ContrastiveWidth::narrow ? 16 : width == ContrastiveWidth::middle ? 64 : 128;
-}
 
-// A tile is a block's rows. The tiles of group g begin with number row_begin / rows + g, so that a tile is found without a list of tiles and
+// From 65 channels on (contrastive_units.cuh is about fewer). A tile is a block's rows. The tiles of group g begin with number row_begin / rows + g, so that a tile is found without a list of tiles and
 // without the host knowing the groups; of two numbers for a group's last rows one has none, and its block leaves at once.
 // The columns of a tile are cut into shares where rows alone do not fill a GPU, its channels into slices.
 struct ContrastiveGrid {
@@ -42,23 +39,17 @@ constexpr int64_t contrastive_shares(int64_t R, int64_t M, int64_t G, int64_t ro
 }
 
 // Anchors alone have work here, perhaps a small part of the rows: more blocks than a GPU holds at once.
-constexpr ContrastiveGrid contrastive_forward_grid(int64_t R, int64_t M, int64_t G, int64_t Cp) {
-  const ContrastiveWidth width = contrastive_width(Cp);
-  const int64_t rows = contrastive_rows(width);
-  const bool wide = width >= ContrastiveWidth::wide;
-  const int64_t fill = contrastive_shares(R, M, G, rows, wide ? 512 : 1024, wide ? 256 : 128);
+constexpr ContrastiveGrid contrastive_forward_grid(int64_t R, int64_t M, int64_t G, int64_t /*Cp*/) {
+  const int64_t rows = contrastive_rows(ContrastiveWidth::wide);
+  const int64_t fill = contrastive_shares(R, M, G, rows, 512, 256);
   const int64_t balance = contrastive_shares(R, M, G, rows, 4096, 4096);  // a few long blocks would end at different times
   return {contrastive_tiles(R, G, rows), fill > balance ? fill : balance, 1};
 }
 
 // Every share leaves a gradient of its rows to be added up.
 constexpr ContrastiveGrid contrastive_backward_grid(int64_t R, int64_t M, int64_t G, int64_t Cp) {
-  const ContrastiveWidth width = contrastive_width(Cp);
-  const int64_t rows = contrastive_rows(width), slice = contrastive_slice(width), slices = (Cp + slice - 1) / slice;
-  const int64_t blocks = width == ContrastiveWidth::narrow ? 1024 : width == ContrastiveWidth::middle ? 512 : 256;
-  const int64_t shares =
-      contrastive_shares(R, M, G, rows, blocks / slices > 0 ? blocks / slices : 1, width >= ContrastiveWidth::wide ? 256 : 128);
-  return {contrastive_tiles(R, G, rows), shares, slices};
+  const int64_t rows = contrastive_rows(ContrastiveWidth::wide), slice = 128, slices = (Cp + slice - 1) / slice, blocks = 256;
+  return {contrastive_tiles(R, G, rows), contrastive_shares(R, M, G, rows, blocks / slices > 0 ? blocks / slices : 1, 256), slices};
 }
 
 // The kernels of contrastive_hopper.cuh, forward and backward: blocks of 192 rows, of 128 where vectors have two parts, one on a multiprocessor. As
@@ -77,6 +68,12 @@ constexpr ContrastiveGrid contrastive_hopper_grid(int64_t R, int64_t M, int64_t 
   }
   return {contrastive_tiles(R, G, rows), best, 1};
 }
+
+// Of vectors of up to 64 channels (contrastive_local_*.cu); rows R > 0.
+int64_t contrastive_local_forward_workspace(const ContrastiveForward&);
+int launch_contrastive_local_forward(const ContrastiveForward&, void* workspace, void* stream);
+int64_t contrastive_local_backward_workspace(const ContrastiveBackward&);
+int launch_contrastive_local_backward(const ContrastiveBackward&, void* workspace, void* stream);
 
 // In double: a warp per row, no tensor cores (contrastive_double.cu).
 int64_t contrastive_double_forward_workspace(const ContrastiveForward&);

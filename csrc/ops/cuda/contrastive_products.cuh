@@ -11,6 +11,7 @@
 // small ones first, and join the sum with a rounded addition: cut off a thousand times in one direction, they would be a thousand times as wrong.
 #pragma once
 
+#include "common/mma_from_zero.cuh"
 #include "ops/cuda/contrastive_rows.cuh"
 
 namespace {
@@ -229,12 +230,28 @@ __device__ __forceinline__ void multiply(float (&d)[4], const Left<Format::exact
   for (int half = 0; half < 2; ++half) pk::mma_m16n8k8_tf32(d, a.high[half], b.high[half]);
 }
 
+// d = a b over a step.
+template <Format F>
+__device__ __forceinline__ void multiply_from_zero(float (&d)[4], const Left<F>& a, const Right<F>& b) {
+  if constexpr (F == Format::halves) {
+    pk::mma_m16n8k16_f16_from_zero(d, a.low, b.high);
+    pk::mma_m16n8k16_f16(d, a.high, b.low);
+    pk::mma_m16n8k16_f16(d, a.high, b.high);
+  } else if constexpr (F == Format::half) {
+    pk::mma_m16n8k16_f16_from_zero(d, a.value, b.value);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] = 0;
+    multiply(d, a, b);
+  }
+}
+
 // The same where many steps add up. See the top.
 template <Format F>
 __device__ __forceinline__ void accumulate(float (&d)[4], const Left<F>& a, const Right<F>& b) {
   if constexpr (IS_ACCURATE<F>) {
-    float step[4] = {};
-    multiply(step, a, b);
+    float step[4];
+    multiply_from_zero(step, a, b);
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] += step[i];
   } else {
