@@ -230,13 +230,13 @@ def gpu_cells() -> Cells:
     def shown(value: float | None) -> str:
         return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
-    made = [["case, time in a CUDA graph (us)", "at first", "now", "goal", "now, launched from Python"]]
+    made = [["case, time in a CUDA graph (us)", "at first", "first day", "now", "goal", "now, launched from Python"]]
     for row in held("h200_targets")["rows"]:
-        first, now, goal = row["first"], row["now"], row["goal_us"]
-        launched = first["graph_us"] is None
-        at_first = f"{shown(first['eager_us'])} \\*" if launched else shown(first["graph_us"])
+        first, before, now, goal = row["first"] or {}, row["first_day"] or {}, row["now"], row["goal_us"]
+        at_first = shown(first.get("graph_us")) or (f"{shown(first['eager_us'])} \\*" if first else "")
         goal = "" if goal is None else shown(goal)
-        made.append([row["case"], at_first, shown(now["graph_us"]), goal, shown(now.get("eager_us"))])
+        times_now = [shown(before.get("graph_us")), shown(now["graph_us"]), goal, shown(now["eager_us"])]
+        made.append([row["case"], at_first, *times_now])
     return made
 
 
@@ -293,7 +293,7 @@ def made_tables() -> dict[tuple[str, str], list[tuple[str, Cells]]]:
         made["Benchmarks", heading] = [("", pivot.cells(rows)) for pivot in pivots]
     made["Benchmarks", "Training steps"] = [("", trainer_steps.cells(held("trainer_steps")["fair"]["rows"]))]
     made["Benchmarks", "Several processes"] = [("", communication.cells(held("communication")))]
-    made["Benchmarks", "On a GPU"] = [("", gpu_cells())]
+    made["Benchmarks", "On a GPU"] = [("", gpu_peer_cells(held("h200_peers")["rows"])), ("", gpu_cells())]
     return made
 
 

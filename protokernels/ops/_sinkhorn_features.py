@@ -68,7 +68,8 @@ def sinkhorn_features(
         precision: of the products of all iterations but the last on a GPU: ``"highest"`` as float32; ``"high"`` and ``"medium"`` with 11
             bits (as TF32) where that is faster, today on Hopper up to 128 dimensions and for balanced problems. A vector is rounded to
             2^-12 of its largest element, so a potential is wrong by about 2^-11 |x| |y| / sqrt(D), less what the last iteration mends; that
-            one, the values, the error of the marginals and gradients are of full precision. A CPU always computes in float32.
+            one, the values and gradients are of full precision. A problem that ``tol`` stops before the last iteration keeps potentials
+            of 11 bits and is judged by their marginal error. A CPU always computes in float32.
 
     Returns:
         A :class:`SinkhornResult`; its ``apply`` streams too, its ``plan`` has N M elements.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Contrastive losses on the GPU, backward, from 65 channels on (contrastive_local_backward.cu is about fewer): the gradient of rows from the derivatives by statistics. The equations stand in ops/contrastive.h.
+// Contrastive losses on the GPU, backward, from 65 channels on (contrastive_local_backward.cu is about fewer): the gradient of rows from the
+// derivatives by statistics. The equations stand in ops/contrastive.h.
 //
 // What a vector brings to its pairs is worked out first (contrastive_factors.cuh).
 // backward_block: like attention without a softmax. A block has 128 rows and walks over columns; scores become H in their registers, one

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Contrastive losses on the GPU, forward, from 65 channels on (contrastive_local_forward.cu is about fewer). The equations stand in ops/contrastive.h, the products in contrastive_tile.cuh.
+// Contrastive losses on the GPU, forward, from 65 channels on (contrastive_local_forward.cu is about fewer). The equations stand in
+// ops/contrastive.h, the products in contrastive_tile.cuh.
 //
 // forward_block: a block has 128 rows of a group and walks over the group's columns, or a share of them. Scores stay in registers as they
 // come from the tensor cores; a thread adds up powers of two for its part of four rows, and the threads of a row meet once, at the end. Rows and

@@ -19,8 +19,8 @@ constexpr ContrastiveWidth contrastive_width(int64_t Cp) {
 }
 constexpr int64_t contrastive_rows(ContrastiveWidth width) { return width < ContrastiveWidth::wide ? 64 : 128; }
 
-// From 65 channels on (contrastive_units.cuh is about fewer). A tile is a block's rows. The tiles of group g begin with number row_begin / rows + g, so that a tile is found without a list of tiles and
-// without the host knowing the groups; of two numbers for a group's last rows one has none, and its block leaves at once.
+// From 65 channels on (contrastive_units.cuh is about fewer). A tile is a block's rows. The tiles of group g begin with number row_begin / rows + g,
+// so that a tile is found without a list of tiles and without the host knowing the groups; of two numbers for a group's last rows one has none, and its block leaves at once.
 // The columns of a tile are cut into shares where rows alone do not fill a GPU, its channels into slices.
 struct ContrastiveGrid {
   int64_t tiles, shares, slices;

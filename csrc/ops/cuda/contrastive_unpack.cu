@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The gradient of vectors back into images or embeddings, on the GPU. The equations stand in ops/contrastive.h, the kinds of kernels in contrastive_pack.cu.
+// The gradient of vectors back into images or embeddings, on the GPU. The equations stand in ops/contrastive.h, the kinds of kernels in
+// contrastive_pack.cu.
 
 #include "common/simt.cuh"
 #include "ops/cuda/contrastive_pack.cuh"

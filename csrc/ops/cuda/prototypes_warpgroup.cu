@@ -7,7 +7,7 @@
 // scores into softmax, label and entropy. One group's softmax runs under the other's products.
 // Limit at B = 65536, D = 128, K = 256 on an H200: memory, 23 us; three products of 64 x 256 x 128 are 3,072 cycles, eight tiles of them 13 us.
 // Measured: 50 us (65 us while every call carried the code for entropy and drawing), 11 us at B = 2048. Warps wait for memory and, on average 8 us, at
-// the one barrier: all blocks read the same prototypes in the same order at the same time.
+// the one barrier, perhaps because all blocks read the same prototypes in the same order at the same time (not tried otherwise).
 
 #include "common/simt.cuh"
 #include "common/wgmma.cuh"

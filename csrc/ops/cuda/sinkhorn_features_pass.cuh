@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(HALF_THREADS, 3) half_kernel(const HalfStep st
   constexpr int AT_ONCE = FRAGMENTS == 1 ? 4 : 2;  // times 8 columns whose products a thread holds
   PK_DYNAMIC_SHARED(uint4, stages);  // [HALF_STAGES, STAGE_UNITS]
   PK_SHARED(float, shared, HALF_THREADS / 32, 2);
-  const int N = step.rows.count, M = step.columns.count, tiles = (N + tile_rows - 1) / tile_rows;
+  const int N = step.rows.count, tiles = (N + tile_rows - 1) / tile_rows;
   const int b = static_cast<int>(blockIdx.x / (tiles * step.shares));
   const int place = static_cast<int>(blockIdx.x % (tiles * step.shares)), share = place % step.shares, tile = place / step.shares;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, member = lane % 4;
