@@ -122,7 +122,8 @@ def _resident(assignment: Tensor, z: Tensor) -> bool:
     K, D = assignment.shape[1], z.shape[1]
     if assignment.dtype != torch.float32 or K > 256 or D > 128:
         return False
-    return K <= 64 or torch.cuda.get_device_properties(z.device).shared_memory_per_block_optin >= 160 * 1024
+    room: int = getattr(torch.cuda.get_device_properties(z.device), "shared_memory_per_block_optin", 0)
+    return K <= 64 or room >= 160 * 1024
 
 
 def _backward_in_torch(

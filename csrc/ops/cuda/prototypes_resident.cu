@@ -42,6 +42,8 @@ __device__ __forceinline__ void add_rows(const Resident<Z>& p, const Z* tile, co
   }
 }
 
+// None on sm_80 and sm_90; on sm_90 another kernel serves K > 64 (prototypes_warpgroup.cu).
+// resources: spills at most 152 bytes (sm_100)
 // resources: dynamic shared 160768 bytes
 template <class Z, int F>
 __global__ void __launch_bounds__(MAX_WARPS * 32, F > 8 ? 1 : 2) resident_kernel(const Resident<Z> p) {

@@ -107,6 +107,7 @@ __device__ __forceinline__ void load_row(const Sums<Z>& p, const Z* from, int64_
   }
 }
 
+// resources: spills at most 44 bytes (128 dimensions; 8 on sm_90)
 template <class Z, int LANES>
 __global__ void __launch_bounds__(THREADS) sums_kernel(const Sums<Z> p) {
   using V = decltype(widen(Z()));

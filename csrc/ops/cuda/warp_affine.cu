@@ -165,6 +165,8 @@ struct Scale {
   }
 };
 
+// Of a volume, lanes pick halves of its twelve sums by address, once a block: local memory, no spills.
+// resources: spills at most 128 bytes
 template <class T, bool mixed, int dims>
 __global__ void __launch_bounds__(THREADS, 2) warp_affine_scatter_kernel(const AffineGradient p) {
   constexpr int ENTRIES = dims * (dims + 1);
