@@ -26,6 +26,8 @@ from python_tests.test_lockstep import OPERATORS
 
 CALLS = int(os.environ.get("PROTOKERNELS_CALLS", "150"))
 """Calls of every op in the test of memory; 10000 for a long run."""
+ON_CUDA_ALONE = {"prototypes_backward_resident"}
+"""Operators that only CUDA tensors reach: what `prototypes_backward` calls on a GPU."""
 
 
 def draw(*shape: int) -> Tensor:
@@ -146,7 +148,7 @@ def test_every_operator_is_at_work() -> None:
     with backend.use("native"), _Operators() as operators:
         for name in WORK:
             value_of(name)
-    assert operators.seen == set(OPERATORS)
+    assert operators.seen == set(OPERATORS) - ON_CUDA_ALONE
 
 
 class TestThreads:
