@@ -67,9 +67,8 @@ class TestForward:
     )
     def test_columns_cut_into_shares(self, rows: int, C: int, architecture: str, unit: bool) -> None:
         emulator = load("contrastive")
-        if (
-            C > 64
-        ):  # shorter vectors: every block has a range of all work, and these problems have fewer units than there are blocks
+        # shorter vectors: every block has a range of all work (test_ranges_of_several_tiles)
+        if C > 64:
             assert emulator.forward_grid(rows, rows, 1, -(-C // 16) * 16)[1] == (1 if architecture == "sm_90" else 2)
         problem = Problem([Group([4, rows - 40], 36)], C=C, unit=unit, precision="high")
         results = []
