@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Puts the tables made of benchmarks/results into README.md: the papers' as `protokernels table` makes them, and the benchmarks'.
+"""Puts into README.md what is made of benchmarks/results: the papers' tables (as `protokernels table`), the benchmarks' and the gallery.
 
 python benchmarks/readme.py            # rewrites the tables, leaves the text
 python benchmarks/readme.py --check    # ends with 1 and names the sections whose tables are not those of the results
@@ -21,12 +21,13 @@ from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a file, it finds the other benchmarks
 
-from benchmarks import communication, trainer_steps
+from benchmarks import communication, gallery, trainer_steps
 from benchmarks.table import milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "protokernels"
+GALLERY = ("Papers", "Gallery")
 BLOCK = re.compile(r"(?:^\*\*([^*\n]+)\*\*\n\n)?((?:^\|.*\|\n?)+)", flags=re.M)
 Cells = list[list[str]]
 Row = dict[str, Any]
@@ -327,12 +328,14 @@ def replaced(readme: str) -> str:
         for match, (_, cells) in zip(reversed(old), reversed(tables), strict=True):
             text = text[: match.start(2)] + as_markdown(cells) + text[match.end(2) :]
         readme = readme[: place.start] + text + readme[place.stop :]
-    return readme
+    place = section(readme, *GALLERY)
+    pictures = place.start + readme[place].index("\n`protokernels train ")
+    return readme[: pictures + 1] + gallery.as_markdown() + readme[place.stop :]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true", help="change nothing; end with 1 where a table differs")
+    parser.add_argument("--check", action="store_true", help="change nothing; end with 1 where something differs")
     options = parser.parse_args(arguments)
     path = ROOT / "README.md"
     before = path.read_text()
@@ -344,8 +347,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for (part, heading), tables in made_tables().items()
         if [cells for _, cells in tables_in(before[section(before, part, heading)])] != [cells for _, cells in tables]
     ]
+    if gallery.as_markdown() not in before:
+        stale.append(GALLERY[1])
     for heading in stale:
-        print(f"README.md: the tables below {heading!r} are not those of benchmarks/results")
+        print(f"README.md: what is below {heading!r} is not made of benchmarks/results")
     return 1 if stale else 0
 
 

@@ -284,9 +284,11 @@ class TestFigures:
         assert known.nonzero().tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
         torch.testing.assert_close(partner_places(whole, whole, 2)[0, 1], torch.tensor([0.25, 0.75]))
 
-    def test_positions_lie_on_the_map(self) -> None:
+    def test_positions_lie_on_the_map_and_differ(self) -> None:
         for side in (1, 2, 3, 4, 7, 14):
-            assert all(0 <= position < side**2 for position in chosen_positions(side))
+            chosen = chosen_positions(side)
+            assert all(0 <= position < side**2 for position in chosen)
+            assert len(set(chosen)) == len(chosen) == min(4, side**2)
 
 
 class TestRun:

@@ -76,9 +76,10 @@ def fraction_figures(name: str, results: dict[str, Any]) -> dict[str, Figure]:
 
 
 def chosen_positions(side: int) -> list[int]:
-    """Four positions: near three corners and the middle."""
+    """Four positions, near three corners and the middle; one where the map has no others."""
     low, middle, high = side // 4, side // 2, side - 1 - side // 4
-    return [low * side + low, low * side + high, middle * side + middle, high * side + middle]
+    places = [(low, low), (low, high), (high, low), (middle, middle)]
+    return list(dict.fromkeys(row * side + column for row, column in places))
 
 
 def partner_places(first: ViewParameters, second: ViewParameters, side: int) -> Tensor:  # [N, side * side, 2]

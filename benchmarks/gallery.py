@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""The README's gallery: figures of the five papers, drawn by one command each on the data sets that come with the package.
+
+python benchmarks/gallery.py [--only vaesim ...] [--folder FOLDER]   # trains (minutes on two cores), draws, shrinks
+
+Pictures go to benchmarks/results/gallery, at most 720 pixels wide and in 256 colours. Digits and phantoms only: nobody's images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+PICTURES = Path(__file__).resolve().parent / "results" / "gallery"
+WIDTH, COLOURS = 720, 256
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A paper's run and those of its figures that are shown, each with what is to be seen."""
+
+    paper: str  # as `protokernels train` takes it
+    data: str
+    figures: dict[str, str]
+
+    @property
+    def command(self) -> str:
+        return f"protokernels train {self.paper}"
+
+    def picture(self, figure: str) -> str:
+        return f"{self.paper}-{figure.replace('_', '-')}.png"
+
+
+GALLERY = (
+    Shown(
+        "vaesim",
+        "digits",
+        {
+            "tsne": "embeddings of the test images by label, and by cluster with the decoded prototypes",
+            "prototypes": "decoded prototypes, with their most frequent class and the number of their members",
+        },
+    ),
+    Shown(
+        "contrastive-autoencoder",
+        "digits",
+        {
+            "tsne_test": "true labels, clusters, and what the clusters say of the labels",
+            "reconstructions": "test images, and what the decoder makes of their soft assignment",
+        },
+    ),
+    Shown(
+        "optiml",
+        "digits",
+        {
+            "masses": "two views, the mass of each position, and the transport plan between them",
+            "label_fractions_labels": "linear probe with 1 to 100 % of the labels",
+        },
+    ),
+    Shown(
+        "local-contrast",
+        "phantoms",
+        {
+            "overlays": "image, ground truth and segmentation, 20 % of the volumes labelled",
+            "features": "features of pixels after the contrastive stages, by class",
+        },
+    ),
+    Shown(
+        "optimized-views",
+        "digits",
+        {
+            "parameters": "the parameters that M chooses for the test images, epoch by epoch",
+            "views": "images, and twice what M makes of them",
+        },
+    ),
+)
+
+
+def shrink(source: Path, target: Path) -> None:
+    """A figure as a small PNG: at most WIDTH pixels wide, COLOURS colours."""
+    with Image.open(source) as opened:
+        picture = opened.convert("RGB")
+    if picture.width > WIDTH:
+        picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(target, optimize=True)
+
+
+def draw(shown: Shown, run: Path) -> list[Path]:
+    """Trains if ``run`` is no finished run, and puts its figures that are shown among the pictures."""
+    if not (run / "figures").exists():
+        subprocess.run(
+            [sys.executable, "-m", *shown.command.split(), "--out", str(run), "--resume", "--quiet"], check=True
+        )
+    made = []
+    for name in shown.figures:
+        made.append(PICTURES / shown.picture(name))
+        shrink(run / "figures" / f"{name}.png", made[-1])
+        print(f"{made[-1]}  {made[-1].stat().st_size // 1000} kB", flush=True)
+    return made
+
+
+def as_markdown() -> str:
+    """The README's section below its heading: for every paper its command, its pictures and what they show."""
+    parts = []
+    for shown in GALLERY:
+        pictures = [
+            f"![{name} of {shown.paper} on {shown.data}](benchmarks/results/gallery/{shown.picture(name)})"
+            for name in shown.figures
+        ]
+        bar = "|" + "---|" * len(pictures)
+        captions = list(shown.figures.values())
+        parts.append("\n".join([f"`{shown.command}`", "", _line(pictures), bar, _line(captions)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    papers = [shown.paper for shown in GALLERY]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=papers, default=papers)
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="for the runs, PAPER below it; finished ones are not trained again; default: a temporary one",
+    )
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        for shown in GALLERY:
+            if shown.paper in given.only:
+                draw(shown, (given.folder or Path(temporary)) / shown.paper)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
