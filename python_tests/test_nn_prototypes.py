@@ -229,6 +229,25 @@ class TestState:
         with pytest.raises(RuntimeError, match="not initialised"):
             other.eval()(z)
 
+    def test_a_state_of_version_0_1_0_goes_on(self, place: Place) -> None:
+        saved = {  # names, shapes and types as that version saved them: a change of any needs a way to load this
+            "prototypes": torch.tensor([[3.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]),
+            "initialized": torch.tensor(True),
+            "last_counts": torch.tensor([2, 1, 0]),
+            "empty_updates": torch.tensor([0, 0, 4]),
+        }
+        module = Prototypes(3, 2, temperature=0.5, new_weight=0.25, revive_after=10).to(place.device)
+        assert {name: (x.dtype, x.shape) for name, x in module.state_dict().items()} == {
+            name: (x.dtype, x.shape) for name, x in saved.items()
+        }
+        module.load_state_dict(saved)
+        z = torch.tensor([[2.0, 0.0], [0.0, 5.0]], device=place.device)
+        scores = torch.tensor([[2.0, 0.0, -2.0], [0.0, 2.0, 0.0]])  # cosines over 0.5
+        torch.testing.assert_close(module.eval()(z).cpu(), scores.softmax(1))
+        module.train()(z)
+        torch.testing.assert_close(module.prototypes.cpu(), torch.tensor([[2.75, 0.0], [0.0, 2.0], [-1.0, 0.0]]))
+        assert module.last_counts.tolist() == [1, 1, 0] and module.empty_updates.tolist() == [0, 0, 5]
+
     def test_copies_are_independent(self, place: Place) -> None:
         z = draw(129, 8, 5)[0].to(place.device)
         generator = torch.Generator().manual_seed(3)
