@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import backend
 from ..reference import prototypes as reference
 from . import _calls, _checks, _prototypes_autograd  # noqa: F401  (the last registers shapes and gradients)
+from . import _prototypes_checks as checks
 
 Similarity = Literal["cosine", "dot"]
 
@@ -86,8 +87,7 @@ def soft_assign(
     ``softmax(normalize(z) @ normalize(prototypes).T / temperature, -1)``.
 
     Differentiable in ``z``, ``prototypes`` and, if it is a tensor, ``temperature``; not twice. A zero vector is at the same distance from
-    everything: uniform assignment, zero gradient. Half-precision inputs are computed in float32; the result has the
-    wider of the two dtypes.
+    everything: uniform assignment, zero gradient. Half-precision inputs are computed in float32; the result has the wider dtype.
 
     Args:
         z: embeddings [B, D], float32, float64, bfloat16 or float16, any strides; B may be 0.
@@ -112,7 +112,7 @@ def soft_assign(
         >>> [[round(v, 3) for v in row] for row in c.tolist()]
         [[0.881, 0.119], [0.119, 0.881]]
     """
-    _check_pair("soft_assign", z, prototypes, similarity)
+    checks.check_pair("soft_assign", z, prototypes, similarity)
     _checks.check_temperature("soft_assign", temperature, z.device)
     _checks.check_flag("soft_assign", "return_labels", return_labels)
     _checks.check_flag("soft_assign", "return_entropy", return_entropy)
@@ -164,9 +164,8 @@ def update_prototypes(
     Args:
         prototypes: [K, D]; not modified (see :func:`update_prototypes_`).
         z: embeddings [B, D].
-        labels_or_assignments: cluster of each row [B] (an integer dtype; negative: the row is ignored), or
-        probabilities [B, K], of which the
-            largest counts (ties: lowest index) or, with ``sample=True``, one is drawn.
+        labels_or_assignments: cluster of each row [B] (an integer dtype; negative: the row is ignored), or probabilities [B, K], of
+            which the largest counts (ties: lowest index) or, with ``sample=True``, one is drawn.
         new_weight: in [0, 1]; 1 gives the class means.
         sample: draw labels from the rows of the probabilities (VAESim's "multinomial"); needs probabilities.
         generator: source of the random numbers of ``sample`` and ``revive``; default: torch's global one.
@@ -188,19 +187,16 @@ def update_prototypes(
         ([[0.0], [1.0]], [0, 2])
     """
     op = "update_prototypes"
-    _check_pair(op, z, prototypes, "dot")
+    checks.check_pair(op, z, prototypes, "dot")
     new_weight = _checks.check_unit_interval(op, "new_weight", new_weight)
-    _check_drawing(op, sample, generator, skip_nonfinite)
-    labels = _labels(op, z, prototypes, labels_or_assignments, sample, generator)
+    checks.check_drawing(op, sample, generator, skip_nonfinite)
+    checks.check_labels(op, z, prototypes, labels_or_assignments, sample)
+    if revive is not None:
+        checks.check_revive(op, z, prototypes, revive)
+    labels = _labels(z, labels_or_assignments, sample, generator)
     sums, counts = _accumulate(z, labels, prototypes.shape[0], skip_nonfinite)
     updated = _blend(prototypes, sums, counts, new_weight)
     if revive is not None:
-        if not isinstance(revive, Tensor) or revive.dtype != torch.bool or revive.shape != counts.shape:
-            raise ValueError(
-                f"{op}: revive must be a bool tensor of shape {list(counts.shape)}; got {_checks.describe(revive)}"
-            )
-        _checks.check_same_device(op, "z", z, "revive", revive)
-        _checks.check_dense(op, "revive", revive)
         updated = revive_prototypes(updated, z, revive & (counts == 0), generator=generator)
     return PrototypeUpdate(updated, counts)
 
@@ -259,9 +255,8 @@ def prototype_step(
         c, labels, _ = soft_assign(z, prototypes, temperature=temperature, similarity=similarity, return_labels=True)
         updated, counts = update_prototypes(prototypes, z, labels, new_weight=new_weight)      # or c and sample=True
 
-    Arguments and errors are those of the two functions. ``sums`` and ``counts`` are returned for data-parallel
-    training: add them up over the
-    ranks, then blend (``protokernels.nn.Prototypes`` does).
+    Arguments and errors are those of the two functions. ``sums`` and ``counts`` are returned for data-parallel training: add them
+    up over the ranks, then blend (``protokernels.nn.Prototypes`` does).
 
     Example:
         >>> import torch, protokernels
@@ -271,10 +266,10 @@ def prototype_step(
         ([[2.0, 0.0], [0.0, 4.0]], [1, 2])
     """
     op = "prototype_step"
-    _check_pair(op, z, prototypes, similarity)
+    checks.check_pair(op, z, prototypes, similarity)
     _checks.check_temperature(op, temperature, z.device)
     new_weight = _checks.check_unit_interval(op, "new_weight", new_weight)
-    _check_drawing(op, sample, generator, skip_nonfinite)
+    checks.check_drawing(op, sample, generator, skip_nonfinite)
     _checks.check_flag(op, "return_entropy", return_entropy)
     dtype = torch.promote_types(z.dtype, prototypes.dtype)
     uniform = _uniform(z.shape[0], z.device, generator) if sample else None
@@ -316,13 +311,7 @@ def blend_prototypes(
 ) -> Tensor:  # [K, D]
     """The last half of :func:`update_prototypes`, from sums and counts that were added up elsewhere (over ranks, over micro-batches)."""
     op = "blend_prototypes"
-    _checks.check_matrix(op, "prototypes", prototypes, "[K, D]")
-    if sums.shape != prototypes.shape or sums.dtype != torch.float64:
-        raise ValueError(f"{op}: sums must be float64 of shape {list(prototypes.shape)}; got {_checks.describe(sums)}")
-    if counts.shape != prototypes.shape[:1] or counts.dtype != torch.int64:
-        raise ValueError(f"{op}: counts must be int64 of shape [{prototypes.shape[0]}]; got {_checks.describe(counts)}")
-    _checks.check_same_device(op, "prototypes", prototypes, "sums", sums)
-    _checks.check_same_device(op, "prototypes", prototypes, "counts", counts)
+    checks.check_sums(op, prototypes, sums, counts)
     return _blend(prototypes, sums, counts, _checks.check_unit_interval(op, "new_weight", new_weight))
 
 
@@ -352,29 +341,6 @@ def revive_prototypes(
 # ------------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _check_pair(op: str, z: object, prototypes: object, similarity: str) -> None:
-    _checks.check_matrix(op, "z", z, "[B, D]")
-    _checks.check_matrix(op, "prototypes", prototypes, "[K, D]")
-    assert isinstance(z, Tensor) and isinstance(prototypes, Tensor)
-    _checks.check_same_device(op, "z", z, "prototypes", prototypes)
-    if z.shape[1] != prototypes.shape[1]:
-        raise ValueError(
-            f"{op}: z [B, D] and prototypes [K, D] must share D; got {list(z.shape)} and {list(prototypes.shape)}"
-        )
-    if prototypes.shape[0] == 0 or prototypes.shape[1] == 0:
-        raise ValueError(
-            f"{op}: prototypes must hold at least one vector of at least one dimension; got {list(prototypes.shape)}"
-        )
-    if similarity not in ("cosine", "dot"):
-        raise ValueError(f"{op}: similarity must be 'cosine' or 'dot'; got {similarity!r}")
-
-
-def _check_drawing(op: str, sample: object, generator: object, skip_nonfinite: object) -> None:
-    _checks.check_flag(op, "sample", sample)
-    _checks.check_generator(op, generator)
-    _checks.check_flag(op, "skip_nonfinite", skip_nonfinite)
-
-
 def _split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
     if isinstance(temperature, Tensor):
         return 1.0, temperature.to(dtype)
@@ -388,26 +354,13 @@ def _uniform(count: int, device: torch.device, generator: torch.Generator | None
 
 
 def _labels(
-    op: str, z: Tensor, prototypes: Tensor, value: object, sample: bool, generator: torch.Generator | None
-) -> Tensor:  # [B] int64
-    expected = f"integer labels [{z.shape[0]}] or probabilities [{z.shape[0]}, {prototypes.shape[0]}]"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: labels_or_assignments must be a tensor: {expected}; got {_checks.describe(value)}")
-    _checks.check_same_device(op, "z", z, "labels_or_assignments", value)
-    _checks.check_dense(op, "labels_or_assignments", value)
-    if value.dtype in _checks.FLOATING:
-        if value.shape != (z.shape[0], prototypes.shape[0]):
-            raise ValueError(f"{op}: labels_or_assignments must be {expected}; got {_checks.describe(value)}")
-        if sample:
-            return reference.sample_labels(value.detach(), _uniform(z.shape[0], z.device, generator))
-        return value.detach().argmax(-1)
-    if value.dtype == torch.bool or value.is_complex() or value.shape != (z.shape[0],):
-        raise ValueError(f"{op}: labels_or_assignments must be {expected}; got {_checks.describe(value)}")
+    z: Tensor, given: Tensor, sample: bool, generator: torch.Generator | None
+) -> Tensor:  # [B] or [B, K] -> [B] int64
+    if given.dtype not in _checks.FLOATING:
+        return given.to(torch.int64)
     if sample:
-        raise ValueError(
-            f"{op}: sample=True needs probabilities [{z.shape[0]}, {prototypes.shape[0]}], got labels; pass the soft assignment"
-        )
-    return value.to(torch.int64)
+        return reference.sample_labels(given.detach(), _uniform(z.shape[0], z.device, generator))
+    return given.detach().argmax(-1)
 
 
 def _accumulate(z: Tensor, labels: Tensor, num_prototypes: int, skip_nonfinite: bool) -> tuple[Tensor, Tensor]:
