@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 // The CUDA kernels of `contrastive` on NumPy arrays: launch functions as the torch side calls them, workspace included.
-#include <limits>
 #include <vector>
 
 #include "emulator/host.h"
@@ -10,28 +9,8 @@
 
 using namespace pk::emulator;
 using namespace protokernels;
-using Array = py::object;
 
 namespace {
-
-template <typename T>
-constexpr Kind kind_of = std::is_same_v<T, float>    ? Kind::f32
-                         : std::is_same_v<T, double> ? Kind::f64
-                         : std::is_same_v<T, __half> ? Kind::f16
-                                                     : Kind::bf16;
-
-// A workspace in poisoned device memory, as torch's empty() would hand it out.
-struct Workspace {
-  explicit Workspace(int64_t bytes)
-      : array(py::array_t<double>(std::vector<py::ssize_t>{static_cast<py::ssize_t>(bytes / 8 + 1)})), buffer(poison(array), "workspace") {}
-  static py::array poison(py::array_t<double>& values) {
-    for (py::ssize_t i = 0; i < values.size(); ++i) values.mutable_data()[i] = std::numeric_limits<double>::quiet_NaN();
-    return values;
-  }
-  void* data() const { return buffer.data(); }
-  py::array_t<double> array;
-  Output<double> buffer;
-};
 
 // What forward and backward have in common. Columns are None where they are the rows.
 template <typename T>

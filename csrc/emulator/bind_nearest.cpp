@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: MIT
 // The CUDA kernels of `nearest` on NumPy arrays: the launch function as the torch side calls it, workspace included.
-#include <limits>
-#include <vector>
 
 #include "emulator/host.h"
 #include "ops/cuda/nearest_launch.h"
@@ -9,27 +7,8 @@
 
 using namespace pk::emulator;
 using namespace protokernels;
-using Array = py::object;
 
 namespace {
-
-template <typename T>
-constexpr Kind kind_of = std::is_same_v<T, float>    ? Kind::f32
-                         : std::is_same_v<T, double> ? Kind::f64
-                         : std::is_same_v<T, __half> ? Kind::f16
-                                                     : Kind::bf16;
-
-// A workspace in poisoned device memory, as torch's empty() would hand it out.
-struct Workspace {
-  explicit Workspace(int64_t bytes)
-      : array(py::array_t<double>(std::vector<py::ssize_t>{static_cast<py::ssize_t>(bytes / 8 + 1)})), buffer(poison(array), "workspace") {}
-  static py::array poison(py::array_t<double>& values) {
-    for (py::ssize_t i = 0; i < values.size(); ++i) values.mutable_data()[i] = std::numeric_limits<double>::quiet_NaN();
-    return values;
-  }
-  py::array_t<double> array;
-  Output<double> buffer;
-};
 
 // Rows of D values, as far apart as the arrays are wide. Returns how many queries the filter left to the comparison with the whole bank.
 template <typename Q, typename B>
@@ -44,9 +23,9 @@ int64_t search(const Array& queries_array, const Array& bank_array, int64_t D, i
                          queries.shape(1), bank.data(),      kind_of<B>,  bank.shape(1), cosine,         wide,
                          distances.data(), indices.data()};
   const Workspace workspace(nearest_workspace(p));
-  check(launch_nearest(p, workspace.buffer.data(), nullptr));
+  check(launch_nearest(p, workspace.data(), nullptr));
   if (p.N == 0 || D == 0) return p.N;
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(workspace.buffer.data()) + 255) / 256 * 256;  // as in nearest_kernel.cu
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256;  // as in nearest_kernel.cu
   return reinterpret_cast<const NearestState*>(start)->left;
 }
 

@@ -1,33 +1,13 @@
 // SPDX-License-Identifier: MIT
 // The CUDA kernels of `prototypes` on NumPy arrays: launch functions as the torch side calls them, workspace included.
-#include <vector>
 
 #include "emulator/host.h"
 #include "ops/prototypes.h"
 
 using namespace pk::emulator;
 using namespace protokernels;
-using Array = py::object;
 
 namespace {
-
-template <typename T>
-constexpr Kind kind_of = std::is_same_v<T, float>    ? Kind::f32
-                         : std::is_same_v<T, double> ? Kind::f64
-                         : std::is_same_v<T, __half> ? Kind::f16
-                                                     : Kind::bf16;
-
-// A workspace in poisoned device memory, as torch's empty() would hand it out.
-struct Workspace {
-  explicit Workspace(int64_t bytes)
-      : array(py::array_t<double>(std::vector<py::ssize_t>{static_cast<py::ssize_t>(bytes / 8 + 1)})), buffer(poison(array), "workspace") {}
-  static py::array poison(py::array_t<double>& values) {
-    for (py::ssize_t i = 0; i < values.size(); ++i) values.mutable_data()[i] = std::numeric_limits<double>::quiet_NaN();
-    return values;
-  }
-  py::array_t<double> array;
-  Output<double> buffer;
-};
 
 template <typename T, typename Z>
 void forward(const Array& z_array, int64_t rows, int64_t z_stride, const Array& prototypes_array, const Array& temperature_array,
@@ -65,7 +45,7 @@ void forward(const Array& z_array, int64_t rows, int64_t z_stride, const Array& 
   p.blend_kind = kind_of<T>;
   p.updated = updated.data();
   const Workspace workspace(prototypes_forward_workspace(p));
-  check(launch_prototypes_forward(p, workspace.buffer.data(), nullptr));
+  check(launch_prototypes_forward(p, workspace.data(), nullptr));
 }
 
 template <typename Z>
@@ -97,7 +77,7 @@ void backward(const Array& grad_assignment_array, const Array& grad_entropy_arra
   p.grad_temperature = grad_temperature.data();
   p.grad_prototypes_kind = Kind::f32;
   const Workspace workspace(prototypes_backward_workspace(p));
-  check(launch_prototypes_backward(p, workspace.buffer.data(), nullptr));
+  check(launch_prototypes_backward(p, workspace.data(), nullptr));
 }
 
 template <typename Z>
@@ -110,7 +90,7 @@ void accumulate(const Array& z_array, const Array& labels_array, int64_t z_strid
   const PrototypesAccumulate p{labels.size(), counts.size(),  D,           z.data(),     kind_of<Z>, z_stride,
                                labels.data(), skip_nonfinite, sums.data(), counts.data()};
   const Workspace workspace(prototypes_accumulate_workspace(p));
-  check(launch_prototypes_accumulate(p, workspace.buffer.data(), nullptr));
+  check(launch_prototypes_accumulate(p, workspace.data(), nullptr));
 }
 
 template <typename T>

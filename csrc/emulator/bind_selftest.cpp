@@ -7,7 +7,6 @@
 #include "emulator/selftest/selftest.h"
 
 using namespace pk::emulator;
-using Array = py::object;
 
 PK_EMULATOR_MODULE(module) {
   module.def("places", [](const Array& out, std::array<int, 3> grid, std::array<int, 3> block) {

@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: MIT
 // The CUDA kernels of `sinkhorn` on NumPy arrays: launch functions as the torch side calls them, workspace included.
-#include <limits>
-#include <vector>
 
 #include "emulator/host.h"
 #include "ops/cuda/sinkhorn_launch.h"
@@ -9,25 +7,8 @@
 
 using namespace pk::emulator;
 using namespace protokernels;
-using Array = py::object;
 
 namespace {
-
-template <typename T>
-constexpr Kind kind_of = std::is_same_v<T, float> ? Kind::f32 : Kind::f64;
-
-// A workspace in poisoned device memory, as torch's empty() would hand it out.
-struct Workspace {
-  explicit Workspace(int64_t bytes)
-      : array(py::array_t<double>(std::vector<py::ssize_t>{static_cast<py::ssize_t>(bytes / 8 + 1)})), buffer(poison(array), "workspace") {}
-  static py::array poison(py::array_t<double>& values) {
-    for (py::ssize_t i = 0; i < values.size(); ++i) values.mutable_data()[i] = std::numeric_limits<double>::quiet_NaN();
-    return values;
-  }
-  void* data() const { return buffer.data(); }
-  py::array_t<double> array;
-  Output<double> buffer;
-};
 
 template <typename T>
 void forward(const Array& cost_array, const Array& a_array, const Array& b_array, const Array& epsilon_array, const Array& g_init_array,

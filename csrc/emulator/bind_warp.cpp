@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 // The CUDA kernels of `warp` on NumPy arrays: launch functions as the torch side calls them, workspace included.
-#include <limits>
 #include <vector>
 
 #include "emulator/host.h"
@@ -8,29 +7,11 @@
 
 using namespace pk::emulator;
 using namespace protokernels;
-using Array = py::object;
 
 namespace {
 
 template <typename T>
-constexpr Kind kind_of = std::is_same_v<T, float>    ? Kind::f32
-                         : std::is_same_v<T, double> ? Kind::f64
-                         : std::is_same_v<T, __half> ? Kind::f16
-                                                     : Kind::bf16;
-template <typename T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// A workspace in poisoned device memory, as torch's empty() would hand it out.
-struct Workspace {
-  explicit Workspace(int64_t bytes)
-      : array(py::array_t<double>(std::vector<py::ssize_t>{static_cast<py::ssize_t>(bytes / 8 + 1)})), buffer(poison(array), "workspace") {}
-  static py::array poison(py::array_t<double>& values) {
-    for (py::ssize_t i = 0; i < values.size(); ++i) values.mutable_data()[i] = std::numeric_limits<double>::quiet_NaN();
-    return values;
-  }
-  py::array_t<double> array;
-  Output<double> buffer;
-};
 
 struct Options {
   std::vector<int> order, radius;
@@ -76,7 +57,7 @@ void forward(const Array& images, const Array& params, const Array& enabled, con
   in.fill(p, options);
   p.output = output.data();
   const Workspace workspace(warp_forward_workspace(p));
-  check(launch_warp_forward(p, workspace.buffer.data(), nullptr));
+  check(launch_warp_forward(p, workspace.data(), nullptr));
 }
 
 template <typename T>
@@ -90,7 +71,7 @@ void backward(const Array& grad_array, const Array& images, const Array& params,
   in.fill(p, options);
   p.grad = grad.data(), p.grad_images = grad_images.data(), p.grad_params = grad_params.data();
   const Workspace workspace(warp_backward_workspace(p));
-  check(launch_warp_backward(p, workspace.buffer.data(), nullptr));
+  check(launch_warp_backward(p, workspace.data(), nullptr));
 }
 
 template <typename T>
@@ -117,7 +98,7 @@ void affine_forward(const Array& images_array, const Array& matrix_array, const 
   fill_affine<T>(p, images, matrix, size, padding);
   p.output = output.data();
   const Workspace workspace(warp_affine_forward_workspace(p));
-  check(launch_warp_affine_forward(p, workspace.buffer.data(), nullptr));
+  check(launch_warp_affine_forward(p, workspace.data(), nullptr));
 }
 
 template <typename T>
@@ -131,7 +112,7 @@ void affine_backward(const Array& grad_array, const Array& images_array, const A
   fill_affine<T>(p, images, matrix, size, padding);
   p.grad = grad.data(), p.grad_images = grad_images.data(), p.grad_matrix = grad_matrix.data();
   const Workspace workspace(warp_affine_backward_workspace(p));
-  check(launch_warp_affine_backward(p, workspace.buffer.data(), nullptr));
+  check(launch_warp_affine_backward(p, workspace.data(), nullptr));
 }
 
 template <typename T>

@@ -16,10 +16,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <vector>
 
+#include "common/kind.h"
 #include "emulator/half.h"
 #include "emulator/memory.h"
 #include "emulator/runtime.h"
@@ -91,6 +96,29 @@ template <typename T>
 using Input = DeviceBuffer<T, false>;
 template <typename T>
 using Output = DeviceBuffer<T, true>;
+using Array = py::object;  // an argument: a NumPy array or None
+
+template <typename T>
+constexpr Kind kind_of = std::is_same_v<T, float>    ? Kind::f32
+                         : std::is_same_v<T, double> ? Kind::f64
+                         : std::is_same_v<T, __half> ? Kind::f16
+                                                     : Kind::bf16;
+
+// A workspace in poisoned device memory, as torch's empty() would hand it out.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes)
+      : array_(std::vector<py::ssize_t>{static_cast<py::ssize_t>(bytes / 8 + 1)}), buffer_(poison(array_), "workspace") {}
+  void* data() const { return buffer_.data(); }
+
+ private:
+  static py::array poison(py::array_t<double>& values) {
+    std::fill_n(values.mutable_data(), values.size(), std::numeric_limits<double>::quiet_NaN());
+    return values;
+  }
+  py::array_t<double> array_;
+  Output<double> buffer_;
+};
 
 inline void bind_common(py::module_& module) {
   py::register_local_exception<EmulatorError>(module, "EmulatorError", PyExc_RuntimeError);
