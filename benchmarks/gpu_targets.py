@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks a
 
 import protokernels as pk
 from benchmarks import measure_cuda
-from benchmarks.bench_contrastive import Embeddings, Local
 from benchmarks.bench_warp import Case as WarpCase
+from benchmarks.contrastive_cases import Embeddings, Local
 
 Call = Callable[[], Any]
 ROUNDS = 5

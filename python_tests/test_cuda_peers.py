@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import bench_contrastive, bench_sinkhorn, contrastive_peers, sinkhorn_peers
-from benchmarks.bench_contrastive import Embeddings, Views
+from benchmarks import bench_contrastive_cuda, bench_sinkhorn, contrastive_peers, sinkhorn_peers
+from benchmarks.contrastive_cases import Embeddings, Views
 from benchmarks.measure_cuda import EAGER, GRAPH, CudaContest
 from python_tests.test_measure_cuda import RUN, FakeGpu
 
@@ -99,36 +99,36 @@ class TestContrastive:
     @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
     @pytest.mark.parametrize("name", ["protokernels", "torch"])
     def test_everyone(self, contest: CudaContest, case: Any, name: str) -> None:
-        bench_contrastive.test_on_cuda(contest, case, EAGER, name)
+        bench_contrastive_cuda.test_on_cuda(contest, case, EAGER, name)
         row = row_of(contest)
         assert row["contender"] == name and ("limit_ms" in row) == (name == "protokernels")
 
     @pytest.mark.parametrize(
         ("case", "name", "rate"),
         [
-            *((case, bench_contrastive.TF32, "tf32") for case in SMALL),
-            *((case, bench_contrastive.BF16, "bf16") for case in SMALL),
-            (EMBEDDINGS, bench_contrastive.BF16_INPUT, "bf16"),
+            *((case, bench_contrastive_cuda.TF32, "tf32") for case in SMALL),
+            *((case, bench_contrastive_cuda.BF16, "bf16") for case in SMALL),
+            (EMBEDDINGS, bench_contrastive_cuda.BF16_INPUT, "bf16"),
         ],
         ids=lambda x: x if isinstance(x, str) else x.name,
     )
     def test_precisions(self, contest: CudaContest, case: Any, name: str, rate: str) -> None:
-        bench_contrastive.test_precision_on_cuda(contest, case, GRAPH, name)
+        bench_contrastive_cuda.test_precision_on_cuda(contest, case, GRAPH, name)
         row = row_of(contest)
         assert (row["contender"], row["rate"], row["against"]) == (name, rate, "protokernels")
 
     @pytest.mark.parametrize(
         ("case", "name"),
-        [(case, name) for case in SMALL for name in bench_contrastive.CUDA_PEERS[type(case)]],
+        [(case, name) for case in SMALL for name in bench_contrastive_cuda.CUDA_PEERS[type(case)]],
         ids=lambda x: x if isinstance(x, str) else x.name,
     )
     def test_peers(self, contest: CudaContest, case: Any, name: str) -> None:
-        peer = bench_contrastive.CUDA_PEERS[type(case)][name]
+        peer = bench_contrastive_cuda.CUDA_PEERS[type(case)][name]
         if find_spec(peer.module) is None:
             pytest.skip(f"{peer.module} is not installed")
-        bench_contrastive.test_peer_on_cuda(contest, case, name, EAGER)
+        bench_contrastive_cuda.test_peer_on_cuda(contest, case, name, EAGER)
         row = row_of(contest)
-        assert row["against"] == bench_contrastive.OF_RATE[peer.rate] and "limit_ms" not in row
+        assert row["against"] == bench_contrastive_cuda.OF_RATE[peer.rate] and "limit_ms" not in row
         if "cut" in name:
             assert {call["filter_eps"] for call in CALLS} == {"high" if "filtered" in name else None}
             assert bool(row["leaves_out"]) == ("filtered" in name)
@@ -140,7 +140,7 @@ class TestContrastive:
         changed = replace(contrastive_peers.CUDA_VIEWS["inf-cl"], prepare=twice)
         monkeypatch.setitem(contrastive_peers.CUDA_VIEWS, "inf-cl", changed)
         with pytest.raises(pytest.skip.Exception, match=r"inf-cl gives something else: 0\.5"):
-            bench_contrastive.test_peer_on_cuda(contest, VIEWS, "inf-cl", EAGER)
+            bench_contrastive_cuda.test_peer_on_cuda(contest, VIEWS, "inf-cl", EAGER)
 
     def test_a_failure_of_ours_is_not_blamed_on_a_peer(
         self, contest: CudaContest, monkeypatch: pytest.MonkeyPatch
@@ -154,13 +154,13 @@ class TestContrastive:
             return torch.ones(1)
 
         ours = (contrastive_peers.EMBEDDINGS, lambda p: lambda: works_once(p), "embeddings")
-        monkeypatch.setitem(bench_contrastive.FOR_CASE, Embeddings, ours)
+        monkeypatch.setitem(bench_contrastive_cuda.FOR_CASE, Embeddings, ours)
         with pytest.raises(RuntimeError, match=r"^broken$") as caught:
-            bench_contrastive.test_on_cuda(contest, EMBEDDINGS, EAGER, "protokernels")
+            bench_contrastive_cuda.test_on_cuda(contest, EMBEDDINGS, EAGER, "protokernels")
         assert type(caught.value) is RuntimeError
 
     def test_sizes_that_the_goals_name(self) -> None:
-        names = {case.name for case in bench_contrastive.ON_CUDA}
+        names = {case.name for case in bench_contrastive_cuda.ON_CUDA}
         assert {"32768x128", "2x8192x128", "2x32768x128", "2x32768x128, one way"} <= names
 
 
