@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a file, it finds the other benchmarks
 
-from benchmarks import communication, gallery, trainer_steps
+from benchmarks import communication, gallery, streaming, trainer_steps
 from benchmarks.table import milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -294,6 +294,7 @@ def made_tables() -> dict[tuple[str, str], list[tuple[str, Cells]]]:
         made["Benchmarks", heading] = [("", pivot.cells(rows)) for pivot in pivots]
     made["Benchmarks", "Training steps"] = [("", trainer_steps.cells(held("trainer_steps")["fair"]["rows"]))]
     made["Benchmarks", "Several processes"] = [("", communication.cells(held("communication")))]
+    made["Benchmarks", "Data larger than memory"] = [("", streaming.cells(held("streaming")["rows"]))]
     made["Benchmarks", "On a GPU"] = [("", gpu_peer_cells(held("h200_peers")["rows"])), ("", gpu_cells())]
     return made
 
