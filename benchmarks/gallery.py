@@ -92,18 +92,17 @@ def shrink(source: Path, target: Path) -> None:
     picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(target, optimize=True)
 
 
-def draw(shown: Shown, run: Path) -> list[Path]:
-    """Trains if ``run`` is no finished run, and puts its figures that are shown among the pictures."""
-    if not (run / "figures").exists():
+def draw(shown: Shown, run: Path) -> None:
+    """Trains if ``run`` lacks a figure that is shown, and puts those among the pictures."""
+    figures = {name: run / "figures" / f"{name}.png" for name in shown.figures}
+    if not all(figure.exists() for figure in figures.values()):
         subprocess.run(
             [sys.executable, "-m", *shown.command.split(), "--out", str(run), "--resume", "--quiet"], check=True
         )
-    made = []
-    for name in shown.figures:
-        made.append(PICTURES / shown.picture(name))
-        shrink(run / "figures" / f"{name}.png", made[-1])
-        print(f"{made[-1]}  {made[-1].stat().st_size // 1000} kB", flush=True)
-    return made
+    for name, figure in figures.items():
+        picture = PICTURES / shown.picture(name)
+        shrink(figure, picture)
+        print(f"{picture}  {picture.stat().st_size // 1000} kB", flush=True)
 
 
 def as_markdown() -> str:

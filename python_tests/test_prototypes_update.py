@@ -343,6 +343,8 @@ class TestContract:
         assert torch.equal(blend_prototypes(q, sums, counts, new_weight=0.5), q)
         with pytest.raises(ValueError, match=r"blend_prototypes: sums must be float64 of shape \[3, 3\]; got float32"):
             blend_prototypes(q, sums.float(), counts, new_weight=0.5)
+        with pytest.raises(ValueError, match=r"blend_prototypes: counts must be int64 of shape \[3\]; got list"):
+            blend_prototypes(q, sums, [1, 2, 0], new_weight=0.5)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"blend_prototypes: counts must be int64 of shape \[3\]; got int64 \[2\]"):
             blend_prototypes(q, sums, counts[:2], new_weight=0.5)
 

@@ -61,12 +61,12 @@ def check_revive(op: str, z: Tensor, prototypes: Tensor, revive: object) -> None
     _checks.check_dense(op, "revive", revive)
 
 
-def check_sums(op: str, prototypes: object, sums: Tensor, counts: Tensor) -> None:
+def check_sums(op: str, prototypes: object, sums: object, counts: object) -> None:
     _checks.check_matrix(op, "prototypes", prototypes, "[K, D]")
     assert isinstance(prototypes, Tensor)
-    if sums.shape != prototypes.shape or sums.dtype != torch.float64:
+    if not isinstance(sums, Tensor) or sums.shape != prototypes.shape or sums.dtype != torch.float64:
         raise ValueError(f"{op}: sums must be float64 of shape {list(prototypes.shape)}; got {_checks.describe(sums)}")
-    if counts.shape != prototypes.shape[:1] or counts.dtype != torch.int64:
+    if not isinstance(counts, Tensor) or counts.shape != prototypes.shape[:1] or counts.dtype != torch.int64:
         raise ValueError(f"{op}: counts must be int64 of shape [{prototypes.shape[0]}]; got {_checks.describe(counts)}")
     _checks.check_same_device(op, "prototypes", prototypes, "sums", sums)
     _checks.check_same_device(op, "prototypes", prototypes, "counts", counts)
