@@ -3,9 +3,10 @@
 # The CPU kernels and their torch side under AddressSanitizer and UndefinedBehaviorSanitizer: builds them apart, then runs the tests of the ops
 # once per instruction set. The first finding ends the run with a stack trace.
 #
-#   csrc/sanitize.sh                                   # all tests of the ops, generic and avx2 (and avx512 where the processor has it)
+#   csrc/sanitize.sh                                   # the ops' tests, generic and avx2 (and avx512 where the processor has it)
 #   csrc/sanitize.sh python_tests/test_nearest.py      # some; PROTOKERNELS_CPU_LEVEL=avx2 for one level
 #
+# Of every test the first case runs and a third of the others; EVERY_CASE=1 runs all, three times as long.
 # SANITIZE=address alone compiles in a third of the time; JOBS compilers run at once (default 1: one takes up to 2 GB). Needs g++, cmake, ninja and
 # what the tests need. Nothing outside build/sanitize is written.
 set -euo pipefail
@@ -32,6 +33,8 @@ tests=("$@")
 if ((${#tests[@]} == 0)); then
   tests=(python_tests/test_{prototypes,sinkhorn,contrastive,warp,nearest}*.py python_tests/test_fuzz.py)
 fi
+plugin=(-p python_tests.some_cases)
+[[ -z "${EVERY_CASE:-}" ]] || plugin=()
 levels="${PROTOKERNELS_CPU_LEVEL:-generic avx2$(grep -qw avx512vl /proc/cpuinfo && echo ' avx512' || true)}"
 # Python is not instrumented, so the libraries come first; torch never frees what it caches, so leaks are no finding.
 libraries="$(for name in libasan.so libubsan.so libstdc++.so; do g++ -print-file-name="$name"; done | paste -sd' ')"
@@ -39,6 +42,6 @@ for level in $levels; do
   echo "== $level"
   env PYTHONPATH="$package" PROTOKERNELS_CPU_LEVEL="$level" LD_PRELOAD="$libraries" PYTHONMALLOC=malloc \
     ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-    python -m pytest -x -q --import-mode=importlib -p no:cacheprovider "${tests[@]}" \
+    python -m pytest -x -q --import-mode=importlib -p no:cacheprovider "${plugin[@]}" "${tests[@]}" \
     -k "not compile and not export and not opcheck and not emulator and not reference"
 done

@@ -73,3 +73,20 @@ def own_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs train on and score a fourth of the embedded digits: for tests of what a run does, not of how well it learns."""
+    from dataclasses import replace
+
+    from protokernels.data import Split, load_dataset
+
+    digits = load_dataset("digits")
+    splits = {
+        name: Split(split.images[::4], split.labels[::4])
+        for name in ("train", "val", "test")
+        if (split := getattr(digits, name)) is not None and split.labels is not None
+    }
+    few = replace(digits, **splits)
+    monkeypatch.setattr("protokernels.training.experiment.load_dataset", lambda *_arguments, **_keywords: few)

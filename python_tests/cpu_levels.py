@@ -23,7 +23,8 @@ LEVELS = {  # level -> the processor's flags that it needs, by their names in /p
 
 class AtEveryLevel:
     """Inherited by a test class that names ``FILES`` and, as pytest's ``-k``, which of their tests are ``CHOSEN``. They run
-    natively on the CPU at every level but that of the outer run, and all of them have to pass."""
+    natively on the CPU at every level but that of the outer run, and all of them have to pass. Of a test's cases the first
+    runs and a third of the others; ``PROTOKERNELS_CPU_LEVEL=generic pytest`` runs all of them."""
 
     FILES: Sequence[str]
     CHOSEN = "TestValue or TestGradient"
@@ -40,7 +41,7 @@ class AtEveryLevel:
             pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
         files = [f"python_tests/{name}.py" for name in ("test_cpu_level", *self.FILES)]
         chosen = f"(cpu-native and ({self.CHOSEN})) or the_level_asked_for"
-        words = ["-q", "-p", "no:cacheprovider", *files, "-k", chosen]
+        words = ["-q", "-p", "no:cacheprovider", "-p", "python_tests.some_cases", *files, "-k", chosen]
         code = f"import os, pytest\nos.chdir({str(ROOT)!r})\nraise SystemExit(pytest.main({words}))"
         run = forks.Fork(code, tmp_path, {**os.environ, "PROTOKERNELS_CPU_LEVEL": level}).finish(self.SECONDS)
         assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]

@@ -59,9 +59,9 @@ def final_model(folder: Path) -> dict[str, torch.Tensor]:
 
 class TestCommands:
     @pytest.mark.parametrize("name", BASELINES)
-    def test_train_evaluate_and_figures(self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_train(self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out = tmp_path / "run"
-        words = ["train", name, "--out", str(out), *options(**TINY), "--device", "cpu", "--quiet"]
+        words = ["train", name, "--out", str(out), *options(**TINY), "--device", "cpu", "--quiet", "--no-figures"]
         assert cli.main(words) == 0
         shown = capsys.readouterr().out
         assert f"{name}, preset fair, digits: macro AUROC" in shown and "linear probe" in shown
@@ -71,6 +71,13 @@ class TestCommands:
         assert [probe[key]["images"] for key in probe] == [13, 63, 126, 378, 1259]
         assert probe["100%"]["macro_auroc"] > 0.75
         assert set(stored["splits"]["test"]) == {"labels"} and stored["splits"]["test"]["labels"]["fine_tune"] == {}
+
+    @pytest.mark.usefixtures("few_digits")
+    @pytest.mark.parametrize("name", ["random_init", "swav"])
+    def test_evaluate_and_figures(self, name: str, tmp_path: Path) -> None:
+        out = tmp_path / "run"
+        assert cli.main(["train", name, "--out", str(out), *options(**TINY), "--device", "cpu", "--quiet"]) == 0
+        stored = json.loads((out / "results.json").read_text())
         assert (out / "figures" / "losses.png").exists() == (name != "random_init")
         assert (out / "figures" / "fractions_test_labels.png").exists()
         assert cli.main(["evaluate", str(out)]) == 0
@@ -85,12 +92,12 @@ class TestCommands:
 
 
 class TestRuns:
-    @pytest.mark.usefixtures("unscored")
+    @pytest.mark.usefixtures("unscored", "few_digits")
     @pytest.mark.parametrize("name", TRAINED)
     def test_resume_to_the_bit(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Stops in the second epoch by an error, as a crash would: teachers and queues must come back too."""
         kind = importlib.import_module(f"protokernels.baselines.{name}").BASELINE.build
-        train_tiny(name, tmp_path / "whole", epochs=2, batch_size=400)
+        train_tiny(name, tmp_path / "whole", epochs=2, batch_size=100)
         forward, calls = kind.forward, 0
 
         def crash(*arguments: Any) -> Any:
@@ -102,9 +109,9 @@ class TestRuns:
 
         monkeypatch.setattr(kind, "forward", crash)
         with pytest.raises(RuntimeError, match="power cut"):
-            train_tiny(name, tmp_path / "cut", epochs=2, batch_size=400)
+            train_tiny(name, tmp_path / "cut", epochs=2, batch_size=100)
         monkeypatch.setattr(kind, "forward", forward)
-        train_tiny(name, tmp_path / "cut", epochs=2, batch_size=400, resume=True)
+        train_tiny(name, tmp_path / "cut", epochs=2, batch_size=100, resume=True)
         whole, cut = final_model(tmp_path / "whole"), final_model(tmp_path / "cut")
         assert whole.keys() == cut.keys() and all(torch.equal(value, cut[key]) for key, value in whole.items())
 

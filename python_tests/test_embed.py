@@ -23,7 +23,7 @@ from protokernels.evaluation import knn_predict
 from protokernels.papers import contrastive_autoencoder, optimized_views, vaesim
 from protokernels.training.runs import load_runs
 
-SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 500}
+SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 300}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,7 @@ def test_the_file_holds_what_is_scored(run: Path, images: Path, capsys: pytest.C
     assert (knn_predict(mapped, labels, mapped, k=1, num_classes=10) == labels).all()
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_every_method_with_embeddings(images: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.npy"
     np.save(small, np.load(images)[:7])
@@ -67,7 +68,7 @@ def test_every_method_with_embeddings(images: Path, tmp_path: Path) -> None:
         "cae": (
             contrastive_autoencoder,
             contrastive_autoencoder.CONFIG.preset(
-                "fair", data="digits", batch_size=500, epochs=2, warmup_epochs=1, ramp_epochs=1
+                "fair", data="digits", batch_size=300, epochs=2, warmup_epochs=1, ramp_epochs=1, most_clusters=9
             ),
         ),
         "views": (

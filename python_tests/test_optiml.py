@@ -38,7 +38,7 @@ TINY = OPTiMLConfig.preset(
     num_iters=10,
 )
 WORDS = ["--epochs", "1", "--warmup-epochs", "0", "--width", "2", "--image-size", "24", "--expander-dim", "20"]
-WORDS += ["--batch-size", "400", "--num-iters", "10", "--device", "cpu", "--quiet"]
+WORDS += ["--batch-size", "150", "--num-iters", "10", "--device", "cpu", "--quiet"]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -291,6 +291,7 @@ class TestFigures:
             assert len(set(chosen)) == len(chosen) == min(4, side**2)
 
 
+@pytest.mark.usefixtures("few_digits")
 class TestRun:
     def test_train_evaluate_figures(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = tmp_path / "run"

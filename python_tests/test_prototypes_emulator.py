@@ -122,7 +122,7 @@ class TestForward:
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("kind", ["f32", "f64"])
     def test_matches_float64_reference(self, kind: str, shape: tuple[int, int, int], similarity: str) -> None:
-        emulator = load("prototypes", "watched")
+        emulator = load("prototypes")
         case = Case(kind, shape, similarity)
         first = None
         for seed in SEEDS[:2]:
@@ -136,25 +136,25 @@ class TestForward:
     @pytest.mark.parametrize("shape", [(67, 35, 12), (35, 64, 17), (20, 5, 400)])
     @pytest.mark.parametrize("kind", ["f16", "bf16"])
     def test_half_precision_rows(self, kind: str, shape: tuple[int, int, int]) -> None:
-        emulator = load("prototypes", "watched")
+        emulator = load("prototypes")
         emulator.configure(seed=3)
         case = Case(kind, shape, "cosine")
         case.check(case.run(emulator))
 
     def test_row_stride_and_temperature_on_device(self) -> None:
-        emulator = load("prototypes", "watched")
+        emulator = load("prototypes")
         emulator.configure(seed=1)
         case = Case("f32", (40, 17, 9), "dot", stride=5)
         case.check(case.run(emulator, temperature_on_device=True))
 
     @pytest.mark.parametrize("shape", [(16 * 264 * 8 + 70, 3, 4), (16 * 132 * 8 + 70, 8, 129)])
     def test_a_warp_takes_several_tiles(self, shape: tuple[int, int, int]) -> None:
-        emulator = load("prototypes", "plain")
+        emulator = load("prototypes")
         case = Case("f32", shape, "cosine")
         case.check(case.run(emulator))
 
     def test_all_seeds_agree_bit_for_bit(self) -> None:
-        emulator = load("prototypes", "plain")
+        emulator = load("prototypes")
         case = Case("f32", (200, 40, 20), "cosine")
         outputs = []
         for seed in SEEDS:
@@ -165,7 +165,7 @@ class TestForward:
                 np.testing.assert_array_equal(value, outputs[0][name])
 
     def test_sampling_follows_the_inverse_distribution_function(self) -> None:
-        emulator = load("prototypes", "watched")
+        emulator = load("prototypes")
         emulator.configure(seed=2)
         case = Case("f64", (129, 6, 70), "cosine", sample=True)
         out = case.run(emulator)
@@ -176,7 +176,7 @@ class TestForward:
 
     @pytest.mark.parametrize("shape", [(129, 6, 70), (40, 6, 10)])
     def test_sampling_from_float32_weights(self, shape: tuple[int, int, int]) -> None:
-        emulator = load("prototypes", "watched")
+        emulator = load("prototypes")
         emulator.configure(seed=2)
         case = Case("f32", shape, "cosine", sample=True)
         out = case.run(emulator)
@@ -190,7 +190,7 @@ class TestForward:
         assert bool(((before <= u + rounding) & (u <= after + rounding)).all())
 
     def test_rows_of_any_length(self) -> None:
-        emulator = load("prototypes", "watched")
+        emulator = load("prototypes")
         for similarity, exponents in (("cosine", (-120, -36, 0, 60, 120)), ("dot", (-140, -60, 0, 5))):
             case = Case("f32", (40, 19, 20), similarity)
             scale = torch.tensor(exponents, dtype=torch.float64)[torch.arange(40) % len(exponents)]
@@ -202,7 +202,7 @@ class TestForward:
             assert bool(((torch.from_numpy(out["assignment"]) - c).abs() <= error).all())
 
     def test_sampling_never_returns_an_impossible_label(self) -> None:
-        emulator = load("prototypes", "plain")
+        emulator = load("prototypes")
         case = Case("f32", (64, 4, 40), "cosine", sample=True)
         case.temperature = 1e-3
         case.uniform = torch.full((64,), 1 - 2.0**-24)
@@ -210,7 +210,7 @@ class TestForward:
         assert bool((torch.from_numpy(out["assignment"]).gather(1, torch.from_numpy(out["labels"])[:, None]) > 0).all())
 
     def test_zero_rows_and_nan_rows(self) -> None:
-        emulator = load("prototypes", "watched")
+        emulator = load("prototypes")
         emulator.configure(seed=1)
         case = Case("f32", (70, 12, 7), "cosine")
         case.storage[3] = 0
@@ -227,13 +227,13 @@ class TestForward:
             assert out["counts"].sum() == (69 if skip else 70)
 
     def test_ties_take_the_lowest_index(self) -> None:
-        emulator = load("prototypes", "watched")
+        emulator = load("prototypes")
         case = Case("f32", (40, 8, 45), "cosine")
         case.prototypes[:] = case.prototypes[:1]
         assert (case.run(emulator)["labels"] == 0).all()
 
     def test_empty_cluster_keeps_its_prototype(self) -> None:
-        emulator = load("prototypes", "watched")
+        emulator = load("prototypes")
         case = Case("f32", (10, 4, 30), "cosine")
         out = case.run(emulator)
         empty = out["counts"] == 0
@@ -271,8 +271,8 @@ class TestBackward:
         return out
 
     @classmethod
-    def check(cls, case: Case, *, with_entropy: bool, seeds: tuple[int, ...] = (0, 1), build: str = "watched") -> None:
-        emulator = load("prototypes", build)
+    def check(cls, case: Case, *, with_entropy: bool, seeds: tuple[int, ...] = (0, 1)) -> None:
+        emulator = load("prototypes")
         generator = torch.Generator().manual_seed(7)
         grad_c = torch.randn(case.B, case.K, generator=generator)
         grad_h = torch.randn(case.B, generator=generator) if with_entropy else None
@@ -321,10 +321,10 @@ class TestBackward:
         self.check(Case("f32", (40, 17, 9), "cosine", stride=5), with_entropy=False)
 
     def test_a_block_takes_several_tiles_and_stages(self) -> None:
-        self.check(Case("f32", (64 * 132 * 2 + 70, 8, 6), "cosine"), with_entropy=True, seeds=(0,), build="plain")
+        self.check(Case("f32", (64 * 132 * 2 + 70, 8, 6), "cosine"), with_entropy=True, seeds=(0,))
 
     def test_a_zero_row_and_a_zero_prototype_have_no_gradient(self) -> None:
-        emulator = load("prototypes", "watched")
+        emulator = load("prototypes")
         case = Case("f32", (20, 12, 7), "cosine")
         case.storage[3], case.prototypes[2] = 0, 0
         c, _, _ = reference.soft_assign(case.z.double(), case.prototypes.double(), case.temperature, "cosine")
@@ -336,7 +336,7 @@ class TestBackward:
 class TestAccumulate:
     @pytest.mark.parametrize("kind", list(KINDS))
     def test_matches_reference(self, kind: str) -> None:
-        emulator = load("prototypes", "watched")
+        emulator = load("prototypes")
         generator = torch.Generator().manual_seed(5)
         z = torch.randn(150, 21, generator=generator).to(KINDS[kind])
         z[7, 3] = float("nan")
@@ -357,7 +357,7 @@ class TestAccumulate:
         ids=["sorted three times", "three ranges of clusters", "many chunks", "one cluster", "few rows"],
     )
     def test_chunks_segments_and_ranges(self, B: int, K: int, D: int, share: float) -> None:
-        emulator = load("prototypes", "plain")
+        emulator = load("prototypes")
         generator = torch.Generator().manual_seed(B)
         z = torch.randn(B, D, generator=generator)
         labels = torch.randint(-1, K, (B,), generator=generator)
@@ -374,7 +374,7 @@ class TestAccumulate:
             np.testing.assert_array_equal(sums, first)
 
     def test_label_too_large_traps(self) -> None:
-        emulator = load("prototypes", "plain")
+        emulator = load("prototypes")
         z, labels = np.ones((3, 2), np.float32), np.array([0, 2, 1])
         with pytest.raises(emulator.EmulatorError):
             emulator.accumulate_f32(z, labels, 2, 2, False, poisoned((2, 2), np.float64), poisoned((2,), np.int64))
@@ -383,7 +383,7 @@ class TestAccumulate:
 class TestBlend:
     @pytest.mark.parametrize("kind", list(KINDS))
     def test_matches_reference(self, kind: str) -> None:
-        emulator = load("prototypes", "watched")
+        emulator = load("prototypes")
         generator = torch.Generator().manual_seed(6)
         q = torch.randn(9, 33, generator=generator).to(KINDS[kind])
         sums, counts = torch.randn(9, 33, generator=generator, dtype=torch.float64), torch.arange(9)

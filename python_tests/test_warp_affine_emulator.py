@@ -135,7 +135,7 @@ class TestAffine:
     @pytest.mark.parametrize("padding", [0, 1, 2])
     def test_the_adjoint(self, padding: int) -> None:
         """<G, T X> = <T' G, X>, K13."""
-        emulator = load("warp", "plain")
+        emulator = load("warp")
         for case in CASES:
             affine = AffineCase("f64", *case, padding)
             output, by_images, _ = affine.run(emulator)

@@ -135,7 +135,7 @@ class TestRotation:
 
     @pytest.mark.parametrize("angle", range(0, 200, 9))
     def test_the_adjoint_at_any_angle(self, angle: int) -> None:
-        emulator = load("warp", "plain")
+        emulator = load("warp")
         chain = Chain("f64", (1, 1, 17, 21), (ROTATE,))
         chain.params[:, 6] = angle / 200
         chain.check(chain.run(emulator))
@@ -218,7 +218,7 @@ class TestAdjoint:
     @pytest.mark.parametrize("padding", [0, 1, 2])
     def test_of_every_linear_stage(self, order: tuple[int, ...], padding: int) -> None:
         """<G, T X> = <T' G, X>, K13."""
-        emulator = load("warp", "plain")
+        emulator = load("warp")
         for shape in ((2, 1, 24, 24), (1, 2, 45, 19), (1, 1, 7, 90)):
             chain = Chain("f64", shape, order, padding=padding)
             output, by_images, _ = chain.run(emulator)
@@ -227,7 +227,7 @@ class TestAdjoint:
 
 
 def test_every_kind_is_bound() -> None:
-    emulator = load("warp", "plain")
+    emulator = load("warp")
     for kind in KINDS:
         for name in ("forward", "backward", "affine_forward", "affine_backward"):
             assert callable(getattr(emulator, f"{name}_{kind}"))

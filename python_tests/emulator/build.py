@@ -5,7 +5,7 @@ The module of an op is made of `csrc/emulator/bind_<op>.cpp`, the kernels `csrc/
 itself. It exists in three variants:
 
 - `"watched"`: every memory access of a kernel is checked (bounds, races, reads before writes). The one to use.
-- `"plain"`: no checks beyond barriers, alignment and poison; for speed and for results over several seeds.
+- `"plain"`: no checks beyond barriers, alignment and poison, and threads as on processors other than x86-64. Not faster.
 - `"address"`: compiled with AddressSanitizer; use it through `run_under_address_sanitizer`.
 
 A test of an op looks like this:
