@@ -115,6 +115,17 @@ class TestReadme:
         assert TEST_COMMAND in README.read_text()
         assert f"command='{TEST_COMMAND}'" in (ROOT / ".ci" / "run").read_text()
 
+    def test_its_links_lead_somewhere(self) -> None:
+        """To a heading, by the name that GitHub gives it, or to a file."""
+        text = README.read_text()
+        headings = [re.sub(r"[^\w -]", "", heading.lower()) for heading in re.findall(r"^#+ (.+)$", text, flags=re.M)]
+        names = {heading.replace(" ", "-") for heading in headings}
+        links = re.findall(r"\]\(([^)\s]+)\)", text)
+        assert any(link.startswith("#") for link in links)
+        for link in links:
+            if not link.startswith("https://"):
+                assert link[1:] in names if link.startswith("#") else (ROOT / link).exists(), link
+
     def test_has_a_row_for_every_environment_variable(self) -> None:
         files = [ROOT / "setup.py", *ROOT.glob("protokernels/**/*.py"), *ROOT.glob("csrc/common/*.cpp")]
         read = r"""(?:environ(?:\.get\(|\[)|getenv\()\s*["'](PROTOKERNELS_\w+)["']"""
