@@ -124,7 +124,7 @@ class TestRun:
 
     def test_ctrl_c_leaves_a_usable_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = tmp_path / "run"
-        words = ["train", "vaesim", "--out", str(folder), *SMALL, "--epochs", "6"]
+        words = ["train", "vaesim", "--out", str(folder), *SMALL, "--epochs", "6", "--no-figures"]
         process = subprocess.Popen(
             [sys.executable, "-m", "protokernels", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
