@@ -64,7 +64,7 @@ KERNEL_FLAGS = {
     "address": ADDRESS_FLAGS,
 }
 # The watched build must not link the thread sanitizer's library: watch.cpp takes its place.
-LINK_FLAGS = {"watched": "", "plain": "", "address": "-fsanitize=address,alignment,bounds"}
+LINK_FLAGS: dict[Variant, str] = {"watched": "", "plain": "", "address": "-fsanitize=address,alignment,bounds"}
 
 
 class BuildError(RuntimeError):
@@ -134,7 +134,7 @@ def _ninja_file() -> str:
             parts = (*RUNTIME, "watch") if variant == "watched" else RUNTIME
             inputs += [compiled(f"runtime_{variant}", ROOT / f"csrc/emulator/{part}.cpp", variant) for part in parts]
             inputs += [compiled(f"kernel_{variant}", kernel, variant) for kernel in _kernels(op)]
-            target = _target(op, variant).relative_to(ROOT)  # type: ignore[arg-type]
+            target = _target(op, variant).relative_to(ROOT)
             links.append(f"build {target}: link_{variant} {' '.join(inputs)}")
     return "\n".join([*lines, *objects.values(), *links]) + "\n"
 
