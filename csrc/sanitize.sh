@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# The CPU kernels and their torch side under AddressSanitizer and UndefinedBehaviorSanitizer: builds them apart, then runs the tests of the ops
-# once per instruction set. The first finding ends the run with a stack trace.
+# The CPU kernels and their torch side under AddressSanitizer and UndefinedBehaviorSanitizer, or under ThreadSanitizer: builds them apart, then runs
+# the tests of the ops once per instruction set. The first finding ends the run with a stack trace.
 #
 #   csrc/sanitize.sh                                   # the ops' tests, generic and avx2 (and avx512 where the processor has it)
+#   SANITIZE=thread csrc/sanitize.sh                   # races; on threads of the package's own (common/parallel.h)
 #   csrc/sanitize.sh python_tests/test_nearest.py      # some; PROTOKERNELS_CPU_LEVEL=avx2 for one level
 #
 # Of every test the first case runs and a third of the others; EVERY_CASE=1 runs all, three times as long.
@@ -12,9 +13,9 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-build="$root/build/sanitize"
-package="$build/package"
 sanitizers="${SANITIZE:-address,undefined,float-cast-overflow}"
+build="$root/build/sanitize/${sanitizers//,/-}"
+package="$build/package"
 torch="$(python -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("torch").origin).parent)')"
 
 cmake -G Ninja -S "$root" -B "$build" -DTORCH_ROOT="$torch" -DTORCH_VERSION=any -DPython_EXECUTABLE="$(command -v python)" \
@@ -36,12 +37,18 @@ fi
 plugin=(-p python_tests.some_cases)
 [[ -z "${EVERY_CASE:-}" ]] || plugin=()
 levels="${PROTOKERNELS_CPU_LEVEL:-generic avx2$(grep -qw avx512vl /proc/cpuinfo && echo ' avx512' || true)}"
-# Python is not instrumented, so the libraries come first; torch never frees what it caches, so leaks are no finding.
-libraries="$(for name in libasan.so libubsan.so libstdc++.so; do g++ -print-file-name="$name"; done | paste -sd' ')"
+# Python is not instrumented, so the libraries come first; torch never frees what it caches, so leaks are no finding. Races are looked for in this
+# library alone: how torch's and numpy's threads wait for each other is not to be seen. Memory lies at the same places in every run, as the thread
+# sanitizer wants it.
+wanted=(libasan.so libubsan.so libstdc++.so)
+command=(python)
+if [[ "$sanitizers" == thread ]]; then wanted=(libtsan.so) command=(setarch -R python); fi
+libraries="$(for name in "${wanted[@]}"; do g++ -print-file-name="$name"; done | paste -sd' ')"
 for level in $levels; do
   echo "== $level"
   env PYTHONPATH="$package" PROTOKERNELS_CPU_LEVEL="$level" LD_PRELOAD="$libraries" PYTHONMALLOC=malloc \
     ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-    python -m pytest -x -q --import-mode=importlib -p no:cacheprovider "${plugin[@]}" "${tests[@]}" \
+    TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
+    "${command[@]}" -m pytest -x -q --import-mode=importlib -p no:cacheprovider "${plugin[@]}" "${tests[@]}" \
     -k "not compile and not export and not opcheck and not emulator and not reference and not autoencoder"
 done

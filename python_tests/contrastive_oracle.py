@@ -12,10 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from python_tests.prototypes_oracle import PLACES, Place, needs_native
-
-__all__ = ["FORMS", "PLACES", "Place", "brute_force", "check_close", "draw_maps", "needs_native", "rounding"]
-
 FORMS = ("supcon", "in", "paper", "negout")
 
 

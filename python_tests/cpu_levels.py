@@ -11,7 +11,7 @@ import pytest
 
 from protokernels import _native
 from python_tests import forks
-from python_tests.prototypes_oracle import needs_native
+from python_tests.places import needs_native
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {  # level -> the processor's flags that it needs, by their names in /proc/cpuinfo

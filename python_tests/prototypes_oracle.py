@@ -3,43 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-from protokernels import _native, backend
-
 NORM_FLOOR = 1e-12
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a test runs: a device and one of the two backends."""
-
-    device: str
-    backend: str
-
-    @contextmanager
-    def selected(self) -> Iterator[Place]:
-        with backend.use(self.backend):
-            yield self
-
-    def seeded(self, seed: int) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(seed)
-
-
-needs_native = pytest.mark.skipif(_native.LIBRARY is None, reason=f"the native library is not built: {_native.PROBLEM}")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-PLACES = [
-    pytest.param(Place("cpu", "native"), id="cpu-native", marks=needs_native),
-    pytest.param(Place("cpu", "reference"), id="cpu-reference"),
-    pytest.param(Place("cuda", "native"), id="cuda-native", marks=[pytest.mark.cuda, needs_native, needs_gpu]),
-]
 
 # (B, K, D): one, two, a vector's width less and more than one, several tiles with a remainder, wide K and D
 SIZES = [

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from python_tests.prototypes_oracle import PLACES, Place, as_numpy, needs_gpu, needs_native, unit_roundoff
-
-__all__ = ["PLACES", "Place", "as_numpy", "needs_gpu", "needs_native"]
+from python_tests.places import Place
+from python_tests.prototypes_oracle import as_numpy, unit_roundoff
 
 Array = np.ndarray
 STEP = 1e-30

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 import protokernels
 from protokernels import backend, cluster
 from protokernels import nn as modules
-from python_tests.prototypes_oracle import needs_native
+from python_tests.places import needs_native
 from python_tests.test_lockstep import OPERATORS
 
 CALLS = int(os.environ.get("PROTOKERNELS_CALLS", "150"))

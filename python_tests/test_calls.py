@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import protokernels
 from protokernels.ops import _calls
-from python_tests.prototypes_oracle import needs_native
+from python_tests.places import needs_native
 
 pytestmark = needs_native
 

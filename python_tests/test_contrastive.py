@@ -18,16 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protokernels import cross_view_loss, local_contrastive_loss, nt_xent_loss, supcon_loss
-from python_tests.contrastive_oracle import (
-    FORMS,
-    PLACES,
-    Place,
-    brute_force,
-    check_close,
-    draw_maps,
-    needs_native,
-    rounding,
-)
+from python_tests.contrastive_oracle import FORMS, brute_force, check_close, draw_maps, rounding
+from python_tests.places import PLACES, Place, needs_native
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dense": {},

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from protokernels import cross_view_loss, local_contrastive_loss, nt_xent_loss, supcon_loss
-from python_tests.contrastive_oracle import FORMS, draw_maps, needs_native
+from python_tests.contrastive_oracle import FORMS, draw_maps
 from python_tests.cuda_contract import CudaContract, need_memory, nothing_waits, on
-from python_tests.prototypes_oracle import needs_gpu
+from python_tests.places import needs_gpu, needs_native
 
 pytestmark = [pytest.mark.cuda, needs_native, needs_gpu]
 

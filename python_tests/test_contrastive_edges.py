@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from protokernels import cross_view_loss, local_contrastive_loss, nt_xent_loss, supcon_loss
-from python_tests.contrastive_oracle import FORMS, PLACES, Place, brute_force, check_close, draw_maps
+from python_tests.contrastive_oracle import FORMS, brute_force, check_close, draw_maps
+from python_tests.places import PLACES, Place
 
 
 @pytest.fixture(params=PLACES)

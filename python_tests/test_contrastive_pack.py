@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from python_tests.contrastive_oracle import Place, needs_native
 from python_tests.cpu_levels import AtEveryLevel
-from python_tests.test_contrastive_torch import NATIVE_PLACES
+from python_tests.places import NATIVE_PLACES, Place, needs_native
 
 OPS = torch.ops.protokernels
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

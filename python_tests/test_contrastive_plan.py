@@ -11,8 +11,7 @@ from torch import Tensor
 
 from protokernels.ops._contrastive_plan import Plan, crossing_plan, pairs_plan, plan_in_torch, plan_sizes
 from protokernels.reference import contrastive as reference
-from python_tests.contrastive_oracle import needs_native
-from python_tests.prototypes_oracle import needs_gpu
+from python_tests.places import needs_gpu, needs_native
 
 LAYOUTS: list[tuple[tuple[int, int, int], tuple[int, int, int], bool]] = [
     ((0, 0, 0), (1, 1, 1), False),

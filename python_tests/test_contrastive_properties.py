@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from protokernels import cross_view_loss, local_contrastive_loss, nt_xent_loss, supcon_loss
-from python_tests.contrastive_oracle import FORMS, PLACES, Place, brute_force, check_close, draw_maps, rounding
+from python_tests.contrastive_oracle import FORMS, brute_force, check_close, draw_maps, rounding
+from python_tests.places import PLACES, Place
 
 # One fixture serves all examples of a test: it only selects the backend.
 COMMON = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from protokernels import cross_view_loss, local_contrastive_loss, nt_xent_loss, supcon_loss
-from python_tests.contrastive_oracle import PLACES, Place, brute_force, check_close, draw_maps, rounding
+from python_tests.contrastive_oracle import brute_force, check_close, draw_maps, rounding
 from python_tests.cpu_levels import AtEveryLevel
+from python_tests.places import NATIVE_PLACES, PLACES, Place
 
-NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
 OPS = torch.ops.protokernels
 NO_BACKWARD = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 """All of opcheck but the check that a gradient is registered, for what has none."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from protokernels.cluster import Elbow, KMeans, choose_n_clusters, find_elbow
-from python_tests.prototypes_oracle import PLACES, Place
+from python_tests.places import PLACES, Place
 
 
 @pytest.fixture(params=PLACES)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import protokernels
-from python_tests.prototypes_oracle import needs_native
+from python_tests.places import needs_native
 
 pytestmark = [
     needs_native,

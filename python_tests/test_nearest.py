@@ -20,7 +20,7 @@ from torch import Tensor
 
 from protokernels import nearest
 from python_tests.nearest_oracle import check, draw
-from python_tests.prototypes_oracle import PLACES, Place, needs_native
+from python_tests.places import PLACES, Place, needs_native
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ["sqeuclidean", "cosine"]

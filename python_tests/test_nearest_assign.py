@@ -19,7 +19,7 @@ from protokernels.cluster import KMeans
 from protokernels.ops import nearest as op
 from protokernels.ops.nearest import assign
 from python_tests.nearest_oracle import draw, expected
-from python_tests.prototypes_oracle import PLACES, Place, needs_native
+from python_tests.places import PLACES, Place, needs_native
 
 # (N, K, D): one; a vector's width less and more than one; panels of one, two and three vectors at every level; more columns than
 # are summed in one go, and a remainder of them; more centers than bits of a mask

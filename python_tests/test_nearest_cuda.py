@@ -13,7 +13,7 @@ from protokernels import _native, nearest
 from protokernels.cluster import KMeans
 from python_tests.cuda_contract import ELEMENTS_OF_INT32, CudaContract, need_memory
 from python_tests.nearest_oracle import check, draw
-from python_tests.prototypes_oracle import needs_gpu, needs_native
+from python_tests.places import needs_gpu, needs_native
 
 pytestmark = [pytest.mark.cuda, needs_native, needs_gpu]
 METRICS = ["sqeuclidean", "cosine"]

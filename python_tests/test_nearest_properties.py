@@ -11,7 +11,7 @@ from torch import Tensor
 
 from protokernels import backend, nearest
 from python_tests.nearest_oracle import check
-from python_tests.prototypes_oracle import needs_native
+from python_tests.places import needs_native
 
 METRIC = st.sampled_from(["sqeuclidean", "cosine"])
 

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from protokernels import nearest
 from python_tests.cpu_levels import AtEveryLevel
 from python_tests.nearest_oracle import check, draw
-from python_tests.prototypes_oracle import PLACES, Place
-
-NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
+from python_tests.places import NATIVE_PLACES, PLACES, Place
 
 
 @pytest.fixture(params=PLACES)

@@ -18,7 +18,8 @@ from protokernels import prototype_step, soft_assign
 from protokernels.nn import LinearTemperature, Prototypes
 from python_tests import forks
 from python_tests.distributed import prototypes_worker as worker
-from python_tests.prototypes_oracle import PLACES, Place, draw, oracle
+from python_tests.places import PLACES, Place
+from python_tests.prototypes_oracle import draw, oracle
 
 
 @pytest.fixture(params=PLACES)

@@ -17,7 +17,7 @@ from protokernels.nn import SinkhornAssignment, SinkhornLoss
 from protokernels.reference.sinkhorn import cost_matrix
 from python_tests import forks
 from python_tests.distributed import sinkhorn_worker as worker
-from python_tests.sinkhorn_oracle import PLACES, Place
+from python_tests.places import PLACES, Place
 
 
 @pytest.fixture(params=PLACES)

@@ -17,7 +17,8 @@ from torch import Tensor
 from protokernels import affine_warp, transform
 from protokernels.nn import DifferentiableTransform, RandomViews, ViewStrength
 from protokernels.nn.random_views import ViewParameters, view_matrix
-from python_tests.warp_oracle import PLACES, STAGES, Place, draw
+from python_tests.places import PLACES, Place
+from python_tests.warp_oracle import STAGES, draw
 
 OPTIONS: dict[str, Any] = {
     "order": STAGES[::-1], "sigma_max": 1.1, "noise_std": 0.5, "crop_size": 0.8, "sharpness": 2.5, "radius": 3, "blur_padding": "zeros",

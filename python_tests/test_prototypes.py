@@ -19,10 +19,9 @@ from torch import Tensor
 
 import protokernels
 from protokernels import prototype_step, soft_assign
+from python_tests.places import PLACES, Place
 from python_tests.prototypes_oracle import (
-    PLACES,
     SIZES,
-    Place,
     as_numpy,
     check_update,
     compare,

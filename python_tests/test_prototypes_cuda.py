@@ -15,7 +15,8 @@ from torch import Tensor
 from protokernels import _native, prototype_step, soft_assign, update_prototypes
 from protokernels.nn import Prototypes
 from python_tests.cuda_contract import ELEMENTS_OF_INT32, CudaContract, need_memory, nothing_waits, on
-from python_tests.prototypes_oracle import check_update, draw, needs_gpu, needs_native, oracle
+from python_tests.places import needs_gpu, needs_native
+from python_tests.prototypes_oracle import check_update, draw, oracle
 
 pytestmark = [pytest.mark.cuda, needs_native, needs_gpu]
 ROOT = Path(__file__).resolve().parents[1]

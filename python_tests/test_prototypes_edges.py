@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from protokernels import prototype_step, soft_assign
-from python_tests.prototypes_oracle import PLACES, Place, draw, oracle
+from python_tests.places import PLACES, Place
+from python_tests.prototypes_oracle import draw, oracle
 
 
 @pytest.fixture(params=PLACES)

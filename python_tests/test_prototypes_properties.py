@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from protokernels import prototype_step, soft_assign, update_prototypes
-from python_tests.prototypes_oracle import PLACES, Place, as_numpy, check_update, draw, oracle
+from python_tests.places import PLACES, Place
+from python_tests.prototypes_oracle import as_numpy, check_update, draw, oracle
 
 # One fixture serves all examples of a test: it only selects the backend.
 COMMON = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from protokernels import prototype_step, soft_assign, update_prototypes
 from python_tests.cpu_levels import AtEveryLevel
-from python_tests.prototypes_oracle import PLACES, Place, draw, needs_native, oracle
-
-NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
+from python_tests.places import NATIVE_PLACES, PLACES, Place, needs_native
+from python_tests.prototypes_oracle import draw, oracle
 
 
 @pytest.fixture(params=PLACES)

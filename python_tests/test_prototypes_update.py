@@ -14,7 +14,8 @@ import torch
 import protokernels
 from protokernels import prototype_step, update_prototypes, update_prototypes_
 from protokernels.ops.prototypes import blend_prototypes, revive_prototypes
-from python_tests.prototypes_oracle import PLACES, Place, check_update, draw, expected_sums, needs_native
+from python_tests.places import PLACES, Place, needs_native
+from python_tests.prototypes_oracle import check_update, draw, expected_sums
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

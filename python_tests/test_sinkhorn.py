@@ -21,15 +21,8 @@ from torch import Tensor
 
 import protokernels
 from protokernels import sinkhorn
-from python_tests.sinkhorn_oracle import (
-    PLACES,
-    SIZES,
-    Place,
-    check,
-    draw,
-    inputs,
-    solve_batch,
-)
+from python_tests.places import PLACES, Place
+from python_tests.sinkhorn_oracle import SIZES, check, draw, inputs, solve_batch
 
 EPSILONS = (0.5, 0.05, 0.005)
 

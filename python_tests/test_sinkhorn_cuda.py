@@ -13,7 +13,8 @@ from torch import Tensor
 from protokernels import sinkhorn, sinkhorn_divergence, sinkhorn_features
 from protokernels.nn import SinkhornAssignment
 from python_tests.cuda_contract import CudaContract, need_memory, nothing_waits
-from python_tests.sinkhorn_oracle import check, draw, needs_gpu, needs_native, norm_error, solve_batch
+from python_tests.places import needs_gpu, needs_native
+from python_tests.sinkhorn_oracle import check, draw, norm_error, solve_batch
 
 pytestmark = [pytest.mark.cuda, needs_native, needs_gpu]
 

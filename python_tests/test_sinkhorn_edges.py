@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from protokernels import sinkhorn
+from python_tests.places import PLACES, Place
 from python_tests.sinkhorn_oracle import (
-    PLACES,
-    Place,
     Weights,
     as_numpy,
     check,

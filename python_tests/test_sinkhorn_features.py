@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from protokernels import sinkhorn, sinkhorn_divergence, sinkhorn_features
-from python_tests.sinkhorn_oracle import PLACES, Place, as_numpy, draw, norm_error, solve_batch
+from python_tests.places import PLACES, Place
+from python_tests.sinkhorn_oracle import as_numpy, draw, norm_error, solve_batch
 
 COSTS = ["cosine", "sqeuclidean"]
 EPSILONS = {"cosine": (0.3, 0.02), "sqeuclidean": (2.0, 0.3)}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from protokernels import sinkhorn, sinkhorn_divergence
-from python_tests.sinkhorn_oracle import PLACES, Place, as_numpy, draw
+from python_tests.places import PLACES, Place
+from python_tests.sinkhorn_oracle import as_numpy, draw
 
 
 @pytest.fixture(params=PLACES)

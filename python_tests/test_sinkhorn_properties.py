@@ -15,17 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from protokernels import sinkhorn, sinkhorn_divergence
-from python_tests.sinkhorn_oracle import (
-    PLACES,
-    Place,
-    Weights,
-    check,
-    draw,
-    gradients,
-    modulo_constants,
-    norm_error,
-    solve_batch,
-)
+from python_tests.places import PLACES, Place
+from python_tests.sinkhorn_oracle import Weights, check, draw, gradients, modulo_constants, norm_error, solve_batch
 
 # One fixture serves all examples of a test: it only selects the backend.
 COMMON = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

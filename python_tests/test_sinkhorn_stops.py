@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from protokernels import sinkhorn
+from python_tests.places import PLACES, Place
 from python_tests.sinkhorn_oracle import (
-    PLACES,
-    Place,
     Weights,
     as_numpy,
     check,

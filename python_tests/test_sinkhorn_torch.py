@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from protokernels import sinkhorn, sinkhorn_divergence, sinkhorn_features
 from python_tests.cpu_levels import AtEveryLevel
-from python_tests.sinkhorn_oracle import PLACES, Place, draw, needs_native
+from python_tests.places import NATIVE_PLACES, PLACES, Place, needs_native
+from python_tests.sinkhorn_oracle import draw
 
-NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
 DTYPES = [torch.float32, torch.float64]
 OPS = torch.ops.protokernels
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from protokernels import affine_warp, blend_flip, gaussian_blur, gaussian_noise, rotate, soft_crop, transform
 from python_tests import warp_oracle as oracle
-from python_tests.warp_oracle import PLACES, SHAPES, STAGES, Place, check, draw, needs_native, rounding
+from python_tests.places import PLACES, Place, needs_native
+from python_tests.warp_oracle import SHAPES, STAGES, check, draw, rounding
 
 PADDINGS = ("reflect", "replicate", "zeros")
 AFFINE_PADDINGS = ("zeros", "border", "reflection")

@@ -13,7 +13,7 @@ from torch import Tensor
 from protokernels import _native, affine_warp, backend, gaussian_blur, gaussian_noise, rotate, transform
 from protokernels.reference import warp_noise
 from python_tests.cuda_contract import CudaContract, need_memory, nothing_waits, on
-from python_tests.prototypes_oracle import needs_gpu, needs_native
+from python_tests.places import needs_gpu, needs_native
 from python_tests.warp_oracle import STAGES, draw, kinks, rotation_kinks
 
 pytestmark = [pytest.mark.cuda, needs_native, needs_gpu]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from protokernels import affine_warp, blend_flip, gaussian_blur, gaussian_noise, rotate, soft_crop, transform
+from python_tests.places import PLACES, Place
 from python_tests.test_warp import AFFINE_PADDINGS, draw_matrices, on
-from python_tests.warp_oracle import PLACES, STAGES, Place, draw
+from python_tests.warp_oracle import STAGES, draw
 
 EMPTY = [(0, 1, 4, 4), (2, 0, 4, 4), (2, 1, 0, 4), (2, 1, 4, 0), (0, 0, 0, 0)]
 COLUMN = {"blur": 0, "noise": 1, "crop": 2, "hflip": 4, "vflip": 5, "rotate": 6}

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from protokernels import affine_warp, backend, blend_flip, gaussian_blur, rotate, soft_crop, transform
 from python_tests import warp_oracle as oracle
+from python_tests.places import NATIVE_PLACES, PLACES, Place
 from python_tests.prototypes_oracle import as_numpy, compute_dtype
 from python_tests.test_warp import AFFINE_PADDINGS, PADDINGS, draw_matrices, on
-from python_tests.warp_oracle import PLACES, SHAPES, STAGES, Place, check, draw, rounding
+from python_tests.warp_oracle import SHAPES, STAGES, check, draw, rounding
 
 LINEAR = [stage for stage in STAGES if stage != "noise"]
 COLUMNS = {"blur": [0], "noise": [1], "crop": [2, 3], "hflip": [4], "vflip": [5], "rotate": [6]}
 SMALL = [(2, 2, 5, 6), (1, 1, 1, 7), (2, 1, 4, 1), (2, 1, 7, 7)]
-NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
 
 
 @pytest.fixture(params=PLACES)

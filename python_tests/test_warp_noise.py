@@ -13,7 +13,8 @@ import torch
 from protokernels import backend, gaussian_noise, transform
 from protokernels.reference import warp_noise as reference
 from python_tests import warp_oracle as oracle
-from python_tests.warp_oracle import PLACES, Place, check, draw, noise_rounding
+from python_tests.places import PLACES, Place
+from python_tests.warp_oracle import check, draw, noise_rounding
 
 # Random123 1.14, tests/kat_vectors: philox4x32 with 10 rounds; counter, key, words
 VECTORS = [

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protokernels import affine_warp, blend_flip, gaussian_blur, rotate
+from python_tests.places import PLACES, Place
 from python_tests.test_warp import AFFINE_PADDINGS, on
-from python_tests.warp_oracle import PLACES, Place, draw
+from python_tests.warp_oracle import draw
 
 CASES = [((3, 2, 9, 14), (9, 14)), ((2, 1, 8, 8), (5, 11)), ((2, 2, 4, 5, 6), (4, 5, 6)), ((1, 2, 4, 5, 6), (6, 3, 7))]
 

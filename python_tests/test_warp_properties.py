@@ -15,9 +15,10 @@ from torch import Tensor
 
 from protokernels import affine_warp, backend, blend_flip, gaussian_blur, rotate, soft_crop, transform
 from python_tests import warp_oracle as oracle
+from python_tests.places import PLACES, Place
 from python_tests.prototypes_oracle import as_numpy
 from python_tests.test_warp import AFFINE_PADDINGS, PADDINGS, draw_matrices
-from python_tests.warp_oracle import PLACES, STAGES, Place, check, draw, rounding
+from python_tests.warp_oracle import STAGES, check, draw, rounding
 
 # One fixture serves all examples of a test: it only selects the backend.
 COMMON = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from protokernels import affine_warp, backend, transform
 from python_tests import warp_oracle as oracle
+from python_tests.places import NATIVE_PLACES, PLACES, Place
 from python_tests.prototypes_oracle import as_numpy
 from python_tests.test_warp import AFFINE_PADDINGS, PADDINGS, draw_matrices, on
-from python_tests.warp_oracle import PLACES, STAGES, Place, check, draw, rounding
+from python_tests.warp_oracle import STAGES, check, draw, rounding
 
-NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
 LARGE = [
     (2, 3, 224, 224),
     (1, 1, 128, 128),

@@ -21,10 +21,10 @@ from protokernels import (
     transform,
 )
 from python_tests.cpu_levels import AtEveryLevel
+from python_tests.places import NATIVE_PLACES, PLACES, Place
 from python_tests.test_warp import draw_matrices, on
-from python_tests.warp_oracle import PLACES, Place, draw
+from python_tests.warp_oracle import draw
 
-NATIVE_PLACES = [p for p in PLACES if p.id != "cpu-reference"]
 OPS = torch.ops.protokernels
 NO_BACKWARD = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 """All of opcheck but the check that a gradient is registered, for what has none."""

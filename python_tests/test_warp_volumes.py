@@ -14,8 +14,9 @@ from torch import Tensor
 
 from protokernels import affine_warp, backend, blend_flip, gaussian_blur, gaussian_noise, rotate, soft_crop
 from python_tests import warp_oracle as oracle
+from python_tests.places import PLACES, Place
 from python_tests.test_warp import AFFINE_PADDINGS, PADDINGS, draw_matrices, on
-from python_tests.warp_oracle import PLACES, Place, check, draw, noise_rounding, rounding
+from python_tests.warp_oracle import check, draw, noise_rounding, rounding
 
 SHAPES = [(2, 2, 3, 4, 5), (2, 1, 1, 7, 3), (1, 3, 6, 1, 1), (2, 1, 5, 5, 5)]
 DIMENSIONS = {"depth": 1, "vertical": 2, "horizontal": 3}

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from protokernels.reference import warp as reference
-from python_tests.prototypes_oracle import PLACES, Place, as_numpy, compute_dtype, needs_native, unit_roundoff
-
-__all__ = ["PLACES", "Place", "needs_native"]
+from python_tests.prototypes_oracle import as_numpy, compute_dtype, unit_roundoff
 
 STAGES = ("blur", "noise", "crop", "hflip", "vflip", "rotate")
 SHAPES = [(1, 1, 1, 1), (2, 1, 1, 9), (2, 3, 9, 1), (3, 2, 8, 8), (2, 5, 7, 13), (1, 1, 33, 17), (2, 1, 4, 31)]

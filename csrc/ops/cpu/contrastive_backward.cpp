@@ -96,7 +96,7 @@ void prepare_range(const ContrastiveBackward& b, const T* statistics, const T* d
 
 template <class T>
 void prepare_columns(const ContrastiveBackward& b, const ContrastiveSchedule& schedule, void* workspace, int64_t first, int64_t last) {
-  Arena shared{static_cast<char*>(workspace)};
+  Arena shared(workspace);
   const BackwardRoom<T> room(b, schedule, shared);
   prepare_range(b, static_cast<const T*>(b.column_statistics), static_cast<const T*>(b.column_coefficients), b.M, room.columns, first,
                 last);
@@ -234,7 +234,7 @@ void apply_losses(const ContrastiveBackward& b, const ContrastivePart& part, con
 template <class T>
 void backward_part(const ContrastiveBackward& b, const ContrastiveSchedule& schedule, const ContrastivePart& part, void* workspace,
                    void* scratch_memory) {
-  Arena shared{static_cast<char*>(workspace)}, own{static_cast<char*>(scratch_memory)};
+  Arena shared(workspace), own(scratch_memory);
   const BackwardRoom<T> room(b, schedule, shared);
   BackwardScratch<T> scratch(b, schedule, own);
   T* const panels = room.panels + schedule.panels[part.x_block] * b.C;
@@ -259,12 +259,12 @@ void backward_part(const ContrastiveBackward& b, const ContrastiveSchedule& sche
 // ----------------------------------------------------------------------------------------------------------------- table
 
 ContrastiveBytes bytes(const ContrastiveBackward& b, const ContrastiveSchedule& schedule) {
-  Arena shared{nullptr}, own{nullptr};
+  Arena shared(nullptr), own(nullptr);
   if (b.double_compute)
     BackwardRoom<double>(b, schedule, shared), BackwardScratch<double>(b, schedule, own);
   else
     BackwardRoom<float>(b, schedule, shared), BackwardScratch<float>(b, schedule, own);
-  return {shared.bytes, own.bytes};
+  return {shared.bytes(), own.bytes()};
 }
 
 void prepare(const ContrastiveBackward& b, const ContrastiveSchedule& schedule, void* workspace, int64_t first, int64_t last) {

@@ -48,7 +48,7 @@ void finish_rows(const ContrastiveForward& f, const ContrastiveGroup& group, con
 template <class T>
 void forward_part(const ContrastiveForward& f, const ContrastiveSchedule& schedule, const ContrastivePart& part, void* workspace,
                   void* scratch_memory) {
-  Arena shared{static_cast<char*>(workspace)}, own{static_cast<char*>(scratch_memory)};
+  Arena shared(workspace), own(scratch_memory);
   const ForwardRoom<T> room(f, schedule, shared);
   ForwardScratch<T> scratch(f, schedule, own);
   T* const panels = room.panels + schedule.panels[part.x_block] * f.C;
@@ -85,12 +85,12 @@ void forward_any(const ContrastiveForward& f, const ContrastiveSchedule& schedul
 }
 
 ContrastiveBytes bytes(const ContrastiveForward& f, const ContrastiveSchedule& schedule) {
-  Arena shared{nullptr}, own{nullptr};
+  Arena shared(nullptr), own(nullptr);
   if (f.double_compute)
     ForwardRoom<double>(f, schedule, shared), ForwardScratch<double>(f, schedule, own);
   else
     ForwardRoom<float>(f, schedule, shared), ForwardScratch<float>(f, schedule, own);
-  return {shared.bytes, own.bytes};
+  return {shared.bytes(), own.bytes()};
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "common/cpu_level.h"
+#include "common/pieces.h"
 #include "common/tile_product.h"
 #include "common/transpose.h"
 #include "ops/contrastive_schedule.h"
@@ -37,19 +38,6 @@ PK_INLINE Index<T> load_index(const Lane<T>* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-
-// Hands out aligned pieces of one block; with a null block it only counts.
-struct Arena {
-  char* block;
-  int64_t bytes = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    char* const piece = block ? block + bytes : nullptr;
-    bytes += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(piece);
-  }
-};
 
 // ------------------------------------------------------------------------------------------------------------- products
 

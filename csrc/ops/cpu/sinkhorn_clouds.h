@@ -149,9 +149,9 @@ struct Pair {
 template <template <class> class Worker, class Problem>
 int64_t scratch_bytes(const Problem& p) {
   return with_type(p.kind, [&](auto zero) {
-    Arena arena{nullptr};
+    Arena arena(nullptr);
     Worker<decltype(zero)>(p, 0, arena, nullptr);
-    return arena.bytes;
+    return arena.bytes();
   });
 }
 

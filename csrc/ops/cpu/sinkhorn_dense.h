@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "common/cpu_level.h"
+#include "common/pieces.h"
 #include "common/tile_product.h"
 #include "ops/sinkhorn.h"
 
@@ -59,19 +60,6 @@ PK_INLINE void store_four(T* p, Four<T> v) {
 }
 
 // ------------------------------------------------------------------------------------------------------------- rows and scratch
-
-// Hands out aligned pieces of one block; with a null block it only counts.
-struct Arena {
-  char* block;
-  int64_t bytes = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* const piece = reinterpret_cast<T*>(block + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return block ? piece : nullptr;
-  }
-};
 
 // Results below the smallest normal number become 0 while this lives: products of small scales and small plan entries are too small to matter,
 // and on some machines a hundred times slower than others.

@@ -22,7 +22,7 @@ struct CloudSolver {
 
   CloudSolver(const SinkhornFeatures& problem, int64_t index, Arena& arena, SinkhornEach each) : p(problem), b(index) {
     pair.layout(p.N, p.M, p.D, arena);
-    if (arena.block == nullptr) return;
+    if (arena.counts_only()) return;
     const T epsilon = static_cast<const T*>(p.epsilon)[b];
     pair.each = each, pair.cosine = p.cosine, pair.epsilon = epsilon, pair.inverse_epsilon = 1 / epsilon;
     balanced = std::isinf(p.rho_a) && std::isinf(p.rho_b);
@@ -208,7 +208,7 @@ int64_t forward_scratch(const SinkhornFeatures& p) { return scratch_bytes<CloudS
 
 void forward(const SinkhornFeatures& p, int64_t b, void* scratch, SinkhornEach each) {
   with_type(p.kind, [&](auto zero) {
-    Arena arena{static_cast<char*>(scratch)};
+    Arena arena(scratch);
     CloudSolver<decltype(zero)>(p, b, arena, each).solve();
   });
 }

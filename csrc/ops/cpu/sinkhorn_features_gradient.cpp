@@ -20,7 +20,7 @@ struct CloudGradient {
   CloudGradient(const SinkhornFeaturesBackward& problem, int64_t index, Arena& arena, SinkhornEach each) : p(problem), b(index) {
     pair.layout(p.N, p.M, p.D, arena);
     value_panels = arena.take<T>(std::max(pair.x.padded, pair.y.padded) * round_up(p.D, LANES<T>));
-    if (arena.block == nullptr) return;
+    if (arena.counts_only()) return;
     const T epsilon = static_cast<const T*>(p.epsilon)[b];
     pair.each = each, pair.cosine = p.cosine, pair.epsilon = epsilon, pair.inverse_epsilon = 1 / epsilon;
     read_potentials(pair.x, static_cast<const T*>(p.f) + b * p.N);
@@ -103,7 +103,7 @@ int64_t backward_scratch(const SinkhornFeaturesBackward& p) { return scratch_byt
 
 void backward(const SinkhornFeaturesBackward& p, int64_t b, void* scratch, SinkhornEach each) {
   with_type(p.kind, [&](auto zero) {
-    Arena arena{static_cast<char*>(scratch)};
+    Arena arena(scratch);
     CloudGradient<decltype(zero)>(p, b, arena, each).run();
   });
 }

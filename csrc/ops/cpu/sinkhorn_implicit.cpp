@@ -46,7 +46,7 @@ struct Implicit {
     wide_partial = arena.take<double>(chunks.count * stride);
     matrix = arena.take<double>(padded * padded);
     block = arena.take<double>(BLOCK * padded);
-    if (arena.block == nullptr) return;
+    if (arena.counts_only()) return;
     epsilon = static_cast<const T*>(p.epsilon)[b];
     cost = {static_cast<const T*>(p.cost) + b * p.N * p.M, p.N, p.M, 1 / epsilon};
     if (p.grad_transport_cost) grad_transport = static_cast<const T*>(p.grad_transport_cost)[b];
@@ -308,15 +308,15 @@ struct Implicit {
 
 int64_t scratch(const SinkhornBackward& p) {
   return with_type(p.kind, [&](auto zero) {
-    Arena arena{nullptr};
+    Arena arena(nullptr);
     Implicit<decltype(zero)>(p, 0, arena, nullptr);
-    return arena.bytes;
+    return arena.bytes();
   });
 }
 
 void backward(const SinkhornBackward& p, int64_t b, void* memory, SinkhornEach each) {
   with_type(p.kind, [&](auto zero) {
-    Arena arena{static_cast<char*>(memory)};
+    Arena arena(memory);
     Implicit<decltype(zero)>(p, b, arena, each).run();
   });
 }

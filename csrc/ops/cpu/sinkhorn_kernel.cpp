@@ -53,7 +53,7 @@ struct Solver {
     for (T** piece : {&mass_a, &active_a, &log_a, &row_center, &row_scale, &next_scale}) *piece = arena.take<T>(rows + 16);
     for (T** piece : {&mass_b, &active_b, &log_b, &column_center, &column_scale}) *piece = arena.take<T>(stride);
     reports = arena.take<Report<T>>(chunks.count);
-    if (arena.block == nullptr) return;
+    if (arena.counts_only()) return;
     column_max = partial + chunks.count * stride;
     epsilon = static_cast<const T*>(p.epsilon)[b];
     cost = {static_cast<const T*>(p.cost) + b * p.N * p.M, p.N, p.M, 1 / epsilon};
@@ -392,15 +392,15 @@ struct Solver {
 
 int64_t forward_scratch(const SinkhornForward& p) {
   return with_type(p.kind, [&](auto zero) {
-    Arena arena{nullptr};
+    Arena arena(nullptr);
     Solver<decltype(zero)>(p, 0, arena, nullptr);
-    return arena.bytes;
+    return arena.bytes();
   });
 }
 
 void forward(const SinkhornForward& p, int64_t b, void* scratch, SinkhornEach each) {
   with_type(p.kind, [&](auto zero) {
-    Arena arena{static_cast<char*>(scratch)};
+    Arena arena(scratch);
     Solver<decltype(zero)>(p, b, arena, each).solve();
   });
 }

@@ -114,9 +114,9 @@ void envelope_of(const SinkhornEnvelope& p, int64_t b, Arena arena, SinkhornEach
 
 template <class T, class Problem>
 int64_t partial_bytes(const Problem& p) {
-  Arena arena{nullptr};
+  Arena arena(nullptr);
   Partial<T>(p.N, p.M, arena);
-  return arena.bytes;
+  return arena.bytes();
 }
 
 int64_t backward_scratch(const SinkhornPlanBackward& p) {
@@ -124,7 +124,7 @@ int64_t backward_scratch(const SinkhornPlanBackward& p) {
 }
 
 void backward(const SinkhornPlanBackward& p, int64_t b, void* scratch, SinkhornEach each) {
-  with_type(p.kind, [&](auto zero) { backward_of<decltype(zero)>(p, b, Arena{static_cast<char*>(scratch)}, each); });
+  with_type(p.kind, [&](auto zero) { backward_of<decltype(zero)>(p, b, Arena(scratch), each); });
 }
 
 int64_t envelope_scratch(const SinkhornEnvelope& p) {
@@ -132,7 +132,7 @@ int64_t envelope_scratch(const SinkhornEnvelope& p) {
 }
 
 void envelope(const SinkhornEnvelope& p, int64_t b, void* scratch, SinkhornEach each) {
-  with_type(p.kind, [&](auto zero) { envelope_of<decltype(zero)>(p, b, Arena{static_cast<char*>(scratch)}, each); });
+  with_type(p.kind, [&](auto zero) { envelope_of<decltype(zero)>(p, b, Arena(scratch), each); });
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ struct Unrolled {
     row_factors = arena.take<T>(2 * segment * rows);
     column_factors = arena.take<T>(2 * segment * stride);
     totals = arena.take<double>(chunks.count);
-    if (arena.block == nullptr) return;
+    if (arena.counts_only()) return;
     iterations = std::clamp<int64_t>(p.iterations[b], 1, p.num_iters);
     epsilon = static_cast<const T*>(p.epsilon)[b];
     cost = {static_cast<const T*>(p.cost) + b * p.N * p.M, p.N, p.M, 1 / epsilon};
@@ -350,15 +350,15 @@ struct Unrolled {
 
 int64_t scratch(const SinkhornBackward& p) {
   return with_type(p.kind, [&](auto zero) {
-    Arena arena{nullptr};
+    Arena arena(nullptr);
     Unrolled<decltype(zero)>(p, 0, arena, nullptr);
-    return arena.bytes;
+    return arena.bytes();
   });
 }
 
 void backward(const SinkhornBackward& p, int64_t b, void* memory, SinkhornEach each) {
   with_type(p.kind, [&](auto zero) {
-    Arena arena{static_cast<char*>(memory)};
+    Arena arena(memory);
     Unrolled<decltype(zero)>(p, b, arena, each).run();
   });
 }

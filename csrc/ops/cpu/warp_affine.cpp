@@ -36,7 +36,7 @@ struct AffineRoom {
 
   AffineRoom(const WarpAffineProblem& p, bool backward, Arena& arena)
       : images(arena, p.in), gradient(backward ? Volume<T, DIMS>(arena, p.in) : images), row(take_row<T>(arena, p.out[2])) {
-    if (arena.block) images.clear();
+    if (!arena.counts_only()) images.clear();
   }
 };
 
@@ -160,14 +160,14 @@ void with_types(const WarpAffineProblem& p, const Function& function) {
 }
 
 int64_t scratch_bytes(const WarpAffineProblem& p, bool backward) {
-  Arena arena{nullptr};
+  Arena arena(nullptr);
   with_types(p, [&](auto zero, auto dims) { AffineRoom<decltype(zero), dims.value>(p, backward, arena); });
-  return arena.bytes;
+  return arena.bytes();
 }
 
 void forward(const WarpAffineForward& f, int64_t first, int64_t last, void* scratch) {
   with_types(f, [&](auto zero, auto dims) {
-    Arena arena{static_cast<char*>(scratch)};
+    Arena arena(scratch);
     const AffineRoom<decltype(zero), dims.value> room(f, false, arena);
     for (int64_t unit = first; unit < last; ++unit) forward_unit(f, room, unit);
   });
@@ -175,7 +175,7 @@ void forward(const WarpAffineForward& f, int64_t first, int64_t last, void* scra
 
 void backward(const WarpAffineBackward& b, double* partials, int64_t first, int64_t last, void* scratch) {
   with_types(b, [&](auto zero, auto dims) {
-    Arena arena{static_cast<char*>(scratch)};
+    Arena arena(scratch);
     const AffineRoom<decltype(zero), dims.value> room(b, true, arena);
     for (int64_t unit = first; unit < last; ++unit)
       backward_unit(b, room, unit, partials ? partials + unit * b.dims * (b.dims + 1) : nullptr);

@@ -124,7 +124,7 @@ struct BlurRoom {
         border_slope(arena.take<T>(2 * p.radius_y + 2)),
         place_y(places(p, arena, p.H, p.radius_y)),
         place_x(places(p, arena, p.W, p.radius_x)) {
-    if (!arena.block) return;
+    if (arena.counts_only()) return;
     std::fill_n(zeros, round_up(p.W, LANES<T>), T(0));
     std::fill(gradient - 2 * p.radius_x - 2 * LANES<T>, gradient, T(0));
     lines += p.radius_y;

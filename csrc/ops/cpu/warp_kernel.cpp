@@ -144,15 +144,15 @@ auto with_compute_type(const WarpProblem& p, const Function& function) {
 
 int64_t scratch_bytes(const WarpProblem& p, bool backward) {
   return with_compute_type(p, [&](auto zero) {
-    Arena arena{nullptr};
+    Arena arena(nullptr);
     Room<decltype(zero)>(p, backward, arena);
-    return arena.bytes;
+    return arena.bytes();
   });
 }
 
 void forward(const WarpForward& f, int64_t first_plane, int64_t last_plane, void* scratch) {
   with_compute_type(f, [&](auto zero) {
-    Arena arena{static_cast<char*>(scratch)};
+    Arena arena(scratch);
     Room<decltype(zero)> room(f, false, arena);
     for (int64_t plane = first_plane; plane < last_plane; ++plane) forward_plane(f, room, plane);
   });
@@ -160,7 +160,7 @@ void forward(const WarpForward& f, int64_t first_plane, int64_t last_plane, void
 
 void backward(const WarpBackward& b, double* partials, int64_t first_plane, int64_t last_plane, void* scratch) {
   with_compute_type(b, [&](auto zero) {
-    Arena arena{static_cast<char*>(scratch)};
+    Arena arena(scratch);
     Room<decltype(zero)> room(b, true, arena);
     for (int64_t plane = first_plane; plane < last_plane; ++plane)
       backward_plane(b, room, plane, partials ? partials + plane * WARP_PARAMS : nullptr);

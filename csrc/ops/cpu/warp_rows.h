@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "common/cpu_level.h"
+#include "common/pieces.h"
 #include "common/simd.h"
 #include "ops/warp.h"
 
@@ -17,19 +18,6 @@ using namespace protokernels;
 constexpr int64_t MARGIN = 2;  // zero pixels around a plane that is sampled: both taps of a coordinate at -2 or at size are zero
 
 constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
-// Hands out pieces of a block of memory, each on a cache line; without a block it only counts.
-struct Arena {
-  char* block;
-  int64_t bytes = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    char* const piece = block ? block + bytes : nullptr;
-    bytes += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(piece);
-  }
-};
 
 template <class T>
 constexpr Kind KIND = sizeof(T) == 8 ? Kind::f64 : Kind::f32;

@@ -136,7 +136,7 @@ struct Arrangement {
     largest = pieces.take<float>(largest_of_rows + largest_of_columns);
     const Halves halves(p, pieces);
     rows = halves.rows, columns = halves.columns;
-    bytes = pieces.used();
+    bytes = pieces.bytes();
   }
 };
 

@@ -145,7 +145,7 @@ int64_t contrastive_double_forward_workspace(const ContrastiveForward& p) {
   Pieces pieces(nullptr);
   pieces.take<unsigned>(1);
   pieces.take<double>(contrastive_tiles(p.R, p.G, WARPS));
-  return pieces.used();
+  return pieces.bytes();
 }
 
 int launch_contrastive_double_forward(const ContrastiveForward& p, void* workspace, void* stream) {

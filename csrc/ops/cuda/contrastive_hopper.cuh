@@ -88,22 +88,24 @@ template <class P>
 __device__ __forceinline__ void find_scores(typename P::Scores& scores, int group, unsigned rows, unsigned columns) {
   constexpr int steps = CHANNELS / 16;
   const unsigned x = descriptor(rows, 0), y = descriptor(columns, 0);
-  begin_products();
+  pk::begin_products();
   if constexpr (P::PARTS == 1) {
     begin_scores<P, 0, steps, false>(scores, x, 0, y, 0);
-    end_products();
+    pk::commit_products();
     pass_turn<P>(group);
-    wait_for_products(scores);
+    pk::wait_for_products<0>();
+    pk::hold(scores);
   } else {
     typename P::Scores rest;
     begin_scores<P, 0, steps, false>(scores, x, 1, y, 0);
     begin_scores<P, 0, steps, true>(scores, x, 0, y, 1);
     begin_scores<P, 0, steps / 2, true>(scores, x, 0, y, 0);
     begin_scores<P, steps / 2, steps, false>(rest, x, 0, y, 0);
-    end_products();
+    pk::commit_products();
     pass_turn<P>(group);
-    wait_for_products(scores);
-    wait_for_products(rest);
+    pk::wait_for_products<0>();
+    pk::hold(scores);
+    pk::hold(rest);
 #pragma unroll
     for (int i = 0; i < P::COLUMNS / 2; ++i) scores[i] += rest[i];
   }
@@ -113,15 +115,16 @@ __device__ __forceinline__ void find_scores(typename P::Scores& scores, int grou
 template <class P, int begin, int end>
 __device__ __forceinline__ void begin_weighted(Accumulator& d, const typename P::Weights& h, unsigned columns) {
   const unsigned y = descriptor(columns, P::COLUMN_PANEL);
-  begin_products();
+  pk::begin_products();
 #pragma unroll
   for (int k = begin; k < end; ++k) multiply_weights<true>(d, h[k][0], y + k * (16 * VECTOR_BYTES >> 4));
-  end_products();
+  pk::commit_products();
 }
 // The weights stay where they are until then.
 template <class P>
 __device__ __forceinline__ void wait_for_weighted(Accumulator& d, typename P::Weights& h) {
-  wait_for_products(d);
+  pk::wait_for_products<0>();
+  pk::hold(d);
 #pragma unroll
   for (int k = 0; k < P::STEPS; ++k)
 #pragma unroll
@@ -134,7 +137,7 @@ __device__ __forceinline__ void add_weighted(Accumulator& d, typename P::Weights
   const unsigned high = descriptor(columns, P::COLUMN_PANEL);
   const unsigned low = high + (2 * P::COLUMN_PANEL >> 4);
   Accumulator sum;
-  begin_products();
+  pk::begin_products();
   multiply_weights<false>(sum, h[0][1], high);
 #pragma unroll
   for (int k = 1; k < P::STEPS; ++k) multiply_weights<true>(sum, h[k][1], high + k * (16 * VECTOR_BYTES >> 4));
@@ -142,7 +145,7 @@ __device__ __forceinline__ void add_weighted(Accumulator& d, typename P::Weights
   for (int k = 0; k < P::STEPS; ++k) multiply_weights<true>(sum, h[k][0], low + k * (16 * VECTOR_BYTES >> 4));
 #pragma unroll
   for (int k = 0; k < P::STEPS; ++k) multiply_weights<true>(sum, h[k][0], high + k * (16 * VECTOR_BYTES >> 4));
-  end_products();
+  pk::commit_products();
   wait_for_weighted<P>(sum, h);
 #pragma unroll
   for (int i = 0; i < CHANNELS / 2; ++i) d[i] += sum[i];
@@ -184,11 +187,11 @@ struct Pipeline {
   uint64_t *full, *empty;
 
   __device__ __forceinline__ Pipeline(unsigned char* dynamic, uint64_t* barriers) : full(barriers), empty(barriers + P::STAGES) {
-    memory = dynamic + (SWIZZLE_BYTES - address_of(dynamic) % SWIZZLE_BYTES) % SWIZZLE_BYTES;
+    memory = dynamic + (SWIZZLE_BYTES - pk::shared_address(dynamic) % SWIZZLE_BYTES) % SWIZZLE_BYTES;
     if (threadIdx.x == 0) {
       for (int s = 0; s < P::STAGES; ++s) {
-        initialize(full + s, GROUP_THREADS);
-        initialize(empty + s, P::GROUPS * GROUP_THREADS / 32);
+        pk::barrier_start(full + s, GROUP_THREADS);
+        pk::barrier_start(empty + s, P::GROUPS * GROUP_THREADS / 32);
       }
     }
     __syncthreads();
@@ -208,17 +211,17 @@ struct Pipeline {
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
       const int s = i % P::STAGES, column0 = begin + i * P::COLUMNS, parity = i / P::STAGES + 1 & 1;
-      if (i >= P::STAGES && !is_over(empty + s, parity)) {
+      if (i >= P::STAGES && !pk::barrier_is_over(empty + s, parity)) {
         pass_all(passed, i);
-        wait(empty + s, parity);
+        pk::barrier_wait(empty + s, parity);
       }
       load_tile<P::COLUMNS, P::PARTS>(stage(s), columns, column0, end);
       beside(s, column0);
       pk::copy_async_commit();
       if (i - passed < AHEAD) continue;
       pk::copy_async_wait<AHEAD>();
-      publish();
-      arrive(full + passed++ % P::STAGES);
+      pk::publish_to_tensor_cores();
+      pk::barrier_arrive(full + passed++ % P::STAGES);
     }
     pass_all(passed, tiles);
   }
@@ -229,7 +232,7 @@ struct Pipeline {
     if (group == P::GROUPS - 1) pass_turn<P>(group);
 #pragma unroll 1
     for (int column0 = begin; column0 < end; column0 += P::COLUMNS) {
-      wait(full + s, parity);
+      pk::barrier_wait(full + s, parity);
       take_turn<P>(group);
       use(s, column0);
       if (++s == P::STAGES) s = 0, parity ^= 1;
@@ -237,22 +240,22 @@ struct Pipeline {
   }
   __device__ __forceinline__ void release(int s) const {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(empty + s);
+    if (threadIdx.x % 32 == 0) pk::barrier_arrive(empty + s);
   }
   // The rows of a warpgroup, by itself.
   __device__ __forceinline__ void load_rows(int group, const Side& side, int first, int end) const {
     load_tile<GROUP_ROWS, P::PARTS>(rows(group), side, first, end);
     pk::copy_async_commit();
     pk::copy_async_wait<0>();
-    publish();
+    pk::publish_to_tensor_cores();
     synchronize_group(group);
   }
 
  private:
   __device__ __forceinline__ void pass_all(int& passed, int count) const {
     pk::copy_async_wait<0>();
-    publish();
-    while (passed < count) arrive(full + passed++ % P::STAGES);
+    pk::publish_to_tensor_cores();
+    while (passed < count) pk::barrier_arrive(full + passed++ % P::STAGES);
   }
 };
 

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(hopper::Plan<two>::THREADS, 1) hopper_backward
   const Pipeline<P> pipeline(dynamic, barriers);
   const int warpgroup = threadIdx.x / GROUP_THREADS, lane = threadIdx.x % 32;
   if (warpgroup == P::GROUPS) {
-    keep_registers<P::FEW_REGISTERS>();
+    pk::fewer_registers<P::FEW_REGISTERS>();
     pipeline.produce(p.columns, portion.begin, portion.end, [&](int stage, int column0) {
       const int at = threadIdx.x % GROUP_THREADS, j = column0 + at;
       const bool valid = j < portion.end;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(hopper::Plan<two>::THREADS, 1) hopper_backward
       for (int k = 0; k < 3; ++k) pk::copy_async_4(pipeline.factors(stage) + k * P::COLUMNS + at, from + k, valid);
     });
   } else {
-    want_registers<P::REGISTERS>();
+    pk::more_registers<P::REGISTERS>();
     const int first = rows.first + warpgroup * GROUP_ROWS, row0 = rows.first + threadIdx.x / 32 * 16;
     const int end = min(portion.end, columns_end(p, rows, first, first + GROUP_ROWS));
     pipeline.load_rows(warpgroup, p.rows, first, rows.end);
@@ -129,14 +129,14 @@ __global__ void __launch_bounds__(hopper::Plan<two>::THREADS, 1) hopper_backward
     Accumulator gradient;
 #pragma unroll
     for (int i = 0; i < 64; ++i) gradient[i] = 0;
-    const unsigned x = address_of(pipeline.rows(warpgroup));
+    const unsigned x = pk::shared_address(pipeline.rows(warpgroup));
     pipeline.consume(warpgroup, portion.begin, portion.end, [&](int stage, int column0) {
       if (column0 >= end) {
         pass_turn<P>(warpgroup);
         pipeline.release(stage);
         return;
       }
-      const unsigned y = address_of(pipeline.stage(stage));
+      const unsigned y = pk::shared_address(pipeline.stage(stage));
       const float* const factors = pipeline.factors(stage);
       typename P::Scores scores;
       find_scores<P>(scores, warpgroup, x, y);

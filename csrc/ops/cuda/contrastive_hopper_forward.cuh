@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(hopper::Plan<two>::THREADS, 1) hopper_forward_
     classes.find(p.ranges, row0 + lane, lane < 16 && row0 + lane >= portion.anchors_begin && row0 + lane < portion.anchors_end);
     HopperSums<P> sums;
     sums.row[0] = sums.row[1] = RowSums<true>();
-    const unsigned x = address_of(pipeline.rows(warpgroup));
+    const unsigned x = pk::shared_address(pipeline.rows(warpgroup));
     pipeline.consume(warpgroup, portion.begin, portion.end, [&](int stage, int column0) {
       if (!works) {
         pass_turn<P>(warpgroup);
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(hopper::Plan<two>::THREADS, 1) hopper_forward_
         return;
       }
       typename P::Scores scores;
-      find_scores<P>(scores, warpgroup, x, address_of(pipeline.stage(stage)));
+      find_scores<P>(scores, warpgroup, x, pk::shared_address(pipeline.stage(stage)));
       pipeline.release(stage);
       unsigned others, same;
       classes.template kinds<P::FRAGMENTS>(column0, portion.end, others, same);

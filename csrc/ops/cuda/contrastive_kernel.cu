@@ -149,7 +149,7 @@ int64_t arrange(const ContrastiveForward& p, void* workspace, Forward& out) {
   out.partial = pieces.take<float>(grid.shares > 1 ? grid.tiles * grid.shares * rows * parts : 0);
   const Halves halves(p, pieces);
   out.rows = halves.rows, out.columns = halves.columns;
-  return pieces.used();
+  return pieces.bytes();
 }
 
 }  // namespace

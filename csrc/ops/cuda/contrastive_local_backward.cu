@@ -235,7 +235,7 @@ struct Arrangement {
     of_columns.weight = pieces.take<float4>(p.one_set ? 0 : p.M + PADDING);
     of_columns.level = pieces.take<float2>(p.one_set || p.bounded ? 0 : p.M + PADDING);
     const Halves halves(p, pieces);
-    rows = halves.rows, columns = halves.columns, bytes = pieces.used();
+    rows = halves.rows, columns = halves.columns, bytes = pieces.bytes();
     of_rows.halves = const_cast<unsigned*>(rows.vectors), of_columns.halves = const_cast<unsigned*>(columns.vectors);
   }
 };

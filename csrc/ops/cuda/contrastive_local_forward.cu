@@ -256,7 +256,7 @@ struct Arrangement {
     arrivals = pieces.take<unsigned>(1 + blocks), totals = pieces.take<double>(2 * blocks), starts = pieces.take<int64_t>(p.G + 1);
     partial = pieces.take<float>(2 * blocks * ROWS * (p.bounded ? RowSums<true>::PARTS : RowSums<false>::PARTS));
     const Halves halves(p, pieces);
-    rows = halves.rows, columns = halves.columns, bytes = pieces.used();
+    rows = halves.rows, columns = halves.columns, bytes = pieces.bytes();
   }
 };
 

@@ -271,7 +271,7 @@ int64_t arrange(const ContrastivePlan& p, void* workspace, Sort& out) {
   out.of_chunks = pieces.take<Chunk>(layout.chunks > 1 ? p.G * layout.chunks : 0);
   out.sorted = pieces.take<int64_t>(stored), out.class_labels = pieces.take<int64_t>(stored);
   out.class_of = pieces.take<int>(stored), out.class_ends = pieces.take<int>(stored);
-  return pieces.used();
+  return pieces.bytes();
 }
 
 }  // namespace

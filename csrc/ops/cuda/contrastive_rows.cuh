@@ -2,6 +2,8 @@
 // What the kernels of contrastive do with rows: which rows and which group a block has, the loss from the statistics of a row, the total.
 #pragma once
 
+#include "common/arithmetic.cuh"
+#include "common/pieces.h"
 #include "common/simt.cuh"
 #include "ops/cuda/contrastive_launch.h"
 
@@ -9,23 +11,8 @@ namespace {
 
 using namespace protokernels;
 
-constexpr unsigned ALL = 0xffffffffu;
-
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float logarithm(float x) { return logf(x); }
-__device__ __forceinline__ double logarithm(double x) { return log(x); }
 __device__ __forceinline__ float log_of_one_and(float x) { return log1pf(x); }
 __device__ __forceinline__ double log_of_one_and(double x) { return log1p(x); }
-__device__ __forceinline__ float larger(float x, float y) { return fmaxf(x, y); }
-__device__ __forceinline__ double larger(double x, double y) { return fmax(x, y); }
-
-template <class V>
-__device__ __forceinline__ V warp_sum(V value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
-  return value;
-}
 
 // The sum over the block in every thread, warps in their order.
 template <int threads>
@@ -156,23 +143,6 @@ struct Results {
     mine = block_sum<threads>(mine);
     if (threadIdx.x == 0) *total = static_cast<T>(mine);
   }
-};
-
-// Consecutive pieces of a workspace, 256-byte aligned; without one it counts.
-class Pieces {
- public:
-  explicit Pieces(void* workspace) : start_(static_cast<unsigned char*>(workspace)) {}
-  template <class V>
-  V* take(int64_t count) {
-    unsigned char* const here = start_ ? start_ + used_ : nullptr;
-    used_ += (count * static_cast<int64_t>(sizeof(V)) + 255) / 256 * 256;
-    return reinterpret_cast<V*>(here);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  unsigned char* start_;
-  int64_t used_ = 0;
 };
 
 }  // namespace

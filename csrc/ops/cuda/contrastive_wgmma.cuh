@@ -1,13 +1,10 @@
 // SPDX-License-Identifier: MIT
-// Instructions of compute capability 9.0 (sm_90a): barriers in shared memory, registers that warpgroups pass on, and products by warpgroups.
-// Defines PK_HOPPER where there are such. Tiles, swizzle and accumulators are those of contrastive_hopper.cuh.
+// Products by warpgroups of compute capability 9.0 (sm_90a) where PK_HOPPER is defined, both factors in shared memory or one in registers. Tiles,
+// swizzle and accumulators are those of contrastive_hopper.cuh.
 #pragma once
 
+#include "common/hopper.cuh"
 #include "ops/cuda/contrastive_rows.cuh"
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define PK_HOPPER 1
-#endif
 
 namespace {
 namespace hopper {
@@ -19,53 +16,9 @@ using Accumulator = float[CHANNELS / 2];
 
 #if defined(PK_HOPPER)
 
-__device__ __forceinline__ unsigned address_of(const void* shared) { return static_cast<unsigned>(__cvta_generic_to_shared(shared)); }
-
-// ------------------------------------------------------------------------------------------------------------------ barriers
-
-__device__ __forceinline__ void initialize(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(barrier)) : "memory");
-}
-// Until the phase of that parity is over; the first has parity 0.
-__device__ __forceinline__ void wait(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over;\n"
-      "bra again;\n"
-      "over:\n"
-      "}" ::"r"(address_of(barrier)),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ bool is_over(uint64_t* barrier, int parity) {
-  unsigned done;
-  asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-               : "=r"(done)
-               : "r"(address_of(barrier)), "r"(parity)
-               : "memory");
-  return done != 0;
-}
-// Of the calling warpgroup, which the others give up.
-template <int count>
-__device__ __forceinline__ void want_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
-}
-template <int count>
-__device__ __forceinline__ void keep_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
-}
-// Ordinary writes to shared memory by this thread come before reads by the matrix unit behind the next barrier.
-__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void synchronize_group(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(GROUP_THREADS) : "memory");
 }
-// ------------------------------------------------------------------------------------------------------------------ products
 
 // The lower half of a descriptor of a swizzled tile, in which addresses count 16 bytes. leading: bytes from panel to panel where channels are n, else
 // not used. The upper half is the same for all: groups of 8 vectors, and the swizzle. Uniform, as instructions take it from a uniform register.
@@ -91,16 +44,6 @@ constexpr int UPPER = 8 * VECTOR_BYTES >> 4 | 1 << 30;
 #define PK_MULTIPLY_64(adds, descriptors)                               \
   "{.reg .pred p; .reg .b64 x, y; " descriptors " setp.ne.b32 p, " adds \
   ", 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" PK_NAMES_64 "}, "
-
-// Before the first product that reads registers written by other instructions.
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_products(float (&d)[32]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : PK_32("+f")::"memory");
-}
-__device__ __forceinline__ void wait_for_products(float (&d)[64]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : PK_64("+f")::"memory");
-}
 
 // d = x y or d += x y over one step of 16 channels; x and y are descriptors.
 template <bool adds>

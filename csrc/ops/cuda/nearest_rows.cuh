@@ -2,14 +2,13 @@
 // Rows of any kind, the distance as ops/nearest.h defines it, and the order of neighbours.
 #pragma once
 
+#include "common/arithmetic.cuh"
 #include "common/simt.cuh"
 #include "ops/cuda/nearest_launch.h"
 
 namespace {
 
 using namespace protokernels;
-
-constexpr unsigned ALL = 0xffffffffu;
 
 __device__ __forceinline__ double half_at(unsigned pair, int shift) {
   return static_cast<double>(__half2float(__ushort_as_half(static_cast<unsigned short>(pair >> shift))));

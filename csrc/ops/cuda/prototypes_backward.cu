@@ -4,7 +4,7 @@
 //
 // A block splits the prototypes into fp16 parts once, transposed, and keeps them. A warp has sixteen rows of the assignment and of its gradient in
 // registers, 32 loads on their way at a time, turns them into gradients of scores, multiplies, and goes on from the sums in registers to the gradient
-// of its rows. On compute capability 9.0 four warps multiply together (common/wgmma.cuh); elsewhere each for itself.
+// of its rows. On compute capability 9.0 four warps multiply together (common/hopper.cuh); elsewhere each for itself.
 // Limit at B = 65536, D = 128, K = 256 on an H200: memory, 48 us; 64 us with the score gradients that the prototypes' gradient needs.
 // Measured: 128 us, 143 us with those; a warp waits for memory ten cycles for each instruction.
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ void prepare_transposed(const Backward<Z>& p, unsigne
       unsigned high, low;
       split(x[0][i], x[1][i], high, low);
       if constexpr (together) {
-#if defined(PK_WARPGROUP_PRODUCTS)
+#if defined(PK_HOPPER)
         unsigned char* const to =
             parts + (step / 4 * F * 8 + f * 8 + column) * 128 + pk::swizzled_piece(column, step % 4 * 2 + half) * 16 + member * 4;
         pk::store_vector(to, high);
@@ -77,7 +77,7 @@ template <int PANELS, int F, bool together>
 __device__ __forceinline__ void multiply_rows(const unsigned char* parts, const unsigned (&high)[PANELS * 4][4],
                                               const unsigned (&low)[PANELS * 4][4], float (&s)[F][4]) {
   if constexpr (together) {
-#if defined(PK_WARPGROUP_PRODUCTS)
+#if defined(PK_HOPPER)
     constexpr int PANEL_BYTES = F * 8 * 128;
     const uint64_t descriptor = pk::matrix_descriptor(parts);
     pk::begin_products();
@@ -117,7 +117,7 @@ __device__ __forceinline__ void multiply_rows(const unsigned char* parts, const 
   }
 }
 
-#if defined(PK_WARPGROUP_PRODUCTS)
+#if defined(PK_HOPPER)
 constexpr bool TOGETHER_COMPILED = true;
 #else
 constexpr bool TOGETHER_COMPILED = false;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Backward<Z> 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     prepare_transposed<PANELS, F, together>(p, parts, factor);
     const float inverse_t = static_cast<float>(1.0 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
-#if defined(PK_WARPGROUP_PRODUCTS)
+#if defined(PK_HOPPER)
     if constexpr (together) pk::publish_to_tensor_cores();
 #endif
     __syncthreads();

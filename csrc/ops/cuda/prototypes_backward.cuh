@@ -6,7 +6,7 @@
 // step and the columns of two fragments are renamed as there, so a lane reads four neighbouring prototypes and ends with four neighbouring dimensions.
 #pragma once
 
-#include "common/wgmma.cuh"
+#include "common/hopper.cuh"
 #include "ops/cuda/prototypes_resident.cuh"
 
 namespace {

@@ -21,11 +21,6 @@ constexpr int SCORE_BYTES = 96 * 1024;  // scores of a tile stay in shared memor
 template <class T>
 constexpr int COLUMNS = sizeof(T) == 4 ? 128 : 32;  // prototypes in shared memory at a time
 
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float logarithm(float x) { return logf(x); }
-__device__ __forceinline__ double logarithm(double x) { return log(x); }
-
 // 1 / |x| of a row shared by a warp, 0 for a vector that counts as zero. Squares add up in float64: no overflow for float rows.
 template <class Z>
 __device__ __forceinline__ double inverse_norm(const Z* row, int D) {

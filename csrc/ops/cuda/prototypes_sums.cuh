@@ -3,6 +3,7 @@
 // (prototypes_update.cu, prototypes_finish.cu).
 #pragma once
 
+#include "common/arithmetic.cuh"
 #include "common/simt.cuh"
 #include "ops/prototypes.h"
 
@@ -37,8 +38,6 @@ namespace {
 
 using namespace protokernels;
 
-constexpr unsigned ALL = 0xffffffffu;
-
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -69,12 +68,6 @@ __device__ __forceinline__ void load_four(const __half* from, float (&x)[4]) {
 // Whether rows of D values from z on can be read in pieces of so many bytes.
 inline bool aligned_rows(const void* z, int64_t z_stride, int64_t D, int64_t element, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(z) % bytes == 0 && z_stride * element % bytes == 0 && D * element % bytes == 0;
-}
-
-template <class V>
-__device__ __forceinline__ V warp_sum(V value) {
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
-  return value;
 }
 
 template <class Z>

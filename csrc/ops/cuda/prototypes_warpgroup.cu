@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Soft assignment for 64 < K <= 256 and D <= 128 on compute capability 9.0, where four warps multiply together (common/wgmma.cuh). The equations
+// Soft assignment for 64 < K <= 256 and D <= 128 on compute capability 9.0, where four warps multiply together (common/hopper.cuh). The equations
 // stand in ops/prototypes.h, the arithmetic in prototypes_resident.cuh, whose other user, prototypes_resident.cu, has all that is not here.
 //
 // A block of two warpgroups splits the prototypes into fp16 parts once, in the order the tensor cores read: they take them from shared memory by
@@ -10,7 +10,7 @@
 // the one barrier, perhaps because all blocks read the same prototypes in the same order at the same time (not tried otherwise).
 
 #include "common/simt.cuh"
-#include "common/wgmma.cuh"
+#include "common/hopper.cuh"
 #include "ops/cuda/prototypes_softmax.cuh"
 
 namespace {
@@ -22,7 +22,7 @@ constexpr int PANEL = 64;       // dimensions: 128 bytes of fp16
 constexpr int PANEL_STEPS = PANEL / 16;
 constexpr int ALIGNMENT = 1024;  // of a panel
 
-#if defined(PK_WARPGROUP_PRODUCTS)
+#if defined(PK_HOPPER)
 
 // Splits the prototypes into panels [2 parts, PANELS, F * 8 rows, 128 bytes]; factor and bias as prepare_prototypes has them, dimensions and columns
 // renamed as there.
@@ -124,7 +124,7 @@ __device__ __forceinline__ RowPair split_rows(const Resident<Z>& p, const Z* til
 // resources: dynamic shared 205824 bytes
 template <class Z, int F, int PANELS, bool plain>
 __global__ void __launch_bounds__(THREADS, 1) warpgroup_kernel(const Resident<Z> p) {
-#if defined(PK_WARPGROUP_PRODUCTS)
+#if defined(PK_HOPPER)
   constexpr int STEPS = PANELS * PANEL_STEPS, PANEL_BYTES = F * 8 * 128;
   PK_SHARED(float, factor, F * 8);
   PK_SHARED(float, bias, F * 8);

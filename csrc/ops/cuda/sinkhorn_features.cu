@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
 // Sinkhorn between features on the GPU: the cost is made anew, tile by tile, in every half-step. The equations stand in ops/sinkhorn.h.
 //
-// Single precision, up to 128 dimensions (SplitSolver): sinkhorn_features_pass.cuh; on sm_90a sinkhorn_features_hopper.cu. Everything else (general_forward) by pass_kernel:
+// Single precision, up to 128 dimensions (WarpSolver): sinkhorn_features_pass.cuh; on sm_90a sinkhorn_features_hopper.cu. Everything else (general_forward) by pass_kernel:
 // a block takes 64 rows and a share of the columns, 128 at a time; products stay in registers as they come from the tensor
 // cores, and every thread keeps the log-sum of its part of two rows, the largest of 8 entries taken out at a time. The threads of a row
 // meet once, at the end. The last share of a tile to arrive adds them up in their order; their number depends on the shape alone. The last
 // tile of a problem looks at the error.
 
 #include "common/simt.cuh"
-#include "ops/cuda/sinkhorn_features_pass.cuh"
+#include "ops/cuda/sinkhorn_features_solver.cuh"
 
 namespace {
 
@@ -195,7 +195,7 @@ int64_t general_forward(const SinkhornFeatures& p, void* workspace, void* stream
     iterate(passes, solve);
     *status = passes.status;
   }
-  return pieces.used();
+  return pieces.bytes();
 }
 
 // The fewest rounds of 396 blocks (three on each of 132 multiprocessors; the number is fixed so that results do not depend on the GPU),
@@ -217,26 +217,11 @@ struct HalfShares {
 
 // STEPS times 16 dimensions at most.
 template <int STEPS>
-struct SplitSolver {
+struct WarpSolver : SplitSolver {
+  using SplitSolver::SplitSolver;
   static constexpr int FRAGMENTS = STEPS == 8 ? 1 : 2;
   static constexpr int64_t rows_of_tile = HALF_ROWS<FRAGMENTS>, panel = PANEL<STEPS>;
-  const SinkhornFeatures& p;
-  SplitSide x, y;
-  void* stream;
-  int status;
 
-  SplitSolver(const SinkhornFeatures& problem, void* on) : p(problem), stream(on), status(0) {}
-  static int64_t padded(int64_t count) { return (count + PAD - 1) / PAD * PAD; }
-  template <class Op>
-  void problems(const Op& op) {
-    if (status == 0) status = PK_LAUNCH((wide_kernel<float, Op>), dim3(static_cast<unsigned>(p.B)), dim3(WIDE_THREADS), 0, stream, op);
-  }
-  void split(const SplitSide& side) {
-    const int64_t vectors = p.B * side.padded, blocks = (vectors + STREAM_WARPS - 1) / STREAM_WARPS;
-    if (status == 0)
-      status = PK_LAUNCH((split_kernel<STEPS>), dim3(static_cast<unsigned>(blocks)), dim3(STREAM_THREADS), 0, stream, vectors,
-                         static_cast<int>(p.D), p.cosine, side, const_cast<float*>(side.norms));
-  }
   template <Walk walk>
   void half(HalfStep step, int side, const float* before, const float* other, float* after, bool tested) {
     step.side = side, step.rows = side == 0 ? x : y, step.columns = side == 0 ? y : x;
@@ -252,28 +237,14 @@ struct SplitSolver {
 
   int64_t run(void* workspace) {
     Pieces pieces(workspace);
-    Solve<float> solve(p, nullptr, pieces);
-    solve.by_turns = true;
-    const int64_t N = p.N, M = p.M, B = p.B, longer = N > M ? N : M, tiles = (longer + rows_of_tile - 1) / rows_of_tile;
-    const auto side = [&](int64_t count, const void* vectors) {
-      float* const norms = pieces.take<float>(B * count);
-      uint4* const split = pieces.take<uint4>(B * padded(count) * STEPS * 4);
-      return SplitSide{static_cast<int>(count), static_cast<int>(padded(count)), static_cast<const float*>(vectors), norms, split,
-                       pieces.take<float2>(B * padded(count))};
-    };
-    x = side(N, p.x), y = side(M, p.y);
-    const int64_t of_rows = HalfShares(B, N, M, rows_of_tile, panel).count * N, of_columns = HalfShares(B, M, N, rows_of_tile, panel).count * M;
-    float* const partial = pieces.take<float>(B * MOST_PARTS * (of_rows > of_columns ? of_rows : of_columns));
-    float* const errors = pieces.take<float>(B * tiles);
-    unsigned* const arrivals = pieces.take<unsigned>(B * (1 + tiles));
-    if (!workspace) return pieces.used();
+    const int64_t tiles = (longer() + rows_of_tile - 1) / rows_of_tile;
+    const int64_t of_rows = HalfShares(p.B, p.N, p.M, rows_of_tile, panel).count * p.N;
+    const int64_t of_columns = HalfShares(p.B, p.M, p.N, rows_of_tile, panel).count * p.M;
+    HalfStep step = arrange(pieces, STEPS * 4, tiles, p.B * MOST_PARTS * (of_rows > of_columns ? of_rows : of_columns));
+    if (!workspace) return pieces.bytes();
 
-    HalfStep step{solve, x, y, static_cast<int>(p.D), 0, 0, 0, p.cosine, false, nullptr, nullptr, nullptr, partial, errors, arrivals + B, arrivals};
-    status = pk::memset_async(arrivals, 0, sizeof(unsigned) * static_cast<std::size_t>(B * (1 + tiles)), stream);
-    split(x);
-    split(y);
-    problems(StartOp<float>{solve});
-    problems(BiasOp{solve, y, p.cosine, false, solve.v});
+    start(step, tiles, split_kernel<STEPS>);
+    const Solve<float>& solve = step.p;
     float* const u[2] = {solve.u, solve.u_next};
     for (int t = 0; t < p.num_iters; ++t) {
       step.p.t = t;
@@ -286,28 +257,18 @@ struct SplitSolver {
         half<Walk::sums>(step, 1, solve.v, u[(t + 1) % 2], solve.v, false);
       }
     }
-    if (p.tolerance > 0) problems(BiasOp{solve, x, p.cosine, true, nullptr});
-    half<Walk::values>(step, 0, nullptr, solve.v, nullptr, false);
-    problems(FinishOp<float>{solve});
-    return pieces.used();
+    finish(step, [&] { half<Walk::values>(step, 0, nullptr, solve.v, nullptr, false); });
+    return pieces.bytes();
   }
 };
-
-template <int STEPS>
-int64_t split_forward(const SinkhornFeatures& p, void* workspace, void* stream, int* status) {
-  SplitSolver<STEPS> solver(p, stream);
-  const int64_t bytes = solver.run(workspace);
-  if (status) *status = solver.status;
-  return bytes;
-}
 
 int64_t forward(const SinkhornFeatures& p, void* workspace, void* stream, int* status) {
   if (p.kind == Kind::f64) return general_forward<double>(p, workspace, stream, status);
   if (sinkhorn_features_on_hopper(p)) return sinkhorn_features_hopper(p, workspace, stream, status);
-  if (p.D <= 16) return split_forward<1>(p, workspace, stream, status);
-  if (p.D <= 32) return split_forward<2>(p, workspace, stream, status);
-  if (p.D <= 64) return split_forward<4>(p, workspace, stream, status);
-  if (p.D <= 128) return split_forward<8>(p, workspace, stream, status);
+  if (p.D <= 16) return solve_split<WarpSolver<1>>(p, workspace, stream, status);
+  if (p.D <= 32) return solve_split<WarpSolver<2>>(p, workspace, stream, status);
+  if (p.D <= 64) return solve_split<WarpSolver<4>>(p, workspace, stream, status);
+  if (p.D <= 128) return solve_split<WarpSolver<8>>(p, workspace, stream, status);
   return general_forward<float>(p, workspace, stream, status);
 }
 

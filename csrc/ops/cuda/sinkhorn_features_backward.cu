@@ -216,7 +216,7 @@ int64_t backward(const SinkhornFeaturesBackward& p, void* workspace, void* strea
   T* const y_norms = pieces.take<T>(p.B * p.M);
   T* const x_statistics = pieces.take<T>(p.B * p.N * 2);
   T* const y_statistics = pieces.take<T>(p.B * p.M * 2);
-  if (!status) return pieces.used();
+  if (!status) return pieces.bytes();
   const T* const x = static_cast<const T*>(p.x);
   const T* const y = static_cast<const T*>(p.y);
   const int D = static_cast<int>(p.D);
@@ -228,7 +228,7 @@ int64_t backward(const SinkhornFeaturesBackward& p, void* workspace, void* strea
   const AddEpsilon<T> add{static_cast<int>(p.N), x_statistics, static_cast<T*>(p.grad_epsilon)};
   if (*status == 0)
     *status = PK_LAUNCH((problem_kernel<T, AddEpsilon<T>>), dim3(static_cast<unsigned>(p.B)), dim3(STREAM_THREADS), 0, stream, add);
-  return pieces.used();
+  return pieces.bytes();
 }
 
 }  // namespace

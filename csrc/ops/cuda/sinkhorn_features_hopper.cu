@@ -5,28 +5,14 @@
 #include "ops/cuda/sinkhorn_launch.h"
 #if defined(__CUDACC__)
 #include "ops/cuda/sinkhorn_features_hopper_walk.cuh"
+#include "ops/cuda/sinkhorn_features_solver.cuh"
 
 namespace {
 
 template <int STEPS>
-struct HopperSolver {
-  const SinkhornFeatures& p;
-  SplitSide x, y;
-  void* stream;
-  int status;
+struct HopperSolver : SplitSolver {
+  using SplitSolver::SplitSolver;
 
-  HopperSolver(const SinkhornFeatures& problem, void* on) : p(problem), stream(on), status(0) {}
-  static int64_t padded(int64_t count) { return (count + PAD - 1) / PAD * PAD; }
-  template <class Op>
-  void problems(const Op& op) {
-    if (status == 0) status = PK_LAUNCH((wide_kernel<float, Op>), dim3(static_cast<unsigned>(p.B)), dim3(WIDE_THREADS), 0, stream, op);
-  }
-  void split(const SplitSide& side) {
-    const int64_t vectors = p.B * side.padded, blocks = (vectors + STREAM_WARPS - 1) / STREAM_WARPS;
-    if (status == 0)
-      status = PK_LAUNCH((hopper_split_kernel<STEPS>), dim3(static_cast<unsigned>(blocks)), dim3(STREAM_THREADS), 0, stream, vectors,
-                         static_cast<int>(p.D), p.cosine, side, const_cast<float*>(side.norms));
-  }
   // A half-step of side 0: rows, 1: columns, after t iterations.
   HalfStep half_step(HalfStep step, int side, int t) const {
     float* const u[2] = {step.p.u, step.p.u_next};
@@ -75,55 +61,25 @@ struct HopperSolver {
 
   int64_t run(void* workspace) {
     Pieces pieces(workspace);
-    Solve<float> solve(p, nullptr, pieces);
-    solve.by_turns = true;
-    const int64_t N = p.N, M = p.M, B = p.B, tiles = ((N > M ? N : M) + HOPPER_TILE - 1) / HOPPER_TILE;
-    const auto side = [&](int64_t count, const void* vectors) {
-      float* const norms = pieces.take<float>(B * count);
-      uint4* const split = pieces.take<uint4>(B * padded(count) * HopperShape<STEPS>::ATOMS * 16);
-      return SplitSide{static_cast<int>(count),
-                       static_cast<int>(padded(count)),
-                       static_cast<const float*>(vectors),
-                       norms,
-                       split,
-                       pieces.take<float2>(B * padded(count))};
-    };
-    x = side(N, p.x), y = side(M, p.y);
-    float* const partial = pieces.take<float>((HOPPER_BLOCKS + B * tiles) * MOST_PARTS * HOPPER_TILE);
-    float* const errors = pieces.take<float>(B * tiles);
-    unsigned* const arrivals = pieces.take<unsigned>(B * (1 + tiles));
+    const int64_t tiles = (longer() + HOPPER_TILE - 1) / HOPPER_TILE;
+    const HalfStep step = arrange(pieces, HopperShape<STEPS>::ATOMS * 16, tiles, (HOPPER_BLOCKS + p.B * tiles) * MOST_PARTS * HOPPER_TILE);
     unsigned* const ready = pieces.take<unsigned>(1);
-    if (!workspace) return pieces.used();
+    if (!workspace) return pieces.bytes();
 
-    HalfStep step{solve,   x,       y,      static_cast<int>(p.D), 0,       0, 0, p.cosine, false, nullptr, nullptr,
-                  nullptr, partial, errors, arrivals + B,          arrivals};
-    status = pk::memset_async(arrivals, 0, sizeof(unsigned) * static_cast<std::size_t>(B * (1 + tiles)), stream);
-    split(x);
-    split(y);
-    problems(StartOp<float>{solve});
-    problems(BiasOp{solve, y, p.cosine, false, solve.v});
+    start(step, tiles, hopper_split_kernel<STEPS>);
     const int count = static_cast<int>(p.num_iters);
-    for (int t = 0; t < (solve.balanced ? count > 0 : count); ++t) half<3, Walk::logs>(step, 0, t), half<3, Walk::logs>(step, 1, t);
-    if (solve.balanced && p.precise) {
+    const bool balanced = step.p.balanced;
+    for (int t = 0; t < (balanced ? count > 0 : count); ++t) half<3, Walk::logs>(step, 0, t), half<3, Walk::logs>(step, 1, t);
+    if (balanced && p.precise) {
       iterations<3>(step, 1, count, ready);
-    } else if (solve.balanced) {
+    } else if (balanced) {
       iterations<1>(step, 1, count - 1, ready);
       iterations<3>(step, count - 1 > 1 ? count - 1 : 1, count, ready);
     }
-    if (p.tolerance > 0) problems(BiasOp{solve, x, p.cosine, true, nullptr});
-    half<3, Walk::values>(step, 0, 0);
-    problems(FinishOp<float>{solve});
-    return pieces.used();
+    finish(step, [&] { half<3, Walk::values>(step, 0, 0); });
+    return pieces.bytes();
   }
 };
-
-template <int STEPS>
-int64_t hopper_forward(const SinkhornFeatures& p, void* workspace, void* stream, int* status) {
-  HopperSolver<STEPS> solver(p, stream);
-  const int64_t bytes = solver.run(workspace);
-  if (status) *status = solver.status;
-  return bytes;
-}
 
 }  // namespace
 #endif
@@ -148,9 +104,9 @@ bool sinkhorn_features_on_hopper(const SinkhornFeatures& p) {
 
 int64_t sinkhorn_features_hopper(const SinkhornFeatures& p, void* workspace, void* stream, int* status) {
 #if defined(__CUDACC__)
-  if (p.D <= 32) return hopper_forward<2>(p, workspace, stream, status);
-  if (p.D <= 64) return hopper_forward<4>(p, workspace, stream, status);
-  return hopper_forward<8>(p, workspace, stream, status);
+  if (p.D <= 32) return solve_split<HopperSolver<2>>(p, workspace, stream, status);
+  if (p.D <= 64) return solve_split<HopperSolver<4>>(p, workspace, stream, status);
+  return solve_split<HopperSolver<8>>(p, workspace, stream, status);
 #else
   return 0;
 #endif

@@ -112,15 +112,15 @@ struct HopperPanels {
   uint64_t *full, *empty;  // [STAGES]
 
   __device__ __forceinline__ explicit HopperPanels(unsigned char* memory) {
-    panels = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    panels = memory + (1024 - pk::shared_address(memory) % 1024) % 1024;
     terms = reinterpret_cast<float2*>(panels + Shape::STAGES * Shape::PANEL_BYTES);
     full = reinterpret_cast<uint64_t*>(terms + Shape::STAGES * HOPPER_PANEL);
     empty = full + Shape::STAGES;
   }
   __device__ __forceinline__ void start() const {
     if (threadIdx.x == 0) {
-      for (int s = 0; s < Shape::STAGES; ++s) barrier_start(full + s, 1), barrier_start(empty + s, HOPPER_CONSUMERS / 32);
-      barriers_started();
+      for (int s = 0; s < Shape::STAGES; ++s) pk::barrier_start(full + s, 1), pk::barrier_start(empty + s, HOPPER_CONSUMERS / 32);
+      pk::barriers_started();
     }
     __syncthreads();
   }
@@ -132,8 +132,8 @@ struct HopperPanels {
     const SplitSide& side = of_rows ? step.rows : step.columns;
     const int wanted = of_rows ? segment.tile * ROW_PANELS + fill : segment.first + fill - ROW_PANELS, count = side.padded / HOPPER_PANEL;
     const int64_t panel = static_cast<int64_t>(segment.b) * count + (wanted < count ? wanted : count - 1);
-    barrier_wait(empty + ring.stage, ring.turn ^ 1);
-    barrier_expect(full + ring.stage, of_rows ? bytes : bytes + Shape::TERM_BYTES);
+    pk::barrier_wait(empty + ring.stage, ring.turn ^ 1);
+    pk::barrier_expect(full + ring.stage, of_rows ? bytes : bytes + Shape::TERM_BYTES);
     copy_bulk(panels + ring.stage * Shape::PANEL_BYTES, reinterpret_cast<const unsigned char*>(side.split) + panel * Shape::PANEL_BYTES,
               bytes, full + ring.stage);
   }
@@ -143,10 +143,10 @@ struct HopperPanels {
     const int64_t first = static_cast<int64_t>(segment.b) * step.columns.padded + (segment.first + fill - ROW_PANELS) * HOPPER_PANEL;
     copy_bulk(terms + ring.stage * HOPPER_PANEL, step.columns.terms + first, Shape::TERM_BYTES, full + ring.stage);
   }
-  __device__ __forceinline__ void wait(const Ring<Shape::STAGES>& ring) const { barrier_wait(full + ring.stage, ring.turn); }
+  __device__ __forceinline__ void wait(const Ring<Shape::STAGES>& ring) const { pk::barrier_wait(full + ring.stage, ring.turn); }
   __device__ __forceinline__ void release(Ring<Shape::STAGES>& ring) const {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.stage);
+    if (threadIdx.x % 32 == 0) pk::barrier_arrive(empty + ring.stage);
     ring.advance();
   }
 };
@@ -159,7 +159,7 @@ struct HopperRows {
 
   __device__ __forceinline__ void load(const unsigned char* panel) {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-    const unsigned address = shared_address(panel) + row * 128;
+    const unsigned address = pk::shared_address(panel) + row * 128;
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const unsigned place = address + s / 4 * Shape::ATOM_BYTES + ((s % 4 * 2 + lane / 16) ^ row % 8) * 16;
@@ -169,9 +169,9 @@ struct HopperRows {
   }
   // Begins the products with a panel. after: never negative; what it comes from is done before, not in between.
   __device__ __forceinline__ void multiply(float (&d)[32], const unsigned char* panel, float after = 0) const {
-    const unsigned first = tile_descriptor(shared_address(panel)) + (after < 0 ? 1 : 0);
-    hold(d);
-    products_begin();
+    const unsigned first = tile_descriptor(pk::shared_address(panel)) + (after < 0 ? 1 : 0);
+    pk::hold(d);
+    pk::begin_products();
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const unsigned of_high = first + (s / 4 * Shape::ATOM_BYTES + s % 4 * 32) / 16;
@@ -181,7 +181,7 @@ struct HopperRows {
       }
       wgmma_m64n64k16_f16(d, high[s], of_high, PRODUCTS == 3 || s > 0);
     }
-    products_commit();
+    pk::commit_products();
   }
 };
 

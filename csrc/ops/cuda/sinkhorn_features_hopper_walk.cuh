@@ -81,7 +81,7 @@ struct HopperWalk {
       panels.release(ring);
     }
     const auto add = [&](int m, const Ring<Shape::STAGES>& at, int column) {
-      hold(products[m]);
+      pk::hold(products[m]);
       sums[m].add(step, segment.b, row + m * 64, column, products[m], panels.terms + at.stage * HOPPER_PANEL);
     };
     int left = segment.panels, column = segment.first * HOPPER_PANEL;
@@ -93,16 +93,16 @@ struct HopperWalk {
       panels.wait(ring);
       rows[0].multiply(products[0], vectors(ring));
       rows[1].multiply(products[1], vectors(ring));
-      products_wait<1>();
+      pk::wait_for_products<1>();
       add(0, ring, column);
       panels.wait(second);
       rows[0].multiply(products[0], vectors(second), sums[0].done());
-      products_wait<1>();
+      pk::wait_for_products<1>();
       add(1, ring, column);
       rows[1].multiply(products[1], vectors(second), sums[1].done());
-      products_wait<1>();
+      pk::wait_for_products<1>();
       add(0, second, column + HOPPER_PANEL);
-      products_wait<0>();
+      pk::wait_for_products<0>();
       add(1, second, column + HOPPER_PANEL);
       panels.release(ring);
       panels.release(ring);
@@ -111,9 +111,9 @@ struct HopperWalk {
       panels.wait(ring);
       rows[0].multiply(products[0], vectors(ring));
       rows[1].multiply(products[1], vectors(ring));
-      products_wait<1>();
+      pk::wait_for_products<1>();
       add(0, ring, column);
-      products_wait<0>();
+      pk::wait_for_products<0>();
       add(1, ring, column);
       panels.release(ring);
     }
@@ -168,17 +168,17 @@ struct HopperWalk {
 // resources: spills at most 728 bytes (more than 64 dimensions: the operands alone take 128 registers)
 template <int STEPS, int PRODUCTS, Walk walk>
 __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_kernel(const HalfStep step, const Deal deal) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(PK_HOPPER)
   PK_DYNAMIC_SHARED(unsigned char, memory);
   const HopperPanels<STEPS, PRODUCTS> panels(memory);
   pk::let_next_begin();
   panels.start();
   HopperWalk<STEPS, PRODUCTS, walk, false> way(panels, nullptr);
   if (threadIdx.x >= HOPPER_CONSUMERS) {
-    fewer_registers<40>();
+    pk::fewer_registers<40>();
     if (threadIdx.x == HOPPER_CONSUMERS) way.produce(step, deal, [] { pk::wait_for_previous(); });
   } else {
-    more_registers<232>();
+    pk::more_registers<232>();
     pk::wait_for_previous();
     way.consume(step, deal, step.p.t);
   }
@@ -200,13 +200,13 @@ struct HopperLoop {
 // resources: spills at most 288 bytes (as above)
 template <int STEPS, int PRODUCTS>
 __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_loop_kernel(const __grid_constant__ HopperLoop loop) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(PK_HOPPER)
   PK_DYNAMIC_SHARED(unsigned char, memory);
   const HopperPanels<STEPS, PRODUCTS> panels(memory);
   panels.start();
   HopperWalk<STEPS, PRODUCTS, Walk::sums, true> way(panels, loop.ready);
   if (threadIdx.x >= HOPPER_CONSUMERS) {
-    fewer_registers<40>();
+    pk::fewer_registers<40>();
     unsigned target = 0;
     if (threadIdx.x == HOPPER_CONSUMERS)
 #pragma unroll 1
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_loop_kernel(const __
         target += static_cast<unsigned>(deal.units / deal.panels);
       }
   } else {
-    more_registers<232>();
+    pk::more_registers<232>();
 #pragma unroll 1
     for (int half = 0; half < loop.halves; ++half) way.consume(loop.steps[loop.place(half)], loop.deals[half % 2], loop.first + half / 2);
   }

@@ -2,8 +2,8 @@
 // What the forward kernels for problems on chip share.
 #pragma once
 
+#include "common/arithmetic.cuh"
 #include "ops/cuda/sinkhorn_launch.h"
-#include "ops/cuda/sinkhorn_math.cuh"
 #include "ops/sinkhorn.h"
 
 namespace {

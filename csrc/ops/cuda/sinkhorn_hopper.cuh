@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Instructions of sm_90a: barriers in shared memory that count bytes, copies by the copy engine, products by a warpgroup (wgmma). Only the
-// GPU has these; the emulator never sees this file.
+// Instructions of sm_90a beyond common/hopper.cuh: copies by the copy engine, barriers of part of a block, products by a warpgroup (wgmma). Only
+// the GPU has these; the emulator never sees this file.
 //
 // A tile for wgmma is 64 halves wide (128 bytes a row), its 16-byte pieces exchanged within groups of 8 rows: piece c of row r lies at
 // place c ^ (r % 8) ("128-byte swizzle"). It starts at a multiple of 1024 bytes. 16 halves further along a row are 32 bytes.
@@ -8,38 +8,14 @@
 
 #include <cstdint>
 
+#include "common/hopper.cuh"
+
 namespace {
 
-__device__ __forceinline__ unsigned shared_address(const void* pointer) { return static_cast<unsigned>(__cvta_generic_to_shared(pointer)); }
-
-__device__ __forceinline__ void barrier_start(uint64_t* barrier, unsigned arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-// What barrier_start did is visible to the copy engine; a __syncthreads must follow.
-__device__ __forceinline__ void barriers_started() {
-  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-// Arrives, and lets the phase end only when so many bytes have come.
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-// Until the phase of this parity has ended.
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, unsigned parity) {
-  unsigned ended;
-  do
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(ended)
-                 : "r"(shared_address(barrier)), "r"(parity)
-                 : "memory");
-  while (!ended);
-}
 // Global -> shared by the copy engine; both on 16 bytes, as is the count.
 __device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
-               "l"(global), "r"(bytes), "r"(shared_address(barrier))
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(pk::shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(pk::shared_address(barrier))
                : "memory");
 }
 
@@ -56,16 +32,6 @@ __device__ __forceinline__ void load_matrices(unsigned (&d)[4], unsigned address
 
 // The lower half of a tile's descriptor; the upper one is always the same. 16 bytes further on is 1 more.
 __device__ __forceinline__ unsigned tile_descriptor(unsigned address) { return (address >> 4 & 0x3FFF) | 1u << 16; }
-
-// So many registers per thread of this warpgroup from here on; the warpgroups of a block go different ways then.
-template <int count>
-__device__ __forceinline__ void fewer_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
-}
-template <int count>
-__device__ __forceinline__ void more_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
-}
 
 // The first THREADS threads of a block.
 template <int THREADS_>
@@ -94,19 +60,6 @@ struct PartOfBlock {
     return last;
   }
 };
-
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int pending_groups>
-__device__ __forceinline__ void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending_groups) : "memory");
-}
-// Nothing that reads or writes these may cross this line.
-template <int count>
-__device__ __forceinline__ void hold(float (&d)[count]) {
-#pragma unroll
-  for (int k = 0; k < count; ++k) asm volatile("" : "+f"(d[k])::"memory");
-}
 
 // d [64, 64] += a [64, 16] b [16, 64]; d and a as the fragments of mma.m16n8k16, warp w of the group at rows 16 w. add = 0: d is not read.
 __device__ __forceinline__ void wgmma_m64n64k16_f16(float (&d)[32], const unsigned (&a)[4], unsigned b, int add) {

@@ -253,7 +253,7 @@ int64_t plan_backward(const SinkhornPlanBackward& p, void* workspace, void* stre
     streamer.problems(AddRows<T>{static_cast<int>(p.N), row_epsilon, static_cast<T*>(p.grad_epsilon)});
     *status = streamer.status;
   }
-  return pieces.used();
+  return pieces.bytes();
 }
 
 template <class T>
@@ -273,7 +273,7 @@ int64_t envelope(const SinkhornEnvelope& p, void* workspace, void* stream, int* 
     streamer.problems(AddRows<T>{static_cast<int>(p.N), row_epsilon, static_cast<T*>(p.grad_epsilon)});
     *status = streamer.status;
   }
-  return pieces.used();
+  return pieces.bytes();
 }
 
 }  // namespace

@@ -77,7 +77,7 @@ int64_t general_forward(const SinkhornForward& p, void* workspace, void* stream,
     iterate(passes, solve);
     *status = passes.streamer.status;
   }
-  return pieces.used();
+  return pieces.bytes();
 }
 
 template <class Action>
@@ -116,7 +116,7 @@ int64_t fused_forward(const SinkhornForward& p, void* workspace, void* stream, i
   float* const partial = pieces.take<float>(p.B * chunks * p.M);
   float* const errors = pieces.take<float>(p.B * chunks);
   unsigned* const arrivals = pieces.take<unsigned>(p.B);
-  if (!status) return pieces.used();
+  if (!status) return pieces.bytes();
   const bool aligned = p.M % 4 == 0 && reinterpret_cast<std::uintptr_t>(p.cost) % 16 == 0;
   FusedStep step{solve,  static_cast<const float*>(p.cost), static_cast<int>(rows), static_cast<int>(chunks), aligned, partial, errors};
   const auto problems = [&](const auto& op) {
@@ -141,7 +141,7 @@ int64_t fused_forward(const SinkhornForward& p, void* workspace, void* stream, i
   if (*status == 0)
     *status = PK_LAUNCH(fused_values_kernel, dim3(static_cast<unsigned>(p.B * blocks)), dim3(STREAM_THREADS), 0, stream, step, blocks);
   problems(FinishOp<float>{solve});
-  return pieces.used();
+  return pieces.bytes();
 }
 
 int64_t forward(const SinkhornForward& p, void* workspace, void* stream, int* status) {

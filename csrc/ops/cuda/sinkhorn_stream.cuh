@@ -14,8 +14,9 @@
 //   after_rows(b, shared)               if it is there: by one block, when the rows of a problem are done
 #pragma once
 
+#include "common/arithmetic.cuh"
+#include "common/pieces.h"
 #include "ops/cuda/sinkhorn_launch.h"
-#include "ops/cuda/sinkhorn_math.cuh"
 
 namespace {
 
@@ -209,23 +210,6 @@ __global__ void __launch_bounds__(WIDE_THREADS) wide_kernel(const Op op) {
   PK_SHARED(T, shared, WIDE_THREADS / 32);
   if (!op.skip(blockIdx.x)) op.run(blockIdx.x, shared);
 }
-
-// Pieces of a workspace, each on a 256-byte boundary. With no memory behind it, it counts.
-class Pieces {
- public:
-  explicit Pieces(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <class U>
-  U* take(int64_t count) {
-    U* const piece = memory_ ? reinterpret_cast<U*>(memory_ + used_) : nullptr;
-    used_ += (count * static_cast<int64_t>(sizeof(U)) + 255) / 256 * 256;
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
 
 // The launches of one operator on one stream; the first error stays.
 template <class T>

@@ -270,7 +270,7 @@ int64_t unrolled(const SinkhornBackward& p, void* workspace, void* stream, int* 
     streamer.problems(MassGradientOp<T>{state});
     *status = streamer.status;
   }
-  return pieces.used();
+  return pieces.bytes();
 }
 
 }  // namespace

@@ -307,7 +307,7 @@ int64_t implicit(const SinkhornBackward& p, void* workspace, void* stream, int* 
     streamer.problems(EpsilonOp<T>{state});
     *status = streamer.status;
   }
-  return pieces.used();
+  return pieces.bytes();
 }
 
 }  // namespace

@@ -8,9 +8,9 @@
 // one exchange between the warps follows.
 #pragma once
 
+#include "common/arithmetic.cuh"
 #include "common/simt.cuh"
 #include "ops/cuda/sinkhorn_launch.h"
-#include "ops/cuda/sinkhorn_math.cuh"
 
 namespace {
 

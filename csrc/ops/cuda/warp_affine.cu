@@ -256,7 +256,7 @@ int64_t take_workspace(AffineGradient& a, const WarpAffineBackward& p, Pieces& p
   a.largest = pieces.take<unsigned long long>(p.grad_images ? p.B : 0);
   a.sums = pieces.take<unsigned long long>(p.grad_images ? p.B * p.C * a.in_count : 0);
   a.arrivals = pieces.take<unsigned>(p.grad_matrix ? p.B : 0);
-  const int64_t zeros = pieces.used();
+  const int64_t zeros = pieces.bytes();
   a.partial = pieces.take<double>(p.grad_matrix ? p.B * a.blocks * MOST_ENTRIES : 0);
   return zeros;
 }
@@ -301,7 +301,7 @@ int64_t warp_affine_backward_workspace(const WarpAffineBackward& p) {
   AffineGradient a;
   Pieces pieces(nullptr);
   take_workspace(a, p, pieces);
-  return pieces.used();
+  return pieces.bytes();
 }
 
 int launch_warp_affine_backward(const WarpAffineBackward& p, void* workspace, void* stream) {

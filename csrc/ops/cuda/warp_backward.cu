@@ -317,7 +317,7 @@ int64_t warp_backward_workspace(const WarpBackward& p) {
   Program program = program_of(p);
   Pieces pieces(nullptr);
   p.double_compute ? backward_steps<double>(p, pieces, program) : backward_steps<float>(p, pieces, program);
-  return pieces.used();
+  return pieces.bytes();
 }
 
 int launch_warp_backward(const WarpBackward& p, void* workspace, void* stream) {

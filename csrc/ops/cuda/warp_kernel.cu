@@ -82,7 +82,7 @@ int64_t warp_forward_workspace(const WarpForward& p) {
   const int count = passes_of(p, passes);
   Pieces pieces(nullptr);
   for (int i = 1; i < count && i < 3; ++i) pieces.take<unsigned char>(elements_of(p) * element_size(p));
-  return pieces.used();
+  return pieces.bytes();
 }
 
 int launch_warp_forward(const WarpForward& p, void* workspace, void* stream) {

@@ -2,6 +2,8 @@
 // What all kernels of warp share: images of any kind, normal numbers, taps, paddings, sums over a block and over the blocks of a sample.
 #pragma once
 
+#include "common/arithmetic.cuh"
+#include "common/pieces.h"
 #include "common/simt.cuh"
 #include "ops/warp.h"
 
@@ -10,7 +12,6 @@ namespace {
 using namespace protokernels;
 
 constexpr int THREADS = 256;
-constexpr unsigned ALL = 0xffffffffu;
 constexpr int MOST_TAPS = static_cast<int>(WARP_MOST_RADIUS) + 1;  // of one side, the middle included
 
 // Elements of an image or of an intermediate result. mixed: T is float and the kind decides; else everything is T.
@@ -49,16 +50,12 @@ __device__ __forceinline__ void store(const Array& array, Index i, T value) {
   static_cast<T*>(array.data)[i] = value;
 }
 
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
 __device__ __forceinline__ float rounded(float x) { return rintf(x); }
 __device__ __forceinline__ double rounded(double x) { return rint(x); }
 __device__ __forceinline__ float floored(float x) { return floorf(x); }
 __device__ __forceinline__ double floored(double x) { return floor(x); }
-__device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
-__device__ __forceinline__ double magnitude(double x) { return fabs(x); }
 __device__ __forceinline__ void sine_cosine_pi(float x, float& sine, float& cosine) { sincospif(x, &sine, &cosine); }
 __device__ __forceinline__ void sine_cosine_pi(double x, double& sine, double& cosine) { sincospi(x, &sine, &cosine); }
 
@@ -140,13 +137,6 @@ __device__ __forceinline__ void normal_numbers(unsigned long long key, unsigned 
     n[2 * pair] = length * cosine;
     n[2 * pair + 1] = length * sine;
   }
-}
-
-template <class V>
-__device__ __forceinline__ V warp_sum(V value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
-  return value;
 }
 
 // ------------------------------------------------------------------------------------------------------------------ taps, padding
@@ -256,24 +246,5 @@ __device__ __forceinline__ double column_sum(const double* partial, int64_t bloc
   for (int64_t block = threadIdx.x % 32; block < blocks; block += 32) sum += __ldcg(partial + block * width + column);
   return warp_sum(sum);
 }
-
-// --------------------------------------------------------------------------------------------------------------------- workspace
-
-// Consecutive pieces of a workspace, 256-byte aligned; without one it counts.
-class Pieces {
- public:
-  explicit Pieces(void* workspace) : start_(static_cast<unsigned char*>(workspace)) {}
-  template <class V>
-  V* take(int64_t count) {
-    unsigned char* const here = start_ ? start_ + used_ : nullptr;
-    used_ += (count * static_cast<int64_t>(sizeof(V)) + 255) / 256 * 256;
-    return reinterpret_cast<V*>(here);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  unsigned char* start_;
-  int64_t used_ = 0;
-};
 
 }  // namespace
