@@ -104,6 +104,12 @@ class TestConfig:
             ({"alphas": (1, 1, 1, 1)}, "five numbers"),
             ({"alphas": (1, 1, -1, 1, 1)}, "none negative"),
             ({"alphas": (1, 1, 1, 1, 1), "strategy": "supervised"}, "the strategy supervised does not minimise"),
+            (
+                {"alphas": (0, 0, 1, 10, 10), "strategy": "random"},
+                "alpha_3, alpha_4 would weigh nothing: the strategy random",
+            ),
+            ({"alphas": (1, 0, 1, 1, 0), "strategy": "random+supervision"}, "alpha_0 would weigh nothing"),
+            ({"alphas": (1, 10, 1, 0, 0), "strategy": "self-supervised"}, "alpha_1 would weigh nothing"),
             ({"image_size": 8}, "at least 16"),
             ({"initial_weights": "x.pth"}, "no ImageNet weights"),
             ({"m_every": 0}, "m_every must be positive"),

@@ -7,18 +7,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("accelerate", reason="optimized views need the extra protokernels[train]")
 
 from protokernels.cli import main
 from protokernels.evaluation import linear_evaluation
 from protokernels.papers import optimized_views
+from protokernels.papers._optimized_views_networks import load_model
 from protokernels.papers._optimized_views_scoring import in_batches
 from protokernels.papers.optimized_views import STRATEGIES
 from protokernels.training import RunFolder
@@ -121,8 +125,6 @@ class TestRun:
 
     def test_labels_that_may_not_be_seen_change_nothing(self, trained: Path, tmp_path: Path) -> None:
         """Training on other labels for the nine tenths that are hidden gives the same weights."""
-        from dataclasses import replace
-
         from protokernels.data import ImageDataset
         from protokernels.papers._optimized_views_scoring import labelled_images
         from protokernels.training.runs import RunSettings
@@ -149,6 +151,15 @@ class TestRun:
         results = json.loads((tmp_path / "run" / "results.json").read_text())
         assert results["images"]["labelled"] == {"none": 0, "share": 126, "all": 1259}[STRATEGIES[strategy].labels]
         assert (tmp_path / "run" / "parameters.jsonl").exists() == (STRATEGIES[strategy].views == "M")
+        scores = results["splits"]["test"]
+        assert ("classifier" in scores) == strategy.startswith("supervised") - (strategy == "supervised-contrastive")
+        if "classifier" in scores:
+            model, config = load_model(RunFolder.open(tmp_path / "run"), 1)
+            test = optimized_views.load_presence("digits").test
+            logits = in_batches(nn.Sequential(model.f, model.p), test, config.image_size).squeeze(1)
+            pairs = logits[test.labels == 1][:, None] - logits[test.labels == 0]
+            area = ((pairs > 0).double() + (pairs == 0) / 2).mean().item()
+            assert scores["classifier"]["auc"] == pytest.approx(area, abs=1e-6)
 
     def test_M_every_third_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of 4 steps an epoch, M makes the steps 0 and 3, then 2: and its means are over those."""
@@ -181,6 +192,26 @@ class TestRun:
         assert run(tmp_path / "run", "--no-figures", "--strategy", "supervised", "--labelled", "0.02") == 0
         different = {image.tobytes() for batch in seen for image in batch}
         assert len(different) <= round(0.02 * 1259) and sum(map(len, seen)) == 2 * (1259 // 128) * 128
+
+    @pytest.mark.parametrize("few", [1, 7, 8, 21, 100])
+    def test_few_images_are_gone_through_evenly(self, few: int) -> None:
+        """In batches of 8 of two processes: nobody twice in a batch that could be without, all as often as the others but for one turn."""
+        session: Any = SimpleNamespace(count=100, batch_size=8, seed=3)
+        rows = torch.arange(1000, 1000 + few)
+        batches = []
+        for index in range(12):
+            step = optimized_views.Step(1, index, 0.0, torch.arange(8 * index, 8 * index + 8), 8, 3, 0, 1)
+            batch = optimized_views.images_of(step, rows, session)
+            shares = [replace(step, indices=step.indices[rank::2], rank=rank, processes=2) for rank in (0, 1)]
+            parts = [optimized_views.images_of(share, rows, session) for share in shares]
+            assert torch.equal(torch.stack(parts, 1).flatten(), batch)
+            assert len(batch) == 8 and len(batch.unique()) == min(few, 8)
+            batches.append(batch)
+        counts = (torch.cat(batches) - 1000).bincount(minlength=few)
+        per_pass = max(1, few // 8)  # batches
+        passes, copies = -(-12 // per_pass), -(-8 // few)
+        assert counts.min() >= (12 if few <= 8 else 0) and counts.max() <= passes * copies
+        assert few in (1, 100) or not torch.equal(batches[0], batches[per_pass])
 
     def test_evaluate_figures_and_selection(
         self, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -136,6 +136,14 @@ class OptimizedViewsConfig(RunConfig):
                     f"OptimizedViewsConfig: alphas weigh Eq. 1, which the strategy {self.strategy} does not minimise; leave "
                     "them out"
                 )
+            weighs = {0: self.recipe.views == "M", 1: self.recipe.views == "M" and self.recipe.labels != "none"}
+            weighs |= {2: True, 3: self.recipe.labels != "none", 4: self.recipe.labels != "none"}
+            idle = [f"alpha_{index}" for index, alpha in enumerate(self.alphas) if alpha > 0 and not weighs[index]]
+            if idle:
+                raise ValueError(
+                    f"OptimizedViewsConfig: {', '.join(idle)} would weigh nothing: the strategy {self.strategy} has no M or sees no "
+                    f"labels; got alphas {self.alphas}"
+                )
 
     @classmethod
     def preset(cls, name: PresetName = "fair", data: str = "digits", **changes: Any) -> OptimizedViewsConfig:
@@ -197,8 +205,8 @@ _FOR_DATA: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 _OPTIMISED: dict[str, Any] = {"strategy": "self-supervised+supervision"}
-_RANDOM: dict[str, Any] = {"strategy": "random+supervision"}
-_SIMCLR: dict[str, Any] = {"strategy": "simclr"}
+_RANDOM: dict[str, Any] = {"strategy": "random+supervision", "alphas": None}  # those of M mean nothing here
+_SIMCLR: dict[str, Any] = {"strategy": "simclr", "alphas": None}
 _REVERSED = tuple(reversed(TRANSFORMATIONS))
 
 ABLATIONS: dict[str, dict[str, Any]] = {

@@ -23,6 +23,8 @@ def cells(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
     values: dict[str, Any] = {"hold-out\n3-fold": scores.get("hold_out", {}).get("auc")}
     values["untrained\nf"] = scores.get("untrained", {}).get("auc")
     values |= {f"probe\n{fraction}": row.get("macro_auroc") for fraction, row in scores.get("probe", {}).items()}
+    if "classifier" in scores:
+        values["p\nitself"] = scores["classifier"].get("auc")
     return values
 
 

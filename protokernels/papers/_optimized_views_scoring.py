@@ -95,12 +95,24 @@ def scored_split(dataset: ImageDataset, config: OptimizedViewsConfig) -> tuple[s
     return next(iter(evaluation_splits(dataset, config.selection)[1].items()))
 
 
+@torch.no_grad()
+def classifier_scores(model: OptimizedViews, features: Tensor, labels: np.ndarray) -> dict[str, float]:
+    """The AUC of p on features of f; empty where the images are of one class."""
+    from sklearn.metrics import roc_auc_score
+
+    if len(np.unique(labels)) < 2:
+        return {}
+    logits = model.classify(features.to(next(model.p.parameters()).device)).double().cpu().numpy()
+    return {"auc": float(roc_auc_score(labels, logits))}
+
+
 def score(model: OptimizedViews, dataset: ImageDataset, config: OptimizedViewsConfig, seed: int) -> dict[str, Any]:
-    """Both linear evaluations of f.
+    """Both linear evaluations of f, and p where it is what the strategy trains.
 
     Returns:
-        ``"splits"``: scored set -> ``"hold_out"`` (see :func:`protokernels.evaluation.linear_evaluation`) and ``"probe"``: label
-        fraction -> row of :func:`protokernels.evaluation.evaluate_transfer`, fitted on training images; ``"images"``; ``"protocol"``.
+        ``"splits"``: scored set -> ``"hold_out"`` (see :func:`protokernels.evaluation.linear_evaluation`), ``"probe"``: label
+        fraction -> row of :func:`protokernels.evaluation.evaluate_transfer`, fitted on training images, and for supervised strategies
+        ``"classifier"``: the AUC of p itself; ``"images"``; ``"protocol"``.
     """
     train, _ = evaluation_splits(dataset, config.selection)
     name, test = scored_split(dataset, config)
@@ -113,9 +125,14 @@ def score(model: OptimizedViews, dataset: ImageDataset, config: OptimizedViewsCo
     probe = TransferConfig(fractions=tuple(sorted({config.labelled, 1.0})), fine_tune_fractions=())
     inputs = (Labelled(x, torch.as_tensor(split.labels)) for x, split in zip(features, splits.values(), strict=True))
     transfer = evaluate_transfer(nn.Identity(), *inputs, class_names=dataset.class_names, config=probe, seed=seed)
-    hold_out_result = linear_evaluation(features[-1], test.labels, test.groups, **HOLD_OUT)
+    scores = {
+        "hold_out": linear_evaluation(features[-1], test.labels, test.groups, **HOLD_OUT),
+        "probe": transfer["probe"],
+    }
+    if config.recipe.loss == "classes":
+        scores["classifier"] = classifier_scores(model, features[-1], test.labels)
     return {
-        "splits": {name: {"hold_out": hold_out_result, "probe": transfer["probe"]}},
+        "splits": {name: scores},
         "images": {key: len(split) for key, split in splits.items()},
         "protocol": {"hold_out": dict(HOLD_OUT), "probe": asdict(probe)},
     }

@@ -59,7 +59,8 @@ def protocol(row: ResultRow) -> str:
     inside, probe = row["protocol"].get("hold_out", {}), row["protocol"].get("probe", {})
     return (
         f"Protocol: hold-out: {inside.get('folds', 3)}-fold cross-validation of a probe inside {inside.get('sets', 3)} parts "
-        f"of the scored set, as in the paper; probe: fitted on training labels by {probe.get('probe', 'lbfgs')}."
+        f"of the scored set, as in the paper; probe: fitted on training labels by {probe.get('probe', 'lbfgs')}; "
+        "p itself: the classifier that a supervised strategy trains."
     )
 
 
@@ -71,13 +72,15 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
         for split in dict.fromkeys(split for row in group for split in row["splits"]):
             scored = [row for row in group if row["splits"].get(split, {}).get("hold_out", {}).get("auc")]
             fractions = list(dict.fromkeys(fraction for row in scored for fraction in row["splits"][split]["probe"]))
+            own = any("classifier" in row["splits"][split] for row in scored)
             lines = []
             for row in sorted(scored, key=lambda row: -row["splits"][split]["hold_out"]["auc"]["mean"]):
                 scores = row["splits"][split]
                 probes = (Score.of(scores["probe"].get(fraction, {}).get("macro_auroc")) for fraction in fractions)
                 seconds = round(statistics.fmean(row["pretraining_seconds"]))
                 hold_out = Score.of(scores["hold_out"]["auc"])
-                cells = (row["images"]["labelled"], hold_out, *probes, len(row["seeds"]), seconds)
+                classifier = (Score.of(scores.get("classifier", {}).get("auc")),) if own else ()
+                cells = (row["images"]["labelled"], hold_out, *probes, *classifier, len(row["seeds"]), seconds)
                 lines.append(Row(f"**{row['name']}**" if row["name"] == OURS else row["name"], cells, row["protocol"]))
             notes = [*dict.fromkeys(protocol(row) for row in scored)]
             if scored:
@@ -90,6 +93,7 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
                 "labels",
                 "hold-out, 3-fold",
                 *(f"probe, {name}" for name in fractions),
+                *(("p itself",) if own else ()),
                 "seeds",
                 "s",
             )
@@ -119,9 +123,10 @@ def compare(runs: Sequence[FinishedRun], out: Path, data_root: Path | None) -> l
 
 
 def main_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Both linear evaluations."""
+    """Both linear evaluations, and p itself where it is scored."""
     found = {"hold-out": scores.get("hold_out", {}).get("auc")}
     found |= {f"probe, {name}": row.get("macro_auroc") for name, row in scores.get("probe", {}).items()}
+    found["p itself"] = scores.get("classifier", {}).get("auc")
     return {name: value for name, value in found.items() if value is not None}
 
 

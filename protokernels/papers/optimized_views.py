@@ -266,7 +266,7 @@ def fit(
     for epoch in session.epochs():
         turns = range(-(epoch * session.steps_per_epoch) % config.m_every, session.steps_per_epoch, config.m_every)
         for step in session.steps():
-            chosen = rows[step.indices.cpu() % len(rows)]
+            chosen = images_of(step, rows, session)
             x = to_tensor(split.images[chosen.numpy()], size=config.image_size).to(session.device)
             losses = alternate(
                 model,
@@ -282,6 +282,18 @@ def fit(
             of_M = {name: value * share for name, value in losses.items() if name.startswith(("m_", "mean_"))}
             session.record(step, **{**losses, **of_M})
         after_epoch(epoch)
+
+
+def images_of(step: Step, rows: Tensor, session: Session) -> Tensor:  # [n] int64 -> [b] int64, of this process
+    """The batch out of ``rows``: all images, or few that are gone through again and again, in a new order each time. What does not fill a
+    batch waits for the next turn, so no image is twice in a batch, unless there are fewer than it holds."""
+    if len(rows) == session.count:
+        return rows[step.indices.cpu()]
+    turn, batch = divmod(step.index, max(1, len(rows) // session.batch_size))
+    generator = derived_generator(session.seed, "few", step.epoch, turn)
+    order = torch.randperm(len(rows), generator=generator)
+    places = (batch * session.batch_size + torch.arange(step.batch)) % len(rows)
+    return rows[order[places]][step.rank :: step.processes]
 
 
 def drawn(step: Step, session: Session, config: OptimizedViewsConfig) -> Draws:
