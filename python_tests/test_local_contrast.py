@@ -222,7 +222,7 @@ class TestMeanTeacher:
         images, labels = batch(3)
         unlabelled = torch.rand(2, 1, 16, 16, generator=generator(5))
         losses = tcsm_losses(
-            model, model, images, labels, unlabelled, weight=weight, noise=noise, generator=generator(7)
+            model, model, images, labels, unlabelled, weight=weight, noise=noise, counts=(3, 2), generator=generator(7)
         )
         return model, losses
 
@@ -239,6 +239,18 @@ class TestMeanTeacher:
         images, labels = batch(3)
         plain = segmentation_losses(model(images), labels)
         torch.testing.assert_close(losses["loss"], plain["loss"] + 0.3 * losses["consistency"])
+
+    def test_the_noise_of_one_process(self) -> None:
+        """One drawing for labelled and unlabelled images, as ever: what was trained before comes out to the bit."""
+        model, losses = self.losses(noise=0.5)
+        x, drawn = torch.cat([batch(3)[0], torch.rand(2, 1, 16, 16, generator=generator(5))]), generator(7)
+        transformation = Transformation.draw(drawn)
+        first, second = (0.5 * torch.randn(x.shape, generator=drawn) for _ in range(2))
+        student, teacher = (
+            torch.softmax(y, dim=1) for y in (model(x + first), model.teacher(transformation(x) + second))
+        )
+        expected = (transformation(student) - teacher).square().sum(dim=1).mean()
+        assert torch.equal(losses["consistency"], expected)
 
     def test_a_student_like_its_teacher_is_consistent(self) -> None:
         """Pointwise outputs move with the image; scaling interpolates, so that only flips and rotations agree exactly."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..training.distributed import own_rows, whole_batch
 from ..training.segmentation import segmentation_losses
 from ..training.self_supervised import frozen_copy, move_towards
 
@@ -30,12 +31,13 @@ def mixup_losses(
     """lambda L(f(x), y) + (1 - lambda) L(f(x), y'), x = lambda x_a + (1 - lambda) x_b, lambda from Beta(alpha, alpha).
 
     H. Zhang, M. Cisse, Y. N. Dauphin, D. Lopez-Paz. mixup: Beyond empirical risk minimization. ICLR 2018. One lambda for
-    the batch; the partners are a permutation of it; L is cross-entropy plus soft Dice.
+    the batch; the partners are a permutation of it, of the batch of all processes; L is cross-entropy plus soft Dice.
     """
     share = draw_share(alpha, generator)
-    partner = torch.randperm(len(images), generator=generator).to(images.device)
-    logits = model(share * images + (1 - share) * images[partner])
-    own, other = segmentation_losses(logits, labels), segmentation_losses(logits, labels[partner])
+    everyone, their_labels = whole_batch(images), whole_batch(labels)
+    partner = own_rows(torch.randperm(len(everyone), generator=generator)).to(images.device)
+    logits = model(share * images + (1 - share) * everyone[partner])
+    own, other = segmentation_losses(logits, labels), segmentation_losses(logits, their_labels[partner])
     return {name: share * own[name] + (1 - share) * other[name] for name in own}
 
 
@@ -107,16 +109,18 @@ def tcsm_losses(
     *,
     weight: float,
     noise: float,
+    counts: tuple[int, int],  # images and unlabelled of all processes
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """L(f(x), y) + weight |pi(f(x + n)) - f'(pi(x) + n')|^2, over labelled and unlabelled images.
 
     f and f' are the softmax outputs of student and teacher, n and n' Gaussian noise, pi one rotation, flip and scale per
-    batch; the square is summed over classes and averaged over pixels.
+    batch; the square is summed over classes and averaged over pixels. The noise is drawn for the images of all processes.
     """
     x = torch.cat([images, unlabelled])
     transformation = Transformation.draw(generator)
-    first, second = (noise * torch.randn(x.shape, generator=generator).to(x.device) for _ in range(2))
+    drawn = (torch.randn(sum(counts), *x.shape[1:], generator=generator).split(counts) for _ in range(2))
+    first, second = (noise * torch.cat([own_rows(part) for part in parts]).to(x.device) for parts in drawn)
     logits = model(x + first)
     losses = segmentation_losses(logits[: len(images)], labels)
     with torch.no_grad():

@@ -44,7 +44,7 @@ What the paper leaves open, and our choice
     What is beyond the last whole block is a smaller block; the code leaves it out (``drop_remainder``).
     Views of stage 2 change intensities only, as in the code; the text permits deformations, since labels move along:
     ``spatial_views``. Dice is pooled over all pixels of the test set, as in the code, and also given per volume.
-    With several processes, contrast and soft Dice are over the slices of all.
+    With several processes, contrast, soft Dice and Mixup's partners are over the slices of all.
     TCSM's teacher predicts; see :mod:`protokernels.papers._local_contrast_baselines` for both baselines.
 
 Reproducibility
@@ -244,8 +244,9 @@ def fine_tune(
                 chosen = torch.randint(len(unlabelled), (step.batch,), generator=generator)
                 others, _ = moved(unlabelled[chosen[step.rank :: step.processes].to(x.device)], None)
                 weight = tcsm_weight(step.progress, config.tcsm_weight)
+                counts, noise = (step.batch, len(chosen)), config.tcsm_noise
                 losses = tcsm_losses(
-                    model, bare, x, y, others, weight=weight, noise=config.tcsm_noise, generator=generator
+                    model, bare, x, y, others, weight=weight, noise=noise, counts=counts, generator=generator
                 )
             else:
                 losses = segmentation_losses(model(x), y)

@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from protokernels.papers import local_contrast, optimized_views, optiml
 
+THIRD_STAGE = {"data": "phantoms", "labelled": 0.5, "image_size": 16, "width": 2, "fine_tune_batch_size": 5, "fine_tune_steps": 4,
+               "fine_tune_learning_rate": 0.1}  # fmt: skip
 TINY: dict[str, tuple[Any, dict[str, Any]]] = {
     "optiml": (
         optiml,
@@ -31,6 +33,8 @@ TINY: dict[str, tuple[Any, dict[str, Any]]] = {
          "global_batch_size": 13, "global_steps": 6, "local_batch_size": 5, "local_steps": 4, "fine_tune_batch_size": 5,
          "fine_tune_steps": 4},
     ),
+    "local_contrast-mixup": (local_contrast, {"method": "mixup", **THIRD_STAGE}),
+    "local_contrast-tcsm": (local_contrast, {"method": "tcsm", **THIRD_STAGE}),
 }  # fmt: skip
 
 
