@@ -108,6 +108,16 @@ class TestLosses:
         thinned = local_loss(f[..., ::4, ::4], None, replace(TINY, method="global+local-self", stride=1))
         torch.testing.assert_close(self_supervised, thinned)
 
+    @pytest.mark.parametrize("preset", ["paper", "official", "fair"])
+    def test_without_labels_the_positive_is_in_the_denominator(self, preset: Any) -> None:
+        """Of every pixel of the grid: -log of its share of the same pixel of the other view among all other pixels."""
+        config = LocalContrastConfig.preset(preset, method="global+local-self", stride=2, temperature=0.5)
+        f = torch.randn(4, 5, 4, 4, generator=generator(), dtype=torch.float64)
+        vectors = (f / f.norm(dim=1, keepdim=True))[..., ::2, ::2].movedim(1, -1).reshape(-1, 5)
+        s, count = (vectors @ vectors.T / 0.5).exp(), len(vectors)
+        terms = [-(s[i, (i + count // 2) % count] / (s[i].sum() - s[i, i])).log() for i in range(count)]
+        torch.testing.assert_close(local_loss(f, None, config), torch.stack(terms).mean())
+
     @pytest.mark.parametrize("method", ["local-block", "local-stride", "global+local-self"])
     def test_steps_of_stage_2_lower_the_loss(self, method: str) -> None:
         torch.manual_seed(0)
@@ -386,6 +396,7 @@ class TestConfig:
         assert not changed("global", method="global+local-self") and changed("local", method="local-block")
         own = replace(TINY, method="global+local-self")
         assert own.stage_record("local") == replace(own, labelled=0.5).stage_record("local")  # it reads no label
+        assert own.stage_record("local") == replace(own, form="paper").stage_record("local")
 
     def test_every_method_has_its_published_numbers(self) -> None:
         assert len(METHODS) == 9

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from ..models import LocalHead
+from ..ops._contrastive_checks import Form
 from ..training.configuration import RunConfig
 from ..training.segmentation import StageSettings
 
@@ -99,7 +100,7 @@ class LocalContrastConfig(RunConfig):
     temperature: float = 0.1
     block_size: int = 16  # pixels; methods with "block"
     stride: int = 4  # pixels; methods with "stride" and "self"
-    form: Literal["supcon", "in", "paper", "negout"] = "supcon"
+    form: Literal["supcon", "in", "paper", "negout"] = "supcon"  # of methods with labels; without: "supcon"
     scope: Literal["group", "image"] = "group"
     reduction: Literal["group", "anchor", "image"] = "group"
     drop_remainder: bool = False  # leave out the pixels beyond the last whole block
@@ -158,6 +159,13 @@ class LocalContrastConfig(RunConfig):
         """The stages of the method."""
         return METHODS[self.method]
 
+    @property
+    def local_form(self) -> Form:
+        """The form of the loss of stage 2. Without labels ``"supcon"`` whatever ``form`` says: Eq. 2 is that of the supervised loss;
+        the label-free one, a pixel against all others, has its positive in the denominator, in the authors' code and in Chaitanya et
+        al. 2020."""
+        return "supcon" if self.recipe.local_contrast == "self" else self.form
+
     def record(self) -> dict[str, Any]:
         """What goes into a run's ``config.json``: everything but where shared stages lie, on which nothing depends."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "stages"}
@@ -179,13 +187,17 @@ class LocalContrastConfig(RunConfig):
             names += [key for key in self.record() if key.startswith("global_")] + ["train_global_head", "transductive"]
         if name == "local":
             names += [key for key in self.record() if key.startswith("local_")]
-            names += ["temperature", "form", "scope", "reduction", "identical_views", "spatial_views", "cosine"]
+            names += ["temperature", "scope", "reduction", "identical_views", "spatial_views", "cosine"]
             names += ["block_size", "drop_remainder"] if self.recipe.local_contrast == "block" else ["stride"]
             if self.recipe.local_contrast != "self":
                 names.append("labelled")
         values = {key: getattr(self, key) for key in names}
         if name == "local":
-            values |= {"global": self.recipe.global_contrast, "local": self.recipe.local_contrast}
+            values |= {
+                "global": self.recipe.global_contrast,
+                "local": self.recipe.local_contrast,
+                "form": self.local_form,
+            }
         return values
 
     def warnings(self) -> list[str]:

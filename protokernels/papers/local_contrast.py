@@ -38,7 +38,8 @@ Methods, the rows of Table 1 (``method``)
 What the paper leaves open, and our choice
     Eq. 2 takes the logarithm of a sum over positives, divides by negatives alone and by the number of positives outside; the
     code takes the mean over positives of the logarithm, with positives in the denominator, over all foreground of a block,
-    then over blocks. ``form`` and ``reduction``: the text's in ``paper``, the code's elsewhere. The temperature is not
+    then over blocks. ``form`` and ``reduction``: the text's in ``paper``, the code's elsewhere; ``global+local-self`` has its
+    positive in the denominator whatever ``form`` says, since Eq. 2 is that of the loss with labels. The temperature is not
     given: 0.1, that of the script. A pixel without positives makes the code's loss NaN; here it is no anchor. A batch
     without any foreground has loss and gradient 0; the code leaves its step out, here Adam's momentum goes on.
     What is beyond the last whole block is a smaller block; the code leaves it out (``drop_remainder``).
@@ -153,7 +154,7 @@ class LocalContrast(nn.Module):
 
 
 def local_loss(f: Tensor, labels: Tensor | None, config: LocalContrastConfig) -> Tensor:  # [2B, C, H, W], [2B, H, W]
-    """Eq. 2 and 3, in blocks or on a grid (section 2.3)."""
+    """Eq. 2 and 3, in blocks or on a grid (section 2.3); for the method without labels, a pixel against all others."""
     in_blocks = config.recipe.local_contrast == "block"
     return protokernels.local_contrastive_loss(
         f,
@@ -161,7 +162,7 @@ def local_loss(f: Tensor, labels: Tensor | None, config: LocalContrastConfig) ->
         temperature=config.temperature,
         block_size=config.block_size if in_blocks else None,
         stride=None if in_blocks else config.stride,
-        form=config.form,
+        form=config.local_form,
         scope=config.scope,
         reduction=config.reduction,
         drop_remainder=config.drop_remainder,
