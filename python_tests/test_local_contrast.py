@@ -332,6 +332,17 @@ class TestConfig:
             )
         assert LocalContrastConfig.preset("paper", "mmwhs").image_size == 160
 
+    def test_the_global_head(self) -> None:
+        """A multi-layer perceptron in the text, linear in the released code and in all that ``fair`` has trained."""
+        for preset, kind in (("paper", "mlp"), ("official", "linear"), ("fair", "linear")):
+            config = replace(LocalContrastConfig.preset(preset), width=2)  # type: ignore[arg-type]
+            head = GlobalContrast(UNet(width=2, depth=config.depth).encoder, config).head
+            assert config.global_head == kind and any(isinstance(layer, nn.ReLU) for layer in head) == (kind == "mlp")
+        record = TINY.record()
+        assert record.pop("global_head") == "linear"
+        assert LocalContrastConfig.from_dict(record) == TINY  # of a run that is older than the field
+        assert "global_head" not in TINY.stage_record("global")  # nor do its stages have another name now
+
     def test_the_number_of_epochs_follows_the_steps(self) -> None:
         stage = replace(TINY, fine_tune_steps=100, fine_tune_batch_size=8).stage("fine_tune")
         plans = [stage.plan(count, 0, "fine_tune") for count in (5, 80, 85)]
@@ -365,6 +376,7 @@ class TestConfig:
             ({"fine_tune_learning_rate": math.nan}, "fine_tune_learning_rate must be positive"),
             ({"image_size": 30}, r"multiple of 2\*\*depth = 4"),
             ({"keep": "first"}, "keep must be one of best, last"),
+            ({"global_head": "cls"}, "global_head must be one of linear, mlp"),
         ],
     )
     def test_refusals(self, changes: dict[str, Any], message: str) -> None:
@@ -390,7 +402,14 @@ class TestConfig:
             assert not changed("global", **changes) and not changed("local", **changes)
         for changes in ({"labelled": 0.5}, {"block_size": 8}, {"temperature": 1.0}, {"local_steps": 3}, {"form": "in"}):
             assert not changed("global", **changes) and changed("local", **changes)
-        for changes in ({"fold": 1}, {"width": 5}, {"global_steps": 3}, {"transductive": True}, {"data": "acdc"}):
+        for changes in (
+            {"fold": 1},
+            {"width": 5},
+            {"global_steps": 3},
+            {"transductive": True},
+            {"data": "acdc"},
+            {"global_head": "mlp"},
+        ):
             assert changed("global", **changes) and changed("local", **changes)
         assert not changed("local", stride=2)  # of another method
         assert not changed("global", method="global+local-self") and changed("local", method="local-block")

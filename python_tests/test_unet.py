@@ -41,6 +41,16 @@ class TestSize:
         assert local_head(6, kind)(torch.rand(2, 6, 8, 4)).shape == (2, 12, 8, 4)  # type: ignore[arg-type]
         assert global_head(24)(torch.rand(2, 24, 4, 4)).shape == (2, 12)
 
+    def test_global_heads_without_and_with_a_nonlinearity(self) -> None:
+        maps = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+        for kind in ("linear", "mlp"):
+            torch.manual_seed(0)
+            head = global_head(6, kind)  # type: ignore[arg-type]
+            first, second = (layer for layer in head if isinstance(layer, nn.Linear))
+            hidden = first(maps.mean(dim=(2, 3)))
+            assert (hidden < 0).any()
+            torch.testing.assert_close(head(maps), second(hidden.relu() if kind == "mlp" else hidden))
+
 
 class TestBehaviour:
     def test_the_encoder_does_not_see_contrast_and_brightness_of_a_slice(self) -> None:
@@ -82,6 +92,8 @@ class TestBehaviour:
             UNet(depth=0)
         with pytest.raises(ValueError, match='kind must be "mlp" or "cls"'):
             local_head(4, "linear")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match='kind must be "linear" or "mlp"'):
+            global_head(4, "cls")  # type: ignore[arg-type]
 
 
 class TestLoading:

@@ -8,11 +8,12 @@ shape that X. Hu et al. (MICCAI 2021) released: normalisation in the encoder onl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+GlobalHead = Literal["linear", "mlp"]
 LocalHead = Literal["mlp", "cls"]
 SLOPE = 0.01  # of the LeakyReLU on the negative side
 
@@ -130,12 +131,17 @@ class UNet(nn.Module):
         return maps
 
 
-def global_head(dim: int) -> nn.Sequential:
-    """h_1 of the released code: average over the map, two linear layers without an activation between them.
+def global_head(dim: int, kind: GlobalHead = "linear") -> nn.Sequential:
+    """h_1: average over the map, two linear layers. ``"linear"``: no activation between them, as in the released code; ``"mlp"``: a
+    ReLU between them, the multi-layer perceptron of the paper's text.
 
     Shape: [B, dim, h, w] -> [B, dim / 2].
     """
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(dim, dim), nn.Linear(dim, max(1, dim // 2)))
+    if kind not in get_args(GlobalHead):
+        raise ValueError(f'global_head: kind must be "linear" or "mlp"; got {kind!r}')
+    between = [nn.ReLU()] if kind == "mlp" else []
+    pool, first, second = nn.AdaptiveAvgPool2d(1), nn.Linear(dim, dim), nn.Linear(dim, max(1, dim // 2))
+    return nn.Sequential(pool, nn.Flatten(), first, *between, second)
 
 
 def local_head(width: int, kind: LocalHead = "mlp") -> nn.Sequential:

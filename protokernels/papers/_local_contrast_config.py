@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
-from ..models import LocalHead
+from ..models import GlobalHead, LocalHead
 from ..ops._contrastive_checks import Form
 from ..training.configuration import RunConfig
 from ..training.segmentation import StageSettings
@@ -88,6 +88,7 @@ class LocalContrastConfig(RunConfig):
     global_weight_decay: float = 1e-5
     global_flat_epochs: int = 10  # epochs before the learning rate falls
     global_temperature: float = 0.5
+    global_head: GlobalHead = "linear"  # "mlp": with a ReLU between its two layers, as in the text
     train_global_head: bool = True  # false: the head stays random, as in the released code
     transductive: bool = False  # also the volumes of the validation and test sets, as in the released code
     # Stage 2, local contrast
@@ -126,8 +127,7 @@ class LocalContrastConfig(RunConfig):
     stages: str = ""  # folder in which runs share the stages before the last; empty: inside the run's own folder
 
     def __post_init__(self) -> None:
-        for name in ("method", "split", "form", "scope", "reduction", "keep", "local_head"):
-            allowed = {**_CHOICES, "local_head": get_args(LocalHead)}[name]
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"LocalContrastConfig: {name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
@@ -185,6 +185,8 @@ class LocalContrastConfig(RunConfig):
         names = ["data", "fold", "split", "image_size", "width", "depth"]
         if name == "global" or self.recipe.global_contrast:
             names += [key for key in self.record() if key.startswith("global_")] + ["train_global_head", "transductive"]
+            if self.global_head == "linear":  # not named: stages that are older than the field are found
+                names.remove("global_head")
         if name == "local":
             names += [key for key in self.record() if key.startswith("local_")]
             names += ["temperature", "scope", "reduction", "identical_views", "spatial_views", "cosine"]
@@ -241,6 +243,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("group", "image"),
     "reduction": ("group", "anchor", "image"),
     "keep": ("best", "last"),
+    "global_head": get_args(GlobalHead),
+    "local_head": get_args(LocalHead),
 }
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -251,6 +255,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "global_learning_rate": 1e-4,
         "global_weight_decay": 0.0,
         "global_flat_epochs": 70,
+        "global_head": "mlp",
         "local_epochs": 70,
         "local_learning_rate": 1e-4,
         "local_weight_decay": 0.0,

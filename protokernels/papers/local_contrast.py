@@ -14,9 +14,10 @@ pixel would have to be compared with all others, only every fourth of each axis 
     >>> results = local_contrast.train(config, "runs/example")  # doctest: +SKIP
 
 Presets
-    ``paper``     the text: U-Net with three levels, Eq. 2 and 3 as printed, Adam 1e-4 for 70 epochs in stages 1 and 2, 1e-5
-                  for 120 epochs in stage 3, splits 3:1:1. 1e-5 is very little for a network from random weights and 7 volumes
-                  (about 4,000 steps).
+    ``paper``     the text: U-Net with three levels, a global head with a ReLU between its layers (elsewhere they are linear, as
+                  in the code), Eq. 2 and 3 as printed, Adam 1e-4 for 70 epochs in stages 1 and 2, 1e-5 for 120 epochs in
+                  stage 3, splits 3:1:1. 1e-5 is very little for a network from random weights and 7 volumes (about 4,000
+                  steps).
     ``official``  the released code, with its errors: four levels, Adam 3e-4, 1e-4 and 5e-4 for 100, 60 and 120 epochs, splits
                   50/25/25; the global head is never trained; stage 1 sees the slices of the test volumes; both views of stage 2
                   are the same image. Each of these stands among the warnings of the results. Its interpolation of labels,
@@ -117,7 +118,7 @@ class GlobalContrast(nn.Module):
 
     def __init__(self, encoder: UNetEncoder, config: LocalContrastConfig) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, global_head(encoder.dim)
+        self.encoder, self.head = encoder, global_head(encoder.dim, config.global_head)
         self.head.requires_grad_(config.train_global_head)
         self.temperature = config.global_temperature
 
