@@ -323,6 +323,8 @@ class TestConfig:
         assert official.transductive and official.identical_views and not official.train_global_head
         assert (fair.width, fair.image_size, fair.keep, fair.form) == (16, 64, "best", "supcon")
         assert not fair.transductive and not fair.identical_views and fair.train_global_head
+        assert (fair.validation_volumes, fair.tcsm_noise, fair.tcsm_momentum) == (12, 0.1, 0.99)
+        assert (paper.validation_volumes, paper.tcsm_noise, paper.tcsm_momentum) == (0, 0.5, 0.999)
         for config in (paper, official, fair):
             assert (config.temperature, config.block_size, config.stride, config.method) == (
                 0.1,
