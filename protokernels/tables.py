@@ -101,6 +101,8 @@ def table(words: list[str]) -> int:
         return 0 if asked else 2
     described = table_of(words[0])
     axes = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in described.axes.items())
+    for data, others in described.axes_of_data.items():
+        axes += "".join(f"; of {data}, {name}: {', '.join(map(str, values))}" for name, values in others.items())
     options = tyro.cli(
         TableOptions,
         args=words[1:],

@@ -12,7 +12,10 @@ import pytest
 
 pytest.importorskip("tyro", reason="the commands need the extra protokernels[train]")
 
+from protokernels.cli import main
 from protokernels.commands import find_paper
+from protokernels.papers._local_contrast_config import METHODS, PAPER_RESULTS
+from protokernels.papers._local_contrast_report import percent
 from protokernels.papers._local_contrast_table import SCORES
 from protokernels.papers._optimized_views_table import OURS
 from protokernels.papers._vaesim_published import PAPER, PUBLISHED
@@ -288,6 +291,22 @@ class TestLocalContrast:
         for name in ("features_tcsm", "overlays", "validation"):
             path = tmp_path / "figures" / "30" / f"{name}.png"
             assert path.stat().st_size > 5000 and str(path) in err
+
+    @pytest.mark.parametrize("data", PAPER_RESULTS)
+    def test_the_shares_are_those_of_the_papers_table(self, data: str) -> None:
+        described = table_of("local_contrast")
+        combinations = described.combinations({"data": [data]})
+        assert list(dict.fromkeys(percent(values["labelled"]) for values in combinations)) == list(PAPER_RESULTS[data])
+        assert len(combinations) == 4 * 3 * len(METHODS) and all(values["data"] == data for values in combinations)
+        both = described.combinations({"data": ["hippocampus", "mmwhs"], "fold": [2]})
+        assert sum(values["data"] == data for values in both) == 3 * len(METHODS)
+        asked = described.combinations({"data": [data], "labelled": [0.3]})
+        assert {values["labelled"] for values in asked} == {0.3}
+
+    def test_help_names_the_shares_of_other_data(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["table", "local-contrast", "--help"])
+        assert "of mmwhs, labelled: 0.1, 0.2, 0.4" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
     def test_other_seeds_lie_beside_the_first(self, tmp_path: Path) -> None:
         described, options = table_of("local_contrast"), TableOptions(data=("phantoms",))

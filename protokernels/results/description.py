@@ -46,6 +46,8 @@ class PaperTable:
     tables: Callable[[Sequence[ResultRow]], list[ResultTable]]  # from the rows in the order of the file
     folder: Callable[[Values, int], Path]  # values of the axes, seed -> the run's folder below that of the table
     modules: Sequence[str] = ()  # whose runs count: the paper itself, and baselines
+    axes_of_data: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    # data -> axis -> the values that are run on these data instead, unless others are asked for
     runs: int = 1  # seeds of each, unless another number is asked for
     details: Callable[[Sequence[FinishedRun]], Values] = lambda runs: {}  # fields of a row beside the common ones
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of fields that older rows lack
@@ -79,8 +81,12 @@ class PaperTable:
         """
         if unknown := [name for name in chosen if name not in self.axes]:
             raise ValueError(f"unknown axis {', '.join(unknown)}; the table of {self.paper} has {', '.join(self.axes)}")
-        values = {name: list(chosen.get(name) or known) for name, known in self.axes.items()}
-        return [dict(zip(values, each, strict=True)) for each in product(*values.values())]
+        asked = {name: values for name, values in chosen.items() if values}
+        combinations: list[Values] = []
+        for data in asked.get("data", self.axes["data"]):
+            axes = {**self.axes, **self.axes_of_data.get(data, {}), **asked, "data": (data,)}
+            combinations += [dict(zip(axes, each, strict=True)) for each in product(*axes.values())]
+        return combinations
 
     def collect(
         self, folders: Sequence[Path], config_of: Callable[[FinishedRun], Values] = lambda run: run.config
