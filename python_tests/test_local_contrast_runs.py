@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,33 @@ class TestAblations:
         assert (tmp_path / "figures" / "sweep_block_size.png").stat().st_size > 5000
         assert len(list((tmp_path / "stages").glob("global-*/config.json"))) == 1  # for both
         assert main([*words, "--only", "magic"]) == 1
+
+    @pytest.mark.parametrize(
+        ("method", "blocks", "strides"),
+        [("global+local-block", [16, 8, 32], [2, 8]), ("global+local-stride", [8, 32], [4, 2, 8]), ("random", [8, 32], [2, 8])],
+    )  # fmt: skip
+    def test_the_whole_run_is_in_the_curves_of_its_method(
+        self, method: str, blocks: list[int], strides: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fair = local_contrast.LocalContrastConfig.preset("fair", method=method)  # type: ignore[arg-type]
+        score = {"mean": {"mean": 0.5, "std": None}}
+        results = {
+            name: {
+                "config": replace(fair, **local_contrast.ABLATIONS[name]).record(),
+                "splits": {"test": {"pooled_dice": score, "volume_dice": score}},
+            }
+            for name in ("full", "block-8", "block-32", "stride-2", "stride-8", "temperature-0.5")
+        }
+        drawn: dict[str, list[Any]] = {}
+
+        def sweep_figure(panels: Any, title: str) -> None:
+            drawn.update((panel.label, list(panel.values)) for panel in panels)
+
+        monkeypatch.setattr("protokernels.figures.sweeps.sweep_figure", sweep_figure)
+        monkeypatch.setattr("protokernels.figures.save_figure", lambda figure, path: path)
+        local_contrast.draw_ablations(results, tmp_path)
+        expected = {"block size, pixels": blocks, "stride, pixels": strides, "temperature": [0.1, 0.5]}
+        assert drawn == expected
 
     def test_help_names_them(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):

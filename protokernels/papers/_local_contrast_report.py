@@ -80,7 +80,7 @@ def ablation_tables(results: Mapping[str, Any]) -> list[Table]:
 
 
 def draw_ablations(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """A curve over every setting of which at least two values were run; ``full`` is one of them."""
+    """A curve over every setting of which at least two values were run; ``full`` is one of them where its method has it."""
     from ..figures import save_figure
     from ..figures.sweeps import Panel, sweep_figure
 
@@ -92,7 +92,8 @@ def draw_ablations(results: Mapping[str, Any], folder: Path) -> list[Path]:
     ):
         prefix = {"block_size": "block-", "stride": "stride-", "temperature": "temperature-"}[field]
         rows = {name: result for name, result in results.items() if name.startswith(prefix)}
-        if "full" in results and (field != "stride" or results["full"]["config"]["method"].endswith("stride")):
+        ending = {"block_size": "block", "stride": "stride", "temperature": ""}[field]  # of methods with the setting
+        if "full" in results and results["full"]["config"]["method"].endswith(ending):
             rows = {"full": results["full"], **rows}
         if len(rows) < 2:
             continue
