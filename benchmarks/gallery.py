@@ -68,7 +68,7 @@ GALLERY = (
         "phantoms",
         {
             "overlays": "image, ground truth and segmentation, 20 % of the volumes labelled",
-            "features": "features of pixels after the contrastive stages, by class",
+            "features": "features of pixels in the network after all three stages, by class",
         },
     ),
     Shown(
