@@ -5,8 +5,10 @@
 ``imagesTr/NAME.nii.gz`` holds four sequences, of which FLAIR is taken (by ``modality`` in ``dataset.json``; else the first);
 ``labelsTr/NAME.nii.gz`` the parts of the tumour. As in Ruppli et al. 2022, slices of which 80 % or more are black are left out and the
 question is whether a slice shows any tumour. Our choices, where that text is silent: the sequence; every slice is scaled by its
-own smallest and largest value to 0..255; a volume is a patient, and in a fixed random order a tenth of the patients, at
-least one, tests, as many validate and the rest train. Rows run from anterior to posterior, columns from the patient's left to right.
+own smallest and largest value to 0..255; a volume is a patient. In a fixed random order a tenth of the patients, at least one, tests,
+as many validate and the rest train; that differs from the paper, whose test data are three hold-out sets of 1000 slices each:
+ours are the three parts into which the evaluation cuts the slices of that tenth. Rows run from anterior to posterior, columns from
+the patient's left to right.
 """
 
 from __future__ import annotations
