@@ -162,10 +162,11 @@ def random_views(d: Draws) -> Call:
         images: Any, size: Any, limits: Any = (0.0, 1.0), padding_mode: Any = "border", antialias: Any = True, generator: Any = None,
         chance: Any = 0.5, crop_scale: Any = (0.2, 1.0), crop_ratio: Any = (0.75, 1.3), rotation: Any = (-1.0, 1.0), brightness: Any = 0.4,
         contrast: Any = 0.4, offset_normal: Any = (0.0, 1.0), gamma_range: Any = (0.5, 2.0), blur_sigma: Any = (0.1, 2.0),
-        noise_std: Any = (0.0, 0.1),
+        noise_std: Any = (0.0, 0.1), blur_radius: Any = None,
     ) -> Any:  # fmt: skip
         ranges = dict(crop_scale=crop_scale, crop_ratio=crop_ratio, rotation=rotation, brightness=brightness, contrast=contrast,
-                      offset_normal=offset_normal, gamma_range=gamma_range, blur_sigma=blur_sigma, noise_std=noise_std)  # fmt: skip
+                      offset_normal=offset_normal, gamma_range=gamma_range, blur_sigma=blur_sigma, noise_std=noise_std,
+                      blur_radius=blur_radius)  # fmt: skip
         strength = nn.ViewStrength(**dict.fromkeys(STRENGTHS, chance), **ranges)
         return nn.RandomViews(size, strength, limits=limits, padding_mode=padding_mode, antialias=antialias)(
             images, generator=generator
@@ -176,8 +177,8 @@ def random_views(d: Draws) -> Call:
     if d.one(False, False, True):
         x = (torch.rand(x.shape, generator=d.generator) * 255).to(torch.uint8)
     d.moderate &= 0 not in sides
-    return call("RandomViews", run, {"images": x, "size": d.one(7, (4, 9)), "padding_mode": d.one(*PADDINGS), "chance": d.one(0, 0.5, 1)},
-                overflow=not d.moderate)  # fmt: skip
+    return call("RandomViews", run, {"images": x, "size": d.one(7, (4, 9)), "padding_mode": d.one(*PADDINGS), "chance": d.one(0, 0.5, 1),
+                                       "blur_radius": d.one(None, 0, 2)}, overflow=not d.moderate)  # fmt: skip
 
 
 def variance_covariance_loss(d: Draws) -> Call:

@@ -38,6 +38,14 @@ class TestViews:
         assert drawn.box[:, 2:].prod(dim=1).min() >= 0.48  # half of the area, sides cut to the image's
         assert not drawn.mirror[:, 1].any() and (drawn.brightness == 1).all()
 
+    def test_the_blur_has_five_taps_where_the_text_or_the_code_is_followed(self) -> None:
+        for preset, radius in (("paper", 2), ("official", 2), ("fair", None)):
+            for strength in CONFIG.preset(preset).views().strengths:  # type: ignore[arg-type]
+                assert strength.blur_radius == radius
+        record = asdict(CONFIG.preset("fair"))
+        del record["blur_radius"]  # of a run that is older than the field
+        assert CONFIG.from_dict(record) == CONFIG.preset("fair")
+
     def test_switched_off_they_leave_an_image_as_it_is(self) -> None:
         still = replace(TINY, view_probability=0.0, blur_sigma=0.0, noise_std=0.0)
         x = images(5)
@@ -86,6 +94,7 @@ class TestConfig:
             ({"label_share": 0.0}, "label_share"),
             ({"subset": 4}, "too small"),
             ({"noise_std": -1.0}, "noise_std"),
+            ({"blur_radius": -1}, r"blur_radius must lie in \[0, 64\]; got -1"),
             ({"crop_scale": 0.0}, "crop_scale"),
         ],
     )

@@ -189,6 +189,18 @@ class TestViews:
         )  # fmt: skip
         assert torch.equal(actual, expected)
 
+    def test_the_blur_has_the_taps_that_are_asked_for(self, place: Place) -> None:
+        dot, sigma = torch.zeros(2, 1, 15, 15), torch.tensor([2.0, 0.7])
+        dot[..., 7, 7] = 1.0
+        for radius, reach in ((2, 2), (0, 0), (None, 6)):
+            strength = ViewStrength(crop=0.0, hflip=0.0, jitter=0.0, blur=1.0, blur_radius=radius)
+            view = RandomViews(15, strength).make(dot.to(place.device), unchanged(2, sigma=sigma)).cpu()
+            taps = (-(torch.arange(-reach, reach + 1.0).square()) / (2 * sigma[:, None] ** 2)).exp()
+            taps = F.pad(taps / taps.sum(dim=1, keepdim=True), (7 - reach, 7 - reach))
+            torch.testing.assert_close(view[:, 0], taps[:, :, None] * taps[:, None], rtol=1e-4, atol=1e-6)
+        for strength in RandomViews.preset("contrastive_autoencoder", 8).strengths:
+            assert strength.blur_radius == 2
+
     def test_limits_hold(self, place: Place) -> None:
         images = draw((20, 1, 8, 8), seed=9)[0].to(place.device)
         strong = ViewStrength(
@@ -329,7 +341,7 @@ class TestContract:
         "options",
         [{"crop": 1.5}, {"blur": -0.1}, {"crop_scale": (0.5, 0.2)}, {"crop_ratio": (0.0, 1.0)}, {"gamma_range": (0.0, 2.0)},
          {"blur_sigma": (-1.0, 1.0)}, {"noise_std": (0.2, 0.1)}, {"rotation": (1.0, 0.0)}, {"contrast": 1.5},
-         {"offset_normal": (0.0, -1.0)}],
+         {"offset_normal": (0.0, -1.0)}, {"blur_radius": -1}, {"blur_radius": 65}],
     )  # fmt: skip
     def test_wrong_strengths_are_refused(self, options: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=r"^ViewStrength: "):

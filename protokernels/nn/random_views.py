@@ -21,7 +21,7 @@ from ..ops._checks import FLOATING, check_choice, check_flag, check_generator, c
 from ..reference.warp import AFFINE_PADDINGS
 
 Range = tuple[float, float]
-BLUR_REACH = 3.0  # the Gaussian ends at this many sigma
+BLUR_REACH = 3.0  # the Gaussian ends at this many sigma, unless its radius is given
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class ViewStrength:
         gamma_range: ... whose logarithm is uniform between those of these two.
         blur: probability of a Gaussian blur ...
         blur_sigma: ... with a standard deviation in this range, in pixels of the view.
+        blur_radius: the blur reaches this many pixels to either side, 2 for five taps; None: three of the largest standard deviations.
         noise: probability of normal noise ...
         noise_std: ... with a standard deviation in this range.
         solarise: probability that pixels in the upper half of ``limits`` are mirrored into the lower one.
@@ -75,11 +76,15 @@ class ViewStrength:
     noise: float = 0.0
     noise_std: Range = (0.0, 0.1)
     solarise: float = 0.0
+    blur_radius: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            check = check_real if isinstance(field.default, float) else check_interval
-            check("ViewStrength", field.name, getattr(self, field.name))
+            if field.name != "blur_radius":
+                check = check_real if isinstance(field.default, float) else check_interval
+                check("ViewStrength", field.name, getattr(self, field.name))
+        if self.blur_radius is not None:
+            checks.check_radius("ViewStrength", self.blur_radius, "blur_radius")
         for name in ("crop", "hflip", "vflip", "rotate", "jitter", "offset", "gamma", "blur", "noise", "solarise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"ViewStrength: {name} must be a probability, in [0, 1]; got {getattr(self, name)}")
@@ -194,7 +199,7 @@ class RandomViews(nn.Module):
         """
         if name == "contrastive_autoencoder":
             half = ViewStrength(
-                crop=0.5, crop_scale=(0.5, 1.0), rotate=0.5, jitter=0.0, blur=0.5, noise=0.5, noise_std=(0.0, 0.1)
+                crop=0.5, crop_scale=(0.5, 1.0), rotate=0.5, jitter=0.0, blur=0.5, blur_radius=2, noise=0.5
             )
             return cls(size, half, half, padding_mode="zeros")
         if name == "local_contrast":
@@ -303,7 +308,9 @@ class RandomViews(nn.Module):
         order: list[checks.Stage] = [*(("blur",) if strength.blur else ()), *(("noise",) if strength.noise else ())]
         if order:
             values = F.pad(torch.stack([p.sigma, p.noise_std], 1), (0, 5))
-            radius = min(math.ceil(BLUR_REACH * strength.blur_sigma[1]), checks.MOST_RADIUS)
+            radius = strength.blur_radius
+            if radius is None:
+                radius = min(math.ceil(BLUR_REACH * strength.blur_sigma[1]), checks.MOST_RADIUS)
             x = ops.transform(x, values, order=order, sigma_max=1.0, noise_std=1.0, radius=radius, seed=p.seed)
             x = self._cut(x)
         if strength.solarise and self.limits is not None:

@@ -120,11 +120,11 @@ def check_number(op: str, name: str, value: object, *, positive: bool = False) -
     return float(value)
 
 
-def check_radius(op: str, value: object) -> int:
+def check_radius(op: str, value: object, name: str = "radius") -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: radius must be a whole number of pixels; got {_checks.describe(value)}")
+        raise TypeError(f"{op}: {name} must be a whole number of pixels; got {_checks.describe(value)}")
     if not 0 <= value <= MOST_RADIUS:
-        raise ValueError(f"{op}: radius must lie in [0, {MOST_RADIUS}]; got {value}")
+        raise ValueError(f"{op}: {name} must lie in [0, {MOST_RADIUS}]; got {value}")
     return value
 
 

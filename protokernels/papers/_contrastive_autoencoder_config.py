@@ -84,6 +84,7 @@ class ContrastiveAutoencoderConfig(RunConfig):
     crop_scale: float = 0.5  # smallest share of the image in a crop
     flip: bool = True  # left and right change places
     blur_sigma: float = 2.0  # largest, pixels; the smallest is 0.1
+    blur_radius: int = 0  # how far the blur reaches, pixels; 0: three times blur_sigma
     noise_std: float = 0.1  # largest, of images in [0, 1]
     # evaluation
     subset: int = 3000  # training images for KMeans, cluster map and neighbours; 0: all
@@ -138,6 +139,7 @@ class ContrastiveAutoencoderConfig(RunConfig):
             jitter=0.0,
             blur=p if self.blur_sigma else 0.0,
             blur_sigma=(min(0.1, self.blur_sigma), self.blur_sigma),
+            blur_radius=self.blur_radius or None,
             noise=p if self.noise_std else 0.0,
             noise_std=(0.0, self.noise_std),
         )
@@ -145,8 +147,9 @@ class ContrastiveAutoencoderConfig(RunConfig):
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "paper": {"blur_radius": 2},
     "official": {
+        "blur_radius": 2,
         "similarity": "dot",
         "assignment_temperature": 1.0,
         "condition": "ignored",

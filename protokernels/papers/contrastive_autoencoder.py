@@ -32,8 +32,9 @@ What the paper leaves open, and our choice
     get better; in ``fair`` it starts by passing h on. The soft assignment is that of the cosine at a temperature of 0.1.
     Clusters: KMeans on h of two views of each of 3000 training images, 2 to 19 clusters, the middle if the curve has no elbow. Section 2
     maps clusters to labels by all training images, section 3 by a part: here by the same 3000, which are the neighbours' bank too.
-    Views: rotation by up to 30 degrees either way with zeros outside, blur with sigma 0.1 to 2 pixels, noise with a standard deviation of
-    0 to 0.1, crop of at least half of the image, each with a probability of 1/2; flips for digits too, in ``paper`` and ``official``.
+    Views: rotation by up to 30 degrees either way with zeros outside, blur with sigma 0.1 to 2 pixels and five taps (in ``fair`` as many as
+    three sigma take), noise with a standard deviation of 0 to 0.1, crop of at least half of the image, each with a probability of 1/2;
+    flips for digits too, in ``paper`` and ``official``.
     Neighbours: by h (``knn``) and by z (``knn_z``); linear layer: on z (``linear``) and, beyond the paper, on h (``linear_h``). The 20 %
     of labels are drawn with the classes in their shares.
 
