@@ -192,10 +192,16 @@ class RandomViews(nn.Module):
     def preset(cls, name: str, size: int) -> RandomViews:
         """The two views of a paper.
 
-        ``"contrastive_autoencoder"`` (Ferrante et al. 2022): rotation up to 30 degrees, blur, noise, flip and crop, each with the
-        probability 1/2. ``"local_contrast"`` (Hu et al. 2021, released code): offset, gamma and noise, rotation by any angle, scale;
-        without its elastic deformation. ``"optiml"`` (Singh et al. 2024, from the authors' sister methods): crop, flip, jitter; blur
-        and solarisation differ between the views.
+        ``"contrastive_autoencoder"`` (Ferrante et al. 2022): rotation up to 30 degrees, blur with five taps, noise, flip and crop,
+        each with the probability 1/2.
+
+        ``"local_contrast"`` (Hu et al. 2021, released code): offset, gamma and noise, rotation by any angle, scale. Unlike there, no
+        elastic deformation; the power of gamma is uniform in its logarithm, the scale in its square, the area shown; and intensities
+        change after the image has moved. :mod:`protokernels.data.segmentation_views`, with which that paper is trained, has all of it.
+
+        ``"optiml"`` (Singh et al. 2024, from the authors' sister methods): crop, flip, jitter of brightness and contrast; blur and
+        solarisation differ between the views. Unlike there, crops are bilinear, not bicubic, and there is no jitter of saturation and
+        hue and no turning grey: these change nothing in grey X-rays, but views of colour images lack them.
         """
         if name == "contrastive_autoencoder":
             half = ViewStrength(

@@ -91,7 +91,8 @@ class PretrainingConfig(RunConfig):
         return super().from_dict({"view_maker": "matrices", **values})  # before it was recorded there was nothing else
 
     def views(self) -> RandomViews:
-        """The random transformations: crop, flip, brightness, contrast, blur, solarisation; those of OPTiML for every method.
+        """The random transformations: crop, flip, brightness, contrast, blur, solarisation; those of OPTiML for every method. How they
+        differ from the authors': :meth:`protokernels.nn.RandomViews.preset`.
 
         Raises:
             ValueError: the views were made in another way than now: up to version 0.1 by products with matrices, from other random
