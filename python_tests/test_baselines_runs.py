@@ -19,8 +19,9 @@ from protokernels import cli
 from protokernels.baselines import BASELINES
 from protokernels.data import DataError, ImageDataset, Split, load_dataset
 from protokernels.models import ResNet18
-from protokernels.training import RunFolder
+from protokernels.training import RunFolder, synchronize_batch_norm
 from protokernels.training import transfer_scoring as scoring
+from protokernels.training.distributed import SynchronizedBatchNorm
 from protokernels.training.self_supervised import PretrainingConfig
 from protokernels.training.transfer_report import results_table
 
@@ -221,6 +222,21 @@ class TestScoring:
         assert results["images"] == {"train": 60, "val": 20, "test": 20}
         assert results["protocol"]["transfer"] == "probe"
         json.dumps(results, allow_nan=False)
+
+    def test_the_scored_copy_waits_for_no_other_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Several processes train with synchronised norms; only the main one scores."""
+        torch.manual_seed(0)
+        config = PretrainingConfig(image_size=8, stem="small", width=4, transfer="probe")
+        encoder = synchronize_batch_norm(config.make_encoder(1)).eval()
+        scored: list[torch.nn.Module] = []
+        monkeypatch.setattr(scoring, "evaluate_transfer", lambda given, *_a, **_k: scored.append(given) or {})
+        scoring.transfer_scores(encoder, self.dataset(), config, seed=0)
+        for copy in scored:
+            assert not any(isinstance(module, SynchronizedBatchNorm) for module in copy.modules())
+            assert any(type(module) is torch.nn.BatchNorm2d for module in copy.modules())
+            state = copy.state_dict()
+            assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
+        assert scored and any(isinstance(module, SynchronizedBatchNorm) for module in encoder.modules())
 
     def test_selection_never_touches_the_test_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for val in (True, False):

@@ -54,6 +54,11 @@ def test_they_train_like_one(processes: int, alone: Path, tmp_path: Path) -> Non
             assert "loss" in compared
             for key in compared:
                 assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), (name, key)
+        if name == "optiml":
+            before, after = ((run.results() or {})["splits"]["test"]["labels"] for run in (one, several))
+            for way in ("probe", "fine_tune"):
+                area = before[way]["10%"]["macro_auroc"]
+                assert after[way]["10%"]["macro_auroc"] == pytest.approx(area, abs=0.02), way
         expected, found = one.checkpoint()["model"], several.checkpoint()["model"]
         assert expected.keys() == found.keys()
         for key, value in expected.items():

@@ -96,6 +96,18 @@ def synchronize_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
+def ordinary_batch_norm(model: nn.Module) -> nn.Module:
+    """Undoes :func:`synchronize_batch_norm`, for a copy that one process trains alone: it would wait for the others' statistics for
+    ever."""
+    ordinary: dict[type[nn.Module], type[nn.Module]] = {
+        SynchronizedBatchNorm1d: nn.BatchNorm1d,
+        SynchronizedBatchNorm2d: nn.BatchNorm2d,
+    }
+    for module in model.modules():
+        module.__class__ = ordinary.get(type(module), type(module))
+    return model
+
+
 def process_count() -> int:
     """Number of processes that train together; 1 without ``torch.distributed``."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..data import ImageDataset, Split, to_tensor
 from ..evaluation import TRANSFER_PROTOCOLS, Labelled, evaluate_transfer, label_subsets
+from .distributed import ordinary_batch_norm
 from .scoring import evaluation_splits
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def transfer_scores(encoder: nn.Module, dataset: ImageDataset, config: Pretraini
         val = dataset.val
     protocol = TRANSFER_PROTOCOLS[config.transfer]
     device = next(encoder.parameters()).device
-    encoder = copy.deepcopy(encoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder = ordinary_batch_norm(copy.deepcopy(encoder))  # the main process fine-tunes it alone
+    encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     splits = {"train": train, "val" if name != "val" else "choosing": val, name: test}
     images = [
         to_tensor(split.images, size=config.image_size).to(device, memory_format=torch.channels_last)
