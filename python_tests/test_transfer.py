@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from protokernels.evaluation import (
@@ -94,9 +95,27 @@ class TestAuroc:
         torch.manual_seed(0)
         scores, labels = torch.randn(30, 3), torch.arange(30) % 3
         found = auroc(scores, labels, list("abc"))
-        assert found.per_class == auroc(scores, F.one_hot(labels, 3).float(), list("abc")).per_class
+        probabilities = scores.double().softmax(dim=1)
+        assert found.per_class == auroc(probabilities, F.one_hot(labels, 3).float(), list("abc")).per_class
         two = auroc(scores[:, :2], labels.clamp(max=1), ["no", "yes"])
         assert two.per_class == {"yes": pytest.approx(by_counting(scores[:, 1] - scores[:, 0], labels >= 1))}
+
+    @pytest.mark.parametrize("classes", [2, 3, 5])
+    def test_an_offset_per_image_changes_nothing(self, classes: int) -> None:
+        """Single labels; the areas of three and more classes are those of scikit-learn."""
+        generator = torch.Generator().manual_seed(classes)
+        logits = torch.randn(60, classes, generator=generator, dtype=torch.float64)
+        offsets = 10 * torch.randn(60, 1, generator=generator, dtype=torch.float64)
+        labels = torch.arange(60) % classes
+        names = [str(index) for index in range(classes)]
+        found = auroc(logits, labels, names)
+        assert auroc(logits + offsets, labels, names).per_class == pytest.approx(found.per_class, abs=1e-12)
+        probabilities = logits.softmax(dim=1)
+        if classes > 2:
+            expected = roc_auc_score(labels.numpy(), probabilities.numpy(), multi_class="ovr", average="macro")
+            assert found.macro == pytest.approx(expected, abs=1e-12)
+        assert selection_score(logits + offsets, labels) == pytest.approx(found.macro, abs=1e-12)
+        assert auroc(probabilities.log(), labels, names).macro == pytest.approx(found.macro, abs=1e-12)
 
     def test_classes_without_both_labels_are_named(self) -> None:
         targets = torch.tensor([[1.0, 0, 1], [1, 0, 0]])
@@ -110,6 +129,8 @@ class TestAuroc:
             auroc(torch.rand(3, 2), torch.zeros(3, dtype=torch.int64), ["a"])
         with pytest.raises(ValueError, match="1 of 3 rows of scores hold NaN"):
             auroc(torch.tensor([[0.1], [float("nan")], [0.2]]), torch.zeros(3, 1), ["a"])
+        with pytest.raises(ValueError, match="1 of 3 rows of logits have no softmax"):
+            auroc(torch.tensor([[0.1, 0, 0], [torch.inf, 0, 0], [0, 0, -torch.inf]]), torch.arange(3), list("abc"))
         with pytest.raises(ValueError, match="zeros and ones of shape"):
             auroc(torch.rand(3, 2), torch.full((3, 2), 2.0), ["a", "b"])
         with pytest.raises(ValueError, match=r"0\.\.1"):

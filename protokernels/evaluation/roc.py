@@ -41,11 +41,12 @@ def auroc(
 ) -> Auroc:
     """The probability that a positive image scores higher than a negative one, ties counting half, for every class.
 
-    With one label per image ([N] targets) every class stands against the rest. Two such classes are one question, which
+    With one label per image ([N] targets) every class stands against the rest, and images are ranked by the probability of the class,
+    the softmax over classes: a number added to all logits of an image changes nothing. Two such classes are one question, which
     is asked once: of the second class, with ``scores[:, 1] - scores[:, 0]``.
 
     Args:
-        scores: higher means more likely; logits or probabilities.
+        scores: logits. Probabilities serve too, but of three or more classes with one label per image only as their logarithms.
         targets: class numbers, or a 0/1 matrix with any number of ones per row.
         class_names: K names.
 
@@ -53,7 +54,7 @@ def auroc(
         The areas; classes without both labels are left out and named.
 
     Raises:
-        ValueError: wrong shapes, no image, NaN scores, targets out of range.
+        ValueError: wrong shapes, no image, NaN scores, logits without probabilities (plus infinity), targets out of range.
         ImportError: scikit-learn is not installed.
 
     Example:
@@ -74,6 +75,12 @@ def auroc(
     positive = as_multi_hot(caller, targets, len(scores), classes)
     if targets.ndim == 1 and classes == 2:
         scores, positive, class_names = scores[:, 1:] - scores[:, :1], positive[:, 1:], class_names[1:]
+    elif targets.ndim == 1 and classes > 2:
+        scores = scores.detach().double().log_softmax(dim=1)  # ranks as the softmax does, and small ones stay apart
+        if bool(scores.isnan().any()):
+            raise ValueError(
+                f"{caller}: {int(scores.isnan().any(1).sum())} of {len(scores)} rows of logits have no softmax"
+            )
     try:
         from sklearn.metrics import roc_auc_score
     except ImportError as error:
