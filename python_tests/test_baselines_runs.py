@@ -172,6 +172,10 @@ class TestImageNet:
         loaded = final_model(out)
         assert torch.equal(loaded["encoder.layer4.1.conv2.weight"], source.layer4[1].conv2.weight)
         torch.testing.assert_close(loaded["encoder.conv1.weight"], source.conv1.weight.sum(dim=1, keepdim=True))
+        (tmp_path / "w.pth").unlink()  # the checkpoint holds all weights
+        np.save(tmp_path / "images.npy", load_dataset("digits").test.images[:3])
+        assert cli.main(["embed", str(out), str(tmp_path / "images.npy"), "--device", "cpu"]) == 0
+        assert np.load(tmp_path / "images-embeddings.npy").shape == (3, 512)
 
     def test_a_missing_file_says_what_to_do(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         words = [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
 
-from protokernels.data import ImageDataset
+from protokernels.data import ImageDataset, load_dataset
 from protokernels.models import pooled
 from protokernels.nn import ViewStrength
 from protokernels.training import Interrupted, RunFolder, Session
@@ -247,6 +247,14 @@ class TestLoop:
         with pytest.raises(FileNotFoundError, match=r"none\.pth"):
             run(tmp_path / "run", config)
         assert not (tmp_path / "run").exists()
+
+    def test_the_weight_file_is_needed_at_the_start_only(self, tmp_path: Path) -> None:
+        config = replace(TINY, width=64, stem="imagenet")
+        method, folder = Toy(config, 1), RunFolder.create(tmp_path / "run", {"config": {}})
+        folder.checkpoints.save({"model": method.state_dict()}, epoch=0)
+        gone = replace(config, initial_weights=str(tmp_path / "gone.pth"))
+        loaded = EXPERIMENT.load_model(folder, gone, load_dataset("digits"))
+        assert torch.equal(loaded.encoder.conv1.weight, method.encoder.conv1.weight)
 
     def test_no_checkpoint(self, tmp_path: Path) -> None:
         folder = RunFolder.create(tmp_path / "run", {"config": {}})

@@ -235,13 +235,18 @@ class SelfSupervised(Experiment[Config]):
         pretrain(model, as_bytes(split.images).to(session.device), session, config.views())
 
     def load_model(self, run: RunFolder, config: Any, dataset: ImageDataset) -> Method:
-        return load_method(run, self.new_model(config, dataset))
+        return load_method(run, self.new_model(without_weight_file(config), dataset))
 
     def embed(self, model: Method, images: Tensor) -> tuple[Tensor, None]:
         return pooled(model.encoder(images.contiguous(memory_format=torch.channels_last))).float(), None
 
     def score_model(self, model: Method, dataset: ImageDataset, config: Any, seed: int) -> dict[str, Any]:
         return transfer_scores(model.encoder.eval(), dataset, config, seed)
+
+
+def without_weight_file(config: Config) -> Config:
+    """``config`` for a model that a checkpoint fills: the file of initial weights may be gone by then."""
+    return replace(config, initial_weights="")
 
 
 def load_method(run: RunFolder, method: Method) -> Method:
