@@ -15,7 +15,7 @@ pytest.importorskip("accelerate", reason="training needs the extra protokernels[
 
 import torch
 
-from protokernels.baselines import byol, resnet_transfer, vade
+from protokernels.baselines import byol, resnet_transfer, supervised, vade
 from protokernels.cli import main
 from protokernels.data import load_dataset
 from protokernels.embedding import batches, embed_files
@@ -76,7 +76,10 @@ def test_every_method_with_embeddings(images: Path, tmp_path: Path) -> None:
             optimized_views.CONFIG.preset("fair", data="digits", strategy="simclr", epochs=1, width=2),
         ),
         "vade": (vade.BASELINE, vade.BASELINE.CONFIG.preset("fair", data="digits", pretraining_epochs=1, **SHORT)),
-        "byol": (byol.BASELINE, byol.BASELINE.CONFIG.preset("fair", data="digits", width=2, warmup_epochs=0, **SHORT)),
+        **{
+            name: (method, method.CONFIG.preset("fair", data="digits", width=2, warmup_epochs=0, **SHORT))
+            for name, method in {"byol": byol.BASELINE, "supervised": supervised.BASELINE}.items()
+        },
     }
     changes = {"depth": 18, "image_size": 32, **SHORT}
     runs["resnet"] = (

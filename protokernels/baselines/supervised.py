@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..data import ImageDataset, Split
 from ..evaluation.classifier import label_loss
 from ..models import pooled
-from ..training import Session
-from ..training.self_supervised import Method, PretrainingConfig, as_bytes
+from ..training import RunFolder, Session
+from ..training.checkpoints import fitting
+from ..training.self_supervised import Method, PretrainingConfig, as_bytes, load_method, without_weight_file
 from ..training.views import two_views
 from .common import Baseline, spread
 
@@ -52,6 +53,13 @@ def targets_of(split: Split) -> Tensor:  # [N] int64, or [N, L] float
 class _WithLabels(Baseline):
     def new_model(self, config: Any, dataset: ImageDataset) -> Supervised:
         return Supervised(config, dataset.channels, len(dataset.target_names) or dataset.num_classes)
+
+    def load_model(self, run: RunFolder, config: Any, dataset: ImageDataset) -> Method:
+        """As many outputs as the checkpoint has: images to embed come without classes."""
+        state = run.checkpoint()
+        with fitting(run.checkpoints):
+            outputs = len(state["model"]["head.bias"])
+        return load_method(run, Supervised(without_weight_file(config), dataset.channels, outputs))
 
     def fit_split(self, model: Method, split: Split, session: Session, config: Any) -> None:
         fit(split, session, config)
