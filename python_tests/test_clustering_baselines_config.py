@@ -43,6 +43,12 @@ class TestConfig:
         matched = vae_kmeans.VAEKMeansConfig.preset("matched", "mnist")
         assert (matched.beta, matched.prior_std, matched.candidates) == (0.16, 0.8, (5, 10, 15, 20, 25, 30, 35, 40, 50))
 
+    def test_a_transferred_network_keeps_its_rate_in_the_paper_preset_only(self) -> None:
+        paper, fair = (config_of("resnet_transfer").preset(name, "pneumoniamnist") for name in ("paper", "fair"))
+        assert (paper.epochs, paper.learning_rate, paper.image_size) == (10, 1e-4, 224)
+        assert {paper.learning_rate_factor(epoch) for epoch in range(10)} == {1.0}
+        assert fair.learning_rate_factor(0) == 1 and fair.learning_rate_factor(fair.epochs - 1) < 0.1
+
     @pytest.mark.parametrize("name", CLUSTERING_BASELINES)
     @pytest.mark.parametrize(
         ("changes", "message"),
