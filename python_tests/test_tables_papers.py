@@ -175,6 +175,20 @@ class TestOPTiML:
         assert order == ["simclr", "supervised (has seen all labels)", "**optiml**"]
         assert "| 1% (7) |" in text and text.endswith("Hernia.") and "Protocol: transfer fair" in text
 
+    def test_the_note_says_what_was_chosen_for_each_row(self, tmp_path: Path) -> None:
+        adamw = {"transfer": "sister", "probe": "adamw", "probe_adamw": {"weight_decay": 0.01}}
+        for name, ways in (("optiml", adamw), ("byol", adamw), ("simclr", {"transfer": "fair", "probe": "lbfgs"})):
+            write_run(tmp_path / name, name, {}, transfer_splits(0.6), protocol=ways)
+        mixed = collected("optiml", tmp_path)
+        text = markdown("optiml", mixed)
+        sister = "transfer sister, areas under the ROC curve as means over classes; the probe by adamw, with weight decay 0.01, its epoch"
+        assert f"{sister} chosen on the validation set." in text
+        fair = "Protocol of simclr: transfer fair, areas under the ROC curve as means over classes; the probe by lbfgs, its weight decay"
+        assert f"{fair} chosen on the validation set." in text
+        assert f"Protocol of optiml, byol: {sister}" in text or f"Protocol of byol, optiml: {sister}" in text
+        alone = markdown("optiml", [row for row in mixed if row["method"] != "simclr"])
+        assert f"Protocol: {sister}" in alone and "its weight decay" not in alone
+
     def test_a_row_and_the_name_of_an_ablation(self, tmp_path: Path) -> None:
         for seed, complete in ((0, True), (1, True), (2, False)):
             folder = tmp_path / "byol" / f"seed-{seed}"

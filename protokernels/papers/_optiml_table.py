@@ -81,12 +81,26 @@ def ranking(rows: Sequence[ResultRow], split: str, task: str, way: str) -> Resul
 
 
 def protocol(row: ResultRow) -> str:
-    """How the rows were scored."""
+    """How a row was scored: L-BFGS chooses the weight decay, AdamW has one and chooses the epoch."""
     ways = row["protocol"]
+    probe = ways.get("probe", "lbfgs")
+    chosen = "weight decay" if probe == "lbfgs" else "epoch"
+    decay = ways.get("probe_adamw", {}).get("weight_decay")
+    fixed = f", with weight decay {decay:g}" if probe == "adamw" and decay is not None else ""
     return (
-        f"Protocol: transfer {ways['transfer']}, areas under the ROC curve as means over classes; the probe by "
-        f"{ways.get('probe', 'lbfgs')}, its weight decay chosen on the validation set."
+        f"transfer {ways['transfer']}, areas under the ROC curve as means over classes; the probe by "
+        f"{probe}{fixed}, its {chosen} chosen on the validation set."
     )
+
+
+def protocols(rows: Sequence[ResultRow]) -> list[str]:
+    """A note per way of scoring; where there are several, with the methods that it holds for."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(protocol(row), []).append(row["method"])
+    if len(found) == 1:
+        return [f"Protocol: {text}" for text in found]
+    return [f"Protocol of {', '.join(methods)}: {text}" for text, methods in found.items()]
 
 
 def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
@@ -96,7 +110,7 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
         group = [row for row in rows if (row["data"], row["preset"]) == (data, preset)]
         for split in dict.fromkeys(split for row in group for split in row["splits"]):
             found = [table for task, way in TITLES if (table := ranking(group, split, task, way)) is not None]
-            notes = [*dict.fromkeys(protocol(row) for row in group)]
+            notes = protocols(group)
             if missing := sorted({name for row in group for name in row["left_out"].get(split, [])}):
                 notes.append(f"Left out of the mean in {split}, where no image has them or all: {', '.join(missing)}.")
             for table in found:
