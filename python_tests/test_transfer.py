@@ -306,6 +306,19 @@ class TestTransfer:
         assert ("accuracy" in row) != several
         assert results["fine_tune"]["30%"]["images"] == 24 and results["fine_tune"]["30%"]["epoch"] >= 1
 
+    def test_adamw_sees_the_features_as_they_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """L-BFGS sees them standardised."""
+        heads: list[nn.Module] = []
+        monkeypatch.setattr(transfer_module, "_scores", lambda model, *_: heads.append(model.module) or {})
+        parts = [Labelled(5 + 0.1 * part.inputs.flatten(1), part.targets) for part in (made(40, 0), made(20, 1))]
+        for probe in ("adamw", "lbfgs"):
+            config = replace(CONFIG, probe=probe, fractions=(1.0,), fine_tune_fractions=())
+            evaluate_transfer(nn.Identity(), *parts, parts[1], class_names=["a", "b"], config=config, seed=3)
+        plain = fit_adamw(seeded_linear(64, 2, 3), *parts, FAST, seed=3).module
+        found, standardised = (head(parts[1].inputs) for head in heads)
+        assert torch.equal(found, plain(parts[1].inputs)) and not torch.allclose(standardised, found)
+        assert [type(head) for head in heads] == [nn.Linear, transfer_module.Standardised]
+
     def test_the_encoder_stays_as_it_is(self) -> None:
         encoder = seeded_encoder().train()
         before = {name: value.clone() for name, value in encoder.state_dict().items()}

@@ -39,7 +39,7 @@ class TransferConfig:
     Attributes:
         fractions: shares of the training labels, each a linear probe.
         probe: ``lbfgs``, logistic regression to convergence on standardised features, the weight decay chosen from
-            ``weight_decays``; or ``adamw``.
+            ``weight_decays``; or ``adamw``, on the features as they are.
         weight_decays: for ``lbfgs``.
         probe_adamw: for ``adamw``.
         fine_tune_fractions: shares of the training labels, each a fine-tuning of the whole encoder; empty for none.
@@ -152,24 +152,28 @@ class Standardised(nn.Module):
 def _probe(
     train: Labelled, val: Labelled, classes: int, config: TransferConfig, seed: int
 ) -> Callable[[Tensor], Fitted]:
-    """How a probe is fitted on the training features at given indices. Scale and mean come from all training features: they
-    need no labels."""
+    """How a probe is fitted on the training features at given indices: by AdamW on the features as they are, as in the released code;
+    by L-BFGS on standardised ones. Their scale and mean come from all training features: they need no labels."""
     for name, part in (("training", train), ("validation", val)):
         if not bool(torch.isfinite(part.inputs).all()):
             raise ValueError(
                 f"evaluate_transfer: the encoder gives {name} features that are not finite; it has diverged"
             )
+    if config.probe == "adamw":
+
+        def fit_plain(indices: Tensor) -> Fitted:
+            head = seeded_linear(train.inputs.shape[1], classes, seed).to(train.inputs.device)
+            return fit_adamw(head, train.subset(indices), val, config.probe_adamw, seed=seed)
+
+        return fit_plain
     mean, deviation = train.inputs.mean(dim=0), train.inputs.std(dim=0, correction=0)
     deviation = torch.where(deviation <= 1e-6 * train.inputs.abs().amax(dim=0), 1.0, deviation)  # constant features
-    train, val = (Labelled((part.inputs - mean) / deviation, part.targets) for part in (train, val))
+    scaled, scaled_val = (Labelled((part.inputs - mean) / deviation, part.targets) for part in (train, val))
 
     def fit(indices: Tensor) -> Fitted:
-        some = train.subset(indices)
-        if config.probe == "lbfgs":
-            fitted = fit_logistic(some, val, num_classes=classes, weight_decays=config.weight_decays)
-        else:
-            head = seeded_linear(train.inputs.shape[1], classes, seed).to(train.inputs.device)
-            fitted = fit_adamw(head, some, val, config.probe_adamw, seed=seed)
+        fitted = fit_logistic(
+            scaled.subset(indices), scaled_val, num_classes=classes, weight_decays=config.weight_decays
+        )
         module = Standardised(mean, deviation, fitted.module).eval()
         return Fitted(module, fitted.epoch, fitted.weight_decay, fitted.val_score)
 
