@@ -81,6 +81,7 @@ def sweep(words: list[str]) -> int:
             points = default_points(config, default, grid=options.grid, check=check)
         else:
             raise ValueError(f"{name} has no sweep of its own; say what to sweep: --over FIELD=VALUE,VALUE")
+        points = filled_points(paper, config, points, options)
         folder, outcome = run_sweep(paper, name, config, points, options, settings)
     finally:
         leave_processes()
@@ -157,6 +158,30 @@ def default_points(
             else:
                 kept[name].append(value)
     return points_of(config, {name: values for name, values in kept.items() if values}, grid=grid, check=check)
+
+
+def filled_points(paper: Any, config: Any, points: Sequence[Point], options: SweepOptions) -> list[Point]:
+    """The points whose batches the training images can fill: larger ones would all be one run, with all images in a batch. They are left
+    out, and named on stderr.
+
+    Raises:
+        ValueError: no point is left.
+    """
+    if not any("batch_size" in point.values for point in points):
+        return list(points)
+    experiment = getattr(paper, "EXPERIMENT", paper)
+    dataset = experiment.load(config, options.data_root, download=options.download)
+    kept = []
+    for point in points:
+        count = len(experiment.training_split(dataset, point.config))
+        if "batch_size" not in point.values or point.config.batch_size <= count:
+            kept.append(point)
+        elif is_main_process():
+            values = ", ".join(f"{name}={value}" for name, value in point.values.items())
+            print(f"left out: {values}: there are {count} training images", file=sys.stderr)
+    if not kept:
+        raise ValueError("every batch_size of the sweep is above the number of training images; give smaller ones")
+    return kept
 
 
 def run_sweep(

@@ -235,6 +235,15 @@ class TestLoop:
         torch.manual_seed(0)
         assert torch.equal(stays["teacher.conv1.weight"], TINY.make_encoder(1).conv1.weight)
 
+    @pytest.mark.usefixtures("few_digits")
+    @pytest.mark.filterwarnings("ignore:batch_size is 500:RuntimeWarning")
+    def test_a_batch_of_more_images_than_there_are_is_kept_with_the_results(self, tmp_path: Path) -> None:
+        found = [run(tmp_path / str(size), replace(TINY, epochs=2, batch_size=size)) for size in (500, 300)]
+        assert found[0]["data_warnings"] == [
+            "batch_size is 500, but there are 315 training images: every step takes them all, as with batch_size 315"
+        ]
+        assert found[1]["data_warnings"] == []
+
     def test_evaluation_again_gives_the_same(self, tmp_path: Path) -> None:
         results = run(tmp_path / "run")
         again = EXPERIMENT.evaluate(tmp_path / "run")

@@ -21,7 +21,15 @@ from protokernels.figures.sweeps import Panel, sweep_figure
 from protokernels.papers import vaesim
 from protokernels.papers.vaesim import VAESimConfig
 from protokernels.results.scores import main_scores
-from protokernels.sweeps import asked_values, default_points, draw_sweep, points_of, sweep_tables
+from protokernels.sweeps import (
+    SweepOptions,
+    asked_values,
+    default_points,
+    draw_sweep,
+    filled_points,
+    points_of,
+    sweep_tables,
+)
 from protokernels.tables import table_of
 from protokernels.training.files import exclusive
 from protokernels.training.runs import RunSettings
@@ -76,6 +84,22 @@ class TestPoints:
     ) -> None:
         assert main([*WORDS, "--out", str(tmp_path / "s"), "--over", "prior_std=0.9", *words]) == 1
         assert message in capsys.readouterr().err and not (tmp_path / "s").exists()
+
+    def test_a_batch_that_the_images_cannot_fill_is_left_out(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Otherwise all of them would train one and the same run: the digits have 1259 training images."""
+        points = points_of(CONFIG, {"batch_size": [100, 1259, 1260, 4096], "latent_dim": [2]}, grid=False)
+        kept = filled_points(vaesim, CONFIG, points, SweepOptions())
+        assert [dict(point.values) for point in kept] == [{"batch_size": 100}, {"batch_size": 1259}, {"latent_dim": 2}]
+        assert capsys.readouterr().err.splitlines() == [
+            f"left out: batch_size={size}: there are 1259 training images" for size in (1260, 4096)
+        ]
+        grid = points_of(CONFIG, {"batch_size": [100, 4096], "latent_dim": [2]}, grid=True)
+        assert [point.folder for point in filled_points(vaesim, CONFIG, grid, SweepOptions())] == [grid[0].folder]
+
+    def test_a_sweep_needs_a_batch_that_can_be_filled(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([*WORDS, "--out", str(tmp_path / "s"), "--over", "batch_size=2048,4096"]) == 1
+        error = capsys.readouterr().err
+        assert error.count("left out") == 2 and "give smaller ones" in error and not (tmp_path / "s").exists()
 
     def test_words(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["sweep", "fly"]) == 2 and "unknown paper 'fly'" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,15 @@ class TestSession:
             [line | {"seconds": 0} for line in RunFolder(tmp_path / name).metrics()] for name in ("whole", "stopped")
         ]
         assert kept[0] == kept[1]
+
+    def test_a_batch_of_more_images_than_there_are_is_named(self, tmp_path: Path) -> None:
+        with pytest.warns(RuntimeWarning, match="batch_size is 50, but there are 40 training images") as caught:
+            capped = train_toy(tmp_path / "capped", epochs=1, batch_size=50)
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            whole = train_toy(tmp_path / "whole", epochs=1, batch_size=40)
+        assert_same_bits(capped["model"], whole["model"])
 
     def test_signal_handlers_are_put_back(self, tmp_path: Path) -> None:
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)

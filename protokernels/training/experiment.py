@@ -32,7 +32,7 @@ from .randomness import seed_everything
 from .run_folder import RunFolder
 from .runs import RunSettings, Trial, load_runs, train_runs, update_results, write_summary
 from .scoring import evaluation_splits
-from .session import Plan, Session, preferred_layout
+from .session import Plan, Session, batch_warning, preferred_layout
 
 
 class Experiment(Generic[Config]):
@@ -161,9 +161,12 @@ class Experiment(Generic[Config]):
         return count
 
     def provenance(self, config: Any, dataset: Any) -> dict[str, Any]:
-        """Where the data came from, and ``"warnings"``."""
+        """Where the data came from, and ``"warnings"``: also of a batch that the training images cannot fill."""
         found: dict[str, Any] = dataset.provenance
-        return found
+        if not self.epochs(config, dataset):
+            return found
+        message = batch_warning(config.batch_size, len(self.training_split(dataset, config)))
+        return found if message is None else {**found, "warnings": [*found.get("warnings", []), message]}
 
     def training_split(self, dataset: Any, config: Any) -> Split:
         """The images that are trained on."""

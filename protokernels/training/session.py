@@ -17,6 +17,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -107,6 +108,13 @@ class Plan:
             raise ValueError(f"Plan: count, epochs and batch_size must be at least 1; got {self}")
 
 
+def batch_warning(batch_size: int, count: int) -> str | None:
+    """What to say of a batch that ``count`` training images cannot fill; None where they can."""
+    if batch_size <= count:
+        return None
+    return f"batch_size is {batch_size}, but there are {count} training images: every step takes them all, as with batch_size {count}"
+
+
 class Session:
     """One training run from its first or its latest checkpoint to its end.
 
@@ -121,7 +129,7 @@ class Session:
         model: moved to the device and wrapped for several processes; the wrapped model is ``session.model``.
         optimizer: over the model's parameters.
         scheduler: stepped at the end of every epoch.
-        plan: number of images, epochs, batch size and seed.
+        plan: number of images, epochs, batch size and seed. A batch of more images than there are is all of them, with a warning.
         resume: continue from the newest checkpoint in ``run``.
         quiet: no progress output.
 
@@ -144,6 +152,9 @@ class Session:
         self.plan = plan
         self.count, self.total_epochs, self.seed = plan.count, plan.epochs, plan.seed
         self.batch_size = min(plan.batch_size, plan.count)
+        message = batch_warning(plan.batch_size, plan.count)
+        if message is not None and accelerator.is_main_process:
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         self.drop_last = plan.drop_last
         if self.batch_size < accelerator.num_processes:
             raise ValueError(
