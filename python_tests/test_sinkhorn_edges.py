@@ -121,6 +121,21 @@ class TestValue:
         for found in torch.autograd.grad(result.entropic_value.sum(), (cost, a, b)):
             assert found.isfinite().all()
 
+    @pytest.mark.parametrize("gradient", GRADIENTS)
+    @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (33, 49)])
+    def test_a_problem_whose_pairs_are_all_forbidden_is_empty(
+        self, place: Place, gradient: Any, shape: tuple[int, int]
+    ) -> None:
+        cost, a, b = draw(2, *shape)
+        cost[0] = math.inf
+        cost, a, b = on(place, cost, a, b)
+        result = sinkhorn(cost, a, b, num_iters=5, gradient=gradient)
+        assert result.feasible.tolist() == [False, True]
+        assert (result.f[0] == -math.inf).all() and (result.g[0] == -math.inf).all() and not result.plan[0].any()
+        assert result.transport_cost[0] == result.entropic_value[0] == 0 and result.marginal_error[0] == 2
+        for found in torch.autograd.grad(result.entropic_value.sum(), (cost, a, b)):
+            assert found.isfinite().all() and not found[0].any()
+
     def test_masses_that_differ_are_flagged_where_they_are_not_looked_at(self, place: Place) -> None:
         cost, a, b = (x.to(place.device) for x in draw(3, 5, 6))
         a[1] *= 1.001
@@ -153,6 +168,17 @@ class TestValue:
             assert not result.converged[[1, 3]].any()
             for found in torch.autograd.grad(result.entropic_value.sum(), (spoilt, mass_a, mass_b)):
                 assert found[good].isfinite().all()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_start_that_is_not_a_number_is_not_hidden(self, place: Place, dtype: torch.dtype) -> None:
+        """As from a warm start by a result that had diverged: one entry, or all of them."""
+        cost, a, b = (x.to(place.device) for x in draw(3, 6, 5, dtype=dtype))
+        start = torch.zeros(3, 5, dtype=dtype, device=place.device)
+        start[1, 2], start[2] = math.nan, math.nan
+        result = sinkhorn(cost, a, b, init=start)
+        assert result.transport_cost.isnan().tolist() == result.entropic_value.isnan().tolist() == [False, True, True]
+        assert result.feasible.all() and result.converged.tolist()[1:] == [False, False]
+        torch.testing.assert_close(result.plan[0], sinkhorn(cost[0], a[0], b[0]).plan)
 
     def test_any_range_of_costs(self, place: Place) -> None:
         cost, a, b = draw(3, 33, 49, dtype=torch.float32)

@@ -111,6 +111,23 @@ class TestForward:
         out = case.forward(emulator)
         np.testing.assert_array_equal(out.f[0], clean.f[0])
         assert np.isnan(out.transport_cost[1]) and not np.isnan(out.transport_cost[0])
+        case = Case(kind, N, M, start=True)
+        assert case.start is not None
+        case.start[1] = math.nan
+        out = case.forward(emulator)
+        assert np.isnan(out.transport_cost[1]) and not np.isnan(out.transport_cost[0])
+
+    @pytest.mark.parametrize(("kind", "N", "M"), [("f32", 6, 7), ("f32", 40, 5), ("f32", 5, 130), ("f64", 70, 5)])
+    def test_forbidden_pairs_alone_leave_a_problem_empty(self, kind: str, N: int, M: int) -> None:
+        emulator = load("sinkhorn")
+        for rho in (BALANCED, (0.5, 0.5)):
+            case = Case(kind, N, M, rho=rho)
+            case.cost[1] = math.inf
+            out = case.forward(emulator)
+            assert not out.feasible[1] and np.isneginf(out.f[1]).all() and np.isneginf(out.g[1]).all()
+            assert out.transport_cost[1] == 0
+            for name, value in case.backward(emulator, out).items():
+                assert np.isfinite(value).all(), name
 
     def test_limits_of_the_architecture_choose_the_kernel(self) -> None:
         emulator = load("sinkhorn")

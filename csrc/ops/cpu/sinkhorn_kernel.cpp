@@ -26,7 +26,9 @@ struct Report {
     smallest_sum = std::min(smallest_sum, other.smallest_sum), largest_sum = std::max(largest_sum, other.largest_sum);
     smallest_scale = std::min(smallest_scale, other.smallest_scale), largest_scale = std::max(largest_scale, other.largest_scale);
   }
-  bool trusted(T largest_factor) const { return !(smallest_sum < TRUSTED_SUM<T> * largest_factor) && !(largest_sum > LARGEST_SUM<T>); }
+  bool trusted(T largest_factor) const {  // a sum of nothing is none: there may be no factors at all
+    return smallest_sum != T(0) && !(smallest_sum < TRUSTED_SUM<T> * largest_factor) && !(largest_sum > LARGEST_SUM<T>);
+  }
   bool in_range() const { return !(largest_scale > LARGE_SCALE<T>) && !(smallest_scale < 1 / LARGE_SCALE<T>); }
 };
 
@@ -135,7 +137,7 @@ struct Solver {
 
   bool has_nan(int64_t i) const {
     bool found = false;
-    for (int64_t j = 0; j < p.M; ++j) found |= column_center[j] != -INFINITE<T> && std::isnan(cost.data[i * p.M + j]);
+    for (int64_t j = 0; j < p.M; ++j) found |= column_center[j] != -INFINITE<T> && std::isnan(column_center[j] + cost.data[i * p.M + j]);
     return found;
   }
 
