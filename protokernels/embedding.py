@@ -105,12 +105,13 @@ def embed_files(
     if batch_size < 1:
         raise ValueError(f"embed: batch_size must be at least 1; got {batch_size}")
     for index, target in enumerate(targets):
-        if target.suffix != ".npy" or target in targets[:index]:
+        if target.suffix != ".npy" or any(_same(target, other) for other in targets[:index]):
             raise ValueError(f"embed: embeddings and clusters need different files that end in .npy; got {target}")
         if target.exists() and not overwrite:
             raise ValueError(f"embed: {target} exists; pass --overwrite to replace it, or another name")
     source = Path(images)
-    if any(source.resolve() in (target.resolve(), target.resolve().parent) for target in targets):
+    read = {path.resolve() for path in (source, *shard_files(source))}
+    if any(not read.isdisjoint((*_places(target), target.parent.resolve())) for target in targets):
         raise ValueError(f"embed: {source} holds the images; pass --out and --clusters that lie elsewhere")
     shards = open_shards(source)
     count = sum(len(shard) for shard in shards)
@@ -139,13 +140,18 @@ def embed_files(
     return {file.path: file.shape for file in files}
 
 
+def shard_files(path: Path) -> list[Path]:
+    """The files of images: ``path`` itself, or those in it, in order of their names."""
+    return sorted(path.glob("*.npy")) if path.is_dir() else [path]
+
+
 def open_shards(path: Path) -> list[np.ndarray]:
     """The image arrays of a file or a folder, mapped into memory.
 
     Raises:
         DataError: there is none, one is no such array or cut short, or they differ in size.
     """
-    files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
+    files = shard_files(path)
     if not files:
         raise DataError(
             f"{path} has no .npy files; write images with numpy.save(file, images), uint8 [N, H, W] or [N, H, W, 3]"
@@ -224,6 +230,16 @@ class _Rows:
                     os.replace(self.temporary, self.path)
         finally:
             remove(self.temporary)
+
+
+def _places(path: Path) -> set[Path]:
+    """Where a name lies, and the file that it leads to: two where it is a link."""
+    return {path.parent.resolve() / path.name, path.resolve()}
+
+
+def _same(path: Path, other: Path) -> bool:
+    """Whether two names are those of one file, however they are spelt and whether or not it exists."""
+    return not _places(path).isdisjoint(_places(other))
 
 
 def _standing_for(images: np.ndarray) -> ImageDataset:

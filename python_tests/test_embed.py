@@ -164,6 +164,35 @@ def test_an_interrupted_write_leaves_the_old_file(
     assert out.read_bytes() == b"before" and list(tmp_path.iterdir()) == [out]
 
 
+def test_two_names_of_one_file_are_refused_and_the_file_stays(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "folder").mkdir()
+    keep, link, there = tmp_path / "keep.npy", tmp_path / "link.npy", tmp_path / "sub" / ".." / "keep.npy"
+    keep.write_bytes(b"before")
+    link.symlink_to(keep)
+    source = tmp_path / "source.npy"
+    source.write_bytes(images.read_bytes())
+    (tmp_path / "folder" / "a.npy").symlink_to(source)  # a folder of images that lie elsewhere
+    other = tmp_path / "other.npy"
+    other.symlink_to(source)
+    for words, message in (
+        ([source, "--out", there, "--clusters", keep], "need different files"),
+        ([source, "--out", keep, "--clusters", link], "need different files"),
+        ([source, "--out", link, "--clusters", there], "need different files"),
+        ([source, "--out", tmp_path / "sub" / ".." / "source.npy"], "holds the images"),
+        ([source, "--out", other], "holds the images"),
+        ([other, "--out", source], "holds the images"),
+        ([tmp_path / "folder", "--out", source], "holds the images"),
+        ([tmp_path / "folder", "--out", tmp_path / "folder" / "new.npy"], "holds the images"),
+    ):
+        assert main(["embed", str(run), *map(str, words), "--overwrite"]) == 1
+        assert message in capsys.readouterr().err.replace("\n", " ")
+    assert keep.read_bytes() == b"before" and source.read_bytes() == images.read_bytes()
+    assert link.is_symlink() and other.is_symlink()
+
+
 def test_memory_does_not_grow_with_the_images(run: Path, tmp_path: Path) -> None:
     """10 times as many images, 60 MB more of them: less than 10 MB more memory that is not a file's."""
     program = (
