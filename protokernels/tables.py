@@ -8,7 +8,8 @@ import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -139,6 +140,10 @@ def run_table(described: PaperTable, options: TableOptions) -> int:
     chosen = chosen_values(described, options)
     folders = [source for source in options.sources if source.suffix != ".json"]
     check_options(described, options)
+    belongs = partial(check_row, described)
+    if options.results is not None and options.results.exists():
+        read_rows(options.results, belongs)  # before hours of training
+    rows = [row for source in options.sources if source.suffix == ".json" for row in read_rows(source, belongs)]
     outcome = Outcome()
     if not options.sources:
         folder = options.folder or Path("runs") / f"{described.paper}-table"
@@ -147,7 +152,6 @@ def run_table(described: PaperTable, options: TableOptions) -> int:
     if not is_main_process():
         return 1 if outcome.failed else 0
     outcome.report()
-    rows = [row for source in options.sources if source.suffix == ".json" for row in read_rows(source)]
     found = [
         *described.collect([folder for folder in folders if folder.exists() or options.sources], complete_config),
         *computed_rows(folders),
@@ -155,7 +159,7 @@ def run_table(described: PaperTable, options: TableOptions) -> int:
     rows = described.merge(rows, matching(described, found, chosen))
     if options.results is not None:
         now = rows
-        rows = update_rows(options.results, lambda before: described.merge(before, now, add=options.add))
+        rows = update_rows(options.results, lambda before: described.merge(before, now, add=options.add), belongs)
     rows = matching(described, rows, chosen)
     if not rows:
         raise ValueError(
@@ -176,6 +180,27 @@ def run_table(described: PaperTable, options: TableOptions) -> int:
 def complete_config(run: FinishedRun) -> Values:
     """A run's configuration with the defaults of fields that are newer than it."""
     return completed(find_paper(run.results["paper"]).CONFIG, run.config)
+
+
+def check_row(described: PaperTable, row: ResultRow) -> None:
+    """``ValueError`` for a row of another paper.
+
+    Older rows do not say whose they are. They have what tells the rows of this table apart, and their configuration has no
+    field that this paper's lacks.
+    """
+    modules = described.modules or (described.paper,)
+    if "paper" in row:
+        if row["paper"] not in modules:
+            raise ValueError(
+                f"it is of {row['paper']}; the table of {described.paper} has rows of {', '.join(modules)}; pass a results "
+                "file of this paper"
+            )
+        return
+    known = {field.name for field in fields(find_paper(described.paper).CONFIG)}
+    lacking = [name for name in described.row_key if name not in row and name not in described.defaults]
+    if lacking or not row.get("config", {}).keys() <= known:
+        what = f"it has no {', '.join(lacking)}" if lacking else "its configuration has other fields"
+        raise ValueError(f"it is not of {described.paper} ({what}); pass a results file of this paper")
 
 
 def check_options(described: PaperTable, options: TableOptions) -> None:

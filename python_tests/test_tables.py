@@ -123,6 +123,32 @@ class TestCommand:
         status, _, err = run("optiml", tmp_path / "x-fair", "--results", tmp_path / "o.json", "--add")
         assert status == 1 and "cannot be joined" in err
 
+    def test_a_results_file_of_another_paper_is_refused_and_stays(self, run: Run, tmp_path: Path) -> None:
+        """Also the older files, whose rows do not say of which paper they are."""
+        source = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+        runs = write_run(tmp_path / "run", "vaesim", {"data": "x"}, vaesim_splits(0.5))
+        for name in PAPERS:
+            content = (source / f"{name}.json").read_bytes()
+            for paper in PAPERS:
+                path = tmp_path / f"{name}-{paper}.json"
+                path.write_bytes(content)
+                status, out, err = run(paper, path)
+                assert (status == 0) == (name == paper) and "Traceback" not in err
+                if name != paper:
+                    assert out == "" and f"{path}, row 0: it is " in err and "pass a results file of this paper" in err
+                    assert run(paper, runs, "--results", path)[0] == 1 and path.read_bytes() == content
+                    assert run(paper, "--results", path, "--folder", tmp_path / "none")[0] == 1  # nothing is trained
+        assert not list(tmp_path.glob("*.lock")) and not (tmp_path / "none").exists()
+
+    def test_rows_say_of_which_paper_they_are(self, run: Run, tmp_path: Path) -> None:
+        write_run(tmp_path / "runs", "vade", {"data": "x"}, vaesim_splits(0.5))
+        assert run("vaesim", tmp_path / "runs", "--results", tmp_path / "r.json")[0] == 0
+        (row,) = json.loads((tmp_path / "r.json").read_text())
+        assert row["paper"] == "vade"
+        (tmp_path / "r.json").write_text(json.dumps([{**row, "paper": "byol"}]))
+        status, _, err = run("vaesim", tmp_path / "r.json")
+        assert status == 1 and "it is of byol; the table of vaesim has rows of vaesim, vae_kmeans" in err
+
     def test_figures_need_runs(self, run: Run, tmp_path: Path) -> None:
         source = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "optimized_views.json"
         status, _, err = run("optimized-views", source, "--figures", tmp_path / "f")

@@ -45,11 +45,12 @@ def grouped(
 
 
 def common_row(runs: Sequence[FinishedRun]) -> ResultRow:
-    """What every row has: data, preset, configuration, seeds, where it was made, and scores as mean, standard deviation
-    and number of runs."""
+    """What every row has: the module that made it, data, preset, configuration, seeds, where it was made, and scores as mean,
+    standard deviation and number of runs."""
     first = runs[0].results
     environments = [run.environment for run in runs]
     return {
+        "paper": first["paper"],
         "data": first["config"]["data"],
         "preset": first["config"]["preset_name"],
         "config": first["config"],
@@ -70,17 +71,32 @@ def seconds_of(runs: Sequence[FinishedRun]) -> list[float]:
     return [round(sum(line.get("seconds", 0) for line in run.metrics), 1) for run in runs]
 
 
-def read_rows(path: Path) -> list[ResultRow]:
+def any_row(row: ResultRow) -> None:
+    """Has nothing against a row."""
+
+
+def read_rows(path: Path, check: Callable[[ResultRow], None] = any_row) -> list[ResultRow]:
     """The rows in a results file.
+
+    Args:
+        path: of the file.
+        check: raises ``ValueError`` for a row that does not belong there, such as one of another paper.
 
     Raises:
         ValueError: the file is missing, does not parse, or holds something else.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected a results file (.json)")
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected a results file (.json) or folders with runs")
     rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "splits" in row for row in rows):
         raise ValueError(f"{path} holds no rows of results; expected a list of objects with splits")
+    for number, row in enumerate(rows):
+        try:
+            check(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from error
     return [_with_data(row, rows) for row in rows]
 
 
@@ -89,14 +105,21 @@ def merged(before: Sequence[ResultRow], now: Sequence[ResultRow], key: Callable[
     return list({key(row): row for row in [*before, *now]}.values())
 
 
-def update_rows(path: Path, change: Callable[[list[ResultRow]], list[ResultRow]]) -> list[ResultRow]:
-    """Replaces the rows of a results file by ``change`` of them, and returns those; an absent file has none.
+def update_rows(
+    path: Path,
+    change: Callable[[list[ResultRow]], list[ResultRow]],
+    check: Callable[[ResultRow], None] = any_row,
+) -> list[ResultRow]:
+    """Replaces the rows of a results file by ``change`` of them, and returns those; an absent file has none. With a row that
+    ``check`` refuses the file stays as it is.
 
     Other processes that do the same wait; the file is whole at every moment.
     """
+    if path.exists():
+        read_rows(path, check)  # one that is refused gets no lock file
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_name(f"{path.name}.lock")):
-        rows = change(read_rows(path) if path.exists() else [])
+        rows = change(read_rows(path, check) if path.exists() else [])
         short = [_without_repetition(row, rows) for row in rows]
         write_bytes(path, (json.dumps(short, indent=1, allow_nan=False) + "\n").encode())
     return rows
