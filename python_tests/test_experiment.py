@@ -17,6 +17,7 @@ pytest.importorskip("accelerate", reason="training needs the extra protokernels[
 
 from protokernels.data import ImageDataset, Split, load_dataset
 from protokernels.training import RunFolder, Session
+from protokernels.training.checkpoints import CheckpointError
 from protokernels.training.configuration import RunConfig
 from protokernels.training.experiment import Experiment, training_images
 
@@ -117,6 +118,20 @@ class TestExperiment:
         RunFolder.create(tmp_path / "run", {"config": Config().record(), "seed": 0})
         with pytest.raises(FileNotFoundError, match="run has no checkpoint yet; continue the run with --resume"):
             Brightness().evaluate(tmp_path / "run")
+
+    def test_a_finished_run_whose_checkpoint_is_gone_or_damaged(self, tmp_path: Path) -> None:
+        """It is not told to --resume, which leaves a finished run as it is."""
+        run = RunFolder.create(tmp_path / "run", {"config": Config().record(), "seed": 0})
+        run.write_results({"complete": True})
+        with pytest.raises(
+            FileNotFoundError, match=r"no checkpoint any more: .*train anew, into another folder"
+        ) as gone:
+            Brightness().evaluate(tmp_path / "run")
+        run.checkpoints.save({"model": {}}, epoch=1).write_bytes(b"")
+        with pytest.raises(CheckpointError, match=r"can be used .*train anew, into another folder") as damaged:
+            Brightness().evaluate(tmp_path / "run")
+        for message in map(str, (gone.value, damaged.value)):
+            assert "resume" not in message and "remove" not in message
 
 
 class TestRunConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from protokernels.papers._local_contrast_baselines import (
     tcsm_losses,
     tcsm_weight,
 )
-from protokernels.papers._local_contrast_segmenter import Segmenter, new_segmenter, stage_volumes
+from protokernels.papers._local_contrast_segmenter import Segmenter, load_segmenter, new_segmenter, stage_volumes
 from protokernels.papers.local_contrast import (
     ABLATIONS,
     METHODS,
@@ -34,6 +35,8 @@ from protokernels.papers.local_contrast import (
     LocalContrastConfig,
     local_loss,
 )
+from protokernels.training import RunFolder
+from protokernels.training.checkpoints import CheckpointError, CheckpointStore
 from protokernels.training.segmentation import segmentation_losses, soft_dice_loss
 
 TINY = LocalContrastConfig.preset("fair", width=3, depth=2, image_size=16)
@@ -434,3 +437,18 @@ class TestConfig:
     def test_the_network(self) -> None:
         model = new_segmenter(TINY, 4)
         assert isinstance(model, Segmenter) and model(batch(2)[0]).shape == (2, 4, 16, 16)
+
+
+class TestWhatCannotBeLoaded:
+    """Of a run folder, without a training."""
+
+    def test_a_finished_run_whose_weights_are_gone_or_damaged(self, tmp_path: Path) -> None:
+        run = RunFolder.create(tmp_path / "run", {"paper": "local_contrast", "config": TINY.record(), "seed": 0})
+        with pytest.raises(FileNotFoundError, match="no weights yet; continue the run with --resume"):
+            load_segmenter(run.path)
+        run.write_results({"complete": True})
+        with pytest.raises(FileNotFoundError, match=r"no weights any more: .*weights is gone or empty; .*train anew"):
+            load_segmenter(run.path)
+        CheckpointStore(run.path / "weights").save({}, epoch=1).write_bytes(b"")
+        with pytest.raises(CheckpointError, match=r"can be used .*train anew, into another folder"):
+            load_segmenter(run.path)

@@ -110,17 +110,16 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, LocalContrastConfig]:
             needs nothing else.
 
     Raises:
-        FileNotFoundError: there is nothing to load yet.
+        FileNotFoundError: there is nothing to load yet, or nothing any more.
+        CheckpointError: every file is damaged.
         ValueError: a tensor is missing or does not fit, or the file is none of ours.
     """
     path = Path(path)
     if path.is_file():
-        state: dict[str, Any] | None = read_weights(path)
+        state = read_weights(path)
     else:
         run = load_runs(path)[0]
-        state = CheckpointStore(run.path / "weights").load()
-    if state is None:
-        raise FileNotFoundError(f"{path} has no weights yet; continue the run with --resume")
+        state = run.newest(CheckpointStore(run.path / "weights"), "weights")
     try:
         config = LocalContrastConfig.from_dict(state["config"])
         with torch.device("meta"):  # compares shapes; a file that claims a huge network gets no memory for it

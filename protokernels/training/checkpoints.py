@@ -84,10 +84,19 @@ class CheckpointStore:
                 remove(file.path)
         return path
 
-    def load(self, map_location: str | torch.device = "cpu") -> dict[str, Any] | None:
+    def load(
+        self,
+        map_location: str | torch.device = "cpu",
+        *,
+        remedy: str = "remove the folder to train from the start",
+    ) -> dict[str, Any] | None:
         """The newest state that is undamaged, or ``None`` where nothing was ever saved.
 
         Files are opened with ``weights_only=True``: a checkpoint from elsewhere cannot run code.
+
+        Args:
+            map_location: where its tensors go.
+            remedy: what the user can do where every file is damaged.
 
         Raises:
             CheckpointError: there are files and every one is damaged, or the newest was written by a newer version.
@@ -114,8 +123,7 @@ class CheckpointStore:
             return state
         if files:
             raise CheckpointError(
-                f"none of the {len(files)} checkpoints in {self.folder} can be used ({'; '.join(damaged)}); "
-                "remove the folder to train from the start"
+                f"none of the {len(files)} checkpoints in {self.folder} can be used ({'; '.join(damaged)}); {remedy}"
             )
         return None
 

@@ -94,11 +94,34 @@ class RunFolder:
         return run
 
     def checkpoint(self) -> dict[str, Any]:
-        """The newest sound checkpoint; ``FileNotFoundError`` where there is none yet."""
-        state = self.checkpoints.load()
+        """The newest sound checkpoint; see :meth:`newest`."""
+        return self.newest(self.checkpoints, "checkpoint")
+
+    def newest(self, store: CheckpointStore, name: str) -> dict[str, Any]:
+        """The newest sound state of a store in this folder, which a message calls ``name``.
+
+        Raises:
+            FileNotFoundError: there is none yet, or of a finished run, which --resume leaves as it is, none any more.
+            CheckpointError: every one is damaged.
+        """
+        if not self.is_finished():
+            state = store.load()
+            if state is None:
+                raise FileNotFoundError(f"{self.path} has no {name} yet; continue the run with --resume")
+            return state
+        remedy = "the run is finished and keeps its results; for a new model train anew, into another folder"
+        state = store.load(remedy=remedy)
         if state is None:
-            raise FileNotFoundError(f"{self.path} has no checkpoint yet; continue the run with --resume")
+            raise FileNotFoundError(f"{self.path} has no {name} any more: {store.folder} is gone or empty; {remedy}")
         return state
+
+    def is_finished(self) -> bool:
+        """Whether there are results of a whole training that can be read."""
+        try:
+            results = self.results()
+        except ValueError:
+            return False
+        return isinstance(results, dict) and bool(results.get("complete"))
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
