@@ -17,6 +17,7 @@ from rich.console import Console
 
 from .commands import experiment_of
 from .data import DataError, ImageDataset, Split, to_tensor
+from .training import CheckpointError, RunFolder
 from .training.files import TEMPORARY_SUFFIX, explained, remove
 from .training.runs import load_runs
 
@@ -96,7 +97,7 @@ def embed_files(
         The shapes of the files that were written.
 
     Raises:
-        DataError: the images are not as above, or of several shapes.
+        DataError: the images are not as above, of several shapes, or have other channels than those of the training.
         ValueError: a file exists, the method has no embeddings or no clusters, NaN came out.
         WriteError: there is no room; the files are as they were.
         CheckpointError: the run has no checkpoint, or its network does not fit the images.
@@ -118,7 +119,7 @@ def embed_files(
     first = load_runs(run)[0]
     experiment = experiment_of(first.path)
     config = experiment.config_of(first)
-    model = experiment.load_model(first, config, _standing_for(shards[0][:1])).to(device)
+    model = _load_model(experiment, first, config, shards[0][:1]).to(device)
     files: list[_Rows] = []
     with ExitStack() as stack, torch.no_grad():
         for batch in batches(shards, batch_size):
@@ -240,6 +241,24 @@ def _places(path: Path) -> set[Path]:
 def _same(path: Path, other: Path) -> bool:
     """Whether two names are those of one file, however they are spelt and whether or not it exists."""
     return not _places(path).isdisjoint(_places(other))
+
+
+def _load_model(experiment: Any, run: RunFolder, config: Any, images: np.ndarray) -> Any:
+    """The model of a run for such images; ``DataError`` where it is one for images with another number of channels."""
+    try:
+        return experiment.load_model(run, config, _standing_for(images))
+    except CheckpointError as error:
+        colour = images.ndim == 4
+        other = images[..., 0] if colour else np.stack([images] * 3, axis=3)
+        try:
+            experiment.load_model(run, config, _standing_for(other))
+        except CheckpointError:
+            raise error from None  # it fits neither
+        has, needs = (3, 1) if colour else (1, 3)
+        raise DataError(
+            f"embed: the images have {has} channel{'s' * colour} and the model of {run.path} takes {needs}; pass images "
+            f"{'[N, H, W]' if colour else '[N, H, W, 3]'}"
+        ) from None
 
 
 def _standing_for(images: np.ndarray) -> ImageDataset:

@@ -17,10 +17,11 @@ import torch
 
 from protokernels.baselines import byol, resnet_transfer, supervised, vade
 from protokernels.cli import main
-from protokernels.data import load_dataset
+from protokernels.data import DataError, load_dataset
 from protokernels.embedding import batches, embed_files
 from protokernels.evaluation import knn_predict
 from protokernels.papers import contrastive_autoencoder, optimized_views, vaesim
+from protokernels.training import CheckpointError, RunFolder
 from protokernels.training.runs import load_runs
 
 SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 300}
@@ -139,7 +140,7 @@ def test_other_mistakes_are_named(run: Path, images: Path, tmp_path: Path, capsy
         ([tmp_path, "--out", out], "holds the images"),
         ([images, "--out", out, "--clusters", out], "need different files"),
         ([images, "--out", out, "--batch-size", "0"], "batch_size must be at least 1"),
-        ([tmp_path / "colour.npy", "--out", out], "does not fit this run"),
+        ([tmp_path / "colour.npy", "--out", out], "the images have 3 channels and the model of"),
     ):
         assert main(["embed", str(run), *map(str, words)]) == 1
         assert message in capsys.readouterr().err.replace("\n", " ")
@@ -162,6 +163,22 @@ def test_an_interrupted_write_leaves_the_old_file(
     with pytest.raises(ValueError, match="NaN or infinity"):
         embed_files(run, images, out, overwrite=True, batch_size=100)
     assert out.read_bytes() == b"before" and list(tmp_path.iterdir()) == [out]
+
+
+def test_the_number_of_channels_is_named_where_nothing_else_is_wrong(run: Path, tmp_path: Path) -> None:
+    config = vaesim.VAESimConfig.preset("fair", data="digits", num_prototypes=4, latent_dim=3, **SHORT)
+    colour = RunFolder.create(tmp_path / "colour", {"paper": "vaesim", "config": config.record(), "seed": 0})
+    colour.checkpoints.save({"model": vaesim.VAESim(config, channels=3).state_dict()}, epoch=1)
+    for channels, path, message in (
+        (3, run, r"the images have 3 channels and the model of .* takes 1; pass images \[N, H, W\]"),
+        (1, colour.path, r"the images have 1 channel and the model of .* takes 3; pass images \[N, H, W, 3\]"),
+    ):
+        np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 3) if channels == 3 else (2, 8, 8), np.uint8))
+        with pytest.raises(DataError, match=message):
+            embed_files(path, tmp_path / "x.npy", tmp_path / "out.npy")
+    colour.checkpoints.save({"model": {}}, epoch=2)
+    with pytest.raises(CheckpointError, match="does not fit this run"):  # whatever the images
+        embed_files(colour.path, tmp_path / "x.npy", tmp_path / "out.npy")
 
 
 def test_two_names_of_one_file_are_refused_and_the_file_stays(

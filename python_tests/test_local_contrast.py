@@ -452,3 +452,12 @@ class TestWhatCannotBeLoaded:
         CheckpointStore(run.path / "weights").save({}, epoch=1).write_bytes(b"")
         with pytest.raises(CheckpointError, match=r"can be used .*train anew, into another folder"):
             load_segmenter(run.path)
+
+    def test_a_run_of_another_paper(self, tmp_path: Path) -> None:
+        run = RunFolder.create(tmp_path / "run", {"paper": "vaesim", "config": {}, "seed": 0})
+        run.write_results({"complete": True})
+        with pytest.raises(ValueError, match="run is a run of vaesim; expected the folder of a run of local_contrast"):
+            load_segmenter(run.path)
+        stage = RunFolder.create(tmp_path / "stage", {"stage": "global", "seed": 0})
+        with pytest.raises(ValueError, match="stage is no run of a paper"):
+            load_segmenter(stage.path)

@@ -22,6 +22,8 @@ from ..training.segmentation import predict_volumes
 from ._local_contrast_baselines import MeanTeacher
 from ._local_contrast_config import LocalContrastConfig
 
+PAPER = "local_contrast"  # in the runs that have such a network
+
 
 class Segmenter(nn.Module):
     """E, D and the last 1x1 convolution.
@@ -112,13 +114,17 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, LocalContrastConfig]:
     Raises:
         FileNotFoundError: there is nothing to load yet, or nothing any more.
         CheckpointError: every file is damaged.
-        ValueError: a tensor is missing or does not fit, or the file is none of ours.
+        ValueError: a tensor is missing or does not fit, the file is none of ours, or the run is of another paper.
     """
     path = Path(path)
     if path.is_file():
         state = read_weights(path)
     else:
         run = load_runs(path)[0]
+        if (paper := run.config().get("paper")) != PAPER:
+            raise ValueError(
+                f"{path} is {f'a run of {paper}' if paper else 'no run of a paper'}; expected the folder of a run of {PAPER}"
+            )
         state = run.newest(CheckpointStore(run.path / "weights"), "weights")
     try:
         config = LocalContrastConfig.from_dict(state["config"])
