@@ -156,15 +156,13 @@ def run_table(described: PaperTable, options: TableOptions) -> int:
         *described.collect([folder for folder in folders if folder.exists() or options.sources], complete_config),
         *computed_rows(folders),
     ]
+    before = read_rows(options.results, belongs) if options.results is not None and options.results.exists() else []
+    check_found(described, [*rows, *found, *before], chosen, options.sources or folders, trained=not options.sources)
     rows = described.merge(rows, matching(described, found, chosen))
     if options.results is not None:
         now = rows
         rows = update_rows(options.results, lambda before: described.merge(before, now, add=options.add), belongs)
     rows = matching(described, rows, chosen)
-    if not rows:
-        raise ValueError(
-            f"no finished run of {described.paper} was found in {', '.join(map(str, folders or options.sources))}"
-        )
     text = rendered(described.tables(rows), options.format) + "\n"
     if options.out is None:
         sys.stdout.write(text)
@@ -203,12 +201,46 @@ def check_row(described: PaperTable, row: ResultRow) -> None:
         raise ValueError(f"it is not of {described.paper} ({what}); pass a results file of this paper")
 
 
+def check_found(
+    described: PaperTable,
+    rows: Sequence[ResultRow],
+    chosen: Mapping[str, Sequence[Any]],
+    sources: Sequence[Path],
+    *,
+    trained: bool,
+) -> None:
+    """``ValueError`` where no row is left, or a value that is asked for is none of the table's and of no row. With ``trained``
+    such a value is that of a run that failed, and the others are shown."""
+    where = ", ".join(map(str, sources))
+    if not rows:
+        raise ValueError(f"no finished run of {described.paper} was found in {where}")
+    matched = matching(described, rows, chosen)
+    if matched and trained:
+        return
+    for axis, values in chosen.items():
+        there = list(dict.fromkeys(described.value(row, axis) for row in rows))
+        known = described.axes[axis] if matched else ()  # one of several that is not trained yet
+        if wrong := [value for value in values if value not in there and value not in known]:
+            raise ValueError(
+                f"no finished run of {described.paper} in {where} has {axis} {', '.join(map(str, wrong))}; there are "
+                f"{', '.join(map(str, there))}"
+            )
+    if not matched:
+        asked = " and ".join(f"{axis} {', '.join(map(str, values))}" for axis, values in chosen.items())
+        raise ValueError(f"no finished run of {described.paper} in {where} has {asked} together")
+
+
 def check_options(described: PaperTable, options: TableOptions) -> None:
     """``ValueError`` for what cannot be done, before anything is trained."""
     if options.runs is not None and options.runs < 1:
         raise ValueError(f"--runs must be at least 1; got {options.runs}")
+    if options.set and options.sources:
+        raise ValueError(
+            "--set changes what is trained; with results files or folders nothing is trained, leave it out"
+        )
     if options.add and options.results is None:
         raise ValueError("--add joins seeds to the rows of a file; name it with --results")
+    described.merge((), (), add=options.add)  # raises where the table's rows cannot be joined
     if options.figures is not None and described.compare is None:
         raise ValueError(
             f"--figures: {described.paper} has no pictures of several rows; `protokernels figures RUN` draws a run's"
@@ -218,7 +250,8 @@ def check_options(described: PaperTable, options: TableOptions) -> None:
 
 
 def chosen_values(described: PaperTable, options: TableOptions) -> dict[str, list[Any]]:
-    """Axis -> the values that are asked for; ``ValueError`` for an axis that the table does not have."""
+    """Axis -> the values that are asked for; ``ValueError`` for an axis that the table does not have, or
+    two lists of values of one."""
     chosen: dict[str, list[Any]] = {"data": list(options.data), "preset": list(options.preset)}
     for name, texts in named_values(options.only, "--only").items():
         if name not in described.axes:
@@ -227,11 +260,16 @@ def chosen_values(described: PaperTable, options: TableOptions) -> dict[str, lis
             )
         kind = type(described.axes[name][0])
         try:
-            chosen[name] = [kind(text) for text in texts]
+            values = [kind(text) for text in texts]
         except ValueError:
             raise ValueError(
                 f"--only: {name} takes values such as {described.axes[name][0]}; got {','.join(texts)}"
             ) from None
+        if chosen.get(name) and set(chosen[name]) != set(values):
+            raise ValueError(
+                f"--{name} asks for {', '.join(map(str, chosen[name]))} and --only for {', '.join(texts)}; give one of them"
+            )
+        chosen[name] = values
     return {name: values for name, values in chosen.items() if values}
 
 

@@ -46,6 +46,11 @@ class TestCommand:
         ("words", "message"),
         [
             (["--only", "size=3"], "unknown axis size; the table of vaesim has data, paper, preset"),
+            (["--only", "preset=paper", "--preset", "fair"], "--preset asks for fair and --only for paper; give one"),
+            (
+                ["--only", "data=mnist", "--data", "mnist", "digits"],
+                "--data asks for mnist, digits and --only for mnist",
+            ),
             (["--add"], "name it with --results"),
             (["--runs", "0"], "--runs must be at least 1; got 0"),
             (["--figures", "f"], "vaesim has no pictures of several rows"),
@@ -148,6 +153,32 @@ class TestCommand:
         (tmp_path / "r.json").write_text(json.dumps([{**row, "paper": "byol"}]))
         status, _, err = run("vaesim", tmp_path / "r.json")
         assert status == 1 and "it is of byol; the table of vaesim has rows of vaesim, vae_kmeans" in err
+
+    def test_values_that_no_row_has_are_named_with_those_that_there_are(self, run: Run, tmp_path: Path) -> None:
+        for data, preset in (("mnist", "fair"), ("x", "paper")):
+            write_run(tmp_path / data, "vaesim", {"data": data, "preset_name": preset}, vaesim_splits(0.5))
+        assert run("vaesim", tmp_path, "--results", tmp_path / "r.json")[0] == 0
+        for words, message in (
+            (["--data", "mnsit"], "has data mnsit; there are mnist, x"),
+            (["--data", "mnist", "mnsit"], "has data mnsit; there are mnist, x"),
+            (["--preset", "nope"], "has preset nope; there are fair, paper"),
+            (["--preset", "official"], "has preset official; there are fair, paper"),
+            (["--only", "paper=nope"], "has paper nope; there are vaesim"),
+            (["--data", "x", "--preset", "fair"], "has data x and preset fair together"),
+            (["--set", "nope=1"], "--set changes what is trained"),
+        ):
+            for source in (tmp_path, tmp_path / "r.json"):
+                status, out, err = run("vaesim", source, *words, "--results", tmp_path / "new.json")
+                assert status == 1 and message in err and out == ""
+        (tmp_path / "empty").mkdir()
+        status, _, err = run("vaesim", tmp_path / "empty", "--results", tmp_path / "new.json")
+        assert status == 1 and f"no finished run of vaesim was found in {tmp_path / 'empty'}" in err
+        assert not list(tmp_path.glob("new*"))
+        status, out, _ = run(
+            "vaesim", tmp_path, "--preset", "fair", "official"
+        )  # official: of the table, not trained yet
+        assert status == 0 and "mnist" in out
+        assert run("vaesim", tmp_path, "--only", "preset=fair", "--preset", "fair")[0] == 0
 
     def test_figures_need_runs(self, run: Run, tmp_path: Path) -> None:
         source = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "optimized_views.json"
