@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("tyro", reason="the commands need the extra protokernels[train]")
 
 from protokernels.cli import main
 from protokernels.commands import find_paper
+from protokernels.evaluation import EvaluationConfig, Representation, evaluate_representation
 from protokernels.papers._local_contrast_config import METHODS, PAPER_RESULTS
 from protokernels.papers._local_contrast_report import percent
 from protokernels.papers._local_contrast_table import SCORES
@@ -23,6 +25,8 @@ from protokernels.papers._vaesim_table import PRESETS, PROTOCOLS, joined, summar
 from protokernels.papers.optimized_views import STRATEGIES
 from protokernels.results import Job, Outcome, ResultRow
 from protokernels.tables import TableOptions, chosen_values, job_of, table_of, train_missing
+from protokernels.training.report import results_table
+from protokernels.training.summary import summarize_runs
 
 from .run_folders import Run, table_command, transfer_splits, vaesim_splits, write_run
 
@@ -152,6 +156,19 @@ class TestVAESim:
         assert any(
             line.startswith("| resnet50_random_init | `paper` | test | 0.625 | | 0.800 | | 0.850 |") for line in lines
         )
+
+    def test_majority_is_the_same_at_the_end_of_a_run_and_in_the_table(self, run: Run, tmp_path: Path) -> None:
+        """Where the largest class of the training set is not the largest of the scored set."""
+        y, test = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 1, 1])
+        train, scored = (Representation(labels[:, None].float(), labels) for labels in (y, test))
+        splits = {"test": evaluate_representation(train, scored, num_classes=2, config=EvaluationConfig(knn_k=1))}
+        assert splits["test"]["majority"]["accuracy"] == 0.25
+        write_run(tmp_path / "run", "vaesim", {"data": "x"}, splits)
+        (table,) = json.loads(run("vaesim", tmp_path / "run", "--format", "json")[1])
+        assert {row["cells"]["majority"]["mean"] for row in table["rows"]} == {0.75}
+        results = json.loads((tmp_path / "run" / "results.json").read_text())
+        shown = results_table({**results, "splits": summarize_runs([splits]), "number_of_runs": 1}, {})
+        assert list(shown.columns[-1].cells) == ["0.750"] and shown.columns[-1].header == "majority"
 
     def test_every_preset_can_be_run_and_published_numbers_belong_to_methods(self, tmp_path: Path) -> None:
         described, options = table_of("vaesim"), TableOptions(data=("pneumoniamnist",))

@@ -17,7 +17,8 @@ PaperResults = Mapping[str, tuple[str, Mapping[str, tuple[float, float]]]]
 def results_table(results: Mapping[str, Any], paper: PaperResults) -> Table:
     """Accuracies on every scored set: mean and standard deviation over runs, beside the paper's where it has the data.
 
-    "majority" is the share of the largest training class: what a constant prediction reaches.
+    "majority" is the share of the largest class of the scored set, the best that a constant prediction can reach, as in the
+    paper's table.
 
     Args:
         results: what ``train`` and ``evaluate`` of a paper return.
@@ -40,7 +41,7 @@ def results_table(results: Mapping[str, Any], paper: PaperResults) -> Table:
     paper_split, paper_values = paper.get(str(config["data"]), ("", {}))
     for split, scores in results["splits"].items():
         cells = [_cell(scores.get(key, {}).get("accuracy")) for key, _ in _METHODS]
-        nmi, majority = _cell(scores.get("clustering", {}).get("nmi")), scores["majority"]["accuracy"]["mean"]
+        nmi, majority = _cell(scores.get("clustering", {}).get("nmi")), scores["majority"]["majority_rate"]["mean"]
         table.add_row(f"{split} ({results['images'][split]})", *cells, nmi, f"{majority:.3f}")
         if split == paper_split:
             cells = [_cell({"mean": mean, "std": std}) for mean, std in (paper_values[key] for key, _ in _METHODS)]
