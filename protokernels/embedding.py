@@ -18,7 +18,7 @@ from rich.console import Console
 from .commands import experiment_of
 from .data import DataError, ImageDataset, Split, to_tensor
 from .training import CheckpointError, RunFolder
-from .training.files import TEMPORARY_SUFFIX, explained, remove
+from .training.files import TEMPORARY_SUFFIX, check_target, explained, remove
 from .training.runs import load_runs
 
 
@@ -108,6 +108,7 @@ def embed_files(
     for index, target in enumerate(targets):
         if target.suffix != ".npy" or any(_same(target, other) for other in targets[:index]):
             raise ValueError(f"embed: embeddings and clusters need different files that end in .npy; got {target}")
+        check_target(target)
         if target.exists() and not overwrite:
             raise ValueError(f"embed: {target} exists; pass --overwrite to replace it, or another name")
     source = Path(images)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from .data.nifti import SUFFIXES, check_nifti, without_suffix
 from .inference import segment_file
+from .training.files import check_target
 
 SEGMENTERS = ("local-contrast",)
 """Papers whose module has ``load_segmenter(path) -> (model, config)``; ``config.image_size`` is the side of its slices."""
@@ -70,7 +71,7 @@ def label_paths(options: PredictOptions) -> list[Path]:
 
     Raises:
         ValueError: no volume, a batch size below 1, one file for several volumes, two labels of one name, a file that
-            exists and may not be replaced.
+            exists and may not be replaced, or cannot be made.
     """
     if not options.volumes or options.batch_size < 1:
         raise ValueError(
@@ -78,6 +79,10 @@ def label_paths(options: PredictOptions) -> list[Path]:
             f"and {options.batch_size}"
         )
     out = options.out
+    if out is not None and out.is_file() and not out.name.endswith(SUFFIXES):
+        raise ValueError(
+            f"predict: {out} is a file; pass a folder as --out, or a label file that ends in .nii or .nii.gz"
+        )
     if out is not None and out.name.endswith(SUFFIXES) and not out.is_dir():
         if len(options.volumes) > 1:
             raise ValueError(f"predict: {out} is one file for {len(options.volumes)} volumes; pass a folder as --out")
@@ -90,6 +95,7 @@ def label_paths(options: PredictOptions) -> list[Path]:
     for index, target in enumerate(targets):
         if target in targets[:index]:
             raise ValueError(f"predict: two volumes would be labelled in {target}; give their files different names")
+        check_target(target, makes_folder=True)
         if target.exists() and not options.overwrite:
             raise ValueError(f"predict: {target} exists; pass --overwrite to replace it, or another --out")
     return targets

@@ -35,7 +35,7 @@ from .results.fields import changed, completed, field_name, field_value, named_v
 from .results.finished import find_finished
 from .results.jobs import is_finished, is_main_process
 from .training import RunFolderError
-from .training.files import exclusive, read_json, write_bytes, write_json
+from .training.files import check_target, exclusive, read_json, write_bytes, write_json
 from .training.runs import RunSettings
 from .training.session import Precision
 
@@ -234,6 +234,9 @@ def check_options(described: PaperTable, options: TableOptions) -> None:
     """``ValueError`` for what cannot be done, before anything is trained."""
     if options.runs is not None and options.runs < 1:
         raise ValueError(f"--runs must be at least 1; got {options.runs}")
+    for path in (options.results, options.out):
+        if path is not None:
+            check_target(path, makes_folder=True)
     if options.set and options.sources:
         raise ValueError(
             "--set changes what is trained; with results files or folders nothing is trained, leave it out"

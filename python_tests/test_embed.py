@@ -136,6 +136,8 @@ def test_other_mistakes_are_named(run: Path, images: Path, tmp_path: Path, capsy
         ([tmp_path / "none.npy", "--out", out], "expected a .npy file of images or a folder"),
         ([images, "--out", cut], "exists; pass --overwrite"),
         ([images, "--out", tmp_path / "out.txt"], "end in .npy"),
+        ([images, "--out", tmp_path / "out" / "e.npy"], "there is no folder"),
+        ([images, "--out", out, "--clusters", cut / "c.npy"], "is a file; pass a name in a folder"),
         ([images, "--out", images, "--overwrite"], "holds the images"),
         ([tmp_path, "--out", out], "holds the images"),
         ([images, "--out", out, "--clusters", out], "need different files"),

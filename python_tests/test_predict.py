@@ -245,11 +245,18 @@ class TestCommand:
     def test_odd_words(self, tmp_path: Path, stand_in: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
         path = write_nifti(tmp_path / "a.nii", VALUES)
         other = write_nifti(tmp_path / "b" / "a.nii", VALUES)
+        text = tmp_path / "config.json"
+        text.write_text("{}")
         for words, message in (
             ([str(tmp_path)], "expected at least one volume"),
             ([str(tmp_path), str(path), "--batch-size", "0"], "batch size of at least 1"),
             ([str(tmp_path), str(path), str(other), "--out", "x.nii"], "one file for 2 volumes"),
             ([str(tmp_path), str(path), str(other), "--out", "x"], "different names"),
+            ([str(tmp_path), str(path), "--out", str(other / "x.nii")], "is a file; pass a name in a folder"),
+            (
+                [str(tmp_path), str(path), "--out", str(text)],
+                "config.json is a file; pass a folder as --out, or a label",
+            ),
             ([str(tmp_path / "nothing"), str(path)], "holds no checkpoint"),
         ):
             assert main([*self.words, *words]) == 1, words

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("tyro", reason="the commands need the extra protokernels[train]")
 
 from protokernels.papers import PAPERS
+from protokernels.results import update_rows
 from protokernels.tables import TableOptions, chosen_values, job_of, papers_with_a_table, table_of, train_missing
 from protokernels.training.files import exclusive
 
@@ -179,6 +180,16 @@ class TestCommand:
         )  # official: of the table, not trained yet
         assert status == 0 and "mnist" in out
         assert run("vaesim", tmp_path, "--only", "preset=fair", "--preset", "fair")[0] == 0
+
+    def test_a_folder_is_no_results_file_and_gets_no_lock(self, run: Run, tmp_path: Path) -> None:
+        write_run(tmp_path / "run", "vaesim", {"data": "x"}, vaesim_splits(0.5))
+        (tmp_path / "sub").mkdir()
+        for option in ("--results", "--out"):
+            status, out, err = run("vaesim", tmp_path / "run", option, tmp_path / "sub")
+            assert status == 1 and f"{tmp_path / 'sub'} is a folder; pass the name of a file" in err and out == ""
+        with pytest.raises(ValueError, match="sub is a folder"):
+            update_rows(tmp_path / "sub", lambda rows: rows)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "sub"]
 
     def test_figures_need_runs(self, run: Run, tmp_path: Path) -> None:
         source = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "optimized_views.json"

@@ -26,7 +26,7 @@ from protokernels.training import (
     next_free_folder,
     run_folder,
 )
-from protokernels.training.files import append_json_line, read_json_lines, write_bytes, write_json
+from protokernels.training.files import append_json_line, check_target, read_json_lines, write_bytes, write_json
 
 
 class TestFiles:
@@ -67,6 +67,23 @@ class TestFiles:
         path.write_text('{"epo\n{"epoch": 2}\n')
         with pytest.raises(ValueError, match="line 1"):
             read_json_lines(path)
+
+    def test_where_no_file_can_be_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "file").touch()
+        for path, makes_folder, message in (
+            ("sub", True, "sub is a folder"),
+            ("file/a/b.json", True, "file is a file; pass a name in a folder"),
+            ("sub/none/b.json", False, "there is no folder .*none; make it"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                check_target(tmp_path / path, makes_folder=makes_folder)
+        for path in ("sub/b.json", "file", "sub/../new"):
+            check_target(tmp_path / path)
+        check_target(tmp_path / "none" / "none" / "b.json", makes_folder=True)
+        monkeypatch.chdir(tmp_path)
+        check_target(Path("b.json"))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "sub"]
 
 
 class TestCheckpoints:

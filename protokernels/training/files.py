@@ -40,6 +40,18 @@ def write_bytes(path: Path, content: bytes) -> None:
         _flush_folder(path.parent)
 
 
+def check_target(path: Path, *, makes_folder: bool = False) -> None:
+    """``ValueError`` where no file ``path`` can be made: it is a folder, or lies below a file; unless the caller makes its
+    folder, also where there is none."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; pass the name of a file")
+    above = next(parent for parent in path.parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"{path} cannot be made: {above} is a file; pass a name in a folder")
+    if above != path.parent and not makes_folder:
+        raise ValueError(f"{path} cannot be made: there is no folder {path.parent}; make it, or pass another name")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, whole or not at all. ``ValueError`` for NaN and infinity, which JSON does not
     have."""
