@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
 
 from protokernels.data import ImageDataset, Split, load_dataset
-from protokernels.training import RunFolder, Session
+from protokernels.training import RunFolder, RunFolderError, Session
 from protokernels.training.checkpoints import CheckpointError
 from protokernels.training.configuration import RunConfig
 from protokernels.training.experiment import Experiment, training_images
@@ -118,6 +118,26 @@ class TestExperiment:
         RunFolder.create(tmp_path / "run", {"config": Config().record(), "seed": 0})
         with pytest.raises(FileNotFoundError, match="run has no checkpoint yet; continue the run with --resume"):
             Brightness().evaluate(tmp_path / "run")
+
+    @pytest.mark.parametrize(
+        ("record", "message"),
+        [
+            ({"paper": "brightness"}, "is incomplete: expected an object with paper, config and seed; got paper"),
+            ({"config": {}}, "is incomplete: .* got config"),
+            ({"config": 3, "seed": 0}, "is incomplete"),
+            ({"config": {"epochs": "x"}, "seed": 0}, "epochs takes a value of type int; got 'x'"),
+            ({"config": {"data": None}, "seed": 0}, "data takes a value of type str; got None"),
+            ({"config": {"epochs": -1}, "seed": 0}, "epochs must be positive"),
+            ({"config": {"speed": 1}, "seed": 0}, "unknown fields speed"),
+        ],
+    )
+    def test_an_incomplete_configuration_is_named_with_its_file(
+        self, record: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        RunFolder.create(tmp_path / "run", record)
+        for command in (Brightness().evaluate, Brightness().draw_figures):
+            with pytest.raises(RunFolderError, match=rf"config\.json.* {message}"):
+                command(tmp_path / "run")
 
     def test_a_finished_run_whose_checkpoint_is_gone_or_damaged(self, tmp_path: Path) -> None:
         """It is not told to --resume, which leaves a finished run as it is."""

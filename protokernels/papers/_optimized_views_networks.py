@@ -128,7 +128,7 @@ def new_model(config: OptimizedViewsConfig, channels: int) -> OptimizedViews:
 
 def load_model(run: RunFolder, channels: int) -> tuple[OptimizedViews, OptimizedViewsConfig]:
     """The model of the newest sound checkpoint of a run, in evaluation mode, with its configuration."""
-    config = OptimizedViewsConfig.from_dict(run.config()["config"])
+    config = run.config_as(OptimizedViewsConfig)
     model = new_model(replace(config, initial_weights=""), channels)
     state = run.checkpoint()
     with fitting(run.checkpoints):

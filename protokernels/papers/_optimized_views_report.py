@@ -126,7 +126,7 @@ def compare_views(folders: Mapping[str, str | Path], *, data_root: str | Path | 
     captions: list[str] = []
     for name, folder in folders.items():
         run = load_runs(folder)[0]
-        dataset = load_presence(OptimizedViewsConfig.from_dict(run.config()["config"]).data, data_root)
+        dataset = load_presence(run.config_as(OptimizedViewsConfig).data, data_root)
         model, config = load_model(run, dataset.channels)
         indices, x = examples(split := scored_split(dataset, config)[1], config)
         captions = captions or [dataset.class_names[label] for label in split.labels[indices]]

@@ -188,8 +188,8 @@ class Experiment(Generic[Config]):
         return self.score_model(model, dataset, config, trial.seed) if trial.is_main_process else {}
 
     def config_of(self, run: RunFolder) -> Any:
-        """The configuration in a run folder."""
-        return self.CONFIG.from_dict(run.config()["config"])
+        """The configuration in a run folder; ``RunFolderError`` where it is incomplete or broken."""
+        return run.config_as(self.CONFIG)
 
     def load_model(self, run: RunFolder, config: Any, dataset: Any) -> Any:
         """The model of the newest sound checkpoint of a run, in evaluation mode."""

@@ -20,13 +20,14 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 from .. import _native, backend
 from .._version import __version__
 from .checkpoints import CheckpointStore
+from .configuration import Config
 from .files import (
     append_json_line,
     make_folder,
@@ -36,6 +37,9 @@ from .files import (
     write_json,
     write_json_lines,
 )
+
+_NUMBER = (int, float)
+_TYPES: dict[Any, tuple[type, ...]] = {int: _NUMBER, float: _NUMBER, bool: _NUMBER, str: (str,)}
 
 
 class RunFolderError(ValueError):
@@ -129,6 +133,23 @@ class RunFolder:
         if not isinstance(value, dict):
             raise RunFolderError(f"{self.path / 'config.json'}: expected an object; got {type(value).__name__}")
         return value
+
+    def config_as(self, kind: type[Config]) -> Config:
+        """The configuration of the paper or baseline whose run this is; ``RunFolderError`` where ``config.json`` lacks it or
+        the seed, or holds values of another type."""
+        path, record = self.path / "config.json", self.config()
+        if not isinstance(record.get("config"), dict) or not isinstance(record.get("seed"), int):
+            raise RunFolderError(
+                f"{path} is incomplete: expected an object with paper, config and seed; got {', '.join(record) or 'nothing'}"
+            )
+        values: dict[str, Any] = record["config"]
+        for name, type_ in get_type_hints(kind).items():
+            if name in values and type_ in _TYPES and not isinstance(values[name], _TYPES[type_]):
+                raise RunFolderError(f"{path}: {name} takes a value of type {type_.__name__}; got {values[name]!r}")
+        try:
+            return kind.from_dict(values)
+        except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+            raise RunFolderError(f"{path}: {error}") from error
 
     def write_environment(self, **more: Any) -> None:
         """Writes the environment, with what the caller adds (device, data provenance)."""
