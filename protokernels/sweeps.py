@@ -4,6 +4,7 @@ one run folder each, then a table, a JSON and figures of the paper's scores."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -139,8 +140,20 @@ def point_of(config: Any, values: Mapping[str, Any], check: Callable[[Any], Any]
         check(now)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{', '.join(f'{name}={value}' for name, value in values.items())}: {error}") from error
+    return Point(values, now, BASE if now == config else folder_of(values))
+
+
+def folder_of(values: Mapping[str, Any]) -> str:
+    """The folder of a point, another one for other values: a text that a folder's name cannot hold as it is adds a digest.
+
+    >>> folder_of({"latent_dim": 2, "similarity": "dot"})
+    'latent_dim-2,similarity-dot'
+    """
     name = ",".join(f"{field}-{value}" for field, value in values.items()).replace("/", "_").replace(" ", "")
-    return Point(values, now, BASE if now == config else name)
+    parts = [part for value in values.values() for part in (value if isinstance(value, tuple) else (value,))]
+    if not any(isinstance(part, str) and set(part) & set("/ ,") for part in parts):
+        return name
+    return f"{name}-{hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:8]}"
 
 
 def default_points(

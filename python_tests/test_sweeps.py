@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from protokernels.ablations import run_ablations
 from protokernels.cli import main
 from protokernels.figures.sweeps import Panel, sweep_figure
 from protokernels.papers import vaesim
+from protokernels.papers.optimized_views import OptimizedViewsConfig
 from protokernels.papers.vaesim import VAESimConfig
 from protokernels.results.scores import main_scores
 from protokernels.sweeps import (
@@ -27,6 +29,7 @@ from protokernels.sweeps import (
     default_points,
     draw_sweep,
     filled_points,
+    folder_of,
     points_of,
     sweep_tables,
 )
@@ -57,6 +60,20 @@ class TestPoints:
             "latent_dim-32,similarity-dot",
             "base",
         ]
+
+    def test_every_point_has_a_folder_of_its_own(self) -> None:
+        config = OptimizedViewsConfig.preset("fair")
+        given: dict[str, list[Any]] = {
+            "initial_weights": ["a/b.pth", "a_b.pth", "a b.pth", "ab.pth", "/a/b.pth"],
+            "alphas": [(1.0, 0, 0, 0, 0), None],
+        }
+        folders = [folder_of(values) for name in given for values in ({name: value} for value in given[name])]
+        assert len(set(folders)) == len(folders) and not any("/" in folder or " " in folder for folder in folders)
+        assert folder_of({"initial_weights": "a/b.pth"}) == folders[0]  # also in another sweep
+        assert [folders[1], *folders[5:]] == ["initial_weights-a_b.pth", "alphas-(1.0,0,0,0,0)", "alphas-None"]
+        densenet = replace(config, encoder="densenet121", image_size=32)
+        points = points_of(densenet, asked_values(densenet, ["initial_weights=a/b.pth,a_b.pth"]), grid=False)
+        assert len({point.folder for point in points}) == 2
 
     def test_the_papers_own_values_where_the_configuration_has_them(self, capsys: pytest.CaptureFixture[str]) -> None:
         described = table_of("vaesim")
