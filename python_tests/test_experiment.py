@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
 
+from protokernels.commands import find_paper
 from protokernels.data import ImageDataset, Split, load_dataset
+from protokernels.papers import local_contrast
 from protokernels.training import RunFolder, RunFolderError, Session
 from protokernels.training.checkpoints import CheckpointError
 from protokernels.training.configuration import RunConfig
@@ -112,6 +114,46 @@ class TestExperiment:
         monkeypatch.setattr(experiment, "no_download", "ask its owner")
         with pytest.raises(ValueError, match="brightness: ask its owner"):
             experiment.train(Config(), tmp_path / "run", download=True)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "message"),
+        [
+            ("vaesim", {"image_size": 30}, "a multiple of 8; got 30"),
+            ("vaesim", {"knn_k": 1260}, "knn_k must be at most 1259, .*; got 1260"),
+            ("contrastive_autoencoder", {"image_size": 30}, "a multiple of 16; got 30"),
+            ("contrastive_autoencoder", {"knn_k": 1300}, "knn_k must be at most 1259, .*; got 1300"),
+            ("vae_kmeans", {"image_size": 30}, "a multiple of 8; got 30"),
+            ("gmvae", {"knn_k": 100_000}, "knn_k must be at most 1259, .*; got 100000"),
+            (
+                "optimized_views",
+                {"encoder": "densenet121", "image_size": 32, "initial_weights": "absent.pth"},
+                "absent.pth",
+            ),
+            ("simclr", {"view_maker": "matrices"}, "views by matrices"),
+            ("simclr", {"epochs": 0, "warmup_epochs": 0}, "epochs and batch_size must be at least 1"),
+            ("random_init", {"initial_weights": "absent.pth"}, "standard ResNet18"),
+        ],
+    )
+    def test_a_configuration_that_cannot_be_trained_leaves_no_folder(
+        self, name: str, changes: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        paper = find_paper(name)
+        config = replace(paper.CONFIG.preset("fair", data="digits"), **changes)
+        with pytest.raises((ValueError, OSError), match=message):
+            paper.train(config, tmp_path / "run", dataset=load_dataset("digits"), quiet=True, device="cpu")
+        assert not (tmp_path / "run").exists()
+
+    def test_local_contrast_builds_its_networks_before_there_is_a_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise ValueError("no such head")
+
+        monkeypatch.setattr(local_contrast, "local_head", refuse)
+        config = local_contrast.CONFIG.preset("fair", data="phantoms")
+        with pytest.raises(ValueError, match="no such head"):
+            local_contrast.train(config, tmp_path / "run", quiet=True, device="cpu")
         assert not (tmp_path / "run").exists()
 
     def test_nothing_to_evaluate(self, tmp_path: Path) -> None:

@@ -222,9 +222,6 @@ class ClusteringBaseline(Experiment[Any]):
         self.PAPER_RESULTS = paper
         self.__doc__ = description
 
-    def check(self, config: Any, dataset: ImageDataset) -> None:
-        self.new_model(config, dataset)
-
     def new_model(self, config: Any, dataset: ImageDataset) -> Any:
         return self.build(config, dataset.channels, dataset.num_classes)
 

@@ -47,6 +47,9 @@ class _Untrained(Baseline):
     def title(self, config: Any) -> str:
         return "imagenet" if config.initial_weights else self.name
 
+    def check(self, config: Any, dataset: ImageDataset) -> None:
+        self.new_model(config, dataset)  # it has no epochs to plan
+
     def run(self, trial: Trial, config: Any, dataset: ImageDataset) -> dict[str, Any]:
         seed_everything(trial.seed)
         method = self.new_model(config, dataset).to(trial.accelerator.device)

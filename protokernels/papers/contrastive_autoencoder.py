@@ -47,6 +47,7 @@ Known errors of the paper
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -320,6 +321,9 @@ class _ContrastiveAutoencoder(Experiment[ContrastiveAutoencoderConfig]):
             with fitting(trial.run.checkpoints):
                 model.restore(before["model"])  # as many prototypes as there are, and what is frozen
         return trial.in_layout(model)
+
+    def bank_size(self, dataset: ImageDataset, config: ContrastiveAutoencoderConfig) -> int:
+        return min(super().bank_size(dataset, config), config.subset or sys.maxsize)
 
     def optimizer(
         self, model: ContrastiveAutoencoder, config: ContrastiveAutoencoderConfig

@@ -275,6 +275,11 @@ class _LocalContrast(Experiment[LocalContrastConfig]):
     def folder_name(self, config: LocalContrastConfig) -> str:
         return f"{self.name}-{Path(config.data).stem}-{config.method}-{config.preset_name}"
 
+    def check(self, config: LocalContrastConfig, dataset: SegmentationDataset) -> None:
+        segmenter = new_segmenter(config, dataset.num_classes)
+        GlobalContrast(segmenter.backbone.encoder, config)
+        LocalContrast(segmenter.backbone, config)
+
     def provenance(self, config: LocalContrastConfig, dataset: SegmentationDataset) -> dict[str, Any]:
         return provenance(dataset, config)
 

@@ -318,8 +318,8 @@ class _OptimizedViews(Experiment[OptimizedViewsConfig]):
     ) -> ImageDataset:
         return load_presence(config.data, data_root, download=download)
 
-    def check(self, config: OptimizedViewsConfig, dataset: ImageDataset) -> None:
-        new_model(config, dataset.channels)  # a missing weight file
+    def new_model(self, config: OptimizedViewsConfig, dataset: ImageDataset) -> OptimizedViews:
+        return new_model(config, dataset.channels)
 
     def folder_name(self, config: OptimizedViewsConfig) -> str:
         return f"{self.name}-{Path(config.data).stem}-{config.strategy}-{config.preset_name}"
@@ -327,7 +327,7 @@ class _OptimizedViews(Experiment[OptimizedViewsConfig]):
     def run(self, trial: Trial, config: OptimizedViewsConfig, dataset: ImageDataset) -> dict[str, Any]:
         """Every seed draws its own labels."""
         seed_everything(trial.seed)
-        model = new_model(config, dataset.channels)
+        model = self.new_model(config, dataset)
         split, (name, test) = self.training_split(dataset, config), scored_split(dataset, config)
         labelled = labelled_images(split, config, trial.seed)
         rows = torch.arange(len(split)) if config.recipe.loss == "pairs" else torch.as_tensor(labelled)

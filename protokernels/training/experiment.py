@@ -31,7 +31,7 @@ from .configuration import Config
 from .randomness import seed_everything
 from .run_folder import RunFolder
 from .runs import RunSettings, Trial, load_runs, train_runs, update_results, write_summary
-from .scoring import evaluation_splits
+from .scoring import check_neighbours, evaluation_splits
 from .session import Plan, Session, batch_warning, preferred_layout
 
 
@@ -145,7 +145,16 @@ class Experiment(Generic[Config]):
         return load_dataset(config.data, data_root, download=download)
 
     def check(self, config: Any, dataset: Any) -> None:
-        """Raises for what does not fit or is missing (a file of weights), before a folder is made."""
+        """Raises for what does not fit or is missing (a file of weights), before a folder is made: what a run starts
+        with is built once for that alone."""
+        self.optimizer(self.new_model(config, dataset), config)
+        Plan(len(self.training_split(dataset, config)), self.epochs(config, dataset), config.batch_size, seed=0)
+        if hasattr(config, "knn_k"):
+            check_neighbours(config.knn_k, self.bank_size(dataset, config))
+
+    def bank_size(self, dataset: Any, config: Any) -> int:
+        """How many training images the nearest neighbours are looked for among."""
+        return len(evaluation_splits(dataset, config.selection)[0])
 
     def title(self, config: Any) -> str:
         """The method's name in folders and figures."""

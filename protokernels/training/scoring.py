@@ -32,6 +32,14 @@ def evaluation_splits(dataset: ImageDataset, selection: bool = False) -> tuple[S
     return train, {"test": test, "val": val, "val+test": val.join(test)}
 
 
+def check_neighbours(knn_k: int, bank: int) -> None:
+    """``ValueError`` where there are fewer than ``knn_k`` images in a bank of ``bank``: before training, not at its end."""
+    if knn_k > bank:
+        raise ValueError(
+            f"knn_k must be at most {bank}, the number of training images that are compared with; got {knn_k}"
+        )
+
+
 def score(
     represent: Callable[[Split, str], Representation],
     dataset: ImageDataset,

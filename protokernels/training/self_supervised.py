@@ -217,7 +217,8 @@ class SelfSupervised(Experiment[Config]):
         self.build = build
 
     def check(self, config: Any, dataset: ImageDataset) -> None:
-        config.make_encoder(dataset.channels)  # a missing weight file
+        super().check(config, dataset)
+        config.views()
 
     def new_model(self, config: Any, dataset: ImageDataset) -> Method:
         return self.build(config, dataset.channels)
