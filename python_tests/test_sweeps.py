@@ -20,6 +20,7 @@ from protokernels.ablations import run_ablations
 from protokernels.cli import main
 from protokernels.figures.sweeps import Panel, sweep_figure
 from protokernels.papers import vaesim
+from protokernels.papers.contrastive_autoencoder import ContrastiveAutoencoderConfig
 from protokernels.papers.optimized_views import OptimizedViewsConfig
 from protokernels.papers.vaesim import VAESimConfig
 from protokernels.results.scores import main_scores
@@ -117,6 +118,51 @@ class TestPoints:
         assert main([*WORDS, "--out", str(tmp_path / "s"), "--over", "batch_size=2048,4096"]) == 1
         error = capsys.readouterr().err
         assert error.count("left out") == 2 and "give smaller ones" in error and not (tmp_path / "s").exists()
+
+    @pytest.mark.parametrize(
+        ("config", "word", "values"),
+        [
+            (
+                OptimizedViewsConfig(),
+                'order=["blur","noise"],["noise", "blur"]',
+                [("blur", "noise"), ("noise", "blur")],
+            ),
+            (OptimizedViewsConfig(), "alphas=[1,0,0.5,0,0],none", [(1, 0, 0.5, 0, 0), None]),
+            (ContrastiveAutoencoderConfig(), "encoder_widths=[8,8],[4]", [(8, 8), (4,)]),
+            (OptimizedViewsConfig(), "initial_weights=a,[b,c],d", ["a", "[b,c]", "d"]),
+        ],
+    )
+    def test_lists(self, config: Any, word: str, values: list[Any]) -> None:
+        assert asked_values(config, [word]) == {word.partition("=")[0]: values}
+
+    @pytest.mark.parametrize(
+        ("config", "word", "message"),
+        [
+            (OptimizedViewsConfig(), "order=[[1]]", r"order takes a JSON list of texts; got '\[\[1\]\]'"),
+            (OptimizedViewsConfig(), "order=[1]", r"order takes a JSON list of texts; got '\[1\]'"),
+            (OptimizedViewsConfig(), "order=[blur,noise]", r"order takes a JSON list of texts; got '\[blur,noise\]'"),
+            (OptimizedViewsConfig(), 'order=["blur"', r"""order takes a JSON list of texts; got '\["blur"'"""),
+            (OptimizedViewsConfig(), "order=" + "[" * 5000, "order takes a JSON list of texts"),
+            (OptimizedViewsConfig(), "alphas=[1,2]", "alphas takes a JSON list of 5 numbers or none; got"),
+            (OptimizedViewsConfig(), "alphas=[NaN,0,0,0,0]", "alphas takes a JSON list of 5 numbers or none; got"),
+            (
+                ContrastiveAutoencoderConfig(),
+                'encoder_widths=["a"]',
+                "encoder_widths takes a JSON list of whole numbers",
+            ),
+            (
+                ContrastiveAutoencoderConfig(),
+                "encoder_widths=[1.5]",
+                "encoder_widths takes a JSON list of whole numbers",
+            ),
+            (CONFIG, "latent_dim=1" + "0" * 400, r"latent_dim takes a whole number; got '1000.*\(401 characters\)'"),
+            (CONFIG, "latent_dim=1" + "0" * 5000, "latent_dim takes a whole number; got '1000"),
+            (CONFIG, "beta=1e400", "beta takes a number; got '1e400'"),
+        ],
+    )
+    def test_values_of_another_kind(self, config: Any, word: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            asked_values(config, [word])
 
     def test_words(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["sweep", "fly"]) == 2 and "unknown paper 'fly'" in capsys.readouterr().err

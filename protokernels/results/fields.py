@@ -42,7 +42,7 @@ def field_value(config: Any, name: str, text: str) -> Any:
     kind = get_type_hints(type(config))[name]
     value = _as_kind(kind, text.strip())
     if value is _NONE_OF_IT:
-        raise ValueError(f"{type(config).__name__}: {name} takes {_described(kind)}; got {text.strip()!r}")
+        raise ValueError(f"{type(config).__name__}: {name} takes {_described(kind)}; got {_short(text.strip())!r}")
     return value
 
 
@@ -71,21 +71,46 @@ def completed(kind: Any, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def named_values(words: Sequence[str], option: str) -> dict[str, list[str]]:
-    """``name=value,value`` words as name -> texts.
+    """``name=value,value`` words as name -> texts; a comma within a JSON list separates nothing.
 
-    >>> named_values(["latent_dim=2,4"], "--over")
-    {'latent_dim': ['2', '4']}
+    >>> named_values(["latent_dim=2,4", "order=[\\"blur\\",\\"noise\\"],[]"], "--over")
+    {'latent_dim': ['2', '4'], 'order': ['["blur","noise"]', '[]']}
     """
     found: dict[str, list[str]] = {}
     for word in words:
         name, separator, values = word.partition("=")
-        texts = [text for text in values.split(",") if text]
+        texts = [text for text in _separated(values) if text]
         if not name or not separator or not texts:
             raise ValueError(f"{option} takes name=value,value,...; got {word!r}")
         if name in found:
             raise ValueError(f"{option} names {name} twice; give its values at once, {name}=value,value")
         found[name] = texts
     return found
+
+
+def _separated(text: str) -> list[str]:
+    """``text`` between its commas; what begins with [ goes on to the end of the list."""
+    parts: list[str] = []
+    while text:
+        end = _end_of_list(text) if text.lstrip().startswith("[") else 0
+        head, _, tail = text[end:].partition(",")
+        parts.append(text[:end] + head)
+        text = tail
+    return parts
+
+
+def _end_of_list(text: str) -> int:
+    """Where the list that ``text`` begins with ends: that of JSON, or else the brackets that belong together."""
+    start = len(text) - len(text.lstrip())
+    try:
+        return json.JSONDecoder().raw_decode(text, start)[1]
+    except (ValueError, RecursionError):
+        depth = 0
+        for place, letter in enumerate(text):
+            depth += {"[": 1, "]": -1}.get(letter, 0)
+            if letter == "]" and depth == 0:
+                return place + 1
+        return len(text)
 
 
 _NONE_OF_IT = object()
@@ -98,7 +123,7 @@ def _as_kind(kind: Any, text: str) -> Any:
         values = (_as_kind(each, text) for each in get_args(kind))
         return next((value for value in values if value is not _NONE_OF_IT), _NONE_OF_IT)
     if get_origin(kind) is tuple:
-        return _as_tuple(text)
+        return _as_tuple(kind, text)
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), _NONE_OF_IT)
     if kind is type(None):
@@ -109,15 +134,34 @@ def _as_kind(kind: Any, text: str) -> Any:
         value = kind(text)
     except ValueError:
         return _NONE_OF_IT
-    return value if math.isfinite(value) else _NONE_OF_IT
+    return value if _fits(kind, value) else _NONE_OF_IT
 
 
-def _as_tuple(text: str) -> Any:
+def _as_tuple(kind: Any, text: str) -> Any:
     try:
         values = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return _NONE_OF_IT
-    return tuple(values) if isinstance(values, list) else _NONE_OF_IT
+    if not isinstance(values, list):
+        return _NONE_OF_IT
+    kinds = get_args(kind)
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(values)
+    fit = len(kinds) == len(values) and all(map(_fits, kinds, values))
+    return tuple(values) if fit else _NONE_OF_IT
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether ``value`` is a text or a number of this kind; whole numbers are those that int64 holds."""
+    if kind is str or isinstance(value, (bool, str)):
+        return kind is str and isinstance(value, str)
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return kind is float and isinstance(value, float) and math.isfinite(value)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def _described(kind: Any) -> str:
@@ -126,5 +170,7 @@ def _described(kind: Any) -> str:
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(map(_described, get_args(kind)))
     if get_origin(kind) is tuple:
-        return "a JSON list"
+        first, *others = get_args(kind)
+        count = "" if others == [Ellipsis] else f"{1 + len(others)} "
+        return f"a JSON list of {count}{ {int: 'whole numbers', float: 'numbers', str: 'texts'}[first] }"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}[kind]
