@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +60,7 @@ def train(words: list[str]) -> int:
     """``protokernels train PAPER [options]``; a baseline's name instead of a paper's trains the baseline."""
     words = with_underscores(words)
     if not words or words[0] in ("-h", "--help") or words[0] not in (*PAPERS, *BASELINES):
+        name_unknown("train", words, "paper or baseline", (*PAPERS, *BASELINES))
         print(
             f"protokernels train PAPER [options]\n\npapers: {', '.join(PAPERS)}\nbaselines: {', '.join(BASELINES)}\n"
             "`protokernels train PAPER --help` lists the options."
@@ -86,6 +89,7 @@ def ablate(words: list[str]) -> int:
     words = with_underscores(words)
     papers = [name for name in PAPERS if hasattr(find_paper(name), "ABLATIONS")]
     if not words or words[0] in ("-h", "--help") or words[0] not in papers:
+        name_unknown("ablate", words, "paper with ablations", papers)
         print(
             f"protokernels ablate PAPER [--only ABLATION ...] [options]\n\npapers: {', '.join(papers)}\n"
             "`protokernels ablate PAPER --help` lists the options and the ablations."
@@ -163,6 +167,14 @@ def parse_options(
 def with_underscores(words: list[str]) -> list[str]:
     """``local-contrast`` as well as ``local_contrast``."""
     return [words[0].replace("-", "_"), *words[1:]] if words and not words[0].startswith("-") else words
+
+
+def name_unknown(command: str, words: list[str], kind: str, known: Sequence[str]) -> None:
+    """Says on stderr which word behind ``command`` it is that nothing has as its name."""
+    if words and words[0] not in ("-h", "--help"):
+        print(
+            f"protokernels {command}: unknown {kind} {words[0]!r}; expected one of {', '.join(known)}", file=sys.stderr
+        )
 
 
 def leave_processes() -> None:

@@ -12,6 +12,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from .commands import name_unknown
 from .data.nifti import SUFFIXES, check_nifti, without_suffix
 from .inference import segment_file
 from .training.files import check_target
@@ -40,7 +41,9 @@ class PredictOptions:
 
 def predict(words: list[str]) -> int:
     """``protokernels predict PAPER --checkpoint RUN VOLUME ... [options]``."""
+    words = [words[0].replace("_", "-"), *words[1:]] if words else words
     if not words or words[0] in ("-h", "--help") or words[0] not in SEGMENTERS:
+        name_unknown("predict", words, "paper that segments", SEGMENTERS)
         print(
             f"protokernels predict PAPER --checkpoint RUN VOLUME ... [options]\n\npapers: {', '.join(SEGMENTERS)}\n"
             "`protokernels predict PAPER --help` lists the options."

@@ -60,6 +60,25 @@ class TestWords:
         captured = capsys.readouterr()
         assert captured.out + captured.err
 
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["train", "vaesm"], "train: unknown paper or baseline 'vaesm'; expected one of vaesim, "),
+            (["ablate", "vaesim"], "ablate: unknown paper with ablations 'vaesim'; expected one of "),
+            (["predict", "vaesim"], "predict: unknown paper that segments 'vaesim'; expected one of local-contrast"),
+        ],
+    )
+    def test_an_unknown_name_is_named(self, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+        assert main(words[:1]) == 2 and capsys.readouterr().err == ""
+        assert main([words[0], "--help"]) == 0 and capsys.readouterr().err == ""
+
+    def test_predict_takes_both_spellings(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for name in ("local_contrast", "local-contrast"):
+            assert main(["predict", name, "--checkpoint", str(tmp_path), str(tmp_path / "absent.nii")]) == 1
+            assert "absent.nii" in capsys.readouterr().err
+
     def test_problems_are_one_line_on_stderr(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for words, message in (
             (["evaluate", str(tmp_path)], "holds no run"),
