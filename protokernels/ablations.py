@@ -77,10 +77,14 @@ def new_folder(out: Path | None, name: str, config: Any, kind: str, summary: str
     """The folder of several runs: ``out``, or the first free one of ``runs/<name>-<data>-<preset>-<kind>``; with ``resume`` the last one.
 
     Raises:
-        RunFolderError: it holds such runs already, and ``resume`` is false.
+        RunFolderError: it holds such runs already, and ``resume`` is false; it is a run's own folder, or lies in a file.
     """
     default = Path("runs") / f"{name}-{Path(config.data).stem}-{config.preset_name}-{kind}"
     folder = out or next_free_folder(default, resume=resume)
+    if occupied := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
+        raise RunFolderError(f"{occupied} is a file, where a folder is needed; pass another --out")
+    if (folder / "config.json").exists():
+        raise RunFolderError(f"{folder} is the folder of a run, which can hold no others; pass another --out")
     if not resume and ((folder / summary).exists() or any(folder.glob("*/config.json"))):
         raise RunFolderError(f"{folder} already holds runs; pass --resume to continue them or another --out")
     return folder

@@ -75,6 +75,8 @@ def sweep(words: list[str]) -> int:
     more = f"Swept unless --over says otherwise: {listed}." if default else ""
     options, settings, config = parse_options(words, paper, "sweep", SweepOptions(), more)
     check = described.check if described else lambda config: None
+    if "--over" in words and not options.over:
+        raise ValueError("--over takes FIELD=VALUE,VALUE ...; got nothing; leave it out for the paper's own sweep")
     try:
         if options.over:
             points = points_of(config, asked_values(config, options.over), grid=options.grid, check=check)

@@ -95,6 +95,7 @@ class TestPoints:
             (["latent_dim=2,2"], "latent_dim has a value twice"),
             (["prototypes=12", "num_prototypes=14"], "num_prototypes has a value twice"),
             (["latent_dim"], "--over takes name=value,value"),
+            (["--over"], "--over takes FIELD=VALUE,VALUE ...; got nothing"),
         ],
     )
     def test_what_is_wrong_is_named_before_anything_is_trained(
@@ -173,6 +174,24 @@ class TestPoints:
         assert "latent_dim=2,4,8,16,32,64,128" in text and "--grid" in text
         assert main(["sweep", "simclr", "--out", str(tmp_path / "s")]) == 1
         assert "say what to sweep" in capsys.readouterr().err
+
+
+class TestFolders:
+    @pytest.mark.parametrize("command", [[*WORDS, "--over", "latent_dim=2"], ["ablate", "optiml"]])
+    @pytest.mark.parametrize("more", [[], ["--resume"]])
+    def test_a_runs_own_folder_and_a_file_are_refused(
+        self, command: list[str], more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").write_text("{}")
+        for place, message in (
+            ("run", "run is the folder of a run, which can hold no others; pass another --out"),
+            ("run/config.json", "config.json is a file, where a folder is needed; pass another --out"),
+            ("run/config.json/below", "config.json is a file, where a folder is needed"),
+        ):
+            assert main([*command, *more, "--out", str(tmp_path / place)]) == 1
+            assert message in capsys.readouterr().err
+        assert [path.name for path in tmp_path.rglob("*")] == ["run", "config.json"]
 
 
 class TestRuns:

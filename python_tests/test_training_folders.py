@@ -159,6 +159,11 @@ class TestRunFolder:
         with pytest.raises(RunFolderError, match="holds no run"):
             RunFolder.open(tmp_path / "other")
 
+    def test_a_file_in_the_way_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "run").write_text("")
+        with pytest.raises(OSError, match="a file of that name is in the way"), run_folder.sole_user(tmp_path / "run"):
+            pass
+
     def test_next_free_folder(self, tmp_path: Path) -> None:
         assert next_free_folder(tmp_path / "a") == tmp_path / "a"
         (tmp_path / "a").mkdir()

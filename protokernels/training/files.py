@@ -16,6 +16,7 @@ _REMEDIES = {  # by what the system calls the failure
     **dict.fromkeys(("ENOSPC", "EDQUOT", "EFBIG"), "make room on its disk"),
     **dict.fromkeys(("EROFS", "EACCES", "EPERM"), "let its folder be written to"),
     **dict.fromkeys(("ENOENT", "ENOTDIR", "ESTALE"), "its folder is gone; put it back"),
+    "EEXIST": "a file of that name is in the way",
 }
 
 
