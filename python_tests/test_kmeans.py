@@ -228,6 +228,14 @@ class TestElbow:
         assert not found.found and found.chosen == 2 and found.model.n_clusters == 2
 
     @pytest.mark.parametrize(
+        ("candidates", "message"), [(range(2, 60), "59 clusters need as many rows"), ([2, 2, 3], "must ascend; got")]
+    )
+    def test_nothing_is_fitted_in_vain(self, candidates: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(KMeans, "fit", lambda *_: pytest.fail("it was fitted"))
+        with pytest.raises(ValueError, match=message):
+            choose_n_clusters(torch.randn(50, 2), candidates)
+
+    @pytest.mark.parametrize(
         ("work", "says"),
         [
             (lambda: find_elbow([2, 3], [1.0, 0.0]), "at least three points"),

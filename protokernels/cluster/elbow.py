@@ -122,7 +122,12 @@ def choose_n_clusters(
         raise ValueError(f"choose_n_clusters: the fallback must be a candidate, one of {list(numbers)}; got {fallback}")
     if len(numbers) < 3:
         raise ValueError(f"choose_n_clusters: expected at least three candidates; got {list(numbers)}")
-    models = [KMeans(n, **options).fit(x) for n in numbers]
+    if any(b <= a for a, b in pairwise(numbers)):
+        raise ValueError(f"choose_n_clusters: the candidates must ascend; got {list(numbers)}")
+    models = [KMeans(n, **options) for n in numbers]
+    if isinstance(x, Tensor) and x.dim() == 2 and len(x) < numbers[-1]:
+        raise ValueError(f"choose_n_clusters: {numbers[-1]} clusters need as many rows; got {describe(x)}")
+    models = [model.fit(x) for model in models]
     inertias = tuple(model.inertia_ for model in models)
     found = find_elbow(numbers, inertias)
     middle = fallback if fallback is not None else numbers[len(numbers) // 2]
