@@ -117,6 +117,14 @@ class TestValue:
             assert result.prototypes is target and torch.equal(result.counts, counts)
             assert torch.equal(target, expected)
 
+    def test_in_place_of_shared_memory_is_refused(self, place: Place) -> None:
+        q, z = torch.zeros(1, 7, device=place.device), torch.ones(2, 7, device=place.device)
+        for target in (q.expand(5, 7), q[:, :1].expand(1, 7)):
+            with pytest.raises(ValueError, match=r"update_prototypes_: .* pass prototypes.clone\(\)"):
+                update_prototypes_(target, z, torch.zeros(2, dtype=torch.int64, device=place.device), new_weight=0.5)
+        with pytest.raises(TypeError, match="prototypes must be"):
+            update_prototypes_(None, z, z[:, 0].long(), new_weight=0.5)  # type: ignore[arg-type]
+
     def test_a_nan_row_spoils_its_cluster_only(self, place: Place) -> None:
         z, q = (x.to(place.device) for x in draw(60, 5, 7))
         labels = torch.arange(60, device=place.device) % 4

@@ -213,6 +213,8 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one side": (lambda: affine_warp(IMAGES, EYE, size=4), ValueError, "size must be 2 whole numbers"),
     "negative side": (lambda: affine_warp(IMAGES, EYE, size=(4, -1)), ValueError, r"got \(4, -1\)"),
     "affine padding": (lambda: affine_warp(IMAGES, EYE, padding_mode="wrap"), ValueError, "'zeros', 'border', 'reflection'"),
+    "too many pixels": (lambda: affine_warp(IMAGES, EYE, size=(10**6, 10**9)), ValueError, r"fewer than 2\^30 pixels"),
+    "too long a side": (lambda: affine_warp(IMAGES, EYE, size=(0, 2**30)), ValueError, r"fewer than 2\^30 pixels"),
     "nothing to sample": (lambda: affine_warp(IMAGES[:, :, :0], EYE, size=(1, 1)), ValueError, "have no pixels to take"),
 }  # fmt: skip
 

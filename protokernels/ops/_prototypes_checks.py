@@ -26,6 +26,17 @@ def check_pair(op: str, z: object, prototypes: object, similarity: str) -> None:
         raise ValueError(f"{op}: similarity must be 'cosine' or 'dot'; got {similarity!r}")
 
 
+def check_written(op: str, prototypes: object) -> None:
+    """No elements that share their memory, as an expanded tensor has them."""
+    if not isinstance(prototypes, Tensor) or prototypes.layout is not torch.strided:
+        return
+    if any(size > 1 and stride == 0 for size, stride in zip(prototypes.shape, prototypes.stride(), strict=True)):
+        raise ValueError(
+            f"{op}: prototypes are written to, and some of theirs share their memory (an expanded tensor); got "
+            f"{_checks.describe(prototypes)} with strides {list(prototypes.stride())}; pass prototypes.clone()"
+        )
+
+
 def check_drawing(op: str, sample: object, generator: object, skip_nonfinite: object) -> None:
     _checks.check_flag(op, "sample", sample)
     _checks.check_generator(op, generator)

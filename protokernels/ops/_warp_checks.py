@@ -27,6 +27,8 @@ COLUMNS = 7
 """Parameters of a sample: the crop has two."""
 MOST_RADIUS = 64
 """Largest radius of the blur, as in csrc/ops/warp.h."""
+MOST_PIXELS = 1 << 30
+"""A side and a whole image have fewer, as in csrc/ops/warp.h."""
 
 
 def check_images(op: str, images: object, *, volumes: bool = True) -> None:
@@ -207,4 +209,6 @@ def output_size(op: str, images: Tensor, size: object) -> list[int]:
         raise ValueError(
             f"{op}: images {list(images.shape)} have no pixels to take {list(size)} from; pass a size with a 0 or other images"
         )
+    if all(isinstance(side, int) for side in size) and (max(size) >= MOST_PIXELS or math.prod(size) >= MOST_PIXELS):
+        raise ValueError(f"{op}: an image or volume must have fewer than 2^30 pixels; got the size {list(size)}")
     return list(size)

@@ -212,7 +212,8 @@ def update_prototypes_(
     skip_nonfinite: bool = False,
     revive: Tensor | None = None,  # [K] bool
 ) -> PrototypeUpdate:
-    """:func:`update_prototypes` in place: ``prototypes`` is overwritten and returned. Same arguments, same errors.
+    """:func:`update_prototypes` in place: ``prototypes`` is overwritten and returned. Same arguments, same errors; also
+    ``ValueError`` where rows or columns share their memory.
 
     Example:
         >>> import torch, protokernels
@@ -221,6 +222,7 @@ def update_prototypes_(
         >>> q.tolist()
         [[0.0], [2.0]]
     """
+    checks.check_written("update_prototypes_", prototypes)
     updated, counts = update_prototypes(
         prototypes,
         z,
