@@ -125,12 +125,19 @@ class TestLoss:
             ({"gradient": "implicit", "marginal_penalty": 1.0}, "'implicit' is for exact marginals only"),
             ({"num_iters": 0}, "num_iters must be at least 1; got 0"),
             ({"tol": -1.0}, "tol must be finite and not negative"),
+            ({"epsilon": -1.0}, "epsilon must be positive and finite; got -1.0"),
+            ({"epsilon": float("nan")}, "epsilon must be positive and finite; got nan"),
             ({"annealing": 2.0}, r"annealing must lie in \(0, 1\)"),
         ],
     )
     def test_wrong_options_are_named(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=f"^SinkhornLoss: .*{message}"):
             SinkhornLoss(**options)
+
+    def test_epsilon_is_a_number_or_a_tensor(self) -> None:
+        with pytest.raises(TypeError, match="SinkhornLoss: epsilon must be a number; got str"):
+            SinkhornLoss("a")  # type: ignore[arg-type]
+        assert SinkhornLoss(torch.tensor(0.1))(torch.ones(1, 2, 3), torch.ones(1, 2, 3)).isfinite()  # type: ignore[arg-type]
 
     def test_features_or_costs(self) -> None:
         with pytest.raises(TypeError, match="with cost='cosine', forward takes features x and y"):

@@ -354,6 +354,20 @@ class TestContract:
             lambda: RandomViews.preset("simclr", 8), lambda: RandomViews(8)(torch.zeros(1, 8, 8)),
             lambda: RandomViews(8)(torch.zeros(1, 1, 8, 8).int()),
             lambda: RandomViews(8).make(torch.zeros(2, 1, 8, 8), unchanged(3)),
+            lambda: RandomViews.preset("optiml", "16"), lambda: RandomViews.preset("optiml", None),  # type: ignore[arg-type]
+            lambda: RandomViews(8).draw(2, 5), lambda: RandomViews(8).draw(2, -1), lambda: RandomViews(8).draw(-1),
+            lambda: RandomViews(8).make(torch.zeros(3, 1, 8, 8), unchanged(3), 2),
         ):  # fmt: skip
             with pytest.raises(ValueError, match=r"^RandomViews: "):
                 make()
+        for make in (
+            lambda: RandomViews(16, "strong"), lambda: RandomViews(8).draw(2.0), lambda: RandomViews(8).draw(2, "first"),  # type: ignore[arg-type]
+            lambda: RandomViews(8).make(torch.zeros(2, 1, 8, 8), None),  # type: ignore[arg-type]
+        ):  # fmt: skip
+            with pytest.raises(TypeError, match=r"^RandomViews: "):
+                make()
+
+    def test_presets_take_both_sides(self) -> None:
+        for name in ("contrastive_autoencoder", "local_contrast", "optiml"):
+            assert RandomViews.preset(name, (16, 16)).strengths == RandomViews.preset(name, 16).strengths
+            assert RandomViews.preset(name, (16, 24)).size == (16, 24)

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from ..ops import _warp_checks as checks
 from ..ops import warp as ops
-from ..ops._checks import FLOATING, check_choice, check_flag, check_generator, check_interval, check_real, describe
+from ..ops._checks import (
+    FLOATING,
+    check_choice,
+    check_flag,
+    check_generator,
+    check_interval,
+    check_real,
+    check_whole,
+    describe,
+)
 from ..reference.warp import AFFINE_PADDINGS
 
 Range = tuple[float, float]
@@ -167,11 +176,12 @@ class RandomViews(nn.Module):
         antialias: bool = True,
     ) -> None:
         super().__init__()
-        sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
-        if len(sides) != 2 or any(
-            isinstance(side, bool) or not isinstance(side, int) or not 0 < side < 2**31 for side in sides
-        ):
-            raise ValueError(f"RandomViews: size must be one or two positive numbers of pixels; got {size!r}")
+        sides = _sides(size)
+        for strength in strengths:
+            if not isinstance(strength, ViewStrength):
+                raise TypeError(
+                    f"RandomViews: strengths must be ViewStrength, one for each view; got {describe(strength)}"
+                )
         check_choice("RandomViews", "padding_mode", padding_mode, AFFINE_PADDINGS)
         check_flag("RandomViews", "antialias", antialias)
         if limits is not None:
@@ -189,7 +199,7 @@ class RandomViews(nn.Module):
         self.antialias = antialias
 
     @classmethod
-    def preset(cls, name: str, size: int) -> RandomViews:
+    def preset(cls, name: str, size: int | tuple[int, int]) -> RandomViews:
         """The two views of a paper.
 
         ``"contrastive_autoencoder"`` (Ferrante et al. 2022): rotation up to 30 degrees, blur with five taps, noise, flip and crop,
@@ -215,7 +225,8 @@ class RandomViews(nn.Module):
             )  # fmt: skip
             return cls(size, strong, strong, limits=None)
         if name == "optiml":
-            sigma = (0.1 * size / 224, 2.0 * size / 224)
+            side = sum(_sides(size)) / 2
+            sigma = (0.1 * side / 224, 2.0 * side / 224)
             return cls(
                 size,
                 ViewStrength(blur=1.0, blur_sigma=sigma),
@@ -249,7 +260,12 @@ class RandomViews(nn.Module):
         device: torch.device | str = "cpu",
     ) -> ViewParameters:
         """Parameters of view number ``view`` for ``count`` images, on the device of the generator."""
-        strength = self.strengths[view]
+        if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
+            raise TypeError(f"RandomViews: count must be a number of images; got {describe(count)}")
+        if count < 0:
+            raise ValueError(f"RandomViews: count must not be negative; got {count}")
+        check_generator("RandomViews", generator)
+        strength = self._strength(view)
         columns: dict[str, Tensor] = dict(
             zip(_COLUMNS, torch.rand(len(_COLUMNS), count, generator=generator, device=device), strict=True)
         )
@@ -290,11 +306,15 @@ class RandomViews(nn.Module):
     def make(self, images: Tensor, parameters: ViewParameters, view: int = 0) -> Tensor:
         """The view of images [B, C, H, W] that has these parameters, drawn for view number ``view``."""
         _check_images(images)
+        if not isinstance(parameters, ViewParameters):
+            raise TypeError(
+                f"RandomViews: parameters must be ViewParameters, as draw returns; got {describe(parameters)}"
+            )
         if len(images) != len(parameters.box):
             raise ValueError(
                 f"RandomViews: expected parameters for each of {len(images)} images; got {len(parameters.box)}"
             )
-        strength, p = self.strengths[view], parameters.to(images.device)
+        strength, p = self._strength(view), parameters.to(images.device)
         dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         x = x if dtype == torch.float64 else x.float()
@@ -325,6 +345,12 @@ class RandomViews(nn.Module):
             x = torch.where(_column(p.solarise, x) & upper, low + high - x, x)
         return x.to(dtype)
 
+    def _strength(self, view: int) -> ViewStrength:
+        check_whole("RandomViews", "view", view)
+        if not 0 <= view < len(self.strengths):
+            raise ValueError(f"RandomViews: view must lie in 0..{len(self.strengths) - 1}; got {view}")
+        return self.strengths[view]
+
     def _cut(self, x: Tensor) -> Tensor:
         return x if self.limits is None else x.clamp(*self.limits)
 
@@ -340,6 +366,15 @@ _COLUMNS = (
     "crop", "area", "ratio", "left", "top", "hflip", "vflip", "rotate", "rotation", "jitter", "brightness", "contrast",
     "offset", "gamma", "power", "blur", "blur_sigma", "noise", "noise_std", "solarise",
 )  # fmt: skip
+
+
+def _sides(size: object) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(sides) != 2 or any(
+        isinstance(side, bool) or not isinstance(side, int) or not 0 < side < 2**31 for side in sides
+    ):
+        raise ValueError(f"RandomViews: size must be one or two positive numbers of pixels; got {size!r}")
+    return sides
 
 
 def view_matrix(

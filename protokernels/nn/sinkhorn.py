@@ -69,6 +69,10 @@ class SinkhornLoss(nn.Module):
         if gradient is None:
             gradient = "envelope" if value == "divergence" else "unrolled"
         problems.check_gradient("SinkhornLoss", gradient, problems.penalties("SinkhornLoss", marginal_penalty))
+        if not isinstance(epsilon, Tensor):  # one with a value for every problem is checked with them
+            _checks.check_real("SinkhornLoss", "epsilon", epsilon)
+            if not 0 < epsilon <= _checks.LARGEST:
+                raise ValueError(f"SinkhornLoss: epsilon must be positive and finite; got {epsilon}")
         problems.check_iterations("SinkhornLoss", num_iters, tol)
         problems.check_annealing("SinkhornLoss", annealing)
         if value == "transport" and gradient == "envelope":
