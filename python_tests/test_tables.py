@@ -47,7 +47,10 @@ class TestCommand:
         ("words", "message"),
         [
             (["--only", "size=3"], "unknown axis size; the table of vaesim has data, paper, preset"),
-            (["--only", "preset=paper", "--preset", "fair"], "--preset asks for fair and --only for paper; give one"),
+            (
+                ["nowhere", "--only", "preset=paper", "--preset", "fair"],
+                "--preset asks for fair and --only for paper; give one",
+            ),
             (
                 ["--only", "data=mnist", "--data", "mnist", "digits"],
                 "--data asks for mnist, digits and --only for mnist",
