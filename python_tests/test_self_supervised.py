@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
 
+from protokernels.baselines.swav import SwAVConfig
 from protokernels.data import ImageDataset, load_dataset
 from protokernels.models import pooled
 from protokernels.nn import ViewStrength
@@ -101,6 +102,15 @@ class TestConfig:
     def test_refusals(self, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             replace(TINY, **changes)
+
+    @pytest.mark.parametrize(
+        "name", ["num_prototypes", "temperature", "epsilon", "num_iters", "hidden_dim", "output_dim"]
+    )
+    def test_what_a_method_needs_is_positive(self, name: str) -> None:
+        with pytest.raises(ValueError, match=f"SwAVConfig: {name} must be positive"):
+            SwAVConfig(**{name: 0})
+
+    def test_names(self) -> None:
         with pytest.raises(ValueError, match="expected one of paper, fair; got 'best'"):
             ToyConfig.preset("best")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="unknown fields speed"):

@@ -140,7 +140,7 @@ class FrozenResNet18(Experiment[Any]):
         from ..figures import elbow_curve, save_figure  # matplotlib is not needed for training
 
         run = load_runs(folder)[0]
-        config, fitted = run.config()["config"], run.checkpoint()["fitted"]
+        config, fitted = self.config_of(run), run.checkpoint()["fitted"]
         if not len(fitted.get("inertias", ())):
             return []
         figure = elbow_curve(
@@ -148,7 +148,7 @@ class FrozenResNet18(Experiment[Any]):
             fitted["inertias"].tolist(),
             len(fitted["centres"]),
             found=bool(fitted["elbow_found"]),
-            title=f"ResNet18, {_weights(config['initial_weights'])} weights, {Path(config['data']).stem}: KMeans on features",
+            title=f"ResNet18, {_weights(config.initial_weights)} weights, {Path(config.data).stem}: KMeans on features",
         )
         return [save_figure(figure, Path(folder) / "figures" / "elbow.png")]
 

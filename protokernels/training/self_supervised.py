@@ -36,6 +36,16 @@ ViewMaker = Literal["RandomViews", "matrices"]
 Config = TypeVar("Config", bound="PretrainingConfig")
 
 
+_OF_METHODS = (
+    "hidden_dim",
+    "output_dim",
+    "num_prototypes",
+    "temperature",
+    "epsilon",
+    "num_iters",
+)  # where a method has them
+
+
 @dataclass(frozen=True)
 class PretrainingConfig(RunConfig):
     """What every method has: encoder, views, optimisation. A method's own dataclass inherits it and adds its own
@@ -62,7 +72,8 @@ class PretrainingConfig(RunConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # preset -> a method's own fields
 
     def __post_init__(self) -> None:
-        self.check_positive("image_size", "width", "last_stride", "batch_size", "crop_scale")
+        own = (name for name in _OF_METHODS if hasattr(self, name))
+        self.check_positive("image_size", "width", "last_stride", "batch_size", "crop_scale", *own)
         if not self.learning_rate > 0 or not self.weight_decay >= 0:
             raise ValueError(
                 f"{type(self).__name__}: learning_rate must be positive and weight_decay not negative; got "
