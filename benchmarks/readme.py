@@ -203,6 +203,9 @@ KMEANS = Pivot(
         Column("faiss", "k-means", "faiss"),
     ),
 )
+SWEEPS = {
+    "Local contrast:": "local_contrast_sweep"
+}  # the file `sweep.json` of a sweep, kept; behind the paper's own tables
 BENCHMARKS: dict[str, tuple[str, tuple[Pivot, ...]]] = {  # heading -> results, tables
     "Prototypes": ("prototypes_cpu", (PROTOTYPES,)),
     "Sinkhorn": ("sinkhorn_cpu", (SINKHORN_FORWARD, SINKHORN_BACKWARD)),
@@ -223,6 +226,33 @@ def held(file: str) -> dict[str, Any]:
     """What a file of results holds."""
     found: dict[str, Any] = json.loads((RESULTS / f"{file}.json").read_text())
     return found
+
+
+def alpha_cells() -> Cells:
+    """Eq. 1 of the optimised views under the weights of the paper's Table 2, beside the paper's numbers, which are of other images."""
+    from protokernels.papers.optimized_views import ABLATIONS, PAPER_RESULTS, STRATEGIES
+    from protokernels.results import Score, read_rows
+
+    kept = held("optimized_views_alphas")
+    rows = {row["strategy"]: row for row in read_rows(RESULTS / "optimized_views.json") if row["data"] == kept["data"]}
+    name_of = {(change.get("strategy"), change.get("alphas")): name for name, change in ABLATIONS.items()}
+    made = [
+        ["strategy", "alpha_0 ... alpha_4", "hold-out, 3-fold", "paper (BraTS)", "probe, 10%", "probe, 100%", "seeds"]
+    ]
+    for strategy, by_alphas in PAPER_RESULTS["brats"].items():
+        for alphas, published in by_alphas.items():
+            own = alphas == STRATEGIES[strategy].alphas  # a row of the paper's other table
+            entry = rows[strategy] if own else kept["ablations"][name_of[strategy, alphas]]
+            scores = entry["splits"]["test"]
+            probes = (scores["probe"][fraction]["macro_auroc"] for fraction in ("10%", "100%"))
+            cells = [
+                Score.of(scores["hold_out"]["auc"]),
+                Score(*published),
+                *map(Score.of, probes),
+                len(entry["seeds"]),
+            ]
+            made.append([strategy, ", ".join(f"{alpha:g}" for alpha in alphas), *map(str, cells)])
+    return made
 
 
 def gpu_cells() -> Cells:
@@ -281,6 +311,7 @@ def as_markdown(cells: Cells) -> str:
 def made_tables() -> dict[tuple[str, str], list[tuple[str, Cells]]]:
     """(part of the README, beginning of the heading) -> title and cells of the tables in it."""
     from protokernels.results import read_rows, rendered
+    from protokernels.sweeps import sweep_tables
     from protokernels.tables import table_of
 
     made: dict[tuple[str, str], list[tuple[str, Cells]]] = {}
@@ -289,6 +320,10 @@ def made_tables() -> dict[tuple[str, str], list[tuple[str, Cells]]]:
         made["Papers", heading] = [
             (title, cells) for title, cells in tables_in(markdown) if not titles or title.split(" ")[0] in titles
         ]
+    for heading, file in SWEEPS.items():
+        markdown = rendered(sweep_tables(held(file), table_of(PAPERS[heading][0]).main_scores), "markdown")
+        made["Papers", heading] += tables_in(markdown)
+    made["Papers", "Optimised views:"].append(("", alpha_cells()))
     for heading, (file, pivots) in BENCHMARKS.items():
         rows = held(file)["rows"]
         made["Benchmarks", heading] = [("", pivot.cells(rows)) for pivot in pivots]
