@@ -3,9 +3,10 @@
 
 from .contrastive import CrossViewLoss, LocalContrastiveLoss, NTXentLoss, SupConLoss
 from .prototypes import LinearTemperature, Prototypes
-from .random_views import RandomViews, ViewStrength
+from .random_views import RandomViews
 from .sinkhorn import SinkhornAssignment, SinkhornLoss
 from .variance_covariance import variance_covariance_loss
+from .view_strength import ViewStrength
 from .warp import DifferentiableTransform
 
 __all__ = [

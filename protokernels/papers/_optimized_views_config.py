@@ -136,9 +136,10 @@ class OptimizedViewsConfig(RunConfig):
                     f"OptimizedViewsConfig: alphas weigh Eq. 1, which the strategy {self.strategy} does not minimise; leave "
                     "them out"
                 )
-            weighs = {0: self.recipe.views == "M", 1: self.recipe.views == "M" and self.recipe.labels != "none"}
-            weighs |= {2: True, 3: self.recipe.labels != "none", 4: self.recipe.labels != "none"}
-            idle = [f"alpha_{index}" for index, alpha in enumerate(self.alphas) if alpha > 0 and not weighs[index]]
+            moves, sees = self.recipe.views == "M", self.recipe.labels != "none"
+            weighs = (moves, moves and sees, True, sees, sees)
+            pairs = enumerate(zip(self.alphas, weighs, strict=True))
+            idle = [f"alpha_{index}" for index, (alpha, counts) in pairs if alpha > 0 and not counts]
             if idle:
                 raise ValueError(
                     f"OptimizedViewsConfig: {', '.join(idle)} would weigh nothing: the strategy {self.strategy} has no M or sees no "

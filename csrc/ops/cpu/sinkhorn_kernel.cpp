@@ -137,7 +137,7 @@ struct Solver {
 
   bool has_nan(int64_t i) const {
     bool found = false;
-    for (int64_t j = 0; j < p.M; ++j) found |= column_center[j] != -INFINITE<T> && std::isnan(column_center[j] + cost.data[i * p.M + j]);
+    for (int64_t j = 0; j < p.M; ++j) found |= column_center[j] != -INFINITE<T> && std::isnan(column_center[j] - cost.data[i * p.M + j]);
     return found;
   }
 
