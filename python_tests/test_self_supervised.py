@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
 
-from protokernels.baselines.swav import SwAVConfig
+from protokernels.baselines import barlow_twins, byol, densecl, simclr, swav, vicreg
 from protokernels.data import ImageDataset, load_dataset
 from protokernels.models import pooled
 from protokernels.nn import ViewStrength
+from protokernels.papers import optiml
 from protokernels.training import Interrupted, RunFolder, Session
 from protokernels.training.optimizers import LARS, make_optimizer, warmup_cosine
 from protokernels.training.self_supervised import (
@@ -30,6 +31,11 @@ from protokernels.training.self_supervised import (
     move_towards,
 )
 from protokernels.training.views import two_views
+
+METHODS = (
+    *(barlow_twins.BarlowTwinsConfig, byol.BYOLConfig, densecl.DenseCLConfig, optiml.OPTiMLConfig),
+    *(simclr.SimCLRConfig, swav.SwAVConfig, vicreg.VICRegConfig),
+)
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,17 @@ class TestConfig:
         with pytest.raises(ValueError, match=message):
             replace(TINY, **changes)
 
-    @pytest.mark.parametrize(
-        "name", ["num_prototypes", "temperature", "epsilon", "num_iters", "hidden_dim", "output_dim"]
-    )
-    def test_what_a_method_needs_is_positive(self, name: str) -> None:
-        with pytest.raises(ValueError, match=f"SwAVConfig: {name} must be positive"):
-            SwAVConfig(**{name: 0})
+    @pytest.mark.parametrize("config", METHODS, ids=lambda config: config.__name__)
+    def test_what_a_method_needs_is_positive(self, config: type[PretrainingConfig]) -> None:
+        own = {field.name for field in fields(config)} - {field.name for field in fields(PretrainingConfig)}
+        sizes = {name for name in own if name.endswith("_dim") or name.startswith("num_")} | own & {
+            "temperature",
+            "epsilon",
+        }
+        assert sizes == set(config.POSITIVE)
+        for name in config.POSITIVE:
+            with pytest.raises(ValueError, match=f"{config.__name__}: {name} must be positive"):
+                config(**{name: 0})
 
     def test_names(self) -> None:
         with pytest.raises(ValueError, match="expected one of paper, fair; got 'best'"):

@@ -32,6 +32,7 @@ class BarlowTwinsConfig(PretrainingConfig):
     output_dim: int = 512
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"hidden_dim": 8192, "output_dim": 8192}}
+    POSITIVE: ClassVar[tuple[str, ...]] = ("hidden_dim", "output_dim")
 
 
 @in_float32

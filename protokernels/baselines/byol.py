@@ -34,6 +34,7 @@ class BYOLConfig(PretrainingConfig):
     output_dim: int = 128
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"momentum": 0.996, "hidden_dim": 4096, "output_dim": 256}}
+    POSITIVE: ClassVar[tuple[str, ...]] = ("hidden_dim", "output_dim")
 
     def __post_init__(self) -> None:
         super().__post_init__()

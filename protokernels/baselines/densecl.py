@@ -45,6 +45,7 @@ class DenseCLConfig(PretrainingConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {"momentum": 0.999, "queue_size": 65536, "hidden_dim": 2048}
     }
+    POSITIVE: ClassVar[tuple[str, ...]] = ("temperature", "hidden_dim", "output_dim")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,6 +33,7 @@ class SimCLRConfig(PretrainingConfig):
     output_dim: int = 128
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"hidden_dim": 512}}
+    POSITIVE: ClassVar[tuple[str, ...]] = ("temperature", "hidden_dim", "output_dim")
 
 
 class SimCLR(Method):

@@ -38,6 +38,14 @@ class SwAVConfig(PretrainingConfig):
     output_dim: int = 128
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"num_prototypes": 64, "hidden_dim": 2048}}
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        "num_prototypes",
+        "temperature",
+        "epsilon",
+        "num_iters",
+        "hidden_dim",
+        "output_dim",
+    )
 
 
 @in_float32

@@ -97,10 +97,10 @@ class OPTiMLConfig(PretrainingConfig):
     halve_variance: bool = False  # the mean of the two variance terms, as in VICReg, instead of their sum
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"expander_dim": 4096}, "fair": {"value": "entropic"}}
+    POSITIVE: ClassVar[tuple[str, ...]] = ("expander_dim", "num_heads", "head_dim", "epsilon", "num_iters")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("epsilon", "num_iters", "num_heads", "head_dim", "expander_dim")
         self.check_not_negative("alpha", "beta", "eta")
         if self.gradient == "envelope" and self.value != "entropic":
             raise ValueError(

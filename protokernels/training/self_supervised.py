@@ -36,20 +36,10 @@ ViewMaker = Literal["RandomViews", "matrices"]
 Config = TypeVar("Config", bound="PretrainingConfig")
 
 
-_OF_METHODS = (
-    "hidden_dim",
-    "output_dim",
-    "num_prototypes",
-    "temperature",
-    "epsilon",
-    "num_iters",
-)  # where a method has them
-
-
 @dataclass(frozen=True)
 class PretrainingConfig(RunConfig):
     """What every method has: encoder, views, optimisation. A method's own dataclass inherits it and adds its own
-    fields; its presets go into ``PRESETS``."""
+    fields; its presets go into ``PRESETS``, what of it has to be positive into ``POSITIVE``."""
 
     image_size: int = 112  # pixels of a view
     stem: Stem = "imagenet"  # first layers of the encoder; "small" keeps the resolution
@@ -70,10 +60,10 @@ class PretrainingConfig(RunConfig):
     selection: bool = False  # for choosing hyper-parameters: score validation data only, never the test set
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # preset -> a method's own fields
+    POSITIVE: ClassVar[tuple[str, ...]] = ()  # a method's own fields that have to be
 
     def __post_init__(self) -> None:
-        own = (name for name in _OF_METHODS if hasattr(self, name))
-        self.check_positive("image_size", "width", "last_stride", "batch_size", "crop_scale", *own)
+        self.check_positive("image_size", "width", "last_stride", "batch_size", "crop_scale", *self.POSITIVE)
         if not self.learning_rate > 0 or not self.weight_decay >= 0:
             raise ValueError(
                 f"{type(self).__name__}: learning_rate must be positive and weight_decay not negative; got "
