@@ -214,15 +214,27 @@ def test_two_names_of_one_file_are_refused_and_the_file_stays(
 
 
 def test_memory_does_not_grow_with_the_images(run: Path, tmp_path: Path) -> None:
-    """10 times as many images, 60 MB more of them: less than 5 MB more memory that is not a file's.
+    """10 times as many images, 60 MB more of them: less than 5 MB more memory that is not a file's, at any batch.
 
     The heap gives what is freed back at once (glibc's ``MALLOC_MMAP_THRESHOLD_``): what it would keep for later, a batch more or
     less, would hide what is counted here.
     """
-    program = (
-        "import sys; from protokernels.embedding import embed_files; embed_files(*sys.argv[1:4], batch_size=64)\n"
-        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('RssAnon')][0])"
-    )
+    program = """
+import sys
+from protokernels import embedding
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watched(*arguments):
+    for batch in batches(*arguments):
+        yield batch
+        used.append(anonymous())
+
+used, batches, embedding.batches = [], embedding.batches, watched
+embedding.embed_files(*sys.argv[1:4], batch_size=64)
+print(max(used))
+"""
     used = []
     for count in (200, 2000):
         images = np.lib.format.open_memmap(tmp_path / f"{count}.npy", "w+", np.uint8, (count, 184, 184))
