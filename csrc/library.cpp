@@ -68,8 +68,9 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "sinkhorn_features_backward(Tensor x, Tensor y, Tensor f, Tensor g, Tensor epsilon, Tensor? grad_entropic_value, bool cosine) "
       "-> (Tensor grad_x, Tensor grad_y, Tensor grad_epsilon)");
 
-  // Contrastive losses (ops/contrastive.h): which pixels meet which, from their labels; the same for two views stacked; vectors out of images and their gradient back; losses with
-  // the three statistics of every row; the derivative by the statistics; the gradient of the vectors.
+  // Contrastive losses (ops/contrastive.h): which pixels meet which, from their labels; the same for two views stacked; vectors out of images
+  // and their gradient back; losses with the three statistics of every row; the gradient of the vectors. The last two are all of these in one, for
+  // one set of vectors or two views one after the other; `losses` is there for autograd alone, which through it finds what a second derivative would go through.
   library.def(
       "contrastive_plan(Tensor labels, int[] block, int[] stride, bool per_image, bool drop_remainder, int? background, int? ignore_index, "
       "int form, int reduction) -> (Tensor order, Tensor groups, Tensor ranges, Tensor weights)");
@@ -84,12 +85,16 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "contrastive_forward(Tensor rows, Tensor? columns, Tensor groups, Tensor ranges, Tensor? weights, int channels, float temperature, "
       "bool unit, int form, int precision) -> (Tensor total, Tensor losses, Tensor statistics)");
   library.def(
-      "contrastive_coefficients(Tensor? grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int form, Tensor? grad_total=None, "
-      "Tensor? weights=None) -> Tensor coefficients");
-  library.def(
       "contrastive_backward(Tensor rows, Tensor? columns, Tensor groups, Tensor ranges, Tensor? row_statistics, Tensor? row_coefficients, "
       "Tensor? column_statistics, Tensor? column_coefficients, int channels, float temperature, bool unit, int precision) "
       "-> Tensor grad_rows");
+  library.def(
+      "contrastive_losses(Tensor x, Tensor? second, Tensor order, Tensor groups, Tensor ranges, Tensor weights, float temperature, bool "
+      "normalize, int form, int precision) -> (Tensor total, Tensor losses, Tensor packed, Tensor norms, Tensor statistics)");
+  library.def(
+      "contrastive_losses_backward(Tensor? grad_total, Tensor? grad_losses, Tensor packed, Tensor norms, Tensor order, Tensor groups, Tensor "
+      "ranges, Tensor weights, Tensor statistics, Tensor like, Tensor losses, float temperature, bool normalize, int form, int precision, "
+      "bool channels_last) -> Tensor grad");
 
   // Warps (ops/warp.h): blur, noise, soft crop, flips and rotation of images in any order, with gradients by images and parameters; affine warps of
   // images and volumes.

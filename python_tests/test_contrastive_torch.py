@@ -54,28 +54,61 @@ class TestContract:
                 arguments = (grad, packed, norms, order, layout, normalize, channels_last)
                 torch.library.opcheck(OPS.contrastive_unpack, arguments, test_utils=NO_BACKWARD)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @pytest.mark.parametrize("form", range(4))
-    def test_opcheck_losses(self, place: Place, dtype: torch.dtype, form: int) -> None:
-        x, _, (order, groups, ranges, weights) = planned(place, dtype)
-        packed, _ = OPS.contrastive_pack(x, order, True)
-        settings = (5, 0.1, True)
-        arguments = (packed.requires_grad_(), None, groups, ranges, weights, *settings, form, 0)
-        torch.library.opcheck(OPS.contrastive_forward, arguments)
-        _, losses, statistics = (y.detach() for y in OPS.contrastive_forward(*arguments))
-        grad = torch.randn_like(losses)
-        arguments = (grad, statistics, groups, ranges, form)
-        torch.library.opcheck(OPS.contrastive_coefficients, arguments, test_utils=NO_BACKWARD)
-        own = (statistics, OPS.contrastive_coefficients(*arguments))
-        arguments = (packed.detach(), None, groups, ranges, *own, *own, *settings, 0)
-        torch.library.opcheck(OPS.contrastive_backward, arguments, test_utils=NO_BACKWARD)
+    @pytest.mark.parametrize(
+        "dtype, form, layout",
+        [
+            (torch.float32, 0, "[N, C, H, W]"),
+            (torch.float32, 1, "[N, C, P]"),
+            (torch.float64, 2, "channels last"),
+            (torch.bfloat16, 3, "transposed"),
+        ],
+    )
+    def test_opcheck_losses(self, place: Place, dtype: torch.dtype, form: int, layout: str) -> None:
+        x, _, plan = planned(place, dtype)
+        maps = x.unflatten(2, (-1, 2))
+        x = {
+            "[N, C, H, W]": maps,
+            "[N, C, P]": x,
+            "channels last": maps.movedim(1, -1).contiguous().movedim(-1, 1),
+            "transposed": maps.mT.contiguous().mT,  # the axes of the pixels cannot be read as one
+        }[layout].detach()
+        settings = (0.1, True, form, 0)
+        torch.library.opcheck(OPS.contrastive_losses, (x.requires_grad_(), None, *plan, *settings))
+        total, losses, *kept = (y.detach() for y in OPS.contrastive_losses(x, None, *plan, *settings))
+        kept = [*kept[:2], *plan, kept[2], x.detach(), losses, *settings, layout == "channels last"]
+        grads = (total, None) if form % 2 else (None, losses)
+        torch.library.opcheck(OPS.contrastive_losses_backward, (*grads, *kept), test_utils=NO_BACKWARD)
 
-    def test_opcheck_two_sets(self, place: Place) -> None:
-        first, second = (torch.randn(2, 33, 32, device=place.device) / 6).requires_grad_()
+    @pytest.mark.parametrize("crossing", [False, True])
+    def test_opcheck_losses_of_two_views(self, place: Place, crossing: bool) -> None:
+        first, second = (view.requires_grad_() for view in torch.randn(2, 9, 5, device=place.device))
+        plan = OPS.contrastive_views(first.detach(), 9, crossing, True)
+        torch.library.opcheck(OPS.contrastive_losses, (first, second, *plan, 0.5, True, 0, 0))
+
+    def test_opcheck_between_two_sets(self, place: Place) -> None:
+        first, second = torch.randn(2, 33, 32, device=place.device) / 6
         groups = torch.tensor([[0, 33, 33] * 2], dtype=torch.int32, device=place.device)
         rows = torch.arange(33, dtype=torch.int32, device=place.device)
         ranges = torch.stack([rows, rows + 1, torch.full_like(rows, -1)], dim=1)
-        torch.library.opcheck(OPS.contrastive_forward, (first, second, groups, ranges, None, 19, 0.5, False, 0, 0))
+        arguments = (first, second, groups, ranges, None, 19, 0.5, False, 0, 0)
+        torch.library.opcheck(OPS.contrastive_forward, arguments, test_utils=NO_BACKWARD)
+        statistics = OPS.contrastive_forward(*arguments)[2]
+        own, none = (statistics, torch.randn_like(statistics)), (None, None)
+        arguments = (first, second, groups, ranges, *own, *none, 19, 0.5, False, 0)
+        torch.library.opcheck(OPS.contrastive_backward, arguments, test_utils=NO_BACKWARD)
+
+    def test_views_of_different_types_are_an_error_of_the_operator(self, place: Place) -> None:
+        plan = OPS.contrastive_views(torch.ones(1, device=place.device), 3, False, True)
+        with pytest.raises(RuntimeError, match="both views must be"):
+            OPS.contrastive_losses(
+                torch.ones(3, 4, device=place.device),
+                torch.ones(3, 4, dtype=torch.float64, device=place.device),
+                *plan,
+                0.5,
+                True,
+                0,
+                0,
+            )
 
 
 def compiled(function: Callable[..., Tensor], place: Place, compiler: str, *shapes: tuple[int, ...]) -> None:
@@ -139,7 +172,7 @@ class TestCompile:
             exported = torch.export.export(head, (x, labels), dynamic_shapes=({0: batch}, {0: batch}))
             x, labels = (t.to(place.device) for t in draw_maps((6, 3, 8, 8), seed=5))
             assert torch.equal(exported.module()(x, labels), head(x, labels))
-            assert "protokernels.contrastive_forward" in exported.graph_module.code
+            assert "protokernels.contrastive_losses" in exported.graph_module.code
 
 
 class TestAutocast:

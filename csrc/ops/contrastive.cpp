@@ -248,6 +248,18 @@ Tensor backward_cpu(Tensor rows, OptionalTensor columns, Tensor groups, Tensor r
   return grad_rows;
 }
 
+LossesOfVectors losses_cpu(Tensor x, OptionalTensor second, Tensor order, Tensor groups, Tensor ranges, Tensor weights, double temperature,
+                           bool normalize, int64_t form, int64_t precision) {
+  return losses_by(pack_cpu, forward_cpu, x, second, order, groups, ranges, weights, temperature, normalize, form, precision);
+}
+
+Tensor losses_backward_cpu(OptionalTensor grad_total, OptionalTensor grad_losses, Tensor packed, Tensor norms, Tensor order, Tensor groups,
+                           Tensor ranges, Tensor weights, Tensor statistics, Tensor like, Tensor, double temperature, bool normalize,
+                           int64_t form, int64_t precision, bool channels_last) {
+  return losses_backward_by(coefficients_cpu, backward_cpu, unpack_cpu, grad_total, grad_losses, packed, norms, order, groups, ranges, weights,
+                            statistics, like, temperature, normalize, form, precision, channels_last);
+}
+
 }  // namespace
 }  // namespace protokernels
 
@@ -256,6 +268,7 @@ STABLE_TORCH_LIBRARY_IMPL(protokernels, CPU, library) {
   library.impl("contrastive_pack", TORCH_BOX(&pack_cpu));
   library.impl("contrastive_unpack", TORCH_BOX(&unpack_cpu));
   library.impl("contrastive_forward", TORCH_BOX(&forward_cpu));
-  library.impl("contrastive_coefficients", TORCH_BOX(&coefficients_cpu));
   library.impl("contrastive_backward", TORCH_BOX(&backward_cpu));
+  library.impl("contrastive_losses", TORCH_BOX(&losses_cpu));
+  library.impl("contrastive_losses_backward", TORCH_BOX(&losses_backward_cpu));
 }

@@ -131,5 +131,54 @@ Tensor unpack_by(const Run& run, const Tensor& grad_packed_any, const Tensor& pa
   return grad_x;
 }
 
+// Images [N, C, ...] and vectors [N, C] as [N, C, P]; a copy only where the axes of the pixels cannot be read as one.
+inline Tensor as_vectors(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 2, "contrastive: x must be [N, C] or [N, C, ...]");
+  return x.dim() == 2 ? torch::stable::unsqueeze(x, 2) : x.dim() == 3 ? x : torch::stable::flatten(x, 2, -1);
+}
+
+// Two views, [N, C] each, one after the other.
+inline Tensor stacked(const Tensor& first, const OptionalTensor& second) {
+  if (!second) return first;
+  const int64_t N = first.size(0), C = first.size(1);
+  STD_TORCH_CHECK(first.dim() == 2 && second->dim() == 2 && second->size(0) == N && second->size(1) == C &&
+                      second->scalar_type() == first.scalar_type(),
+                  "contrastive: both views must be [N, C] and of one type");
+  Tensor both = empty_beside(first, {2 * N, C}, first.scalar_type());
+  Tensor upper = torch::stable::narrow(both, 0, 0, N), lower = torch::stable::narrow(both, 0, N, N);
+  torch::stable::copy_(upper, first), torch::stable::copy_(lower, *second);
+  return both;
+}
+
+using LossesOfVectors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Pack, Forward: the operators of a device. What a training step calls is one operator forward and one backward, since on small problems torch
+// takes longer between operators than the kernels do.
+template <class Pack, class Forward>
+LossesOfVectors losses_by(const Pack& pack, const Forward& forward, const Tensor& x, const OptionalTensor& second, const Tensor& order,
+                          const Tensor& groups, const Tensor& ranges, const Tensor& weights, double temperature, bool normalize,
+                          int64_t form, int64_t precision) {
+  const Tensor vectors = as_vectors(stacked(x, second));
+  const auto [packed, norms] = pack(vectors, order, normalize);
+  const auto [total, losses, statistics] =
+      forward(packed, std::nullopt, groups, ranges, weights, vectors.size(1), temperature, normalize, form, precision);
+  return {total, losses, packed, norms, statistics};
+}
+
+template <class Coefficients, class Backward, class Unpack>
+Tensor losses_backward_by(const Coefficients& coefficients_of, const Backward& backward, const Unpack& unpack, const OptionalTensor& grad_total,
+                          const OptionalTensor& grad_losses, const Tensor& packed, const Tensor& norms, const Tensor& order,
+                          const Tensor& groups, const Tensor& ranges, const Tensor& weights, const Tensor& statistics, const Tensor& like,
+                          double temperature, bool normalize, int64_t form, int64_t precision, bool channels_last) {
+  const OptionalTensor by_loss = grad_losses ? OptionalTensor(as_contiguous(*grad_losses)) : std::nullopt;
+  const Tensor coefficients =
+      coefficients_of(by_loss, statistics, groups, ranges, form, grad_total, grad_total ? OptionalTensor(weights) : std::nullopt);
+  const Tensor vectors = as_vectors(like);
+  const Tensor grad_rows = backward(packed, std::nullopt, groups, ranges, statistics, coefficients, statistics, coefficients,
+                                    vectors.size(1), temperature, normalize, precision);
+  const Tensor grad = unpack(grad_rows, packed, norms, order, vectors, normalize, channels_last);
+  return like.dim() == 3 ? grad : torch::stable::view(grad, like.sizes());
+}
+
 }  // namespace
 }  // namespace protokernels

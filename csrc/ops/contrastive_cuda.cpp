@@ -80,6 +80,20 @@ Tensor backward_cuda(Tensor rows, OptionalTensor columns, Tensor groups, Tensor 
   return grad_rows;
 }
 
+LossesOfVectors losses_cuda(Tensor x, OptionalTensor second, Tensor order, Tensor groups, Tensor ranges, Tensor weights, double temperature,
+                           bool normalize, int64_t form, int64_t precision) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  return losses_by(pack_cuda, forward_cuda, x, second, order, groups, ranges, weights, temperature, normalize, form, precision);
+}
+
+Tensor losses_backward_cuda(OptionalTensor grad_total, OptionalTensor grad_losses, Tensor packed, Tensor norms, Tensor order, Tensor groups,
+                           Tensor ranges, Tensor weights, Tensor statistics, Tensor like, Tensor, double temperature, bool normalize,
+                           int64_t form, int64_t precision, bool channels_last) {
+  const torch::stable::accelerator::DeviceGuard guard(packed.get_device_index());
+  return losses_backward_by(coefficients_cuda, backward_cuda, unpack_cuda, grad_total, grad_losses, packed, norms, order, groups, ranges, weights,
+                            statistics, like, temperature, normalize, form, precision, channels_last);
+}
+
 }  // namespace
 }  // namespace protokernels
 
@@ -90,7 +104,8 @@ STABLE_TORCH_LIBRARY_IMPL(protokernels, CUDA, library) {
   library.impl("contrastive_pack", TORCH_BOX(&pack_cuda));
   library.impl("contrastive_unpack", TORCH_BOX(&unpack_cuda));
   library.impl("contrastive_forward", TORCH_BOX(&forward_cuda));
-  library.impl("contrastive_coefficients", TORCH_BOX(&coefficients_cuda));
   library.impl("contrastive_backward", TORCH_BOX(&backward_cuda));
+  library.impl("contrastive_losses", TORCH_BOX(&losses_cuda));
+  library.impl("contrastive_losses_backward", TORCH_BOX(&losses_backward_cuda));
 }
 #endif

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Fake kernels (shapes for torch.compile and torch.export) and the autograd formulas of the native contrastive operators.
 
-The losses of a row depend on scores through three statistics; ``contrastive_coefficients`` is the derivative by them,
-``contrastive_backward`` takes it on to the vectors. With one set of vectors a single call serves both roles of a pair; with two sets
-there is one call for each.
+``contrastive_losses`` is what a loss of one set of vectors calls, its derivative included; the operators it consists of are called one by
+one where vectors travel between ranks (``_contrastive_distributed``).
 """
 
 from __future__ import annotations
@@ -62,9 +61,17 @@ def _setup_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     packed, norms = output
     ctx.mark_non_differentiable(norms)
     ctx.set_materialize_grads(False)  # no zeros for the norms
-    ctx.channels_last = x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2] > 1
-    like = x.new_empty((1, 1, 1)).expand(x.shape)  # shape, dtype and device without the memory
-    ctx.save_for_backward(packed, norms, order, like)
+    ctx.channels_last = _is_channels_last(x)
+    ctx.save_for_backward(packed, norms, order, _without_memory(x))
+
+
+def _is_channels_last(x: Tensor) -> bool:  # [N, C, ...]
+    return x.dim() > 2 and x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2:].numel() > 1
+
+
+def _without_memory(x: Tensor, views: int = 1) -> Tensor:
+    """The shape, dtype and device of ``x``, or of several like it along N: all that the derivative has to know of it."""
+    return x.new_empty((1,) * x.dim()).expand(views * x.shape[0], *x.shape[1:])
 
 
 def _pack_backward(ctx: Any, grad_packed: Tensor | None, _norms: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -107,38 +114,37 @@ def _fake_forward(
     return rows.new_empty(()), rows.new_empty(R), rows.new_empty((3, R))
 
 
-def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows, columns, groups, ranges, weights, *ctx.settings = inputs
-    _, _, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(rows, columns, groups, ranges, weights, statistics)
+def _fake_losses(x: Tensor, second: Tensor | None, order: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
+    R, padded, dtype = order.shape[0], (x.shape[1] + ALIGN - 1) // ALIGN * ALIGN, compute_dtype(x)
+    shapes = ((), (R,), (R, padded), (R,), (3, R))
+    return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _setup_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, second, order, groups, ranges, weights, *ctx.settings = inputs
+    _, losses, packed, norms, statistics = output
+    ctx.mark_non_differentiable(packed, norms, statistics)
     ctx.set_materialize_grads(False)
+    ctx.channels_last, ctx.two_views = _is_channels_last(x), second is not None
+    like = _without_memory(x, 2 if ctx.two_views else 1)
+    ctx.save_for_backward(packed, norms, order, groups, ranges, weights, statistics, like, losses)
 
 
-def _backward(
-    ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None, _statistics: None
-) -> tuple[Tensor | None, ...]:
-    rows, columns, groups, ranges, weights, statistics = ctx.saved_tensors
-    channels, temperature, unit, form, precision = ctx.settings
-    from_total = (None, None) if grad_total is None or weights is None else (grad_total.contiguous(), weights)
-    from_losses = None if grad_losses is None else grad_losses.contiguous()
-    if from_losses is None and from_total[0] is None:
+def _losses_backward(ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None, *_rest: None) -> tuple[Any, ...]:
+    if grad_total is None and grad_losses is None:
         return (None,) * 10
-    coefficients = _calls.call("contrastive_coefficients", from_losses, statistics, groups, ranges, form, *from_total)
-    own, none, rest = (statistics, coefficients), (None, None), (channels, temperature, unit, precision)
-    to_rows = to_columns = None
-    if columns is None:
-        to_rows = _calls.call("contrastive_backward", rows, None, groups, ranges, *own, *own, *rest)
-    else:  # as many columns as rows, and as the rows see the columns so do the columns see the rows
-        if ctx.needs_input_grad[0]:
-            to_rows = _calls.call("contrastive_backward", rows, columns, groups, ranges, *own, *none, *rest)
-        if ctx.needs_input_grad[1]:
-            to_columns = _calls.call("contrastive_backward", columns, rows, groups, ranges, *none, *own, *rest)
-    return to_rows, to_columns, *(None,) * 8
+    grads = grad_total, grad_losses
+    to_x = _calls.call("contrastive_losses_backward", *grads, *ctx.saved_tensors, *ctx.settings, ctx.channels_last)
+    first, second = to_x.tensor_split(2) if ctx.two_views else (to_x, None)
+    return first, second, *(None,) * 8
 
 
-def _fake_coefficients(grad_losses: Tensor | None, statistics: Tensor, *_rest: Any) -> Tensor:
-    return torch.empty_like(statistics)
+def _fake_losses_backward(*arguments: Any) -> Tensor:
+    like, channels_last = arguments[9], arguments[-1]
+    shape = like.shape
+    if not channels_last:
+        return like.new_empty(shape)  # type: ignore[no-any-return]
+    return like.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)  # type: ignore[no-any-return]
 
 
 def _fake_backward(rows: Tensor, *_rest: Any) -> Tensor:
@@ -155,7 +161,8 @@ def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
 _calls.register("contrastive_plan", _fake_plan)
 _calls.register("contrastive_views", _fake_views)
 _calls.register("contrastive_pack", _fake_pack, setup=_setup_pack, backward=_pack_backward)
-_calls.register("contrastive_forward", _fake_forward, setup=_setup_forward, backward=_backward)
 _calls.register("contrastive_unpack", _fake_unpack, backward=_no_second_derivative)
-_calls.register("contrastive_coefficients", _fake_coefficients, backward=_no_second_derivative)
-_calls.register("contrastive_backward", _fake_backward, backward=_no_second_derivative)
+_calls.register("contrastive_forward", _fake_forward)
+_calls.register("contrastive_backward", _fake_backward)
+_calls.register("contrastive_losses", _fake_losses, setup=_setup_losses, backward=_losses_backward)
+_calls.register("contrastive_losses_backward", _fake_losses_backward, backward=_no_second_derivative)

@@ -154,7 +154,7 @@ def sinkhorn_divergence(
         _solve(*pair, problem, cost, precision).entropic_value
         for pair, problem in (((x, y), both), ((x, x), rows), ((y, y), columns))
     )
-    value = between - (of_x + of_y) / 2
+    value = torch.sub(between, of_x + of_y, alpha=0.5)
     return value.squeeze(0) if single else value
 
 

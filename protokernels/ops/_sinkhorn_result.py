@@ -119,12 +119,16 @@ def result_of(
     envelope: bool,
 ) -> SinkhornResult:
     """The result for the user: one problem without its batch; by the envelope, everything but the entropic value detached."""
-    epsilon, mass = problem.epsilon, problem.a.detach()
+    epsilon, mass = problem.epsilon, _constant(problem.a)
     if envelope or not torch.is_grad_enabled():
         value = solution.entropic_value
-        solution = reference.Solution(*(t.detach() for t in solution))._replace(entropic_value=value)
-        source, epsilon = tuple(t.detach() for t in source), epsilon.detach()
+        solution = reference.Solution(*map(_constant, solution))._replace(entropic_value=value)
+        source, epsilon = tuple(map(_constant, source)), _constant(epsilon)
     if single:
         solution = reference.Solution(*(t.squeeze(0) for t in solution))
         source, mass = tuple(t.squeeze(0) for t in source), mass.squeeze(0)
     return SinkhornResult(*solution, source, kind, epsilon, mass, problem.tol, {})
+
+
+def _constant(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x

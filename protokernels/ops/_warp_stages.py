@@ -56,7 +56,7 @@ def gaussian_blur(
     """
     op = "gaussian_blur"
     checks.check_images(op, images)
-    values = checks.column(op, images, "sigma", sigma, 0)
+    values = checks.column(op, images, "sigma", sigma)
     reach = checks.check_radius(op, radius)
     _checks.check_choice(op, "padding", padding, reference.PADDINGS)
     blurred = run_stages(_planes(images), values, [0], radius=(reach, reach), sigma_max=1.0, padding=padding)
@@ -97,7 +97,7 @@ def gaussian_noise(
     """
     op = "gaussian_noise"
     checks.check_images(op, images)
-    values = checks.column(op, images, "std", std, 1)
+    values = checks.column(op, images, "std", std)
     keys = checks.seeds(op, images, generator, seed)
     return _like(images, run_stages(_planes(images), values, [1], seed=keys, noise_std=1.0))
 
@@ -172,8 +172,8 @@ def blend_flip(
     op = "blend_flip"
     checks.check_images(op, images)
     _checks.check_choice(op, "dim", dim, DIMENSIONS[: images.dim() - 2])
-    place, stage = (4, 3) if dim == "horizontal" else (5, 4)
-    values = checks.column(op, images, "weight", weight, place)
+    stage = 3 if dim == "horizontal" else 4
+    values = checks.column(op, images, "weight", weight)
     planes = images.reshape(_stacked(images)) if dim == "depth" else _planes(images)
     return _like(images, run_stages(planes, values, [stage]))
 
@@ -216,14 +216,13 @@ def rotate(
         turns: float | Tensor = angle / (2 * math.pi)  # in float64: multiples of pi / 2 are exact
     else:
         radians = checks.per_sample(op, images, "angle", angle)
-        turns = radians / torch.full_like(
-            radians, 2 * math.pi
-        )  # by a tensor: a GPU multiplies by the inverse of a number
+        turn = 2 * math.pi if radians.is_cpu else torch.full_like(radians, 2 * math.pi)
+        turns = radians / turn  # by a tensor on a GPU, which would multiply by the inverse of a number
     kept = {"depth": 2, "vertical": 3, "horizontal": 4}[axis]
     moved = images.movedim(kept, 2) if images.dim() == 5 else images
     planes = _planes(moved)
     if padding_mode == "zeros":
-        turned = run_stages(planes, checks.column(op, images, "angle", turns, 6), [5])
+        turned = run_stages(planes, checks.column(op, images, "angle", turns), [5])
     else:
         turns = checks.per_sample(op, images, "angle", turns)
         cos, sin = reference.cos_sin(torch.where(turns.isfinite(), turns, math.nan))

@@ -136,7 +136,7 @@ def local_contrastive_loss(
             REDUCTIONS.index(reduction) if reduction != "none" else 0,
         )
     )
-    total, losses = _native_losses(features.flatten(2), plan, temperature, form, normalize, precision)
+    total, losses = _native_losses(plan, temperature, form, normalize, precision, features)
     if reduction != "none":
         return total
     return losses.new_zeros(labels.numel()).index_put((plan.order,), losses).view(labels.shape)
@@ -221,7 +221,7 @@ def supcon_loss(
             REDUCTIONS.index("anchor"),
         )
     )
-    total, losses = _native_losses(embeddings.unsqueeze(-1), plan, temperature, form, normalize, precision)
+    total, losses = _native_losses(plan, temperature, form, normalize, precision, embeddings)
     return total if reduction == "mean" else losses.new_zeros(labels.shape[0]).index_put((plan.order,), losses)
 
 
@@ -265,6 +265,11 @@ def nt_xent_loss(
     form = checks.form_of(op, denominator)
     checks.check_choices(op, temperature, form, precision, gather)
     _checks.check_flag(op, "normalize", normalize)
+    if first.dtype != second.dtype:
+        first, second = _in_one_dtype(first, second)
+    if not gather and backend.native_serves(first.device):
+        plan = Plan(*_calls.call("contrastive_views", first.detach(), count, False, True))
+        return _native_losses(plan, temperature, form, normalize, precision, first, second)[0]
     stacked = torch.cat([first, second])
     pairs = torch.arange(count, device=first.device).repeat(2)
     if gather:
@@ -272,12 +277,9 @@ def nt_xent_loss(
             op, stacked, pairs, temperature, form, None, normalize, gather == "ring", precision, labels_are_local=True
         )
         return losses.sum() / anchors.sum().clamp(min=1)
-    if not backend.native_serves(first.device):
-        return reference.supcon_loss(
-            stacked, pairs, temperature=temperature, ignore_index=None, form=form, normalize=normalize, reduction="mean"
-        )
-    plan = Plan(*_calls.call("contrastive_views", stacked.detach(), count, False, True))
-    return _native_losses(stacked.unsqueeze(-1), plan, temperature, form, normalize, precision)[0]
+    return reference.supcon_loss(
+        stacked, pairs, temperature=temperature, ignore_index=None, form=form, normalize=normalize, reduction="mean"
+    )
 
 
 def cross_view_loss(
@@ -323,13 +325,11 @@ def cross_view_loss(
     checks.check_choices(op, temperature, form, precision)
     _checks.check_flag(op, "symmetric", symmetric)
     _checks.check_flag(op, "normalize", normalize)
-    dtype = torch.promote_types(reference.compute_dtype(first), reference.compute_dtype(second))
-    if first.dtype != dtype or second.dtype != dtype:
-        first, second = first.to(dtype), second.to(dtype)
+    if first.dtype != second.dtype:
+        first, second = _in_one_dtype(first, second)
     if backend.native_serves(first.device):
         plan = Plan(*_calls.call("contrastive_views", first.detach(), count, True, symmetric))
-        both = torch.cat([first, second]).unsqueeze(-1)
-        return _native_losses(both, plan, temperature, form, normalize, precision)[0]
+        return _native_losses(plan, temperature, form, normalize, precision, first, second)[0]
     ways = [(first, second), (second, first)] if symmetric else [(first, second)]
     losses = [
         reference.cross_view_loss(own, other, temperature=temperature, form=form, normalize=normalize)
@@ -342,33 +342,19 @@ def cross_view_loss(
 
 
 def _native_losses(
-    x: Tensor, plan: Plan, temperature: float, form: Form, normalize: bool, precision: Precision
-) -> tuple[Tensor, Tensor]:  # [N, C, P] -> [], [R] in the order of the plan
-    packed, _ = _calls.call("contrastive_pack", x, plan.order, normalize)
-    return _forward(packed, None, plan, x.shape[1], temperature, normalize, form, precision)
-
-
-def _forward(
-    rows: Tensor,
-    columns: Tensor | None,
     plan: Plan,
-    channels: int,
     temperature: float,
-    normalize: bool,
     form: Form,
+    normalize: bool,
     precision: Precision,
-) -> tuple[Tensor, Tensor]:  # [R, Cp], [M, Cp] -> [], [R]
-    total, losses, _ = _calls.call(
-        "contrastive_forward",
-        rows,
-        columns,
-        plan.groups,
-        plan.ranges,
-        plan.weights,
-        channels,
-        temperature,
-        normalize,
-        reference.FORMS.index(form),
-        PRECISIONS.index(precision),
-    )
+    x: Tensor,
+    second: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # [N, C] or [N, C, ...], or both views [N, C] -> [], [R] in the order of the plan
+    settings = temperature, normalize, reference.FORMS.index(form), PRECISIONS.index(precision)
+    total, losses, *_ = _calls.call("contrastive_losses", x, second, *plan, *settings)
     return total, losses
+
+
+def _in_one_dtype(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return first.to(dtype), second.to(dtype)
