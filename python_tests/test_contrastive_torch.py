@@ -42,8 +42,10 @@ class TestContract:
         arguments = (labels, [0, 4, 4], [1, 1, 1], per_image, drop, 0, None, 2, 1)
         torch.library.opcheck(OPS.contrastive_plan, arguments, test_utils=NO_BACKWARD)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("normalize", [True, False])
+    @pytest.mark.parametrize(
+        "dtype, normalize",
+        [(torch.float32, True), (torch.float64, False), (torch.bfloat16, True), (torch.float16, False)],
+    )
     def test_opcheck_pack(self, place: Place, dtype: torch.dtype, normalize: bool) -> None:
         x, _, (order, *_) = planned(place, dtype)
         for layout in (x, x.mT.contiguous().mT):
