@@ -69,8 +69,8 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "-> (Tensor grad_x, Tensor grad_y, Tensor grad_epsilon)");
 
   // Contrastive losses (ops/contrastive.h): which pixels meet which, from their labels; the same for two views stacked; vectors out of images
-  // and their gradient back; losses with the three statistics of every row; the gradient of the vectors. The last two are all of these in one, for
-  // one set of vectors or two views one after the other; `losses` is there for autograd alone, which through it finds what a second derivative would go through.
+  // and their gradient back; losses with the three statistics of every row; the gradient of the vectors. The last two are all of these in one,
+  // for one set of vectors or two views, one after the other; `losses` is there for autograd, which follows it from a gradient to what it is of.
   library.def(
       "contrastive_plan(Tensor labels, int[] block, int[] stride, bool per_image, bool drop_remainder, int? background, int? ignore_index, "
       "int form, int reduction) -> (Tensor order, Tensor groups, Tensor ranges, Tensor weights)");
