@@ -28,6 +28,8 @@ CALLS = int(os.environ.get("PROTOKERNELS_CALLS", "150"))
 """Calls of every op in the test of memory; 10000 for a long run."""
 ON_CUDA_ALONE = {"prototypes_backward_resident"}
 """Operators that only CUDA tensors reach: what `prototypes_backward` calls on a GPU."""
+BETWEEN_RANKS = {"contrastive_pack", "contrastive_unpack", "contrastive_forward", "contrastive_backward"}
+"""Operators that only vectors of other ranks reach (test_contrastive_distributed.py); `contrastive_losses` calls the same functions."""
 
 
 def draw(*shape: int) -> Tensor:
@@ -148,7 +150,7 @@ def test_every_operator_is_at_work() -> None:
     with backend.use("native"), _Operators() as operators:
         for name in WORK:
             value_of(name)
-    assert operators.seen == set(OPERATORS) - ON_CUDA_ALONE
+    assert operators.seen == set(OPERATORS) - ON_CUDA_ALONE - BETWEEN_RANKS
 
 
 class TestThreads:

@@ -25,10 +25,12 @@ PACKAGE = Path(protokernels.__file__).parent
 # The C functions of torch that this package uses. All exist in torch 2.10 (torch/csrc/inductor/aoti_torch/c/shim.h
 # and generated/c_shim_aten.h beside it, torch/csrc/stable/c/shim.h). A new name here needs a look at those files of that release.
 TORCH_FUNCTIONS = """
-    aoti_torch_abi_version aoti_torch_aten_fill__Scalar aoti_torch_create_device_guard aoti_torch_delete_device_guard
+    aoti_torch_abi_version aoti_torch_aten_fill__Scalar aoti_torch_aten_narrow aoti_torch_create_device_guard
+    aoti_torch_delete_device_guard
     aoti_torch_empty_strided aoti_torch_delete_library_object aoti_torch_delete_tensor_object aoti_torch_dtype_element_size
     aoti_torch_get_current_cuda_stream aoti_torch_get_data_ptr aoti_torch_get_device_index aoti_torch_get_device_type
-    aoti_torch_get_dim aoti_torch_get_dtype aoti_torch_get_numel aoti_torch_get_size aoti_torch_get_stride
+    aoti_torch_get_dim aoti_torch_get_dtype aoti_torch_get_numel aoti_torch_get_size aoti_torch_get_sizes
+    aoti_torch_get_stride
     aoti_torch_is_contiguous aoti_torch_library_def aoti_torch_library_init_def aoti_torch_library_init_impl
     aoti_torch_new_tensor_handle aoti_torch_new_uninitialized_tensor
     aoti_torch_device_type_cpu aoti_torch_device_type_cuda aoti_torch_device_type_meta aoti_torch_device_type_mps
