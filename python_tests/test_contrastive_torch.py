@@ -204,3 +204,31 @@ class TestInstructionSets(AtEveryLevel):
     """Values, gradients and edges."""
 
     FILES = ("test_contrastive", "test_contrastive_edges")
+
+
+@pytest.mark.parametrize("place", NATIVE_PLACES)
+class TestTypes:
+    @pytest.mark.parametrize("loss", [nt_xent_loss, cross_view_loss])
+    @pytest.mark.parametrize(
+        "types",
+        [
+            (torch.bfloat16, torch.bfloat16),
+            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.bfloat16),
+            (torch.float32, torch.float64),
+        ],
+    )
+    def test_views_of_one_or_two_types(
+        self, place: Place, loss: Callable[..., Tensor], types: tuple[torch.dtype, torch.dtype]
+    ) -> None:
+        views = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        found = []
+        for choice in (place, Place(place.device, "reference")):
+            with choice.selected():
+                leaves = [v.to(place.device, t).requires_grad_() for v, t in zip(views, types, strict=True)]
+                value = loss(*leaves, temperature=0.5)
+                found.append((value.detach(), *torch.autograd.grad(value, leaves)))
+        for native, expected in zip(*found, strict=True):
+            assert native.dtype == expected.dtype
+            step = torch.finfo(native.dtype).eps  # both round once to their type
+            torch.testing.assert_close(native, expected, rtol=max(step, 2e-6), atol=1e-6)

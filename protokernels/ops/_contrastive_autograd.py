@@ -139,12 +139,26 @@ def _losses_backward(ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | 
     return first, second, *(None,) * 8
 
 
-def _fake_losses_backward(*arguments: Any) -> Tensor:
-    like, channels_last = arguments[9], arguments[-1]
-    shape = like.shape
-    if not channels_last:
-        return like.new_empty(shape)  # type: ignore[no-any-return]
-    return like.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)  # type: ignore[no-any-return]
+def _fake_losses_backward(
+    grad_total: Tensor | None,
+    grad_losses: Tensor | None,
+    packed: Tensor,
+    norms: Tensor,
+    order: Tensor,
+    groups: Tensor,
+    ranges: Tensor,
+    weights: Tensor,
+    statistics: Tensor,
+    like: Tensor,
+    losses: Tensor,
+    temperature: float,
+    normalize: bool,
+    form: int,
+    precision: int,
+    channels_last: bool,
+) -> Tensor:
+    N, C, *size = like.shape
+    return like.new_empty((N, *size, C)).movedim(-1, 1) if channels_last else like.new_empty(like.shape)
 
 
 def _fake_backward(rows: Tensor, *_rest: Any) -> Tensor:

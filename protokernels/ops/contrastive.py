@@ -330,6 +330,8 @@ def cross_view_loss(
     if backend.native_serves(first.device):
         plan = Plan(*_calls.call("contrastive_views", first.detach(), count, True, symmetric))
         return _native_losses(plan, temperature, form, normalize, precision, first, second)[0]
+    dtype = reference.compute_dtype(first)  # the gradients of both ways are added before they are rounded
+    first, second = first.to(dtype), second.to(dtype)
     ways = [(first, second), (second, first)] if symmetric else [(first, second)]
     losses = [
         reference.cross_view_loss(own, other, temperature=temperature, form=form, normalize=normalize)
