@@ -40,6 +40,7 @@ class TestConfig:
         assert (official.epochs, official.knn_k, official.networks) == (20, 10, "official-pneumonia")
         assert official.candidates == (2, 4, 5, 8, 10, 12, 15, 18, 20, 25, 30, 40, 50)
         assert official.learning_rate_factor(19) == 1.0
+        assert vae_kmeans.VAEKMeansConfig.preset("paper", "mnist").batch_size == 2048  # the text's, not the code's
         matched = vae_kmeans.VAEKMeansConfig.preset("matched", "mnist")
         assert (matched.beta, matched.prior_std, matched.candidates) == (0.16, 0.8, (5, 10, 15, 20, 25, 30, 35, 40, 50))
 

@@ -57,6 +57,23 @@ def tiny_dataset(count: int = 260) -> SegmentationDataset:
     )
 
 
+def by_hand(f: Tensor, y: Tensor, temperature: float) -> Tensor | None:  # [N, C, h, w], [N, h, w]
+    """Eq. 2 and 3 of the text, pixel by pixel; None where there is no anchor."""
+    unit = f / f.norm(dim=1, keepdim=True)
+    vectors, labels = unit.movedim(1, -1).reshape(-1, f.shape[1]), y.reshape(-1)
+    owner = torch.arange(len(y)).repeat_interleave(y[0].numel())
+    losses: dict[int, list[Tensor]] = {}
+    for i in range(len(labels)):
+        positive = [k for k in range(len(labels)) if labels[k] == labels[i] and k != i]
+        negative = [k for k in range(len(labels)) if labels[k] != labels[i]]
+        if labels[i] == 0 or not positive or not negative:
+            continue
+        s = (vectors @ vectors[i] / temperature).exp()
+        ratio = s[positive].sum() / s[negative].sum()
+        losses.setdefault(int(owner[i]), []).append(-ratio.log() / len(positive))
+    return torch.stack([torch.stack(each).mean() for each in losses.values()]).mean() if losses else None
+
+
 class TestLosses:
     def test_global_is_equation_1(self) -> None:
         torch.manual_seed(0)
@@ -79,21 +96,39 @@ class TestLosses:
         config = replace(TINY, method="local-stride", stride=2, form="paper", reduction="image", temperature=0.5)
         f = torch.randn(4, 5, 4, 4, generator=generator(), dtype=torch.float64)
         y = torch.randint(3, (4, 4, 4), generator=generator(2))
-        unit = (f / f.norm(dim=1, keepdim=True))[..., ::2, ::2].movedim(1, -1)
-        grid = y[..., ::2, ::2]
-        vectors, labels = unit.reshape(-1, 5), grid.reshape(-1)
-        owner = torch.arange(4).repeat_interleave(4)
-        losses: dict[int, list[Tensor]] = {}
-        for i in range(len(labels)):
-            positive = [k for k in range(len(labels)) if labels[k] == labels[i] and k != i]
-            negative = [k for k in range(len(labels)) if labels[k] != labels[i]]
-            if labels[i] == 0 or not positive or not negative:
-                continue
-            s = (vectors @ vectors[i] / 0.5).exp()
-            ratio = s[positive].sum() / s[negative].sum()
-            losses.setdefault(int(owner[i]), []).append(-ratio.log() / len(positive))
-        expected = torch.stack([torch.stack(each).mean() for each in losses.values()]).mean()
-        torch.testing.assert_close(local_loss(f, y, config), expected)
+        torch.testing.assert_close(local_loss(f, y, config), by_hand(f[..., ::2, ::2], y[..., ::2, ::2], 0.5))
+
+    @pytest.mark.parametrize("drop", [False, True])
+    @pytest.mark.parametrize("scope", ["group", "image"])
+    def test_in_blocks_both_are_those_of_every_block(self, scope: Any, drop: bool) -> None:
+        """Section 2.3: calculated within each block only and then averaged across all the blocks."""
+        config = LocalContrastConfig.preset(
+            "paper", method="local-block", block_size=3, temperature=0.5, scope=scope, drop_remainder=drop
+        )
+        f = torch.randn(4, 5, 7, 8, generator=generator(), dtype=torch.float64).requires_grad_()
+        y = torch.randint(3, (4, 7, 8), generator=generator(2))
+        y[:, :3, :3] = 0  # a block without anchors
+        y[1, 3:6, :3], y[2, :3, 3:6] = 0, 1  # a map without anchors in a block, and one without negatives of its own
+        blocks = []
+        for top in range(0, 6 if drop else 7, 3):
+            for left in range(0, 6 if drop else 8, 3):
+                part = (slice(top, top + 3), slice(left, left + 3))
+                maps = [slice(None)] if scope == "group" else [slice(k, k + 1) for k in range(4)]
+                each = [by_hand(f[(k, slice(None), *part)], y[(k, *part)], 0.5) for k in maps]
+                if found := [loss for loss in each if loss is not None]:
+                    blocks.append(torch.stack(found).mean())
+        expected = torch.stack(blocks).mean()
+        loss = local_loss(f, y, config)
+        torch.testing.assert_close(loss, expected)
+        for ours, theirs in zip(torch.autograd.grad(loss, f), torch.autograd.grad(expected, f), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_blocks_of_background_have_a_loss_of_0(self) -> None:
+        config = LocalContrastConfig.preset("paper", method="local-block", block_size=4)
+        f = torch.randn(2, 3, 8, 8, generator=generator()).requires_grad_()
+        loss = local_loss(f, torch.zeros(2, 8, 8, dtype=torch.int64), config)
+        (gradient,) = torch.autograd.grad(loss, f)
+        assert loss == 0 and torch.equal(gradient, torch.zeros_like(f))
 
     def test_blocks_and_grids(self) -> None:
         f, y = torch.randn(4, 3, 16, 16, generator=generator()), batch(4)[1]

@@ -58,7 +58,7 @@ def model(config: OPTiMLConfig = TINY) -> OPTiML:
 class TestCost:
     def test_against_numpy(self) -> None:
         first, second = (torch.randn(2, count, 7, generator=generator(count)) for count in (5, 4))
-        cost = optiml.cosine_cost(first, second).numpy()
+        cost = optiml.position_cost(first, second, "cosine").numpy()
         for image in range(2):
             for i in range(5):
                 for j in range(4):
@@ -67,14 +67,32 @@ class TestCost:
                     assert cost[image, i, j] == pytest.approx(expected, abs=1e-5)
 
     def test_positions_without_activation_have_cost_one(self) -> None:
-        cost = optiml.cosine_cost(torch.zeros(1, 2, 3), torch.ones(1, 2, 3))
+        cost = optiml.position_cost(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), "cosine")
         assert torch.equal(cost, torch.ones(1, 2, 2))
 
     def test_half_precision_and_autocast_compute_in_float32(self) -> None:
         first, second = torch.randn(2, 1, 4, 8, generator=generator()).bfloat16()
         with torch.autocast("cpu", torch.bfloat16):
-            cost = optiml.cosine_cost(first, second)
-        assert cost.dtype == torch.float32 and torch.equal(cost, optiml.cosine_cost(first.float(), second.float()))
+            cost = optiml.position_cost(first, second, "cosine")
+        wide = optiml.position_cost(first.float(), second.float(), "cosine")
+        assert cost.dtype == torch.float32 and torch.equal(cost, wide)
+
+    def test_minus_the_cosine_has_the_same_plan_and_equation_1_another(self) -> None:
+        first, second = views()
+        solutions = {
+            kind: model(replace(TINY, cost=kind, num_iters=200)).align(first, second).solution
+            for kind in ("cosine", "neg_cos", "similarity")
+        }
+        usual, shifted, printed = solutions.values()
+        torch.testing.assert_close(shifted.plan, usual.plan, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(shifted.transport_cost, usual.transport_cost - 1, rtol=1e-4, atol=1e-5)
+        assert (printed.transport_cost > shifted.transport_cost).all()
+        aligned = model(replace(TINY, cost="similarity")).align(first, second)
+        torch.testing.assert_close(aligned.cost, 1 - model().align(first, second).cost)
+
+    def test_an_expander_may_end_with_normalisation(self) -> None:
+        q = model(replace(TINY, expander_norm=True)).align(*views(64)).q_first
+        torch.testing.assert_close(q.std(dim=0, unbiased=False), torch.ones(20), rtol=1e-2, atol=1e-2)
 
 
 class TestCrossView:
@@ -345,6 +363,11 @@ class TestRun:
         assert set(json.loads((folder / "ablations.json").read_text())) == {"mse", "uniform-marginals", "full"}
         assert (folder / "figures" / "label_fractions_labels.png").stat().st_size > 1000
         assert not (folder / "mse" / "figures" / "transport.png").exists()  # nothing is transported
+
+    @pytest.mark.parametrize("name", ["cost", "cvsim", "gradient", "view_maker"])
+    def test_unknown_words_in_the_configuration(self, name: str) -> None:
+        with pytest.raises(ValueError, match=rf"OPTiMLConfig: {name} must be one of \w+, \w+.*; got 'magic'"):
+            replace(TINY, **{name: "magic"})
 
     def test_wrong_words(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["ablate", "vaesim"]) == 2 and "optiml" in capsys.readouterr().out

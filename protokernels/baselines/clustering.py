@@ -65,6 +65,7 @@ class ClusteringConfig(RunConfig):
     """Preset -> data set, or ``"*"`` for any other -> fields."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_positive("image_size", "epochs", "batch_size", "learning_rate", "knn_k")
 
     @classmethod

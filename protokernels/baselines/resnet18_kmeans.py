@@ -32,6 +32,7 @@ class ResNet18KMeansConfig(FrozenResNet18Config):
     subset: int = 3000  # training images for KMeans and the map of the clusters; 0: all
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_prototypes < 0 or self.subset < 0 or not 1 <= self.least_clusters <= self.most_clusters - 2:
             raise ValueError(
                 "ResNet18KMeansConfig: num_prototypes and subset must not be negative, and most_clusters must exceed least_clusters "

@@ -26,6 +26,7 @@ class ResNet18TransferConfig(FrozenResNet18Config):
     batch_size: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.epochs < 1 or self.batch_size < 1 or not self.learning_rate > 0:
             raise ValueError(
                 "ResNet18TransferConfig: epochs, batch_size and learning_rate must be positive; got "

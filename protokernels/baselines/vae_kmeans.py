@@ -109,7 +109,7 @@ def _for_data(shared: dict[str, Any], mnist: dict[str, Any], other: dict[str, An
 _NETWORKS = ({"networks": "official-mnist"}, {"networks": "official-pneumonia", "knn_k": 10})
 VAEKMeansConfig.PRESETS.update(
     {
-        "paper": _for_data({**_RELEASED, "networks": "paper", "linear_protocol": "paper"}, {}, {}),
+        "paper": _for_data({**_RELEASED, "batch_size": 2048, "networks": "paper", "linear_protocol": "paper"}, {}, {}),
         "official": _for_data(_OFFICIAL, *_NETWORKS),
         "matched": _for_data({**_OFFICIAL, **_MATCHED}, *_NETWORKS),
         "fair": {

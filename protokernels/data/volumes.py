@@ -130,7 +130,8 @@ def patient_split(
 
     ``"paper"``: the patients, in a random order, are cut into a + b + c parts of equal size for the ratio a:b:c = a:1:1;
     fold k tests on part k and validates on the next one, so that every patient is tested once in a + 2 folds. Later
-    folds start over with another order.
+    folds start over with another order. (The paper splits "four times independently", where test sets overlap; sets that do not
+    make the spread over folds the more telling.)
 
     ``"official"``: for every fold its own random order; of n patients int(n / 2) train, int(n / 4) validate, int(n / 4)
     test and the rest, which the released code leaves out, train as well.

@@ -18,7 +18,9 @@ class BatchNorm1d(nn.BatchNorm1d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
-def mlp_head(channels_in: int, hidden: int, channels_out: int, *, layers: int = 3) -> nn.Sequential:
+def mlp_head(
+    channels_in: int, hidden: int, channels_out: int, *, layers: int = 3, norm_last: bool = False
+) -> nn.Sequential:
     """Linear layers with batch normalisation and ReLU between them, and neither after the last.
 
     A batch of one image is normalised by the running statistics. Projectors, expanders and predictors are such a head: SimCLR's
@@ -29,6 +31,7 @@ def mlp_head(channels_in: int, hidden: int, channels_out: int, *, layers: int = 
         hidden: width of the hidden layers.
         channels_out: width of the output.
         layers: number of linear layers, at least 1.
+        norm_last: normalise the last layer's output as well.
 
     Shape: [B, channels_in] -> [B, channels_out].
     """
@@ -38,7 +41,9 @@ def mlp_head(channels_in: int, hidden: int, channels_out: int, *, layers: int = 
     modules: list[nn.Module] = []
     for index, (before, after) in enumerate(pairwise(widths)):
         last = index == layers - 1
-        modules.append(nn.Linear(before, after, bias=last))  # normalisation has a bias of its own
+        modules.append(nn.Linear(before, after, bias=last and not norm_last))  # normalisation has a bias of its own
+        if not last or norm_last:
+            modules.append(BatchNorm1d(after))
         if not last:
-            modules += [BatchNorm1d(after), nn.ReLU()]
+            modules.append(nn.ReLU())
     return nn.Sequential(*modules)

@@ -94,6 +94,7 @@ class ContrastiveAutoencoderConfig(RunConfig):
     selection: bool = False  # for choosing hyper-parameters: score validation data only, never the test set
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self).__name__
         for key in ("temperature", "assignment_temperature", "learning_rate"):
             if not 0 < getattr(self, key) < math.inf:

@@ -103,7 +103,7 @@ class LocalContrastConfig(RunConfig):
     stride: int = 4  # pixels; methods with "stride" and "self"
     form: Literal["supcon", "in", "paper", "negout"] = "supcon"  # of methods with labels; without: "supcon"
     scope: Literal["group", "image"] = "group"
-    reduction: Literal["group", "anchor", "image"] = "group"
+    reduction: Literal["group", "anchor", "image"] = "group"  # image: Eq. 3, of every block and then over blocks
     drop_remainder: bool = False  # leave out the pixels beyond the last whole block
     identical_views: bool = False  # both views the same, as in the released code
     spatial_views: bool = False  # deform both views, labels along with them
@@ -127,11 +127,7 @@ class LocalContrastConfig(RunConfig):
     stages: str = ""  # folder in which runs share the stages before the last; empty: inside the run's own folder
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"LocalContrastConfig: {name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
-                )
+        super().__post_init__()
         if not 0 < self.labelled <= 1:
             raise ValueError(f"LocalContrastConfig: labelled must lie in (0, 1], a share; got {self.labelled}")
         positive = ["temperature", "global_temperature", "block_size", "stride", "width", "validations", "mixup_alpha"]
@@ -225,7 +221,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"stride-{step}": {"method": "global+local-stride", "stride": step} for step in (2, 4, 8)},
     **{f"temperature-{value}": {"temperature": value} for value in (0.05, 0.07, 0.1, 0.2, 0.5)},
     **{f"form-{form}": {"form": form} for form in ("in", "paper", "negout")},
-    "reduction-image": {"reduction": "image"},  # Eq. 3
+    "reduction-image": {"reduction": "image"},  # Eq. 3, in every block
     "scope-image": {"scope": "image"},  # a pixel meets its own image only
     "head-cls": {"local_head": "cls"},
     "spatial-views": {"spatial_views": True},  # which the text permits and the code does not use
@@ -234,17 +230,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "without-global": {"method": "local-block"},
     "without-local": {"method": "global"},
     "random": {"method": "random"},
-}
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "method": get_args(MethodName),
-    "split": ("paper", "official"),
-    "form": ("supcon", "in", "paper", "negout"),
-    "scope": ("group", "image"),
-    "reduction": ("group", "anchor", "image"),
-    "keep": ("best", "last"),
-    "global_head": get_args(GlobalHead),
-    "local_head": get_args(LocalHead),
 }
 
 _PRESETS: dict[str, dict[str, Any]] = {

@@ -103,13 +103,7 @@ class OptimizedViewsConfig(RunConfig):
     selection: bool = False  # for choosing hyper-parameters: score the validation set only, never the test set
 
     def __post_init__(self) -> None:
-        choices = {"strategy": StrategyName, "encoder": EncoderName}
-        choices |= {name: _literal(name) for name in ("sign", "reduction", "denominator", "statistics", "view")}
-        for name, kind in choices.items():
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"OptimizedViewsConfig: {name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}"
-                )
+        super().__post_init__()
         if not 0 < self.labelled <= 1:
             raise ValueError(f"OptimizedViewsConfig: labelled must lie in (0, 1], a share; got {self.labelled}")
         positive = ("image_size", "width", "m_width", "temperature", "m_every", "epochs", "batch_size", "learning_rate")
@@ -172,16 +166,6 @@ class OptimizedViewsConfig(RunConfig):
     def rate_of_m(self) -> float:
         """The learning rate of M."""
         return self.m_learning_rate or (1e-3 if self.weights[1] else 1e-4)
-
-
-def _literal(name: str) -> Any:
-    return {
-        "sign": Literal["text", "printed"],
-        "reduction": Literal["mean", "sum"],
-        "denominator": Literal["negatives", "all"],
-        "statistics": Literal["both", "untransformed"],
-        "view": Literal["new", "shared"],
-    }[name]
 
 
 _PRESETS: dict[str, dict[str, Any]] = {

@@ -159,12 +159,16 @@ def joined(before: ResultRow, now: ResultRow) -> ResultRow:
 
 
 def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
-    """A table per data set: the larger class, then by method what was published and ours."""
+    """A table per data set: the larger class, then by method what was published, whether it has been run or not, and ours."""
     made = []
     for data in dict.fromkeys(row["data"] for row in rows):
         chosen = [row for row in rows if row["data"] == data]
-        present = list(dict.fromkeys(row.get("method", "vaesim") for row in chosen))
-        methods = sorted(present, key=lambda method: METHODS.index(method) if method in METHODS else len(METHODS))
+        present = dict.fromkeys(row.get("method", "vaesim") for row in chosen)
+        have = {published_name(method) for method in present}
+        without = dict.fromkeys(row.method for row in PUBLISHED.get(data, ()) if row.method not in have)
+        methods = sorted(
+            [*present, *without], key=lambda name: METHODS.index(name) if name in METHODS else len(METHODS)
+        )
         rates = {
             split: Score(values["majority_rate"])
             for row in chosen
@@ -182,11 +186,16 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
     return made
 
 
+def published_name(method: str) -> str:
+    """The method under which a row of ours was published: of the ResNets the one of depth 50."""
+    return "resnet_transfer" if method.startswith("resnet50") else method
+
+
 def published_lines(data: str, method: str) -> list[Row]:
     """What the paper prints for a method, and what its authors' logs say."""
     lines = []
     for row in PUBLISHED.get(data, ()):
-        if row.method == ("resnet_transfer" if method.startswith("resnet50") else method):
+        if row.method == published_name(method):
             found = (row.accuracies.get(protocol) for protocol in (*PROTOCOLS, SUPERVISED))
             scores = (None if score is None else Score(*score, runs=row.runs) for score in found)
             lines.append(Row(row.method, (f"*{row.source}*", row.split, None, *scores, None, row.runs, None)))

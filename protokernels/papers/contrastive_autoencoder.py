@@ -36,7 +36,8 @@ What the paper leaves open, and our choice
     three sigma take), noise with a standard deviation of 0 to 0.1, crop of at least half of the image, each with a probability of 1/2;
     flips for digits too, in ``paper`` and ``official``.
     Neighbours: by h (``knn``) and by z (``knn_z``); linear layer: on z (``linear``) and, beyond the paper, on h (``linear_h``). The 20 %
-    of labels are drawn with the classes in their shares.
+    of labels are drawn with the classes in their shares. The linear layer of ``paper`` and ``official`` learns from the embeddings as they
+    are; ``fair`` is logistic regression on standardised ones (``linear_protocol``), whose scores are not to be compared with theirs.
 
 Known errors of the paper
     It is not said how precision and recall are averaged; rows with recall = accuracy are weighted by class, others are not. We report both.

@@ -42,7 +42,8 @@ Methods, the rows of Table 1 (``method``)
 What the paper leaves open, and our choice
     Eq. 2 takes the logarithm of a sum over positives, divides by negatives alone and by the number of positives outside; the
     code takes the mean over positives of the logarithm, with positives in the denominator, over all foreground of a block,
-    then over blocks. ``form`` and ``reduction``: the text's in ``paper``, the code's elsewhere; ``global+local-self`` has its
+    then over blocks. ``form`` and ``reduction``: the text's in ``paper`` (Eq. 3 within every block, then over blocks, section
+    2.3), the code's elsewhere; ``global+local-self`` has its
     positive in the denominator whatever ``form`` says, since Eq. 2 is that of the loss with labels. The temperature is not
     given: 0.1, that of the script. A pixel without positives makes the code's loss NaN; here it is no anchor. A batch
     without any foreground has loss and gradient 0; the code leaves its step out, here Adam's momentum goes on.
@@ -65,6 +66,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import protokernels
@@ -131,7 +133,7 @@ class GlobalContrast(nn.Module):
         loss = protokernels.nt_xent_loss(
             z_first, z_second, temperature=self.temperature, gather=process_count() > 1
         )  # Eq. 1
-        unit = torch.nn.functional.normalize(z.detach(), dim=1)
+        unit = F.normalize(z.detach(), dim=1)
         return loss, (1 - unit.mean(dim=0).square().sum()).clamp(min=0)
 
 
@@ -160,7 +162,8 @@ class LocalContrast(nn.Module):
 def local_loss(f: Tensor, labels: Tensor | None, config: LocalContrastConfig) -> Tensor:  # [2B, C, H, W], [2B, H, W]
     """Eq. 2 and 3, in blocks or on a grid (section 2.3); for the method without labels, a pixel against all others."""
     in_blocks = config.recipe.local_contrast == "block"
-    return protokernels.local_contrastive_loss(
+    by_block = in_blocks and labels is not None and config.reduction == "image"
+    loss = protokernels.local_contrastive_loss(
         f,
         labels,
         temperature=config.temperature,
@@ -168,9 +171,46 @@ def local_loss(f: Tensor, labels: Tensor | None, config: LocalContrastConfig) ->
         stride=None if in_blocks else config.stride,
         form=config.local_form,
         scope=config.scope,
-        reduction=config.reduction,
+        reduction="none" if by_block else config.reduction,
         drop_remainder=config.drop_remainder,
     )
+    return mean_over_blocks(loss, labels, config) if by_block and labels is not None else loss
+
+
+def mean_over_blocks(losses: Tensor, labels: Tensor, config: LocalContrastConfig) -> Tensor:  # [N, H, W] each -> []
+    """Eq. 3 of every block, the mean over the anchors of a map and then over the maps that have any, averaged over the blocks with
+    anchors (section 2.3)."""
+    size = config.block_size
+    H, W = labels.shape[1:]
+    if config.drop_remainder:
+        losses, labels = (x[:, : H // size * size, : W // size * size] for x in (losses, labels))
+
+    def sums(x: Tensor, of_all_maps: bool = False) -> Tensor:  # over the pixels of a block: [N, H / size, W / size]
+        below, right = (-length % size for length in x.shape[1:])
+        whole = F.pad(x, (0, right, 0, below))
+        blocks: Tensor = whole.unflatten(2, (-1, size)).unflatten(1, (-1, size)).sum(dim=(2, 4))
+        return blocks.sum(dim=0, keepdim=True).expand_as(blocks) if of_all_maps else blocks
+
+    def at_pixels(x: Tensor) -> Tensor:  # a block's number at each of its pixels: [N, H, W]
+        wide: Tensor = x.repeat_interleave(size, 1).repeat_interleave(size, 2)
+        return wide[:, : labels.shape[1], : labels.shape[2]]
+
+    together = config.scope == "group"  # a pixel meets those of all maps
+    everyone = at_pixels(sums(torch.ones_like(losses), together))
+    anchors = torch.zeros_like(losses)
+    for label in labels.unique().tolist():
+        own = (labels == label).to(losses.dtype)
+        peers = at_pixels(sums(own, together))
+        counts = (peers > 1) & (label != 0)
+        if config.local_form in ("paper", "negout"):
+            counts &= everyone > peers
+        anchors += own * counts
+    number = sums(anchors)
+    has = number > 0
+    of_maps = sums(losses * anchors) / number.clamp(min=1)  # Eq. 3, inside
+    of_blocks = of_maps.sum(dim=0) / has.sum(dim=0).clamp(min=1)
+    mean: Tensor = of_blocks.sum() / has.any(dim=0).sum().clamp(min=1)
+    return mean
 
 
 def contrast_globally(images: Tensor, session: Session) -> None:  # [N, 1, H, W] in [0, 1]

@@ -27,11 +27,13 @@ What could be recovered
     with the paper's, and nothing says that ours would be theirs.
 
 Our choices
-    Eq. 1 gives the cosine itself, but transport that minimises it would pair what is unlike: the cost is 1 - cos.
+    Eq. 1 gives the cosine itself, but transport that minimises it would pair what is unlike: the cost is 1 - cos
+    (``cost``).
     epsilon = 0.05 and 50 iterations: SwAV's epsilon; at 0.1 the plan of correlated features is almost uniform.
     alpha = beta = 25, eta = 1: VICReg's, and those of the authors' MLVICX. VICReg halves the sum of the two variance
     terms, the objective above does not: ``halve_variance``.
-    No normalisation at the expander's end: it would fix every standard deviation and leave the variance term idle.
+    No normalisation at the expander's end: it would fix every standard deviation and leave the variance term idle
+    (``expander_norm``).
     The gradient goes through the iterations (``"unrolled"``). With a detached plan CV-SIM would not learn at all: the
     masses act through the plan only.
     CV-SIM's tokens are not said. ``"heads"`` (default): the h heads of one image's q attend to those of the other
@@ -82,11 +84,13 @@ class OPTiMLConfig(PretrainingConfig):
     set."""
 
     expander_dim: int = 512  # width of the three layers of the expansion head
+    expander_norm: bool = False  # batch normalisation at its end, as in the authors' MLVICX
     marginals: Literal["cvsim", "uniform"] = "cvsim"  # where the masses of the positions come from
     cvsim: Literal["heads", "batch", "dense"] = "heads"  # what attends to what
     num_heads: int = 8  # h
     head_dim: int = 64  # d
     alignment: Literal["transport", "mse"] = "transport"  # of dense maps, or VICReg's squared distance of q_s and q_t
+    cost: Literal["cosine", "neg_cos", "similarity"] = "cosine"  # 1 - cos; - cos; or cos, Eq. 1 to the letter
     epsilon: float = 0.05  # entropic regularisation in units of cost
     num_iters: int = 50  # Sinkhorn iterations
     value: Literal["transport", "entropic"] = "transport"  # <P, C>, or with the entropy term
@@ -120,11 +124,17 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "cvsim-batch": {"cvsim": "batch"},
     "cvsim-dense": {"cvsim": "dense"},
     "halved-variance": {"halve_variance": True},
+    "cost-similarity": {"cost": "similarity"},  # Eq. 1 to the letter
+    "cost-neg-cos": {"cost": "neg_cos"},  # the same plan and gradients, another value
+    "expander-norm": {"expander_norm": True},
     "value-transport": {"value": "transport", "gradient": "unrolled"},
     "value-entropic": {"value": "entropic"},
     "envelope-gradient": {"value": "entropic", "gradient": "envelope"},
     **{f"epsilon-{epsilon}": {"epsilon": epsilon} for epsilon in (0.01, 0.02, 0.1, 0.2)},
     **{f"iterations-{number}": {"num_iters": number} for number in (5, 20, 200)},
+    **{f"alpha-{weight}": {"alpha": float(weight)} for weight in (1, 5, 100)},
+    **{f"beta-{weight}": {"beta": float(weight)} for weight in (1, 5, 100)},
+    **{f"eta-{weight}": {"eta": float(weight)} for weight in (0.1, 10)},
 }
 
 
@@ -198,7 +208,7 @@ class OPTiML(Method):
         self.config = config
         self.encoder = config.make_encoder(channels)
         dim, width = self.encoder.dim, config.expander_dim
-        self.expander = mlp_head(dim, width, width)
+        self.expander = mlp_head(dim, width, width, norm_last=config.expander_norm)
         side = -(-config.image_size // self.encoder.stride)  # every stride rounds up
         self.side = side
         self.cvsim: CrossView | None = None
@@ -214,7 +224,7 @@ class OPTiML(Method):
     def align(self, first: Tensor, second: Tensor) -> Alignment:
         """The transport between the positions of two views."""
         (F_s, q_s), (F_t, q_t) = self.embed(first), self.embed(second)
-        cost = cosine_cost(F_s, F_t)
+        cost = position_cost(F_s, F_t, self.config.cost)
         if self.cvsim is None:
             a = b = cost.new_full(cost.shape[:2], 1 / cost.shape[1])
         else:
@@ -239,10 +249,11 @@ class OPTiML(Method):
         return {**losses, **diagnostics(aligned)}
 
 
-def cosine_cost(first: Tensor, second: Tensor) -> Tensor:  # [B, n, D], [B, m, D] -> [B, n, m] float32 in [0, 2]
-    """C_ij = 1 - z_i . z_j / (|z_i| |z_j|), Eq. 1 as a cost; a position without any activation has the cost 1."""
+def position_cost(first: Tensor, second: Tensor, kind: str) -> Tensor:  # [B, n, D], [B, m, D] -> [B, n, m] float32
+    """C_ij from cos_ij = z_i . z_j / (|z_i| |z_j|), Eq. 1; the cosine of a position without any activation is 0."""
     with torch.autocast(first.device.type, enabled=False):
-        return 1 - F.normalize(first.float(), dim=2) @ F.normalize(second.float(), dim=2).transpose(1, 2)
+        cosine = F.normalize(first.float(), dim=2) @ F.normalize(second.float(), dim=2).transpose(1, 2)
+    return cosine if kind == "similarity" else -cosine if kind == "neg_cos" else 1 - cosine
 
 
 def objective(alignment: Tensor, q_first: Tensor, q_second: Tensor, config: OPTiMLConfig) -> dict[str, Tensor]:

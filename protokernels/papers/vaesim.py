@@ -99,6 +99,7 @@ class VAESimConfig(RunConfig):
     selection: bool = False  # for choosing hyper-parameters: score validation data only, never the test set
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = ("image_size", "latent_dim", "num_prototypes", "epochs", "batch_size", "knn_k")
         self.check_positive(*sizes, "prior_std", "learning_rate")
         if self.num_prototypes > self.batch_size:

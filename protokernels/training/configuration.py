@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config", bound="RunConfig")
 
@@ -12,10 +13,17 @@ Config = TypeVar("Config", bound="RunConfig")
 @dataclass(frozen=True)
 class RunConfig:
     """Everything a result depends on, apart from seed, precision and hardware. A paper's dataclass inherits it and adds its own
-    fields."""
+    fields; ``ValueError`` for a word that a field of type ``Literal`` does not know."""
 
     data: str = "digits"
     preset_name: str = "custom"  # where the values started from; kept with the results
+
+    def __post_init__(self) -> None:
+        kind: type = type(self)
+        for name, words in _choices(kind).items():
+            if getattr(self, name) not in words:
+                known = ", ".join(map(str, words))
+                raise ValueError(f"{type(self).__name__}: {name} must be one of {known}; got {getattr(self, name)!r}")
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
@@ -43,3 +51,9 @@ class RunConfig:
         for name in names:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{type(self).__name__}: {name} must not be negative; got {getattr(self, name)}")
+
+
+@cache
+def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
+    """The words of every field of type ``Literal``."""
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}

@@ -63,6 +63,7 @@ class PretrainingConfig(RunConfig):
     POSITIVE: ClassVar[tuple[str, ...]] = ()  # a method's own fields that have to be
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_positive("image_size", "width", "last_stride", "batch_size", "crop_scale", *self.POSITIVE)
         if not self.learning_rate > 0 or not self.weight_decay >= 0:
             raise ValueError(
