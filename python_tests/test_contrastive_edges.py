@@ -188,3 +188,34 @@ class TestContract:
             cross_view_loss(x, x, temperature=-1)
         with pytest.raises(TypeError, match=r"cross_view_loss: second must be a torch\.Tensor"):
             cross_view_loss(x, None)  # type: ignore[arg-type]
+
+
+class TestIgnored:
+    @pytest.mark.parametrize("thing", [float("nan"), float("inf")])
+    def test_what_takes_no_part_gets_no_gradient_whatever_it_holds(self, place: Place, thing: float) -> None:
+        labels = torch.tensor([1, 1, 0, 2, 2, 1, 0, 2], device=place.device)
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).to(place.device)
+        x[3] = 0  # a vector without a direction, beside one that is no vector
+        broken = x.clone()
+        broken[2, 1] = broken[6, 0] = thing
+        maps = [v.view(2, 2, 2, 4).movedim(-1, 1).contiguous() for v in (x, broken)]
+        grid = labels.view(2, 2, 2)
+        for whole, part, call in (
+            (x, broken, lambda v: supcon_loss(v, labels, ignore_index=0)),
+            (*maps, lambda v: local_contrastive_loss(v, grid, ignore_index=0, background=None)),
+        ):
+            gradients, losses = [], []
+            for value in (whole, part):
+                value = value.clone().requires_grad_()
+                loss = call(value)
+                losses.append(loss.detach())
+                gradients.append(torch.autograd.grad(loss, value)[0])
+            assert torch.equal(*losses) and torch.equal(*gradients)
+            absent = (labels == 0) if whole is x else (grid == 0).unsqueeze(1).expand_as(whole)
+            assert gradients[0].abs().sum() > 0 and torch.equal(
+                gradients[0][absent], torch.zeros_like(gradients[0][absent])
+            )
+
+    def test_embeddings_of_no_dimension_are_named(self, place: Place) -> None:
+        with pytest.raises(ValueError, match=r"embeddings must have shape \[N, D\] with D at least 1; got \[3, 0\]"):
+            supcon_loss(torch.rand(3, 0, device=place.device), torch.zeros(3, dtype=torch.int64, device=place.device))

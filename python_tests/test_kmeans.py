@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sklearn.base
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,6 +123,25 @@ class TestKMeans:
         torch.testing.assert_close(distances, torch.cdist(new, model.cluster_centers_), rtol=1e-4, atol=1e-4)
         assert torch.equal(distances.argmin(1), model.predict(new))
         assert torch.equal(KMeans(4).fit_predict(x), model.labels_)
+
+    def test_scikit_learns_tools_know_it(self, place: Place) -> None:
+        x = torch.randn(20, 3, device=place.device, generator=place.seeded(0))
+        model = KMeans(np.int64(3), n_init=2, random_state=np.int64(1))  # as a search over parameters hands them over
+        copy = sklearn.base.clone(model).set_params(n_clusters=4)
+        assert copy.get_params() == {**model.get_params(), "n_clusters": 4}
+        assert repr(copy).startswith("KMeans(n_clusters=4, init='k-means++'")
+        assert torch.equal(copy.fit_transform(x, None), copy.transform(x)) and copy.cluster_centers_.shape == (4, 3)
+        assert copy.score(x) == pytest.approx(-copy.inertia_)
+        with pytest.raises(ValueError, match="unknown parameters clusters; known are n_clusters, "):
+            copy.set_params(clusters=3)
+        with pytest.raises(ValueError, match="n_clusters must be a positive integer; got 0"):
+            copy.set_params(n_clusters=0)
+
+    def test_rows_too_large_for_their_type_are_refused(self, place: Place) -> None:
+        x = torch.randn(9, 2, device=place.device, generator=place.seeded(0)) * 1e25
+        with pytest.raises(ValueError, match=r"more than float32 can hold; scale x, or pass x\.double\(\)"):
+            KMeans(2).fit(x)
+        assert math.isfinite(KMeans(2).fit(x.double()).inertia_)
 
     def test_the_input_is_not_modified(self, place: Place) -> None:
         x = blobs(4, 3, 20)[0].to(place.device)

@@ -70,6 +70,27 @@ class TestInitialisation:
         ):
             Prototypes(5, 5)(z)
 
+    def test_rows_that_are_not_finite_are_not_drawn(self, place: Place) -> None:
+        z = draw(8, 4, 5)[0].to(place.device)
+        z[2, 1], z[5, 0] = math.nan, math.inf
+        for seed in range(10):
+            module = Prototypes(6, 5, skip_nonfinite=True, generator=place.seeded(seed)).to(place.device)
+            module.initialize(z)
+            assert module.prototypes.isfinite().all()
+        with pytest.raises(ValueError, match="num_prototypes = 7 rows to start from; got 6 without NaN and infinity"):
+            Prototypes(7, 5, skip_nonfinite=True).to(place.device).initialize(z)
+
+    def test_arrays_are_named(self) -> None:
+        fresh, started_one = Prototypes(2, 3), Prototypes(2, 3)
+        started_one(torch.rand(4, 3))
+        asleep = Prototypes(2, 3)
+        asleep(torch.rand(4, 3))
+        for work in (fresh, fresh.initialize, started_one, started_one.assign, asleep.eval()):
+            with pytest.raises(
+                TypeError, match=r"z must be a torch.Tensor of shape .*; got a numpy.ndarray \[4, 3\]; pass torch"
+            ):
+                work(torch.rand(4, 3).numpy())  # type: ignore[arg-type]
+
     def test_wrong_input_is_named(self) -> None:
         module = Prototypes(4, 5)
         with pytest.raises(ValueError, match=r"z must have shape \[B, 5\]; got \[8, 3\]"):

@@ -119,9 +119,18 @@ class TestValue:
 
     def test_in_place_of_shared_memory_is_refused(self, place: Place) -> None:
         q, z = torch.zeros(1, 7, device=place.device), torch.ones(2, 7, device=place.device)
-        for target in (q.expand(5, 7), q[:, :1].expand(1, 7)):
+        windows = torch.zeros(60, device=place.device)
+        overlapping = (
+            windows.as_strided((5, 7), (1, 1)),
+            windows.as_strided((5, 7), (6, 1)),
+            windows.as_strided((5, 7), (4, 6)),
+        )
+        for target in (q.expand(5, 7), q[:, :1].expand(1, 7), *overlapping):
             with pytest.raises(ValueError, match=r"update_prototypes_: .* pass prototypes.clone\(\)"):
                 update_prototypes_(target, z, torch.zeros(2, dtype=torch.int64, device=place.device), new_weight=0.5)
+        for strides in ((7, 1), (1, 5), (2, 13)):  # none of theirs lie in one place
+            target = torch.zeros(100, device=place.device).as_strided((5, 7), strides)
+            update_prototypes_(target, z, torch.zeros(2, dtype=torch.int64, device=place.device), new_weight=0.5)
         with pytest.raises(TypeError, match="prototypes must be"):
             update_prototypes_(None, z, z[:, 0].long(), new_weight=0.5)  # type: ignore[arg-type]
 

@@ -238,6 +238,15 @@ class TestClosedForms:
         blurred = gaussian_blur(image, torch.tensor([0.5, 3.0], device=place.device), padding=padding)
         torch.testing.assert_close(blurred, image, rtol=1e-6, atol=0)
 
+    def test_many_turns_are_as_good_as_none(self, place: Place) -> None:
+        """Turns are taken off before float32 would take the angle's digits for them."""
+        images = torch.rand(1, 1, 9, 9, device=place.device)
+        for angle in (1e4, -1e6, 2 * math.pi * 12345.25):
+            expected = rotate(images, math.remainder(angle, 2 * math.pi))
+            torch.testing.assert_close(rotate(images, angle), expected, rtol=0, atol=1e-4)
+            wide = torch.tensor([angle], dtype=torch.float64, device=place.device)
+            torch.testing.assert_close(rotate(images, wide), expected, rtol=0, atol=1e-4)
+
     def test_the_crop_is_a_window_of_a_quarter_of_the_sides(self, place: Place) -> None:
         """Half the height at the window's edge; at a corner no more than at an edge; the centre may lie outside."""
         ones = torch.ones(1, 1, 64, 64, device=place.device, dtype=torch.float64)

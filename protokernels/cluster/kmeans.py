@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..ops._checks import check_matrix, check_same_device, check_whole, describe
 from ..ops.nearest import Assignment, assign, nearest
 from ..ops.prototypes import blend_prototypes, update_prototypes
 
+PARAMETERS = ("n_clusters", "init", "n_init", "max_iter", "tol", "random_state")
 BLOCK_ENTRIES = 1 << 21
 """Differences held at a time while seeding."""
 
@@ -38,7 +40,8 @@ class KMeans:
     its own. The result depends on ``random_state`` only: not on the number of threads, nor on the order in which sums are
     taken.
 
-    Names and meanings are those of ``sklearn.cluster.KMeans``; data are tensors, on any device.
+    Names and meanings are those of ``sklearn.cluster.KMeans`` as far as they are here (``sklearn.base.clone`` copies a model); there are no
+    weights of rows, no ``n_init="auto"`` and no ``init="random"``. Data are tensors, on any device.
 
     Args:
         n_clusters: K.
@@ -79,18 +82,36 @@ class KMeans:
         random_state: int = 0,
     ) -> None:
         for name, value in (("n_clusters", n_clusters), ("n_init", n_init), ("max_iter", max_iter)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"KMeans: {name} must be a positive integer; got {value!r}")
         if not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
             raise ValueError(f"KMeans: tol must be a finite number, not negative; got {tol!r}")
-        if not isinstance(init, Tensor) and init != "k-means++":
-            raise ValueError(f"KMeans: init must be 'k-means++' or a tensor of centers [K, D]; got {init!r}")
-        check_whole("KMeans", "random_state", random_state)
+        if not isinstance(init, Tensor) and not (isinstance(init, str) and init == "k-means++"):
+            got = repr(init) if isinstance(init, str) else describe(init)
+            raise ValueError(f"KMeans: init must be 'k-means++' or a tensor of centers [K, D]; got {got}")
+        check_whole("KMeans", "random_state", int(random_state) if isinstance(random_state, Integral) else random_state)
         self.n_clusters, self.init, self.n_init = n_clusters, init, n_init
         self.max_iter, self.tol, self.random_state = max_iter, tol, random_state
 
-    def fit(self, x: Tensor) -> KMeans:  # [N, D]
-        """Finds the centers of ``x``.
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The constructor's arguments, as scikit-learn's tools ask for them."""
+        return {name: getattr(self, name) for name in PARAMETERS}
+
+    def set_params(self, **params: Any) -> KMeans:
+        """Changes arguments of the constructor; what ``fit`` found stays until the next one."""
+        if unknown := sorted(params.keys() - set(PARAMETERS)):
+            raise ValueError(f"KMeans: unknown parameters {', '.join(unknown)}; known are {', '.join(PARAMETERS)}")
+        for name, value in KMeans(**{**self.get_params(), **params}).get_params().items():
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        init = self.init if isinstance(self.init, str) else describe(self.init)
+        values = {**self.get_params(), "init": init}
+        return f"KMeans({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+    def fit(self, x: Tensor, y: None = None) -> KMeans:  # [N, D]
+        """Finds the centers of ``x``; ``y`` is not looked at.
 
         Raises:
             TypeError: no floating-point tensor. ValueError: wrong shape, NaN or infinity, fewer rows than clusters.
@@ -98,7 +119,7 @@ class KMeans:
         x = self._checked("fit", x)
         if len(x) < self.n_clusters:
             raise ValueError(f"KMeans: {self.n_clusters} clusters need as many rows; got {describe(x)}")
-        generator = torch.Generator().manual_seed(self.random_state)
+        generator = torch.Generator().manual_seed(int(self.random_state))
         threshold = self.tol * _mean_variance(x) if self.tol > 0 else 0.0
         best: _Solution | None = None
         for _ in range(1 if isinstance(self.init, Tensor) else self.n_init):
@@ -106,6 +127,11 @@ class KMeans:
             if best is None or found.inertia < best.inertia:
                 best = found
         assert best is not None
+        if not math.isfinite(best.inertia):
+            raise ValueError(
+                f"KMeans: squared distances of these rows are more than {str(x.dtype).removeprefix('torch.')} can hold; scale x"
+                f"{'' if x.dtype == torch.float64 else ', or pass x.double()'}"
+            )
         if best.empty:
             warnings.warn(
                 f"KMeans: {best.empty} of {self.n_clusters} clusters have no rows: there are fewer distinct rows than clusters",
@@ -120,9 +146,19 @@ class KMeans:
         """The cluster of each row: the nearest center, of equally near ones the first."""
         return assign(self._against_centers("predict", x), self.cluster_centers_).labels
 
-    def fit_predict(self, x: Tensor) -> Tensor:  # [N, D] -> [N] int64
+    def fit_predict(self, x: Tensor, y: None = None) -> Tensor:  # [N, D] -> [N] int64
         """``fit(x).labels_``."""
         return self.fit(x).labels_
+
+    def fit_transform(self, x: Tensor, y: None = None) -> Tensor:  # [N, D] -> [N, K]
+        """``fit(x).transform(x)``."""
+        return self.fit(x).transform(x)
+
+    def score(self, x: Tensor, y: None = None) -> float:  # [N, D]
+        """Minus the inertia of ``x``, so that more is better."""
+        found = assign(self._against_centers("score", x), self.cluster_centers_, with_distances=True)
+        assert found.distances is not None
+        return -float(_total(found.distances))
 
     def transform(self, x: Tensor) -> Tensor:  # [N, D] -> [N, K]
         """Euclidean distances to every center."""

@@ -141,7 +141,7 @@ class Prototypes(nn.Module):
         if not self.training:
             self._require_initialized()
             return self._soft_assign(z).assignment
-        if not self._is_initialized():
+        if not self._is_initialized() or not isinstance(z, Tensor):
             self.initialize(z)
         # The buffer is overwritten below while autograd still needs the prototypes of this pass.
         current = self.prototypes.clone() if z.requires_grad else self.prototypes
@@ -161,26 +161,29 @@ class Prototypes(nn.Module):
     def assign(self, z: Tensor) -> Tensor:  # [B, D] -> [B] int64
         """The most similar prototype of each row; changes nothing."""
         self._require_initialized()
-        labels = self._soft_assign(z.detach()).labels
+        labels = self._soft_assign(z.detach() if isinstance(z, Tensor) else z).labels
         assert labels is not None
         return labels
 
     @torch.no_grad()
     def initialize(self, z: Tensor) -> None:  # [B, D]
-        """Sets the prototypes to K distinct random rows of ``z`` (rank 0's choice for all ranks). Called by the first
-        ``forward`` in training.
+        """Sets the prototypes to K distinct random rows of ``z`` (rank 0's choice for all ranks), with ``skip_nonfinite`` of the rows
+        without NaN or infinity. Called by the first ``forward`` in training.
 
         Raises:
-            ValueError: ``z`` has fewer than K rows or values that are not finite.
+            ValueError: ``z`` has fewer than K rows to choose from, or those chosen have values that are not finite.
         """
         K = self.prototypes.shape[0]
         _checks.check_matrix("Prototypes", "z", z, f"[B, {self.prototypes.shape[1]}]")
         _checks.check_same_device("Prototypes", "prototypes", self.prototypes, "z", z)
         if z.shape[1] != self.prototypes.shape[1]:
             raise ValueError(f"Prototypes: z must have shape [B, {self.prototypes.shape[1]}]; got {list(z.shape)}")
+        if self.skip_nonfinite:
+            z = z[z.isfinite().all(dim=1)]
         if z.shape[0] < K:
             raise ValueError(
-                f"Prototypes: the first batch must hold at least num_prototypes = {K} rows to start from; got {z.shape[0]}; "
+                f"Prototypes: the first batch must hold at least num_prototypes = {K} rows to start from; got {z.shape[0]}"
+                f"{' without NaN and infinity' if self.skip_nonfinite else ''}; "
                 "use a larger batch or call initialize(z) with more embeddings before training"
             )
         rows = z.detach()[

@@ -24,6 +24,10 @@ _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 _TRANSFORMED: dict[str, type[torch.autograd.Function]] = {}
 _NUMBERS = frozenset((type(None), bool, int, float, list, tuple))
 """Arguments of these types are no tensors; to ask ``isinstance`` of each would take longer than some kernels."""
+_NO_FORWARD_MODE = (
+    "{}: the native kernels have no forward-mode derivative; use `with protokernels.backend.use('reference')` "
+    "around the call"
+)
 _below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
 _modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
@@ -57,21 +61,24 @@ def register(name: str, fake: Formula, *, setup: Formula | None = None, backward
 
 def call(name: str, *arguments: Any) -> Any:
     """Calls a native operator, differentiably if one of the arguments asks for a gradient."""
-    if not torch.compiler.is_compiling() and _transforms is not None and _transforms() and name in _TRANSFORMED:
+    if not torch.compiler.is_compiling() and is_transformed() and name in _TRANSFORMED:
         return _TRANSFORMED[name].apply(*arguments)
     tensors = None if torch.compiler.is_compiling() else _plain_tensors(arguments)
     if tensors is None:
         return getattr(torch.ops.protokernels, name)(*arguments)
     if getattr(forward_ad, "_current_level", -1) >= 0 and _has_tangent(tensors):
-        raise NotImplementedError(
-            f"{name}: the native kernels have no forward-mode derivative; use `with protokernels.backend.use('reference')` around the call"
-        )
+        raise NotImplementedError(_NO_FORWARD_MODE.format(name))
     if name in _FUNCTIONS and torch.is_grad_enabled():
         for x in tensors:
             if x.requires_grad:
                 return _FUNCTIONS[name].apply(*arguments)
     with _below_autograd():
         return _kernel(name)(*arguments)
+
+
+def is_transformed() -> bool:
+    """Under ``torch.func.vmap``, ``grad`` and the like, where tensors may stand for many and have no values to look at."""
+    return _transforms is not None and bool(_transforms())
 
 
 def _kernel(name: str) -> Any:
@@ -103,10 +110,14 @@ def _transformed(name: str, setup: Formula | None, backward: Formula) -> type[to
     def forward(*arguments: Any) -> Any:
         return getattr(torch.ops.protokernels, name)(*arguments)
 
+    def jvp(ctx: Any, *_tangents: Any) -> Any:
+        raise NotImplementedError(_NO_FORWARD_MODE.format(name))
+
     members = {
         "forward": staticmethod(forward),
         "setup_context": staticmethod(setup or _keep_nothing),
         "backward": staticmethod(backward),
+        "jvp": staticmethod(jvp),
         "generate_vmap_rule": True,
     }
     return type(f"protokernels_{name}_transformed", (torch.autograd.Function,), members)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +16,13 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def describe(value: object) -> str:
-    """``float32 [8, 32] on cpu`` for a tensor, the type's name for anything else."""
+    """``float32 [8, 32] on cpu`` for a tensor, the type's name for anything else; what to do about NumPy's."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    if isinstance(value, np.generic):
+        return f"numpy.{type(value).__name__}; pass {'int' if isinstance(value, np.integer) else 'float'}(...) of it"
+    if isinstance(value, np.ndarray):
+        return f"a numpy.ndarray {list(value.shape)}; pass torch.from_numpy(...) of it"
     return type(value).__name__
 
 

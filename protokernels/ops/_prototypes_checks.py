@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,14 +30,24 @@ def check_pair(op: str, z: object, prototypes: object, similarity: str) -> None:
 
 
 def check_written(op: str, prototypes: object) -> None:
-    """No elements that share their memory, as an expanded tensor has them."""
+    """No elements that share their memory, as an expanded tensor has them, or one of overlapping windows."""
     if not isinstance(prototypes, Tensor) or prototypes.layout is not torch.strided:
         return
-    if any(size > 1 and stride == 0 for size, stride in zip(prototypes.shape, prototypes.stride(), strict=True)):
+    if _overlaps(prototypes.shape, prototypes.stride()):
         raise ValueError(
-            f"{op}: prototypes are written to, and some of theirs share their memory (an expanded tensor); got "
+            f"{op}: prototypes are written to, and some of theirs share their memory (expanded or overlapping); got "
             f"{_checks.describe(prototypes)} with strides {list(prototypes.stride())}; pass prototypes.clone()"
         )
+
+
+def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether two elements of a matrix lie in one place; of other tensors, which are refused anyway, only whether one is expanded."""
+    if any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True)):
+        return True
+    if len(shape) != 2 or 0 in shape or 1 in shape:
+        return False
+    shared = math.gcd(*strides)  # i rows and j columns apart lie in one place first where i strides[0] = j strides[1]
+    return strides[1] // shared < shape[0] and strides[0] // shared < shape[1]
 
 
 def check_drawing(op: str, sample: object, generator: object, skip_nonfinite: object) -> None:

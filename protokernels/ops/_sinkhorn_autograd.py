@@ -17,6 +17,10 @@ from torch import Tensor
 from . import _calls
 
 Grad = Tensor | None
+NO_SECOND_DERIVATIVE = (
+    "sinkhorn_features and sinkhorn_divergence have no second derivative and no forward mode; sinkhorn(cost, gradient='unrolled') on the "
+    "reference backend has"
+)
 
 
 def _fake_solution(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
@@ -144,9 +148,13 @@ def _features_backward(
 
 def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
     raise NotImplementedError(
-        "sinkhorn: the native kernels have no second derivative; "
-        "use `with protokernels.backend.use('reference')` around the forward pass"
+        "sinkhorn: the native kernels have no second derivative; gradient='unrolled' has one with "
+        "`with protokernels.backend.use('reference')` around the forward pass"
     )
+
+
+def _no_second_derivative_of_features(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
+    raise NotImplementedError(NO_SECOND_DERIVATIVE)
 
 
 def _fake_plan(cost: Tensor, f: Tensor, g: Tensor, epsilon: Tensor) -> Tensor:
@@ -181,4 +189,4 @@ _calls.register("sinkhorn_features_forward", _fake_features_forward, setup=_setu
 _calls.register("sinkhorn_backward", _fake_backward, backward=_no_second_derivative)
 _calls.register("sinkhorn_plan_backward", _fake_plan_backward, backward=_no_second_derivative)
 _calls.register("sinkhorn_envelope_backward", _fake_envelope_backward, backward=_no_second_derivative)
-_calls.register("sinkhorn_features_backward", _fake_features_backward, backward=_no_second_derivative)
+_calls.register("sinkhorn_features_backward", _fake_features_backward, backward=_no_second_derivative_of_features)

@@ -11,7 +11,9 @@ from torch import Tensor
 from .. import backend
 from ..reference import prototypes as prototypes_reference
 from ..reference import sinkhorn as reference
+from ..reference._derivatives import first_order
 from . import _calls, _checks
+from ._sinkhorn_autograd import NO_SECOND_DERIVATIVE
 from ._sinkhorn_problem import (
     Penalty,
     Problem,
@@ -187,9 +189,11 @@ def _solve(
     precision: Precision,
 ) -> reference.Solution:
     a, b, epsilon, start, num_iters, tol, rho = problem
+    a, b = first_order(a, NO_SECOND_DERIVATIVE), first_order(b, NO_SECOND_DERIVATIVE)
     if backend.native_serves(x.device):
         settings = cost == "cosine", num_iters, tol, *rho, PRECISIONS.index(precision)
         return reference.Solution(*_calls.call("sinkhorn_features_forward", x, y, a, b, epsilon, start, *settings))
+    x, y, epsilon = (first_order(value, NO_SECOND_DERIVATIVE) for value in (x, y, epsilon))
     return reference.solve_envelope(reference.cost_matrix(x, y, cost), a, b, epsilon, start, num_iters, tol, rho)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference.sinkhorn import FEASIBLE_MASS
-from . import _checks
+from . import _calls, _checks
 
 Gradient = Literal["unrolled", "implicit", "envelope"]
 Penalty = float | tuple[float, float]
@@ -73,8 +73,8 @@ def prepare(
 
 
 def values_are_at_hand(like: Tensor) -> bool:
-    """Looking at values costs nothing: on the CPU and not while tracing."""
-    return like.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Looking at values costs nothing, and there are some: on the CPU, not while tracing, nor under ``torch.func``."""
+    return like.device.type == "cpu" and not torch.compiler.is_compiling() and not _calls.is_transformed()
 
 
 def anneal(
@@ -251,7 +251,7 @@ def penalties(op: str, value: object) -> tuple[float, float]:
             number = math.inf
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise TypeError(
-                f"{op}: marginal_penalty must be a positive number or a pair; got {_checks.describe(number)}"
+                f"{op}: marginal_penalty must be a positive number or a tuple of two; got {_checks.describe(number)}"
             )
         if not 0 < number <= _checks.LARGEST and number != math.inf:
             raise ValueError(f"{op}: marginal_penalty must be positive, or None for exact marginals; got {number}")

@@ -49,6 +49,7 @@ class SinkhornResult:
     _epsilon: Tensor  # [B]
     _mass: Tensor  # [B, N], a
     _tol: float
+    _versions: tuple[int, ...]  # of the sources and epsilon
     _kept: dict[str, Tensor]
 
     @property
@@ -59,12 +60,20 @@ class SinkhornResult:
 
     @property
     def plan(self) -> Tensor:  # [B, N, M]
-        """P = exp((f + g - C) / epsilon), differentiable as ``gradient`` says. From features it costs B N M memory and has no gradient."""
+        """P = exp((f + g - C) / epsilon), differentiable as ``gradient`` says. From features it costs B N M memory and has no gradient.
+
+        ``RuntimeError`` where the costs, features or epsilons have been changed in place since they were solved (such as by an
+        optimiser's step) and the plan had not been read before.
+        """
         if "plan" not in self._kept:
+            self._check_unchanged("plan")
             first, last = self._source[0], self._source[-1]
             cost = first if self._kind == "dense" else reference.cost_matrix(first, last, self._kind)
             plan = self._plan_of(cost, self.f)
-            if not torch.is_grad_enabled() and (self.f.requires_grad or first.requires_grad):
+            recorded = self.f.requires_grad or first.requires_grad
+            if (recorded and not torch.is_grad_enabled()) or (
+                torch.is_inference(plan) and not torch.is_inference(self.f)
+            ):
                 return plan  # where gradients are recorded it is another one
             self._kept["plan"] = plan
         return self._kept["plan"]
@@ -83,6 +92,7 @@ class SinkhornResult:
         with without_autocast(y.device.type):
             if self._kind == "dense" or "plan" in self._kept:
                 return self.plan @ y
+            self._check_unchanged("apply")
             x, points = self._source
             step = max(1, ROWS_AT_ONCE // max(1, self.g.numel()))
             blocks = [
@@ -90,6 +100,14 @@ class SinkhornResult:
                 for rows, f in zip(x.split(step, -2), self.f.split(step, -1), strict=True)
             ]
             return torch.cat(blocks, dim=-2)
+
+    def _check_unchanged(self, what: str) -> None:
+        now = _versions_of(*self._source, self._epsilon)
+        if any(new > old for new, old in zip(now, self._versions, strict=False)):  # a copy starts to count anew
+            raise RuntimeError(
+                f"SinkhornResult.{what}: what was solved has been changed in place since, such as by an optimiser's step; read plan "
+                "before that, or solve for a copy"
+            )
 
     def __repr__(self) -> str:
         sizes = " x ".join(str(size) for size in (*self.f.shape, self.g.shape[-1]))
@@ -127,7 +145,14 @@ def result_of(
     if single:
         solution = reference.Solution(*(t.squeeze(0) for t in solution))
         source, mass = tuple(t.squeeze(0) for t in source), mass.squeeze(0)
-    return SinkhornResult(*solution, source, kind, epsilon, mass, problem.tol, {})
+    return SinkhornResult(*solution, source, kind, epsilon, mass, problem.tol, _versions_of(*source, epsilon), {})
+
+
+def _versions_of(*tensors: Tensor) -> tuple[int, ...]:
+    """How often each has been written to; tensors of inference mode do not count, nor does anything while compiling."""
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple(-1 if x.is_inference() else x._version for x in tensors)
 
 
 def _constant(x: Tensor) -> Tensor:

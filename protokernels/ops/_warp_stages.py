@@ -213,8 +213,13 @@ def rotate(
     _checks.check_choice(op, "axis", axis, DIMENSIONS if images.dim() == 5 else ("depth",))
     _checks.check_choice(op, "padding_mode", padding_mode, reference.AFFINE_PADDINGS)
     if isinstance(angle, (int, float)) and not isinstance(angle, bool):
+        checks.check_range(op, "angle", angle, checks.compute_dtype(images))
         turns: float | Tensor = angle / (2 * math.pi)  # in float64: multiples of pi / 2 are exact
+        if math.isfinite(turns):
+            turns = math.remainder(turns, 1.0)  # before float32 takes digits of the turns for those of the angle
     else:
+        if isinstance(angle, Tensor) and angle.dtype == torch.float64 != images.dtype:
+            angle = angle - 2 * math.pi * (angle.detach() / (2 * math.pi)).round()
         radians = checks.per_sample(op, images, "angle", angle)
         turn = 2 * math.pi if radians.is_cpu else torch.full_like(radians, 2 * math.pi)
         turns = radians / turn  # by a tensor on a GPU, which would multiply by the inverse of a number

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import contrastive as reference
+from ..reference._derivatives import without_gradient
 from . import _calls, _checks, _contrastive_autograd, _contrastive_distributed  # noqa: F401  (the third registers shapes and gradients)
 from . import _contrastive_checks as checks
 from ._contrastive_checks import PRECISIONS, Denominator, Form, Gather, Precision, Reduction, Scope, Size
@@ -106,6 +107,8 @@ def local_contrastive_loss(
     steps = [*leading, *checks.sizes(op, "stride", stride, len(size), 1)]
     shape = (features.shape[0], *leading, *size)
     grid = labels.reshape(shape)
+    if ignore_index is not None:  # a NaN there is none of the loss's
+        features = without_gradient(features, (labels == ignore_index).unsqueeze(1))
     if not backend.native_serves(features.device):
         loss = reference.local_contrastive_loss(
             features.reshape(shape[0], features.shape[1], *shape[1:]),
@@ -187,11 +190,15 @@ def supcon_loss(
     """
     op = "supcon_loss"
     _checks.check_matrix(op, "embeddings", embeddings, "[N, D]")
+    if embeddings.shape[1] == 0:
+        raise ValueError(f"{op}: embeddings must have shape [N, D] with D at least 1; got {list(embeddings.shape)}")
     labels = checks.class_labels(op, labels, embeddings.shape[:1], "[N]", embeddings)
     checks.check_choices(op, temperature, form, precision, gather)
     _checks.check_choice(op, "reduction", reduction, ("mean", "none"))
     checks.check_class(op, "ignore_index", ignore_index)
     _checks.check_flag(op, "normalize", normalize)
+    if ignore_index is not None:
+        embeddings = without_gradient(embeddings, (labels == ignore_index).unsqueeze(1))
     if gather:
         losses, anchors = _contrastive_distributed.gathered_losses(
             op, embeddings, labels, temperature, form, ignore_index, normalize, gather == "ring", precision

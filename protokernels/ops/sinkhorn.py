@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import backend
 from ..reference import prototypes as prototypes_reference
 from ..reference import sinkhorn as reference
+from ..reference._derivatives import first_order
 from . import _calls, _sinkhorn_autograd  # noqa: F401  (the second registers shapes and gradients)
 from ._sinkhorn_features import sinkhorn_divergence, sinkhorn_features
 from ._sinkhorn_problem import (
@@ -148,6 +149,11 @@ def _solve(
         return reference.Solution(*outputs[:7])
     if gradient == "unrolled":
         return reference.solve(cost, a, b, epsilon, start, num_iters, tol, rho)
+    message = (
+        f"sinkhorn: gradient={gradient!r} has no second derivative and no forward mode; gradient='unrolled' on the "
+        "reference backend has"
+    )
+    cost, a, b, epsilon = (first_order(x, message) for x in (cost, a, b, epsilon))
     if gradient == "implicit":
         return reference.solve_implicit(cost, a, b, epsilon, start, num_iters, tol)
     return reference.solve_envelope(cost, a, b, epsilon, start, num_iters, tol, rho)

@@ -225,9 +225,14 @@ PK_INLINE void normalise(Lanes<T>& lanes, int64_t C, int64_t Cp, T* norm) {
   if (ordinary) {
     const Vec<T> divisor = load(norm);
     for (int64_t c = 0; c < C; ++c) store(lanes.at(c), load(lanes.at(c)) / divisor);
-  } else {  // longer than T can say, or not a number
-    for (int64_t c = 0; c < C; ++c)
-      for (int64_t l = 0; l < LANES<T>; ++l) lanes.at(c)[l] = static_cast<T>(lanes.at(c)[l] / (norm[l] < length[l] ? norm[l] : length[l]));
+  } else {  // one is longer than T can say, or not a number; the others are what they are without it
+    for (int64_t l = 0; l < LANES<T>; ++l) {
+      const bool usual = length[l] < std::numeric_limits<T>::max();
+      for (int64_t c = 0; c < C; ++c) {
+        T& x = lanes.at(c)[l];
+        x = usual ? x / norm[l] : static_cast<T>(x / length[l]);
+      }
+    }
   }
 }
 

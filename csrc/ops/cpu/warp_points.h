@@ -143,7 +143,8 @@ struct PointStages {
   }
 
   // Adds what a block gives to the derivative by the stage's parameters: x its input there, g the gradient by its output. MIDDLE: the block and its
-  // mirror image meet or overlap, and the pixels from the middle of the row on count in the mirror image alone.
+  // mirror image meet or overlap, and the pixels from the middle of the row on count in the mirror image alone. What does not count may be beside the
+  // row, and anything: whole terms are dropped, not factors.
   template <int ROWS, bool MIDDLE>
   inline __attribute__((always_inline)) void add(WarpStage kind, int64_t y, int64_t i, const Block<T, ROWS>& x, const Block<T, ROWS>& g,
                                                  PointTotals<T>& totals) const {
@@ -160,10 +161,10 @@ struct PointStages {
         for (int s = 0; s < 2; ++s) {
           const Vec<T> argument_x = s ? mirrored(crop_x.argument, i) : load(crop_x.argument + i);
           const Vec<T> slope_x = s ? mirrored(crop_x.slope, i) : load(crop_x.slope + i);
-          const Vec<T> product = counted(g.of[r][s] * x.of[r][s], s);
+          const Vec<T> product = g.of[r][s] * x.of[r][s];
           const auto x_is_smaller = argument_x <= argument_y;
-          totals.crop_x += x_is_smaller ? product * slope_x : Vec<T>{};
-          totals.crop_y += x_is_smaller ? Vec<T>{} : product * slope_y;
+          totals.crop_x += counted(x_is_smaller ? product * slope_x : Vec<T>{}, s);
+          totals.crop_y += counted(x_is_smaller ? Vec<T>{} : product * slope_y, s);
         }
       }
     } else if (kind == WarpStage::hflip) {  // both pixels of a pair at once
