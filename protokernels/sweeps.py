@@ -5,6 +5,7 @@ one run folder each, then a table, a JSON and figures of the paper's scores."""
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -256,7 +257,9 @@ def note(folder: Path, kind: Any, head: Mapping[str, Any], points: Sequence[Mapp
                 f"{folder} holds a sweep of {before['paper']} that starts from another configuration "
                 f"({', '.join(differing)}); choose another --out, or give the options that it was started with"
             )
-        kept = {repr(sorted(point["values"].items())): point for point in [*before["points"], *points]}
+        kept = {
+            json.dumps(point["values"], sort_keys=True, default=str): point for point in [*before["points"], *points]
+        }
         write_json(path, {**head, "points": list(kept.values())})
 
 

@@ -326,7 +326,7 @@ class TestDecathlon:
             load_segmentation("organ", tmp_path, image_size=8, split="paper")
 
     def test_no_such_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"unknown data set 'liver': no folder .*phantoms"):
+        with pytest.raises(DataError, match=r"no data set 'liver': no folder .*phantoms"):
             load_segmentation("liver", tmp_path, split="paper")
         (tmp_path / "liver").mkdir()
         with pytest.raises(DataError, match="neither imagesTr and labelsTr"):

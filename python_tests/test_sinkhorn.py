@@ -230,7 +230,11 @@ class TestContract:
             ),
             ({"marginal_penalty": 0.0}, ValueError, r"marginal_penalty must be positive, or None.*got 0.0"),
             ({"marginal_penalty": (1.0, 2.0, 3.0)}, ValueError, r"one number or two \(rows, columns\); got 3"),
-            ({"marginal_penalty": "much"}, TypeError, r"marginal_penalty must be a positive number or a pair; got str"),
+            (
+                {"marginal_penalty": "much"},
+                TypeError,
+                r"marginal_penalty must be a positive number or a tuple of two; got str",
+            ),
             ({"init": torch.zeros(2, 3)}, ValueError, r"init must be .*\[B, M\] = \[2, 4\]"),
             ({"annealing": 1.0}, ValueError, r"annealing must lie in \(0, 1\).*got 1.0"),
             ({"annealing": True}, TypeError, r"annealing must be a number in \(0, 1\) or None; got bool"),

@@ -61,7 +61,8 @@ def load_flag(name: str, root: Path, *, download: bool) -> ImageDataset:
         path = root / "medmnist" / filename
         if not download:
             raise DataError(
-                f"{name}: no file {filename} in {searched(root)}; pass download=True, or fetch {url} (md5 {md5}) and "
+                f"{name}: no file {filename} in {searched(root)}; name its folder by --data-root or "
+                f"PROTOKERNELS_DATA, pass --download (download=True), or fetch {url} (md5 {md5}) and "
                 f"put it at {path}"
             )
         fetch((url,), path, md5)

@@ -216,8 +216,9 @@ def _describe(name: str, root: Path) -> nifti_folders.VolumeFolder:
     folder = next((path for path in candidates if path.is_dir()), None)
     if folder is None:
         raise DataError(
-            f"unknown data set {name!r}: no folder {candidates[0]}, nor {candidates[1]}; expected hippocampus or another "
-            "folder in the layout of the Medical Segmentation Decathlon (imagesTr, labelsTr), mmwhs, acdc, or phantoms"
+            f"no data set {name!r}: no folder {candidates[0]}, nor {candidates[1]}; name the folder that holds it by --data-root "
+            "or PROTOKERNELS_DATA; expected hippocampus or another folder in the layout of the Medical Segmentation Decathlon "
+            "(imagesTr, labelsTr), mmwhs, acdc, or phantoms"
         )
     if (folder / "imagesTr").is_dir():
         return nifti_folders.decathlon_folder(folder)

@@ -70,10 +70,7 @@ class SinkhornResult:
             first, last = self._source[0], self._source[-1]
             cost = first if self._kind == "dense" else reference.cost_matrix(first, last, self._kind)
             plan = self._plan_of(cost, self.f)
-            recorded = self.f.requires_grad or first.requires_grad
-            if (recorded and not torch.is_grad_enabled()) or (
-                torch.is_inference(plan) and not torch.is_inference(self.f)
-            ):
+            if not torch.is_grad_enabled() and (self.f.requires_grad or first.requires_grad or _in_inference_mode()):
                 return plan  # where gradients are recorded it is another one
             self._kept["plan"] = plan
         return self._kept["plan"]
@@ -157,3 +154,7 @@ def _versions_of(*tensors: Tensor) -> tuple[int, ...]:
 
 def _constant(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
+
+
+def _in_inference_mode() -> bool:
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()

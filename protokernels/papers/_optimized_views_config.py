@@ -66,6 +66,12 @@ PAPER_RESULTS: dict[str, dict[str, dict[Alphas, tuple[float, float]]]] = {
     }
 }
 
+# The text, BraTS: strategy -> AUC with the usual order of the transformations, and with another one that is not named
+PAPER_ORDERS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
+    "self-supervised+supervision": ((0.926, 0.020), (0.923, 0.021)),
+    "simclr": ((0.730, 0.020), (0.760, 0.027)),
+}
+
 
 @dataclass(frozen=True)
 class OptimizedViewsConfig(RunConfig):

@@ -323,6 +323,16 @@ class _ContrastiveAutoencoder(Experiment[ContrastiveAutoencoderConfig]):
                 model.restore(before["model"])  # as many prototypes as there are, and what is frozen
         return trial.in_layout(model)
 
+    def check(self, config: ContrastiveAutoencoderConfig, dataset: ImageDataset) -> None:
+        super().check(config, dataset)
+        clusters, images = config.num_prototypes or config.most_clusters, self.bank_size(dataset, config)
+        rows = images * (2 if config.cluster_on == "views" else 1)
+        if clusters > rows:
+            name = "num_prototypes" if config.num_prototypes else "most_clusters"
+            raise ValueError(
+                f"{name} must not exceed what is clustered; got {clusters} and {rows} vectors of {images} training images"
+            )
+
     def bank_size(self, dataset: ImageDataset, config: ContrastiveAutoencoderConfig) -> int:
         return min(super().bank_size(dataset, config), config.subset or sys.maxsize)
 

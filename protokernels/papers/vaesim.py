@@ -308,6 +308,15 @@ class _VAESim(Experiment[VAESimConfig]):
             return optimizer, CosineAnnealingLR(optimizer, T_max=config.epochs)
         return optimizer, StepLR(optimizer, step_size=20, gamma=0.2)
 
+    def check(self, config: VAESimConfig, dataset: ImageDataset) -> None:
+        super().check(config, dataset)
+        first = min(config.batch_size, len(self.training_split(dataset, config)))
+        if config.num_prototypes > first:
+            raise ValueError(
+                f"num_prototypes must not exceed the images of the first batch, which they start from; got {config.num_prototypes} and "
+                f"{first} images"
+            )
+
     def fit_split(self, model: VAESim, split: Split, session: Session, config: VAESimConfig) -> None:
         fit(model, training_images(split, config.image_size, session), session, config)
 

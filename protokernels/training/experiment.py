@@ -29,8 +29,8 @@ from ..data import Split, load_dataset, to_tensor
 from .checkpoints import fitting
 from .configuration import Config
 from .randomness import seed_everything
-from .run_folder import RunFolder
-from .runs import RunSettings, Trial, load_runs, train_runs, update_results, write_summary
+from .run_folder import RunFolder, RunFolderError
+from .runs import RunSettings, Trial, check_same_data, load_runs, train_runs, update_results, write_summary
 from .scoring import check_neighbours, evaluation_splits
 from .session import Plan, Session, batch_warning, preferred_layout
 
@@ -96,12 +96,26 @@ class Experiment(Generic[Config]):
         return results
 
     def evaluate(self, folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
-        """Scores the newest checkpoints of a run, or of each of its seeds, again and rewrites its ``results.json``."""
-        for run in load_runs(folder):
+        """Scores the newest checkpoints of a run, or of each of its seeds that has one, again and rewrites its ``results.json``.
+
+        Raises:
+            RunFolderError: the data are not those of the run, or its results are of a later epoch than the checkpoints that can be read.
+        """
+        runs = load_runs(folder)
+        for run in [run for run in runs if run.metrics() or run.results()] or runs:
             config = self.config_of(run)
             dataset = self.load(config, data_root)
+            provenance = self.provenance(config, dataset)
+            check_same_data(run, provenance)
             scores = self.score_again(run, config, dataset)
-            update_results(run, scores, self.provenance(config, dataset), epochs=self.epochs(config, dataset))
+            done = ((run.results() or {}).get("last_epoch") or {}).get("epoch")
+            if run.loaded_epoch is not None and done is not None and run.loaded_epoch < done:
+                raise RunFolderError(
+                    f"{run.path}: its results are of epoch {done}, and the newest checkpoint that can be read is of epoch "
+                    f"{run.loaded_epoch}; the results stay as they are"
+                )
+            epochs = self.epochs(config, dataset)
+            update_results(run, scores, provenance, epochs=epochs, trained=run.loaded_epoch)
         return write_summary(folder)
 
     def draw_figures(

@@ -15,7 +15,8 @@ TEMPORARY_SUFFIX = ".partial"
 _REMEDIES = {  # by what the system calls the failure
     **dict.fromkeys(("ENOSPC", "EDQUOT", "EFBIG"), "make room on its disk"),
     **dict.fromkeys(("EROFS", "EACCES", "EPERM"), "let its folder be written to"),
-    **dict.fromkeys(("ENOENT", "ENOTDIR", "ESTALE"), "its folder is gone; put it back"),
+    **dict.fromkeys(("ENOENT", "ESTALE"), "its folder is gone; put it back"),
+    "ENOTDIR": "a part of its path is a file",
     "EEXIST": "a file of that name is in the way",
 }
 

@@ -11,6 +11,7 @@ figures/         pictures
 
 from __future__ import annotations
 
+import glob
 import os
 import platform
 import subprocess
@@ -52,6 +53,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = CheckpointStore(self.path / "checkpoints")
+        self.loaded_epoch: int | None = None  # of the checkpoint that was read last
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -99,7 +101,9 @@ class RunFolder:
 
     def checkpoint(self) -> dict[str, Any]:
         """The newest sound checkpoint; see :meth:`newest`."""
-        return self.newest(self.checkpoints, "checkpoint")
+        state = self.newest(self.checkpoints, "checkpoint")
+        self.loaded_epoch = state.get("epoch")
+        return state
 
     def newest(self, store: CheckpointStore, name: str) -> dict[str, Any]:
         """The newest sound state of a store in this folder, which a message calls ``name``.
@@ -205,14 +209,15 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def next_free_folder(path: Path, *, resume: bool = False) -> Path:
-    """``path``, or ``path-2``, ``path-3``, ... : the first that does not exist; with ``resume`` the one before it, if there
-    is one."""
-    candidate, number = path, 1
-    before = path
-    while candidate.exists():
-        number += 1
-        before, candidate = candidate, path.with_name(f"{path.name}-{number}")
-    return before if resume else candidate
+    """``path`` if there is none like it, else ``path-2``, ``path-3``, ... : one more than the largest number that is there; with ``resume``
+    the one of the largest number. A folder that has been deleted leaves a gap, which nothing fills."""
+    numbers = [1] if path.exists() else []
+    for other in path.parent.glob(f"{glob.escape(path.name)}-*"):
+        end = other.name.removeprefix(f"{path.name}-")
+        if end.isdecimal() and not end.startswith("0") and int(end) > 1:
+            numbers.append(int(end))
+    number = max(numbers, default=0) if resume and numbers else max(numbers, default=0) + 1
+    return path if number == 1 else path.with_name(f"{path.name}-{number}")
 
 
 @contextmanager

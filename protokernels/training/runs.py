@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .files import WriteError
 from .lost_processes import losses_told
-from .run_folder import RunFolder, next_free_folder, sole_user
+from .run_folder import RunFolder, RunFolderError, next_free_folder, sole_user
 from .session import Plan, Precision, Session, make_accelerator, preferred_layout
 from .summary import summarize_runs
 
@@ -111,6 +111,10 @@ def train_runs(
     with losses_told(folder), sole_user(folder, wanted=accelerator.is_main_process):
         try:
             _train_seeds(folder, record, run_one, accelerator, settings, provenance, epochs)
+        except KeyboardInterrupt as stop:
+            if str(stop):
+                raise
+            raise KeyboardInterrupt(f"stopped; the same command with --resume --out {folder} goes on") from stop
         except WriteError as error:
             raise WriteError(
                 f"{error}; then the same command with --resume goes on from the last checkpoint"
@@ -139,6 +143,7 @@ def _train_seeds(
         if (run.results() or {}).get("complete"):
             continue
         if accelerator.is_main_process:
+            check_same_data(run, provenance)
             run.write_environment(
                 device=str(accelerator.device), precision=settings.precision, data=_as_json(provenance)
             )
@@ -150,9 +155,25 @@ def _train_seeds(
         accelerator.wait_for_everyone()
 
 
-def update_results(run: RunFolder, results: dict[str, Any], provenance: dict[str, Any], *, epochs: int) -> None:
-    """Writes ``results`` with what the run folder knows: configuration, last epoch, whether all ``epochs`` are done."""
-    metrics = run.metrics()
+def check_same_data(run: RunFolder, provenance: dict[str, Any]) -> None:
+    """``RunFolderError`` where files that the run began with have other contents now."""
+    before = (run.environment().get("data") or {}).get("md5s") or {}
+    now = provenance.get("md5s") or {}
+    if changed := sorted(name for name in before.keys() & now.keys() if before[name] != now[name]):
+        raise RunFolderError(
+            f"{run.path} was begun with other data: {', '.join(f'{name} has md5 {now[name]}, then {before[name]}' for name in changed)}; "
+            "put the files back, or train anew in another folder"
+        )
+
+
+def update_results(
+    run: RunFolder, results: dict[str, Any], provenance: dict[str, Any], *, epochs: int, trained: int | None = None
+) -> None:
+    """Writes ``results`` with what the run folder knows: configuration, last epoch, whether all ``epochs`` are done.
+
+    ``trained``: the epoch that the results are of; default: the last one in the metrics.
+    """
+    metrics = [line for line in run.metrics() if trained is None or line["epoch"] <= trained]
     last = {key: value for key, value in metrics[-1].items() if key != "seconds"} if metrics else {}
     more = {
         "complete": last.get("epoch", 0) >= epochs,
@@ -163,10 +184,16 @@ def update_results(run: RunFolder, results: dict[str, Any], provenance: dict[str
 
 
 def load_runs(folder: str | Path) -> list[RunFolder]:
-    """The runs in ``folder``: itself, or one per seed."""
+    """The runs in ``folder``: itself, or one for each seed that has been begun."""
     top = RunFolder.open(folder)
     seeds = top.config().get("seeds")
-    return [top] if seeds is None else [RunFolder.open(top.path / f"seed-{seed}") for seed in seeds]
+    if seeds is None:
+        return [top]
+    runs = [RunFolder(top.path / f"seed-{seed}") for seed in seeds]
+    begun = [run for run in runs if (run.path / "config.json").is_file()]
+    if not begun:
+        raise RunFolderError(f"{top.path}: none of its seeds has been begun; continue the run with --resume")
+    return begun
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
@@ -177,6 +204,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
         ``"number_of_runs"``.
     """
     runs = load_runs(folder)
+    number = len(RunFolder(folder).config().get("seeds") or runs)
     results = [(run.config()["seed"], result) for run in runs if (result := run.results()) is not None]
     if not results:
         raise FileNotFoundError(f"{folder} has no results yet; continue the run with --resume")
@@ -187,7 +215,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
         **first,
         "seeds": [seed for seed, _ in results],
         "number_of_runs": len(results),
-        "complete": all(result["complete"] for _, result in results) and len(results) == len(runs),
+        "complete": all(result["complete"] for _, result in results) and len(results) == number,
         "splits": summarize_runs([result["splits"] for _, result in results]),
     }
 

@@ -259,10 +259,11 @@ class Session:
         values = {name: value / images for name, value in sums.items()} | self._notes
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
+            folder = self.run.checkpoints.folder
             raise FloatingPointError(
                 f"training diverged in epoch {self.epoch + 1}: {', '.join(broken)} is not finite; "
-                "lower the learning rate or use precision fp32. "
-                f"The last sound checkpoint is in {self.run.checkpoints.folder}"
+                "train anew, into another folder, with a lower learning rate or precision fp32"
+                + (f". The last sound checkpoint is in {folder}" if folder.is_dir() else "")
             )
         seconds = time.perf_counter() - self._started
         self.epoch, self.step, self._sums, self._notes, self._seconds = self.epoch + 1, 0, {}, {}, 0.0
