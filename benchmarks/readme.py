@@ -256,7 +256,7 @@ def alpha_cells() -> Cells:
 
 
 def order_cells() -> Cells:
-    """The optimised views with the transformations in the usual order and in the reverse of it, beside the paper's numbers of other images."""
+    """The optimised views with the transformations in the usual order and reversed, beside the paper's numbers of other images."""
     from protokernels.papers._optimized_views_config import PAPER_ORDERS
     from protokernels.results import Score, read_rows
 

@@ -50,6 +50,16 @@ int posix_memalign(void** memory, size_t alignment, size_t size) {
 """
 
 
+IN_CHILD = """
+import sys
+sys.path.append(sys.argv[1])
+import torch
+from python_tests.test_uninitialised import run_all
+assert torch.empty(1000).isnan().any()
+torch.save(run_all(), sys.argv[2])
+"""
+
+
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(sum((k + 1) * size for k, size in enumerate(shape)))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -201,9 +211,9 @@ def in_filled_memory(tmp_path_factory: pytest.TempPathFactory, request: pytest.F
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     preload = " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
     environment = {**os.environ, "LD_PRELOAD": preload, "FILLED_FROM": str(request.param)}
-    command = [sys.executable, "-m", "python_tests.test_uninitialised", str(out)]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    root = str(Path(__file__).resolve().parents[1])  # for the helpers; the package is the one that is tested here
+    command = [sys.executable, "-c", IN_CHILD, root, str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results: dict[str, Results] = torch.load(out, weights_only=True)
     return results
@@ -221,8 +231,3 @@ def test_bits_do_not_depend_on_old_memory(
             torch.testing.assert_close(
                 now, before, rtol=0, atol=0, equal_nan=True, msg=lambda m, k=k, key=key: f"{key}, {k}: {m}"
             )
-
-
-if __name__ == "__main__":
-    assert torch.empty(1000).isnan().any()
-    torch.save(run_all(), sys.argv[1])
