@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a file, it finds the other benchmarks
 
-from benchmarks import communication, gallery, streaming, trainer_steps
+from benchmarks import communication, gallery, optimized_views_tables, streaming, trainer_steps
 from benchmarks.table import milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -228,51 +228,6 @@ def held(file: str) -> dict[str, Any]:
     return found
 
 
-def alpha_cells() -> Cells:
-    """Eq. 1 of the optimised views under the weights of the paper's Table 2, beside the paper's numbers, which are of other images."""
-    from protokernels.papers.optimized_views import ABLATIONS, PAPER_RESULTS, STRATEGIES
-    from protokernels.results import Score, read_rows
-
-    kept = held("optimized_views_alphas")
-    rows = {row["strategy"]: row for row in read_rows(RESULTS / "optimized_views.json") if row["data"] == kept["data"]}
-    name_of = {(change.get("strategy"), change.get("alphas")): name for name, change in ABLATIONS.items()}
-    made = [
-        ["strategy", "alpha_0 ... alpha_4", "hold-out, 3-fold", "paper (BraTS)", "probe, 10%", "probe, 100%", "seeds"]
-    ]
-    for strategy, by_alphas in PAPER_RESULTS["brats"].items():
-        for alphas, published in by_alphas.items():
-            own = alphas == STRATEGIES[strategy].alphas  # a row of the paper's other table
-            entry = rows[strategy] if own else kept["ablations"][name_of[strategy, alphas]]
-            scores = entry["splits"]["test"]
-            probes = (scores["probe"][fraction]["macro_auroc"] for fraction in ("10%", "100%"))
-            cells = [
-                Score.of(scores["hold_out"]["auc"]),
-                Score(*published),
-                *map(Score.of, probes),
-                len(entry["seeds"]),
-            ]
-            made.append([strategy, ", ".join(f"{alpha:g}" for alpha in alphas), *map(str, cells)])
-    return made
-
-
-def order_cells() -> Cells:
-    """The optimised views with the transformations in the usual order and reversed, beside the paper's numbers of other images."""
-    from protokernels.papers._optimized_views_config import PAPER_ORDERS
-    from protokernels.results import Score, read_rows
-
-    kept = held("optimized_views_orders")
-    rows = {row["strategy"]: row for row in read_rows(RESULTS / "optimized_views.json") if row["data"] == kept["data"]}
-    made = [["strategy", "order", "hold-out, 3-fold", "paper (BraTS)", "probe, 10%", "probe, 100%", "seeds"]]
-    for strategy, published in PAPER_ORDERS.items():
-        other = kept["ablations"]["simclr-order-reversed" if strategy == "simclr" else "M-order-reversed"]
-        for order, entry, numbers in zip(("usual", "reversed"), (rows[strategy], other), published, strict=True):
-            scores = entry["splits"]["test"]
-            probes = (Score.of(scores["probe"][fraction]["macro_auroc"]) for fraction in ("10%", "100%"))
-            cells = [Score.of(scores["hold_out"]["auc"]), Score(*numbers), *probes, len(entry["seeds"])]
-            made.append([strategy, order, *map(str, cells)])
-    return made
-
-
 def gpu_cells() -> Cells:
     """The cases that have a goal on a GPU: as the kernels arrived from the emulator, and now."""
 
@@ -341,7 +296,7 @@ def made_tables() -> dict[tuple[str, str], list[tuple[str, Cells]]]:
     for heading, file in SWEEPS.items():
         markdown = rendered(sweep_tables(held(file), table_of(PAPERS[heading][0]).main_scores), "markdown")
         made["Papers", heading] += tables_in(markdown)
-    made["Papers", "Optimised views:"] += [("", alpha_cells()), ("", order_cells())]
+    made["Papers", "Optimised views:"] += [("", cells) for cells in optimized_views_tables.cells(held)]
     for heading, (file, pivots) in BENCHMARKS.items():
         rows = held(file)["rows"]
         made["Benchmarks", heading] = [("", pivot.cells(rows)) for pivot in pivots]

@@ -37,7 +37,7 @@ def run_ablations(
         paper: a paper's module.
         name: of the paper.
         config: what all ablations start from.
-        out: folder; default: the first free one of ``runs/<name>-<data>-<preset>-ablations``, ``...-2`` and so on.
+        out: folder; default: a new one of ``runs/<name>-<data>-<preset>-ablations``, ``...-2`` and so on.
         only: names of ablations; empty: all.
         data_root: where the data lies.
         download: fetch data that is not there.
@@ -74,7 +74,7 @@ def run_ablations(
 
 
 def new_folder(out: Path | None, name: str, config: Any, kind: str, summary: str, *, resume: bool) -> Path:
-    """The folder of several runs: ``out``, or the first free one of ``runs/<name>-<data>-<preset>-<kind>``; with ``resume`` the last one.
+    """The folder of several runs: ``out``, or a new one of ``runs/<name>-<data>-<preset>-<kind>``; with ``resume`` the last one.
 
     Raises:
         RunFolderError: it holds such runs already, and ``resume`` is false; it is a run's own folder, or lies in a file.

@@ -33,7 +33,7 @@ class TrainOptions:
     """Where a run goes and what it starts from."""
 
     out: Path | None = None
-    """Folder of the run; default: the first free one of runs/PAPER-DATA-PRESET, ...-2 and so on."""
+    """Folder of the run; default: a new one of runs/PAPER-DATA-PRESET, ...-2 and so on."""
     data_root: Path | None = None
     """Folder of the data; default: the environment variable PROTOKERNELS_DATA."""
     download: bool = False

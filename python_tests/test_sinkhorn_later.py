@@ -73,12 +73,13 @@ class TestSecondDerivative:
     @pytest.mark.parametrize("argument", [0, 1])
     @pytest.mark.parametrize("name", FIRST_ORDER)
     def test_right_or_refused(self, place: Place, name: str, argument: int) -> None:
+        """On native code the envelope's derivative by masses is a potential, which has one of its own; all else is refused."""
         value = FIRST_ORDER[name]
-        try:
-            found = float(curvature(value, argument, place))
-        except NotImplementedError as error:
-            assert "second derivative" in str(error)
+        if place.backend == "reference" or argument == 0 or name not in ("envelope", "implicit"):
+            with pytest.raises(NotImplementedError, match="second derivative"):
+                curvature(value, argument, place)
             return
+        found = float(curvature(value, argument, place))
         inputs = [x.to(place.device) for x in problem()]
         step = 1e-3 * along(inputs[argument])
 
@@ -96,13 +97,6 @@ class TestSecondDerivative:
         (first,) = torch.autograd.grad(FIRST_ORDER[name](cost, a).sum(), a, create_graph=True)
         assert first.requires_grad
 
-    def test_the_reference_has_that_of_the_iterations(self, place: Place) -> None:
-        with protokernels.backend.use("reference"):
-            cost, _ = problem()
-            torch.autograd.gradgradcheck(
-                lambda c: protokernels.sinkhorn(c, epsilon=0.5, num_iters=5).entropic_value, cost.requires_grad_()
-            )
-
     @pytest.mark.parametrize("name", FIRST_ORDER)
     def test_forward_mode_is_refused(self, place: Place, name: str) -> None:
         cost, a = (x.to(place.device) for x in problem())
@@ -110,14 +104,6 @@ class TestSecondDerivative:
             torch.func.jvp(lambda c: FIRST_ORDER[name](c, a), (cost,), (cost,))
         with pytest.raises(NotImplementedError, match=r"forward.mode"), forward_ad.dual_level():
             FIRST_ORDER[name](cost, forward_ad.make_dual(a, a))
-
-    def test_forward_mode_of_the_iterations(self, place: Place) -> None:
-        cost, a = problem()
-        with protokernels.backend.use("reference"):
-            tangent = torch.linspace(-1, 1, cost.numel(), dtype=cost.dtype).view(cost.shape)
-            _, forward = torch.func.jvp(lambda c: of_costs("unrolled")(c, a), (cost,), (tangent,))
-            (backward,) = torch.autograd.grad(of_costs("unrolled")(cost.requires_grad_(), a).sum(), cost)
-        torch.testing.assert_close(forward.sum(), (backward * tangent).sum())
 
 
 class TestChangedInPlace:
@@ -182,3 +168,20 @@ def test_forward_mode_of_native_code_is_refused_by_name() -> None:
     cost = problem()[0]
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jvp(lambda c: protokernels.sinkhorn(c).transport_cost, (cost,), (cost,))
+
+
+def test_the_reference_has_that_of_the_iterations() -> None:
+    with protokernels.backend.use("reference"):
+        cost, _ = problem()
+        torch.autograd.gradgradcheck(
+            lambda c: protokernels.sinkhorn(c, epsilon=0.5, num_iters=5).entropic_value, cost.requires_grad_()
+        )
+
+
+def test_forward_mode_of_the_iterations() -> None:
+    cost, a = problem()
+    with protokernels.backend.use("reference"):
+        tangent = torch.linspace(-1, 1, cost.numel(), dtype=cost.dtype).view(cost.shape)
+        _, forward = torch.func.jvp(lambda c: of_costs("unrolled")(c, a), (cost,), (tangent,))
+        (backward,) = torch.autograd.grad(of_costs("unrolled")(cost.requires_grad_(), a).sum(), cost)
+    torch.testing.assert_close(forward.sum(), (backward * tangent).sum())

@@ -243,9 +243,9 @@ class TestClosedForms:
         images = torch.rand(1, 1, 9, 9, device=place.device)
         for angle in (1e4, -1e6, 2 * math.pi * 12345.25):
             expected = rotate(images, math.remainder(angle, 2 * math.pi))
-            torch.testing.assert_close(rotate(images, angle), expected, rtol=0, atol=1e-4)
+            torch.testing.assert_close(rotate(images, angle), expected, rtol=0, atol=1e-5)
             wide = torch.tensor([angle], dtype=torch.float64, device=place.device)
-            torch.testing.assert_close(rotate(images, wide), expected, rtol=0, atol=1e-4)
+            torch.testing.assert_close(rotate(images, wide), expected, rtol=0, atol=1e-5)
 
     def test_the_crop_is_a_window_of_a_quarter_of_the_sides(self, place: Place) -> None:
         """Half the height at the window's edge; at a corner no more than at an edge; the centre may lie outside."""

@@ -35,8 +35,10 @@ def find_file(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def searched(root: Path) -> str:
-    """The folders of :func:`find_file` as text for a message."""
-    return ", ".join(str(root / folder) for folder in FOLDERS)
+    """The folders of :func:`find_file` as text for a message, and what names another."""
+    return (
+        f"{', '.join(str(root / folder) for folder in FOLDERS)} (--data-root or PROTOKERNELS_DATA name another folder)"
+    )
 
 
 def file_md5(path: Path) -> str:

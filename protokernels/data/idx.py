@@ -148,8 +148,7 @@ def _locate(root: Path, published: _Published, *, download: bool) -> Path:
     urls = [mirror + packed for mirror in MIRRORS]
     if not download:
         raise DataError(
-            f"mnist: no file {packed} (nor {published.name}) in {searched(root)}; name its folder by --data-root "
-            "or PROTOKERNELS_DATA, pass --download (download=True), or fetch "
+            f"mnist: no file {packed} (nor {published.name}) in {searched(root)}; pass --download (download=True), or fetch "
             f"{urls[0]} (md5 {published.packed_md5}) and put it at {target}"
         )
     fetch(urls, target, published.packed_md5)

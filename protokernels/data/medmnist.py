@@ -61,9 +61,8 @@ def load_flag(name: str, root: Path, *, download: bool) -> ImageDataset:
         path = root / "medmnist" / filename
         if not download:
             raise DataError(
-                f"{name}: no file {filename} in {searched(root)}; name its folder by --data-root or "
-                f"PROTOKERNELS_DATA, pass --download (download=True), or fetch {url} (md5 {md5}) and "
-                f"put it at {path}"
+                f"{name}: no file {filename} in {searched(root)}; pass --download (download=True), or fetch {url} "
+                f"(md5 {md5}) and put it at {path}"
             )
         fetch((url,), path, md5)
     labels = tuple(info["label"][str(label)] for label in range(len(info["label"])))

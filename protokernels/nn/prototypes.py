@@ -141,7 +141,9 @@ class Prototypes(nn.Module):
         if not self.training:
             self._require_initialized()
             return self._soft_assign(z).assignment
-        if not self._is_initialized() or not isinstance(z, Tensor):
+        if not isinstance(z, Tensor):
+            _checks.check_matrix("Prototypes", "z", z, f"[B, {self.prototypes.shape[1]}]")
+        if not self._is_initialized():
             self.initialize(z)
         # The buffer is overwritten below while autograd still needs the prototypes of this pass.
         current = self.prototypes.clone() if z.requires_grad else self.prototypes

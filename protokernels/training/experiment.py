@@ -65,7 +65,7 @@ class Experiment(Generic[Config]):
 
         Args:
             config: usually from ``CONFIG.preset``.
-            out: folder of the run; default: the first free one of ``runs/<name>-<data>-<preset>``, ``...-2`` and so on. Local contrast
+            out: folder of the run; default: a new one of ``runs/<name>-<data>-<preset>``, ``...-2`` and so on. Local contrast
                 puts its method before the preset, optimised views their strategy; a network without weights is called random.
             data_root: where the data lies; default: ``PROTOKERNELS_DATA``.
             download: fetch data that is not there.

@@ -216,7 +216,8 @@ def next_free_folder(path: Path, *, resume: bool = False) -> Path:
         end = other.name.removeprefix(f"{path.name}-")
         if end.isdecimal() and not end.startswith("0") and int(end) > 1:
             numbers.append(int(end))
-    number = max(numbers, default=0) if resume and numbers else max(numbers, default=0) + 1
+    last = max(numbers, default=0)
+    number = last if resume and last else last + 1
     return path if number == 1 else path.with_name(f"{path.name}-{number}")
 
 
