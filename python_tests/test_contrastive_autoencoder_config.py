@@ -90,6 +90,7 @@ class TestConfig:
             ({"learning_rate": math.nan}, "learning_rate must be positive"),
             ({"alpha": -1.0}, "alpha must not be negative"),
             ({"warmup_epochs": 3}, "got 3 of 3"),
+            ({"batch_size": 1}, "batch_size must be at least 2, .*; got 1"),
             ({"most_clusters": 3}, "three candidates"),
             ({"label_share": 0.0}, "label_share"),
             ({"subset": 4}, "too small"),

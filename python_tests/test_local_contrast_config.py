@@ -102,6 +102,7 @@ class TestConfig:
             ({"labelled": 5.0}, r"labelled must lie in \(0, 1\]"),
             ({"temperature": 0.0}, "temperature must be positive"),
             ({"local_batch_size": 0}, "local_batch_size must be positive"),
+            ({"global_batch_size": 1}, "global_batch_size must be at least 2, .*; got 1"),
             ({"fine_tune_learning_rate": math.nan}, "fine_tune_learning_rate must be positive"),
             ({"image_size": 30}, r"multiple of 2\*\*depth = 4"),
             ({"keep": "first"}, "keep must be one of best, last"),

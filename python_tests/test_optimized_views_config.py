@@ -112,6 +112,8 @@ class TestConfig:
             ({"alphas": (1, 10, 1, 0, 0), "strategy": "self-supervised"}, "alpha_1 would weigh nothing"),
             ({"image_size": 8}, "at least 16"),
             ({"initial_weights": "x.pth"}, "no ImageNet weights"),
+            ({"batch_size": 1}, "batch_size must be at least 2, .*; got 1"),
+            ({"batch_size": 1, "strategy": "supervised-contrastive"}, "batch_size must be at least 2, .*; got 1"),
             ({"m_every": 0}, "m_every must be positive"),
             ({"m_learning_rate": 0.0}, "m_learning_rate must be positive or none"),
             ({"temperature": math.nan}, "temperature must be positive"),

@@ -109,6 +109,10 @@ class TestConfig:
         with pytest.raises(ValueError, match=message):
             replace(TINY, **changes)
 
+    def test_one_image_is_no_contrast(self) -> None:
+        with pytest.raises(ValueError, match=r"SimCLRConfig: batch_size must be at least 2, .*; got 1"):
+            simclr.SimCLRConfig(batch_size=1)
+
     @pytest.mark.parametrize("config", METHODS, ids=lambda config: config.__name__)
     def test_what_a_method_needs_is_positive(self, config: type[PretrainingConfig]) -> None:
         own = {field.name for field in fields(config)} - {field.name for field in fields(PretrainingConfig)}

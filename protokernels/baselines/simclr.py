@@ -35,6 +35,10 @@ class SimCLRConfig(PretrainingConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"hidden_dim": 512}}
     POSITIVE: ClassVar[tuple[str, ...]] = ("temperature", "hidden_dim", "output_dim")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_pairs()
+
 
 class SimCLR(Method):
     """Encoder and projector."""

@@ -82,4 +82,7 @@ def _existing_file(name: str, root: Path) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise DataError(f"no file {candidates[0]}, nor {candidates[1]}; give the path of an existing .npz file")
+    raise DataError(
+        f"no file {candidates[0]}, nor {candidates[1]}; give the path of an existing .npz file, or the "
+        "folder it lies in as data root"
+    )

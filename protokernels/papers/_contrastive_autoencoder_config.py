@@ -99,6 +99,8 @@ class ContrastiveAutoencoderConfig(RunConfig):
         for key in ("temperature", "assignment_temperature", "learning_rate"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{name}: {key} must be positive; got {getattr(self, key)}")
+        if self.warmup_epochs:
+            self.check_pairs()
         self.check_not_negative("alpha", "num_prototypes", "first_rate", "last_rate", "ramp_epochs", "subset")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(

@@ -134,6 +134,7 @@ class LocalContrastConfig(RunConfig):
         for stage in ("global", "local", "fine_tune"):
             positive += [f"{stage}_{name}" for name in ("epochs", "batch_size", "learning_rate")]
         self.check_positive(*positive)
+        self.check_pairs("global_batch_size")
         if self.image_size < 2**self.depth or self.image_size % 2**self.depth:
             raise ValueError(
                 f"LocalContrastConfig: image_size must be a multiple of 2**depth = {2**self.depth}; got {self.image_size}"

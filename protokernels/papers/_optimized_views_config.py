@@ -114,6 +114,8 @@ class OptimizedViewsConfig(RunConfig):
             raise ValueError(f"OptimizedViewsConfig: labelled must lie in (0, 1], a share; got {self.labelled}")
         positive = ("image_size", "width", "m_width", "temperature", "m_every", "epochs", "batch_size", "learning_rate")
         self.check_positive(*positive, "supcon_temperature", "evaluations")
+        if self.recipe.loss != "classes":
+            self.check_pairs()
         if self.m_learning_rate is not None and not self.m_learning_rate > 0:
             raise ValueError(
                 f"OptimizedViewsConfig: m_learning_rate must be positive or none; got {self.m_learning_rate}"

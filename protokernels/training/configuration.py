@@ -52,6 +52,14 @@ class RunConfig:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{type(self).__name__}: {name} must not be negative; got {getattr(self, name)}")
 
+    def check_pairs(self, name: str = "batch_size") -> None:
+        """``ValueError`` for batches of one image: without another there is no contrast, and the loss is 0 whatever the network does."""
+        if getattr(self, name) < 2:
+            raise ValueError(
+                f"{type(self).__name__}: {name} must be at least 2, images are told from others of their batch; got "
+                f"{getattr(self, name)}"
+            )
+
 
 @cache
 def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
