@@ -261,7 +261,7 @@ class TestOptimizedViews:
 
 
 class TestLocalContrast:
-    def row(self, method: str, fold: int, dice: float) -> dict[str, Any]:
+    def row(self, method: str, fold: int, dice: float, seed: int = 0) -> dict[str, Any]:
         score = {"mean": dice, "classes": {}}
         return {
             "data": "hippocampus",
@@ -269,7 +269,7 @@ class TestLocalContrast:
             "labelled": 0.05,
             "method": method,
             "fold": fold,
-            "seed": 0,
+            "seed": seed,
             "volumes": {"labelled": 7},
             "splits": {"test": {key: score for key in SCORES} | {"unit": "mm"}},
             "stages": {"fine_tune": {"epochs": 4, "steps": 100, "batch_size": 8}},
@@ -288,6 +288,16 @@ class TestLocalContrast:
         again = described.merge(rows, [self.row("random", 1, 0.9)])
         assert len(again) == 3 and "0.800 ± 0.141" in markdown("local_contrast", again)
         assert [row["method"] for row in described.merge(rows[2:], rows[:1])] == ["random", "global+local-block"]
+
+    def test_seeds_of_one_fold_are_called_seeds(self) -> None:
+        rows = [self.row("random", 0, 0.7), self.row("random", 0, 0.8, seed=1), self.row("global", 0, 0.85, seed=1)]
+        text = markdown("local_contrast", rows)
+        assert "mean ± standard deviation over seeds" in text and "| folds | seeds |" in text
+        assert "| Random | 0.750 ± 0.071 | 0.788 | 0.750 ± 0.071 | 0.75 ± 0.07 | 1 | 2 |" in text
+        assert "Global minus Random, Dice seed by seed: +0.050 (seeds: 1)" in text
+        text = markdown("local_contrast", [*rows, self.row("random", 1, 0.9)])
+        assert "over folds and seeds" in text and "0.75 ± 0.07" not in text and "| 2 | 2 |" in text
+        assert "Global minus Random, Dice run by run: +0.050 (runs: 1)" in text
 
     def test_methods_share_stages_and_nothing_is_done_twice(
         self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The table of ``protokernels.papers.local_contrast``: Table 1 over folds, shares of labelled volumes and methods."""
+"""The table of ``protokernels.papers.local_contrast``: Table 1 over folds, seeds, shares of labelled volumes and methods."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..results import Cell, FinishedRun, PaperTable, ResultRow, ResultTable, Row, Score, Values
 from ..training import RunFolder
@@ -19,7 +19,7 @@ ROW_KEY = ("data", "preset", "labelled", "method", "fold", "seed")
 
 
 def identity(run: FinishedRun) -> Values:
-    """A row is one run: means are taken over folds."""
+    """A row is one run: means are taken over folds and seeds."""
     config = run.config
     fields = {name: config[name] for name in ("data", "labelled", "method", "fold")}
     return {**fields, "preset": config["preset_name"], "seed": run.seed}
@@ -63,7 +63,9 @@ def one_table(rows: Sequence[ResultRow], data: str, preset: str, share: float, s
     published = PAPER_RESULTS.get(data, {}).get(percent(share), {}) if split == "test" else {}
     units = ", ".join(sorted({row["splits"][split]["unit"] for row in rows if split in row["splits"]}))
     columns = [f"{data}, {100 * share:.4g} % labelled", "Dice", *(["paper (4 folds)"] if published else [])]
-    columns += ["Dice per volume", f"HD95 ({units})", "folds"]
+    columns += ["Dice per volume", f"HD95 ({units})"]
+    unit = varied(rows)
+    columns += ["folds"] if unit == "fold" else ["folds", "seeds"]
     lines = []
     for method, recipe in METHODS.items():
         dice, per_volume, distance = (scores_of(rows, method, split, key) for key in SCORES)
@@ -76,6 +78,7 @@ def one_table(rows: Sequence[ResultRow], data: str, preset: str, share: float, s
             Score.over(list(per_volume.values())),
             Score.over(list(distance.values()), digits=2),
             len({fold for fold, _ in dice}),
+            *([] if unit == "fold" else [len({seed for _, seed in dice})]),
         )
         lines.append(Row(recipe.title, cells, protocol(next(row for row in rows if row["method"] == method))))
     notes = [*gains(rows, split), budget(rows)]
@@ -84,8 +87,16 @@ def one_table(rows: Sequence[ResultRow], data: str, preset: str, share: float, s
         listed = ", ".join(f"{METHODS[name].title} {score:.3f}" for name, score in absent.items())
         notes.append(f"Not run here; the paper has: {listed}.")
     notes += sorted({warning for row in rows for warning in row["data_warnings"]})
-    group = f"{data}, preset `{preset}`: mean ± standard deviation over folds"
+    over = {"fold": "folds", "seed": "seeds", "run": "folds and seeds"}[unit]
+    group = f"{data}, preset `{preset}`: mean ± standard deviation over {over}"
     return ResultTable(tuple(columns), tuple(lines), title=split, group=group, notes=tuple(notes))
+
+
+def varied(rows: Sequence[ResultRow]) -> Literal["fold", "seed", "run"]:
+    """What the runs of a method differ in; ``"run"``: in both."""
+    if len({row["seed"] for row in rows}) == 1:
+        return "fold"
+    return "seed" if len({row["fold"] for row in rows}) == 1 else "run"
 
 
 def protocol(row: ResultRow) -> Values:
@@ -94,14 +105,14 @@ def protocol(row: ResultRow) -> Values:
 
 
 def gains(rows: Sequence[ResultRow], split: str) -> list[str]:
-    """Every method against Random, fold by fold."""
+    """Every method against Random, on the same folds and from the same seeds."""
     random = scores_of(rows, "random", split, "pooled_dice")
-    sentences = []
+    sentences, unit = [], varied(rows)
     for method, recipe in METHODS.items():
         ours = scores_of(rows, method, split, "pooled_dice")
         score = Score.over([ours[place] - random[place] for place in ours if place in random], signed=True)
         if score is not None and method != "random":
-            sentences.append(f"{recipe.title} minus Random, Dice fold by fold: {score} (folds: {score.runs}).")
+            sentences.append(f"{recipe.title} minus Random, Dice {unit} by {unit}: {score} ({unit}s: {score.runs}).")
     return sentences
 
 
