@@ -54,6 +54,16 @@ class TestValue:
         result = sinkhorn(*(x.to(place.device) for x in (cost, a, b)), epsilon=0.02, num_iters=12)
         check(result, solve_batch(cost, a, b, epsilon, 12), cost, epsilon, a)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_rows_of_every_number_of_vectors(self, place: Place, dtype: torch.dtype) -> None:
+        """The CPU has passes over the matrix for one to eight vectors a row, for more and for long rows, by four rows or eight."""
+        for M in (*range(3, 76, 8), 100, 401):
+            for N in (5, 12, 23):
+                cost, a, b = draw(2, N, M, seed=M, dtype=dtype)
+                epsilon = torch.full((2,), 0.05, dtype=dtype)
+                result = sinkhorn(*(x.to(place.device) for x in (cost, a, b)), epsilon=0.05, num_iters=7)
+                check(result, solve_batch(cost, a, b, epsilon, 7), cost, epsilon, a)
+
     def test_an_epsilon_for_each_problem(self, place: Place) -> None:
         cost, a, b = draw(4, 9, 12)
         epsilon = torch.tensor([0.01, 0.1, 1.0, 10.0], dtype=torch.float64)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the CPU kernels' AVX-512 code asks of the processor, in plain C++, so that it runs on one with AVX2: csrc/avx512.sh compiles it so, with this
-// file included before all others. Vectors of 64 bytes are the compiler's own, which it makes of two of 32; what remains are the instructions that
+// What the CPU kernels' AVX-512 code asks of the processor, in plain C++, so that it runs on one with AVX2: csrc/sanitize.sh compiles it so, with
+// this file included before all others. Vectors of 64 bytes are the compiler's own, which it makes of two of 32; what remains are the instructions that
 // the kernels name. Each does what Intel's manual says of it, for the arguments that the kernels pass; others do not compile.
 #pragma once
 

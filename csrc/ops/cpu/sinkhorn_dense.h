@@ -20,7 +20,8 @@ namespace {
 
 using namespace protokernels;
 
-constexpr int ROWS = 4;  // rows of K that go through the fused pass together
+constexpr int ROWS = 4;             // rows of K that go through the fused pass together
+constexpr int64_t HELD_STRIDE = 384;  // numbers a row of which L1 holds sixteen
 
 template <class T>
 constexpr T INFINITE = std::numeric_limits<T>::infinity();
@@ -153,6 +154,11 @@ PK_INLINE Four<T> sum_four(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d) {
                      __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     return (__builtin_shufflevector(s, s, 0, 1, 2, 3) + __builtin_shufflevector(s, s, 4, 5, 6, 7)) +
            (__builtin_shufflevector(s, s, 8, 9, 10, 11) + __builtin_shufflevector(s, s, 12, 13, 14, 15));
+  } else if constexpr (LANES<T> == 8) {
+    const Vec<T> ab = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+    const Vec<T> cd = __builtin_shufflevector(c, d, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+    const Vec<T> s = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    return __builtin_shufflevector(s, s, 0, 1, 2, 3) + __builtin_shufflevector(s, s, 4, 5, 6, 7);
   } else {
     return Four<T>{reduce_sum(a), reduce_sum(b), reduce_sum(c), reduce_sum(d)};
   }
@@ -193,6 +199,42 @@ PK_INLINE void fused_rows_short(const T* kernel, int64_t begin, int64_t end, con
   for (int c = 0; c < VECTORS; ++c) store(sums + c * LANES<T>, sum[c]);
 }
 
+// The same for registers that hold one vector of every four rows, or two: the sums of columns stay in them, rows are read again, and those that come
+// next meet v while the scale of these is being worked out.
+template <class T, int VECTORS, class Finish>
+PK_INLINE void fused_rows_narrow(const T* kernel, int64_t begin, int64_t end, const T* v, T* sums, Finish& finish) {
+  constexpr int64_t stride = VECTORS * LANES<T>;
+  Vec<T> sum[VECTORS], r[ROWS];
+  const auto meet = [&](const T* rows) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int c = 0; c < VECTORS; ++c) {
+      const Vec<T> weight = load(v + c * LANES<T>);
+#pragma GCC unroll 4
+      for (int row = 0; row < ROWS; ++row) {
+        const Vec<T> product = load(rows + row * stride + c * LANES<T>) * weight;
+        r[row] = c == 0 ? product : r[row] + product;
+      }
+    }
+  };
+  if (begin >= end) return;
+#pragma GCC unroll 8
+  for (int c = 0; c < VECTORS; ++c) sum[c] = load(sums + c * LANES<T>);
+  meet(kernel + begin * stride);
+  for (int64_t i = begin; i < end; i += ROWS) {
+    const T* const rows = kernel + i * stride;
+    const Four<T> scale = finish(i, sum_four<T>(r[0], r[1], r[2], r[3]));
+    if (i + ROWS < end) meet(rows + ROWS * stride);
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; ++row) {
+      const Vec<T> s = broadcast(scale[row]);
+#pragma GCC unroll 8
+      for (int c = 0; c < VECTORS; ++c) sum[c] += s * load(rows + row * stride + c * LANES<T>);
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < VECTORS; ++c) store(sums + c * LANES<T>, sum[c]);
+}
+
 // The sums of four rows of K under v. Two chains a row, or the latency of the additions would be the limit.
 template <class T>
 PK_INLINE Four<T> four_sums(const T* rows, int64_t stride, const T* v) {
@@ -223,20 +265,68 @@ PK_INLINE void add_four(const T* rows, int64_t stride, Four<T> scale, T* sums) {
   }
 }
 
+// Eight rows at a time, which L1 still holds when they are scaled: the columns' sums are read and written half as often.
+template <class T, class Finish>
+PK_INLINE int64_t fused_rows_by_eight(const T* kernel, int64_t stride, int64_t begin, int64_t end, const T* v, T* sums, Finish& finish) {
+  constexpr int EIGHT = 2 * ROWS;
+  Vec<T> r[EIGHT];
+  const auto meet = [&](const T* rows) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int row = 0; row < EIGHT; ++row) r[row] = Vec<T>{};
+    for (int64_t j = 0; j < stride; j += LANES<T>) {
+      const Vec<T> weight = load(v + j);
+#pragma GCC unroll 8
+      for (int row = 0; row < EIGHT; ++row) r[row] += load(rows + row * stride + j) * weight;
+    }
+  };
+  int64_t i = begin;
+  if (i + EIGHT <= end) meet(kernel + i * stride);
+  for (; i + EIGHT <= end; i += EIGHT) {
+    const T* const rows = kernel + i * stride;
+    const Four<T> upper = finish(i, sum_four<T>(r[0], r[1], r[2], r[3])), lower = finish(i + ROWS, sum_four<T>(r[4], r[5], r[6], r[7]));
+    if (i + 2 * EIGHT <= end) meet(rows + EIGHT * stride);
+    Vec<T> s[EIGHT];
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; ++row) s[row] = broadcast(upper[row]), s[ROWS + row] = broadcast(lower[row]);
+    for (int64_t j = 0; j < stride; j += LANES<T>) {
+      Vec<T> sum = load(sums + j);
+#pragma GCC unroll 8
+      for (int row = 0; row < EIGHT; ++row) sum += s[row] * load(rows + row * stride + j);
+      store(sums + j, sum);
+    }
+  }
+  return i;
+}
+
 template <class T, class Finish>
 PK_INLINE void fused_rows_long(const T* kernel, int64_t stride, int64_t begin, int64_t end, const T* v, T* sums, Finish& finish) {
+  if (VECTOR_BYTES < 64 && stride <= HELD_STRIDE) begin = fused_rows_by_eight(kernel, stride, begin, end, v, sums, finish);
   for (int64_t i = begin; i < end; i += ROWS)
     add_four(kernel + i * stride, stride, finish(i, four_sums(kernel + i * stride, stride, v)), sums);
 }
 
 template <class T, class Finish>
 PK_INLINE void fused_rows(const T* kernel, int64_t stride, int64_t begin, int64_t end, const T* v, T* sums, Finish& finish) {
-  switch (stride / LANES<T>) {
-    case 1: return fused_rows_short<T, 1>(kernel, begin, end, v, sums, finish);
-    case 2: return fused_rows_short<T, 2>(kernel, begin, end, v, sums, finish);
-    case 3: return fused_rows_short<T, 3>(kernel, begin, end, v, sums, finish);
-    case 4: return fused_rows_short<T, 4>(kernel, begin, end, v, sums, finish);
-    default: return fused_rows_long<T>(kernel, stride, begin, end, v, sums, finish);
+  if constexpr (VECTOR_BYTES == 64) {
+    switch (stride / LANES<T>) {
+      case 1: return fused_rows_short<T, 1>(kernel, begin, end, v, sums, finish);
+      case 2: return fused_rows_short<T, 2>(kernel, begin, end, v, sums, finish);
+      case 3: return fused_rows_short<T, 3>(kernel, begin, end, v, sums, finish);
+      case 4: return fused_rows_short<T, 4>(kernel, begin, end, v, sums, finish);
+      default: return fused_rows_long<T>(kernel, stride, begin, end, v, sums, finish);
+    }
+  } else {
+    switch (stride / LANES<T>) {
+      case 1: return fused_rows_narrow<T, 1>(kernel, begin, end, v, sums, finish);
+      case 2: return fused_rows_narrow<T, 2>(kernel, begin, end, v, sums, finish);
+      case 3: return fused_rows_narrow<T, 3>(kernel, begin, end, v, sums, finish);
+      case 4: return fused_rows_narrow<T, 4>(kernel, begin, end, v, sums, finish);
+      case 5: return fused_rows_narrow<T, 5>(kernel, begin, end, v, sums, finish);
+      case 6: return fused_rows_narrow<T, 6>(kernel, begin, end, v, sums, finish);
+      case 7: return fused_rows_narrow<T, 7>(kernel, begin, end, v, sums, finish);
+      case 8: return fused_rows_narrow<T, 8>(kernel, begin, end, v, sums, finish);
+      default: return fused_rows_long<T>(kernel, stride, begin, end, v, sums, finish);
+    }
   }
 }
 
