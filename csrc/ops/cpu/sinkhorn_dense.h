@@ -20,8 +20,8 @@ namespace {
 
 using namespace protokernels;
 
-constexpr int ROWS = 4;             // rows of K that go through the fused pass together
-constexpr int64_t HELD_STRIDE = 384;  // numbers a row of which L1 holds sixteen
+constexpr int ROWS = 4;               // rows of K that go through the fused pass together
+constexpr int64_t HELD_STRIDE = 128;  // longest rows that go by eight: beyond, K comes from L2, which is the limit
 
 template <class T>
 constexpr T INFINITE = std::numeric_limits<T>::infinity();
@@ -265,7 +265,7 @@ PK_INLINE void add_four(const T* rows, int64_t stride, Four<T> scale, T* sums) {
   }
 }
 
-// Eight rows at a time, which L1 still holds when they are scaled: the columns' sums are read and written half as often.
+// Eight rows at a time: the columns' sums are read and written half as often. Returns the first row that is left.
 template <class T, class Finish>
 PK_INLINE int64_t fused_rows_by_eight(const T* kernel, int64_t stride, int64_t begin, int64_t end, const T* v, T* sums, Finish& finish) {
   constexpr int EIGHT = 2 * ROWS;
