@@ -48,7 +48,15 @@ def details(runs: Sequence[FinishedRun]) -> Values:
 def order(row: ResultRow) -> tuple[Any, ...]:
     """As in Table 1; data that the paper does not have come last."""
     method = list(METHODS).index(row["method"])
-    return (row["data"] not in PAPER_RESULTS, row["data"], row["preset"], row["labelled"], method, row["fold"], row["seed"])
+    return (
+        row["data"] not in PAPER_RESULTS,
+        row["data"],
+        row["preset"],
+        row["labelled"],
+        method,
+        row["fold"],
+        row["seed"],
+    )
 
 
 def scores_of(rows: Sequence[ResultRow], method: str, split: str, key: str) -> dict[tuple[int, int], float]:
