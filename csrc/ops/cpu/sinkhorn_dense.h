@@ -199,8 +199,8 @@ PK_INLINE void fused_rows_short(const T* kernel, int64_t begin, int64_t end, con
   for (int c = 0; c < VECTORS; ++c) store(sums + c * LANES<T>, sum[c]);
 }
 
-// The same for registers that hold one vector of every four rows, or two: the sums of columns stay in them, rows are read again, and those that come
-// next meet v while the scale of these is being worked out.
+// The same with sixteen registers, too few for the rows as well: the sums of the columns stay in them, rows are read a second time, and the next rows
+// meet v while the scale of these is being worked out.
 template <class T, int VECTORS, class Finish>
 PK_INLINE void fused_rows_narrow(const T* kernel, int64_t begin, int64_t end, const T* v, T* sums, Finish& finish) {
   constexpr int64_t stride = VECTORS * LANES<T>;
