@@ -305,29 +305,16 @@ PK_INLINE void fused_rows_long(const T* kernel, int64_t stride, int64_t begin, i
     add_four(kernel + i * stride, stride, finish(i, four_sums(kernel + i * stride, stride, v)), sums);
 }
 
-template <class T, class Finish>
+template <class T, int VECTORS = VECTOR_BYTES == 64 ? 4 : 8, class Finish>
 PK_INLINE void fused_rows(const T* kernel, int64_t stride, int64_t begin, int64_t end, const T* v, T* sums, Finish& finish) {
-  if constexpr (VECTOR_BYTES == 64) {
-    switch (stride / LANES<T>) {
-      case 1: return fused_rows_short<T, 1>(kernel, begin, end, v, sums, finish);
-      case 2: return fused_rows_short<T, 2>(kernel, begin, end, v, sums, finish);
-      case 3: return fused_rows_short<T, 3>(kernel, begin, end, v, sums, finish);
-      case 4: return fused_rows_short<T, 4>(kernel, begin, end, v, sums, finish);
-      default: return fused_rows_long<T>(kernel, stride, begin, end, v, sums, finish);
-    }
-  } else {
-    switch (stride / LANES<T>) {
-      case 1: return fused_rows_narrow<T, 1>(kernel, begin, end, v, sums, finish);
-      case 2: return fused_rows_narrow<T, 2>(kernel, begin, end, v, sums, finish);
-      case 3: return fused_rows_narrow<T, 3>(kernel, begin, end, v, sums, finish);
-      case 4: return fused_rows_narrow<T, 4>(kernel, begin, end, v, sums, finish);
-      case 5: return fused_rows_narrow<T, 5>(kernel, begin, end, v, sums, finish);
-      case 6: return fused_rows_narrow<T, 6>(kernel, begin, end, v, sums, finish);
-      case 7: return fused_rows_narrow<T, 7>(kernel, begin, end, v, sums, finish);
-      case 8: return fused_rows_narrow<T, 8>(kernel, begin, end, v, sums, finish);
-      default: return fused_rows_long<T>(kernel, stride, begin, end, v, sums, finish);
-    }
-  }
+  if constexpr (VECTORS == 0)
+    fused_rows_long<T>(kernel, stride, begin, end, v, sums, finish);
+  else if (stride != VECTORS * LANES<T>)
+    fused_rows<T, VECTORS - 1>(kernel, stride, begin, end, v, sums, finish);
+  else if constexpr (VECTOR_BYTES == 64)
+    fused_rows_short<T, VECTORS>(kernel, begin, end, v, sums, finish);
+  else
+    fused_rows_narrow<T, VECTORS>(kernel, begin, end, v, sums, finish);
 }
 
 // K around the centers, rows [begin, end) of a multiple of ROWS; rows after the last and columns after the last are 0.
