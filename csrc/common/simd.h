@@ -110,6 +110,18 @@ PK_INLINE Index<T> lane_numbers() {
     return Index<T>{0, 1};
 }
 
+// While it lives, results of this thread below the smallest normal number become 0: products of small weights are too small to matter, and cost an
+// Intel core some 150 cycles each where they are kept. What is read stays as it is.
+struct FlushToZero {
+#if defined(__SSE__)
+  unsigned before = __builtin_ia32_stmxcsr();
+  FlushToZero() { __builtin_ia32_ldmxcsr(before | 0x8000); }
+  ~FlushToZero() { __builtin_ia32_ldmxcsr(before); }
+  FlushToZero(const FlushToZero&) = delete;
+  FlushToZero& operator=(const FlushToZero&) = delete;
+#endif
+};
+
 // Horizontal reductions: halving trees, log2(lanes) shuffles each.
 template <class V, class Op>
 PK_INLINE auto reduce(V v, Op op) {

@@ -274,6 +274,7 @@ void prepare(const ContrastiveBackward& b, const ContrastiveSchedule& schedule, 
 
 void backward_any(const ContrastiveBackward& b, const ContrastiveSchedule& schedule, const ContrastivePart& part, void* workspace,
                   void* scratch) {
+  [[maybe_unused]] const FlushToZero flush;  // weights far below 1 meet small coordinates
   b.double_compute ? backward_part<double>(b, schedule, part, workspace, scratch)
                    : backward_part<float>(b, schedule, part, workspace, scratch);
 }

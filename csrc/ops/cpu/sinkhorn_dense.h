@@ -62,18 +62,6 @@ PK_INLINE void store_four(T* p, Four<T> v) {
 
 // ------------------------------------------------------------------------------------------------------------- rows and scratch
 
-// Results below the smallest normal number become 0 while this lives: products of small scales and small plan entries are too small to matter,
-// and on some machines a hundred times slower than others.
-struct FlushToZero {
-#if defined(__SSE__)
-  unsigned before = __builtin_ia32_stmxcsr();
-  FlushToZero() { __builtin_ia32_ldmxcsr(before | 0x8000); }
-  ~FlushToZero() { __builtin_ia32_ldmxcsr(before); }
-  FlushToZero(const FlushToZero&) = delete;
-  FlushToZero& operator=(const FlushToZero&) = delete;
-#endif
-};
-
 template <class Function>
 PK_INLINE void for_chunks(SinkhornEach each, int64_t count, Function function) {
   if (each == nullptr || count == 1) {
