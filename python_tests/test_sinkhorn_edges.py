@@ -132,7 +132,7 @@ class TestValue:
         result = sinkhorn(cost, a, b, num_iters=5, gradient=gradient)
         assert result.feasible.tolist() == [False, True]
         assert (result.f[0] == -math.inf).all() and (result.g[0] == -math.inf).all() and not result.plan[0].any()
-        assert result.transport_cost[0] == result.entropic_value[0] == 0 and result.marginal_error[0] == 2
+        assert result.transport_cost[0] == result.entropic_value[0] == 0 and abs(result.marginal_error[0] - 2) < 1e-14
         for found in torch.autograd.grad(result.entropic_value.sum(), (cost, a, b)):
             assert found.isfinite().all() and not found[0].any()
 

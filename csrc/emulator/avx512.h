@@ -82,6 +82,19 @@ void stream(T* to, V x) {
   std::memcpy(to, &x, sizeof x);
 }
 
+// VMOVUPS, VMOVUPD with a mask: memory is touched where a bit is set, and nowhere else.
+template <class T, class V>
+V masked_load(const T* from, V otherwise, unsigned mask) {
+  for (unsigned lane = 0; lane < sizeof(V) / sizeof(T); ++lane)
+    if (mask >> lane & 1) otherwise[lane] = from[lane];
+  return otherwise;
+}
+template <class T, class V>
+void masked_store(T* to, V x, unsigned mask) {
+  for (unsigned lane = 0; lane < sizeof(V) / sizeof(T); ++lane)
+    if (mask >> lane & 1) to[lane] = x[lane];
+}
+
 }  // namespace pk_avx512
 
 #define __builtin_ia32_maxps512_mask(first, second, otherwise, mask, rounding) \
@@ -96,6 +109,10 @@ void stream(T* to, V x) {
   (pk_avx512::Whole<mask, 4>{}, pk_avx512::common_bits((pk_avx512::Quads)(first), (pk_avx512::Quads)(second)))
 #define __builtin_ia32_movntps512(to, x) pk_avx512::stream(to, x)
 #define __builtin_ia32_movntpd512(to, x) pk_avx512::stream(to, x)
+#define __builtin_ia32_loadups512_mask(from, otherwise, mask) pk_avx512::masked_load(from, otherwise, mask)
+#define __builtin_ia32_loadupd512_mask(from, otherwise, mask) pk_avx512::masked_load(from, otherwise, mask)
+#define __builtin_ia32_storeups512_mask(to, x, mask) pk_avx512::masked_store(to, x, mask)
+#define __builtin_ia32_storeupd512_mask(to, x, mask) pk_avx512::masked_store(to, x, mask)
 #define _mm512_maskz_roundscale_ps(mask, x, how) pk_avx512::rounded<mask, how>(x)
 #define _mm512_maskz_sqrt_ps(mask, x) pk_avx512::square_roots<mask>(x)
 #define _mm512_maskz_mul_epu32(mask, first, second) pk_avx512::products<mask>(first, second)

@@ -79,6 +79,12 @@ PK_INLINE void for_chunks(SinkhornEach each, int64_t count, Function function) {
 template <class T>
 PK_INLINE Vec<T> load_part(const T* p, int64_t count, int64_t readable, T fill) {
   if (count >= LANES<T>) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return __builtin_ia32_loadups512_mask(p, broadcast(fill), static_cast<uint16_t>((1u << count) - 1));
+  else
+    return __builtin_ia32_loadupd512_mask(p, broadcast(fill), static_cast<uint8_t>((1u << count) - 1));
+#endif
   Vec<T> v{};
   if (readable >= LANES<T>)
     v = load(p);
@@ -91,8 +97,15 @@ template <class T>
 PK_INLINE void store_part(T* p, Vec<T> v, int64_t count) {
   if (count >= LANES<T>)
     store(p, v);
+#if defined(__AVX512F__)
+  else if constexpr (sizeof(T) == 4)
+    __builtin_ia32_storeups512_mask(p, v, static_cast<uint16_t>((1u << count) - 1));
+  else
+    __builtin_ia32_storeupd512_mask(p, v, static_cast<uint8_t>((1u << count) - 1));
+#else
   else
     std::memcpy(p, &v, static_cast<size_t>(count) * sizeof(T));
+#endif
 }
 
 template <class T>
@@ -152,49 +165,14 @@ PK_INLINE Four<T> sum_four(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d) {
   }
 }
 
-// sums[j] += scale_i K_ij over rows [begin, end), where scale = finish(i, K v) is known as soon as four rows have met v: K is read once.
-// Rows no longer than four vectors stay in registers between the two uses.
-template <class T, int VECTORS, class Finish>
-PK_INLINE void fused_rows_short(const T* kernel, int64_t begin, int64_t end, const T* v, T* sums, Finish& finish) {
-  constexpr int64_t stride = VECTORS * LANES<T>;
-  Vec<T> weight[VECTORS], sum[VECTORS];
-#pragma GCC unroll 4
-  for (int c = 0; c < VECTORS; ++c) {
-    weight[c] = load(v + c * LANES<T>);
-    sum[c] = load(sums + c * LANES<T>);
-  }
-  for (int64_t i = begin; i < end; i += ROWS) {
-    const T* rows = kernel + i * stride;
-    Vec<T> k[ROWS][VECTORS], r[ROWS];
-#pragma GCC unroll 4
-    for (int row = 0; row < ROWS; ++row) {
-      r[row] = Vec<T>{};
-#pragma GCC unroll 4
-      for (int c = 0; c < VECTORS; ++c) {
-        k[row][c] = load(rows + row * stride + c * LANES<T>);
-        r[row] += k[row][c] * weight[c];
-      }
-    }
-    const Four<T> scale = finish(i, sum_four<T>(r[0], r[1], r[2], r[3]));
-#pragma GCC unroll 4
-    for (int row = 0; row < ROWS; ++row) {
-      const Vec<T> s = broadcast(scale[row]);
-#pragma GCC unroll 4
-      for (int c = 0; c < VECTORS; ++c) sum[c] += s * k[row][c];
-    }
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < VECTORS; ++c) store(sums + c * LANES<T>, sum[c]);
-}
-
-// The same with sixteen registers, too few for the rows as well: the sums of the columns stay in them, rows are read a second time, and the next rows
-// meet v while the scale of these is being worked out.
+// sums[j] += scale_i K_ij over rows [begin, end), where scale = finish(i, K v) is known as soon as four rows have met v: K is read once. The sums
+// of the columns stay in registers, rows are read a second time from L1, and the next rows meet v while the scale of these is being worked out.
 template <class T, int VECTORS, class Finish>
 PK_INLINE void fused_rows_narrow(const T* kernel, int64_t begin, int64_t end, const T* v, T* sums, Finish& finish) {
   constexpr int64_t stride = VECTORS * LANES<T>;
   Vec<T> sum[VECTORS], r[ROWS];
   const auto meet = [&](const T* rows) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int c = 0; c < VECTORS; ++c) {
       const Vec<T> weight = load(v + c * LANES<T>);
 #pragma GCC unroll 4
@@ -205,7 +183,7 @@ PK_INLINE void fused_rows_narrow(const T* kernel, int64_t begin, int64_t end, co
     }
   };
   if (begin >= end) return;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int c = 0; c < VECTORS; ++c) sum[c] = load(sums + c * LANES<T>);
   meet(kernel + begin * stride);
   for (int64_t i = begin; i < end; i += ROWS) {
@@ -215,11 +193,11 @@ PK_INLINE void fused_rows_narrow(const T* kernel, int64_t begin, int64_t end, co
 #pragma GCC unroll 4
     for (int row = 0; row < ROWS; ++row) {
       const Vec<T> s = broadcast(scale[row]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int c = 0; c < VECTORS; ++c) sum[c] += s * load(rows + row * stride + c * LANES<T>);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int c = 0; c < VECTORS; ++c) store(sums + c * LANES<T>, sum[c]);
 }
 
@@ -293,14 +271,12 @@ PK_INLINE void fused_rows_long(const T* kernel, int64_t stride, int64_t begin, i
     add_four(kernel + i * stride, stride, finish(i, four_sums(kernel + i * stride, stride, v)), sums);
 }
 
-template <class T, int VECTORS = VECTOR_BYTES == 64 ? 4 : 8, class Finish>
+template <class T, int VECTORS = VECTOR_BYTES == 64 ? 16 : 8, class Finish>
 PK_INLINE void fused_rows(const T* kernel, int64_t stride, int64_t begin, int64_t end, const T* v, T* sums, Finish& finish) {
   if constexpr (VECTORS == 0)
     fused_rows_long<T>(kernel, stride, begin, end, v, sums, finish);
   else if (stride != VECTORS * LANES<T>)
     fused_rows<T, VECTORS - 1>(kernel, stride, begin, end, v, sums, finish);
-  else if constexpr (VECTOR_BYTES == 64)
-    fused_rows_short<T, VECTORS>(kernel, begin, end, v, sums, finish);
   else
     fused_rows_narrow<T, VECTORS>(kernel, begin, end, v, sums, finish);
 }

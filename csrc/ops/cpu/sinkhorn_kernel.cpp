@@ -6,13 +6,11 @@
 // half-step is taken in the log domain, so that every row has an entry near its mass. Later ones go back there when a sum is too small to be
 // trusted, and scales that grow are absorbed into the centers: the range of the cost does not matter.
 //
-// What pays, on two Zen 5 cores, 64 x 49 x 49 with 100 iterations: 0.54 ms, 0.13 microseconds an iteration and problem, where the exponentials of
-// a log-domain iteration alone would take 2 ms. Rows of up to four vectors stay in registers between their two uses. Without flushing subnormal
-// products to zero, 16 x 196 x 196 at epsilon = .005 took half as long again as at .1; now both take 1.35 ms. Damped rows go through the logarithm
-// 16 at a time: 1.2 ms, with four at a time 2.2. 4 x 1024 x 1024 with 50 iterations: 7.3 ms, one read of K from L3 an iteration.
-//
-// AVX2 has registers for the column sums only, of rows of up to eight vectors. On one Zen 3 core a row group of 49 columns takes 60 cycles, of which
-// products need 28 and loads 32; with the sums in memory, and the next rows only after the scale of these, it took 115.
+// What pays, on two Cascade Lake cores (AVX-512): column sums that stay in registers, for rows of up to 16 vectors, while the next rows meet v. 16 x 196
+// x 196 with 100 iterations takes 4.0 ms, and took 5.6 with them in memory. At 64 x 49 x 49 it takes 1.8, of which 0.5 go to the first half-step,
+// the marginals and the plan. AVX2 has registers for eight vectors: on one Zen 3 core four rows of 49 columns take 60 cycles, of which products need 28 and
+// loads 32; with the sums in memory, and the next rows only after the scale of these, it took 115. Subnormal products are flushed to zero, or 196 x 196
+// at epsilon = .005 takes half as long again as at .1. Damped rows go through the logarithm 16 at a time, which four at a time doubles.
 
 #include "ops/cpu/sinkhorn_dense.h"
 
@@ -35,6 +33,22 @@ struct Report {
   bool in_range() const { return !(largest_scale > LARGE_SCALE<T>) && !(smallest_scale < 1 / LARGE_SCALE<T>); }
 };
 
+// The least and the largest of many vectors, lane by lane.
+template <class T>
+struct Extremes {
+  Vec<T> least = broadcast(INFINITE<T>), largest{};
+
+  PK_MEMBER void meet(Vec<T> x, Index<T> counts) {
+    least = counts & (x < least) ? x : least;
+    largest = counts & (x > largest) ? x : largest;
+  }
+};
+
+template <class T>
+PK_INLINE Report<T> report_of(const Extremes<T>& sums, const Extremes<T>& scales) {
+  return {0, 0, 0, 0, reduce_min(sums.least), reduce_max(sums.largest), reduce_min(scales.least), reduce_max(scales.largest)};
+}
+
 template <class T>
 struct Solver {
   const SinkhornForward& p;
@@ -46,7 +60,7 @@ struct Solver {
   T epsilon, lambda_a, lambda_b;
   bool balanced, any_lost = false, looks_at_error;
   T *kernel, *partial, *column_max;                                    // [rows, stride], [chunks, stride], [stride]
-  T *mass_a, *active_a, *log_a, *row_center, *row_scale, *next_scale;  // [rows]; active: 0 where infeasible
+  T *mass_a, *active_a, *log_a, *row_center, *row_scale, *next_scale, *row_sum;  // [rows]; active: 0 where infeasible
   T *mass_b, *active_b, *log_b, *column_center, *column_scale;         // [stride]
   Report<T>* reports;                                                  // [chunks]
 
@@ -55,7 +69,7 @@ struct Solver {
     rows = round_up(p.N, 16), stride = round_up(p.M, LANES<T>);
     kernel = arena.take<T>(rows * stride);
     partial = arena.take<T>((chunks.count + 1) * stride);
-    for (T** piece : {&mass_a, &active_a, &log_a, &row_center, &row_scale, &next_scale}) *piece = arena.take<T>(rows + 16);
+    for (T** piece : {&mass_a, &active_a, &log_a, &row_center, &row_scale, &next_scale, &row_sum}) *piece = arena.take<T>(rows + 16);
     for (T** piece : {&mass_b, &active_b, &log_b, &column_center, &column_scale}) *piece = arena.take<T>(stride);
     reports = arena.take<Report<T>>(chunks.count);
     if (arena.counts_only()) return;
@@ -78,7 +92,7 @@ struct Solver {
       store(column_center + j, mass > T(0) || mass != mass ? start : broadcast(-INFINITE<T>));
       store(column_scale + j, broadcast(T(1)));
     }
-    for (T* piece : {row_center, row_scale, next_scale}) std::fill(piece, piece + rows + 16, T(0));
+    for (T* piece : {row_center, row_scale, next_scale, row_sum}) std::fill(piece, piece + rows + 16, T(0));
     std::fill(row_scale, row_scale + p.N, T(1));  // u = 0 before the first iteration
   }
 
@@ -106,29 +120,32 @@ struct Solver {
   }
 
   PK_MEMBER void restart_row(int64_t i, T* sums, Report<T>& mine) {
-    T* const row = kernel + i * stride;
+    const Cost<T> costs = cost;  // copies: what is written might be a member, for all the compiler knows
+    const T* const columns = column_center;
+    const int64_t width = stride;
+    T* const row = kernel + i * width;
     Vec<T> top = broadcast(-INFINITE<T>), sum{};
     if (active_a[i] != T(0))
-      for (int64_t j = 0; j < stride; j += LANES<T>) {
-        const Vec<T> x = cost.score(i, j, column_center);
+      for (int64_t j = 0; j < width; j += LANES<T>) {
+        const Vec<T> x = costs.score(i, j, columns);
         top = x > top ? x : top;
       }
     T highest = reduce_max(top);
     if (highest == -INFINITE<T> && active_a[i] != T(0) && has_nan(i)) highest = 0;  // then the sum is NaN, and the row
     if (active_a[i] == T(0) || highest == -INFINITE<T>) {
-      std::fill(row, row + stride, T(0));
+      std::fill(row, row + width, T(0));
       active_a[i] = row_scale[i] = 0;
       row_center[i] = -INFINITE<T>;
       return;
     }
-    for (int64_t j = 0; j < stride; j += LANES<T>) {
-      const Vec<T> e = exp_nonpositive(cost.score(i, j, column_center) - highest);
+    for (int64_t j = 0; j < width; j += LANES<T>) {
+      const Vec<T> e = exp_nonpositive(costs.score(i, j, columns) - highest);
       sum += e;
       store(row + j, e);
     }
     const T total = reduce_sum(sum), u = lambda_a * (log_a[i] - (highest + std::log(total)));
     const T factor = lambda_a == T(1) ? mass_a[i] / total : std::exp(std::min(u + highest, T(88)));
-    for (int64_t j = 0; j < stride; j += LANES<T>) {
+    for (int64_t j = 0; j < width; j += LANES<T>) {
       const Vec<T> k = load(row + j) * factor;
       store(row + j, k);
       store(sums + j, load(sums + j) + k);
@@ -217,29 +234,31 @@ struct Solver {
   }
 
   void scale_chunk(int64_t begin, int64_t end, T* sums, Report<T>& mine) {
-    Four<T> error{}, smallest = Four<T>{} + INFINITE<T>, largest{}, low = smallest, high{};
-    auto finish = [&](int64_t i, Four<T> r) __attribute__((always_inline)) {
-      const Four<T> none{}, active = load_four(active_a + i), off = load_four(row_scale + i) * r - load_four(mass_a + i);
-      const Four<T> scale = active == none ? none : active / r;
-      error += off < none ? -off : off;
-      smallest = active != none && r < smallest ? r : smallest;
-      largest = active != none && r > largest ? r : largest;
-      low = active != none && scale < low ? scale : low;
-      high = scale > high ? scale : high;
-      store_four(next_scale + i, scale);
+    const T* const active = active_a;  // what is written might be a member, for all the compiler knows
+    T *const scales = next_scale, *const found = row_sum;
+    auto finish = [=](int64_t i, Four<T> r) __attribute__((always_inline)) {
+      const Four<T> none{}, mass = load_four(active + i), scale = mass == none ? none : mass / r;
+      store_four(found + i, r), store_four(scales + i, scale);
       return scale;
     };
     fused_rows(kernel, stride, begin, end, column_scale, sums, finish);
-    for (int k = 0; k < ROWS; ++k) {
-      mine.error += error[k];
-      mine.merge({0, 0, 0, 0, smallest[k], largest[k], low[k], high[k]});
+    const Vec<T> none{};
+    Vec<T> error{};
+    Extremes<T> of_sums, of_scales;
+    for (int64_t i = begin; i < end; i += LANES<T>) {
+      const Vec<T> r = load(row_sum + i), mass = load(active_a + i);
+      error += absolute<T>(load(row_scale + i) * r - load(mass_a + i));
+      of_sums.meet(r, mass != none), of_scales.meet(load(next_scale + i), mass != none);
     }
+    mine.error += reduce_sum(error);
+    mine.merge(report_of(of_sums, of_scales));
   }
 
   // Blocks of 16 rows: u = lambda (log a - log sum) needs logarithms, which four at a time would cost four times as much.
   void damp_chunk(int64_t begin, int64_t end, T* sums, Report<T>& mine) {
     const Vec<T> none{};
-    Vec<T> error{}, smallest = broadcast(INFINITE<T>), largest{}, low = smallest, high{};
+    Vec<T> error{};
+    Extremes<T> of_sums, of_scales;
     for (int64_t block = begin; block < end; block += 16) {
       const int64_t last = std::min(round_up(end, ROWS), block + 16);
       for (int64_t i = block; i < last; i += ROWS) store_four(next_scale + i, four_sums(kernel + i * stride, stride, column_scale));
@@ -251,35 +270,29 @@ struct Solver {
           const Vec<T> moved = absolute<T>(log_scale - log_nonnegative(load(row_scale + i))) * load(mass_a + i);
           error += active == none ? none : moved;
         }
-        smallest = active != none && r < smallest ? r : smallest;
-        largest = active != none && r > largest ? r : largest;
-        low = active != none && scale < low ? scale : low;
-        high = scale > high ? scale : high;
+        of_sums.meet(r, active != none), of_scales.meet(scale, active != none);
         store(next_scale + i, scale);
       }
       for (int64_t i = block; i < last; i += ROWS) add_four(kernel + i * stride, stride, load_four(next_scale + i), sums);
     }
     mine.error += reduce_sum(error);
-    mine.merge({0, 0, 0, 0, reduce_min(smallest), reduce_max(largest), reduce_min(low), reduce_max(high)});
+    mine.merge(report_of(of_sums, of_scales));
   }
 
   // A column half-step from the column sums in partial.
   Report<T> scale_columns() {
     add_chunks(partial, stride, chunks.count);
     const Vec<T> none{};
-    Vec<T> smallest = broadcast(INFINITE<T>), largest{}, low = smallest, high{};
+    Extremes<T> of_sums, of_scales;
     for (int64_t j = 0; j < stride; j += LANES<T>) {
       const Vec<T> sum = load(partial + j), active = load(active_b + j), center = load(column_center + j);
       Vec<T> scale = active / sum;
       if (lambda_b != T(1)) scale = exp_any<T>(lambda_b * (load(log_b + j) + center - log_nonnegative(sum)) - center);
       scale = active == none ? none : scale;
-      smallest = active != none && sum < smallest ? sum : smallest;
-      largest = active != none && sum > largest ? sum : largest;
-      low = active != none && scale < low ? scale : low;
-      high = scale > high ? scale : high;
+      of_sums.meet(sum, active != none), of_scales.meet(scale, active != none);
       store(column_scale + j, scale);
     }
-    return {0, 0, 0, 0, reduce_min(smallest), reduce_max(largest), reduce_min(low), reduce_max(high)};
+    return report_of(of_sums, of_scales);
   }
 
   // Returns the number of iterations whose result stands in centers and scales. The error is what the row pass after them finds; infinite if it
@@ -341,14 +354,18 @@ struct Solver {
   // Row and column sums of P from the potentials themselves, as a reader of f and g would find them.
   Report<T> measure() {
     Report<T> total = over_chunks([&](int64_t begin, int64_t end, T* sums, Report<T>& mine) {
-      std::fill(sums, sums + stride, T(0));
+      const Cost<T> costs = cost;  // copies: what is written might be a member, for all the compiler knows
+      const T* const columns = column_center;
+      const int64_t width = stride;
+      std::fill(sums, sums + width, T(0));
       for (int64_t i = begin; i < end; ++i) {
+        const T center = row_center[i];
         Vec<T> sum{}, transport{};
-        if (row_center[i] != -INFINITE<T>)
-          for (int64_t j = 0; j < stride; j += LANES<T>) {
-            const Vec<T> plan = exp_any<T>(row_center[i] + cost.score(i, j, column_center));
+        if (center != -INFINITE<T>)
+          for (int64_t j = 0; j < width; j += LANES<T>) {
+            const Vec<T> plan = exp_any<T>(center + costs.score(i, j, columns));
             sum += plan;
-            transport += plan == T(0) ? Vec<T>{} : plan * cost.at(i, j, T(0));
+            transport += plan == T(0) ? Vec<T>{} : plan * costs.at(i, j, T(0));
             store(sums + j, load(sums + j) + plan);
           }
         const double marginal = reduce_sum(sum);

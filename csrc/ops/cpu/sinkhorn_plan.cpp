@@ -31,10 +31,12 @@ struct LogPlan {
 void plan(const SinkhornPlan& p, int64_t first_row, int64_t last_row) {
   with_type(p.kind, [&](auto zero) {
     using T = decltype(zero);
-    for (int64_t row = first_row; row < last_row; ++row) {
-      const LogPlan<T> log_plan(p, row / p.N);
-      T* const out = static_cast<T*>(p.plan) + row * p.M;
-      for (int64_t j = 0; j < p.M; j += LANES<T>) store_part(out + j, exp_any<T>(log_plan.at(row % p.N, j)), p.M - j);
+    for (int64_t row = first_row; row < last_row;) {
+      const int64_t b = row / p.N, before = b * p.N, end = std::min(last_row, before + p.N);
+      const LogPlan<T> log_plan(p, b);
+      for (; row < end; ++row)
+        for (int64_t j = 0; j < p.M; j += LANES<T>)
+          store_part(static_cast<T*>(p.plan) + row * p.M + j, exp_any<T>(log_plan.at(row - before, j)), p.M - j);
     }
   });
 }
