@@ -244,15 +244,15 @@ def gpu_cells() -> Cells:
     return made
 
 
-def gpu_peer_cells(rows: Sequence[Row]) -> Cells:
-    """What was timed on a GPU beside peers: a line for each case and precision of ours, torch first among the peers."""
+def peer_cells(rows: Sequence[Row], title: str) -> Cells:
+    """What was timed beside peers: a line for each case and precision of ours, torch first among the peers."""
     ours = {(row["what"], row["case"], row["contender"]): row for row in rows if row["contender"].startswith(OURS)}
     lines: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         key = (row["what"], row["case"], row.get("against", OURS))
         if not row["contender"].startswith(OURS):
             lines.setdefault(key, []).append(row)
-    made = [["ms on the device unless launched from Python", "ours (of the limit)", "torch", "other peers"]]
+    made = [[title, "ours (of the limit)", "torch", "other peers"]]
     for what, case, name in sorted(lines, key=lambda key: (key[0], ours[key]["order"] if key in ours else 0, key)):
         own, peers = ours.get((what, case, name)), lines[what, case, name]
         column = Column("", what, shows="limit")
@@ -303,7 +303,9 @@ def made_tables() -> dict[tuple[str, str], list[tuple[str, Cells]]]:
     made["Benchmarks", "Training steps"] = [("", trainer_steps.cells(held("trainer_steps")["fair"]["rows"]))]
     made["Benchmarks", "Several processes"] = [("", communication.cells(held("communication")))]
     made["Benchmarks", "Data larger than memory"] = [("", streaming.cells(held("streaming")["rows"]))]
-    made["Benchmarks", "On a GPU"] = [("", gpu_peer_cells(held("h200_peers")["rows"])), ("", gpu_cells())]
+    made["Benchmarks", "Where the goals come from"] = [("", peer_cells(held("cascade_lake")["rows"], "ms on two cores"))]
+    peers = peer_cells(held("h200_peers")["rows"], "ms on the device unless launched from Python")
+    made["Benchmarks", "On a GPU"] = [("", peers), ("", gpu_cells())]
     return made
 
 
