@@ -260,8 +260,10 @@ def peer_cells(rows: Sequence[Row], title: str) -> Cells:
         texts: dict[bool, list[str]] = {True: [], False: []}
         for row in sorted(peers, key=lambda row: row["contender"]):
             text = f"{milliseconds(row['median_ms'])} ({times(row['ratio'])})"
-            is_torch = row["contender"].split(",")[0].split(" ")[0] == "torch"
-            texts[is_torch].append(text if is_torch else f"{row['contender']}: {text}")
+            first, _, way = row["contender"].partition(", ")
+            is_torch = first.split(" ")[0] == "torch"
+            label = row["contender"] if not is_torch else "" if way in ("bf16", "tf32") else way
+            texts[is_torch].append(f"{label}: {text}" if label else text)
         title = f"{what.removesuffix(', in a CUDA graph')}: {case}{name.removeprefix(OURS)}"
         made.append([title, mine, "; ".join(texts[True]), "; ".join(texts[False])])
     return made
@@ -303,7 +305,9 @@ def made_tables() -> dict[tuple[str, str], list[tuple[str, Cells]]]:
     made["Benchmarks", "Training steps"] = [("", trainer_steps.cells(held("trainer_steps")["fair"]["rows"]))]
     made["Benchmarks", "Several processes"] = [("", communication.cells(held("communication")))]
     made["Benchmarks", "Data larger than memory"] = [("", streaming.cells(held("streaming")["rows"]))]
-    made["Benchmarks", "Where the goals come from"] = [("", peer_cells(held("cascade_lake")["rows"], "ms on two cores"))]
+    made["Benchmarks", "Where the goals come from"] = [
+        ("", peer_cells(held("cascade_lake")["rows"], "ms on two cores"))
+    ]
     peers = peer_cells(held("h200_peers")["rows"], "ms on the device unless launched from Python")
     made["Benchmarks", "On a GPU"] = [("", peers), ("", gpu_cells())]
     return made
