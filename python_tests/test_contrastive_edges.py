@@ -124,6 +124,12 @@ class TestValue:
             expected = torch.tensor(math.log(7))
         check_close(loss, expected, 1e-5)
 
+    def test_subnormal_numbers_of_the_caller_stay(self, place: Place) -> None:
+        """The CPU kernels flush them to zero while they work: on every thread that they ran on this must be over afterwards."""
+        x, labels = torch.randn(600, 64, device=place.device), torch.arange(600, device=place.device) % 7
+        supcon_loss(x.requires_grad_(), labels, temperature=0.005).backward()
+        assert (torch.full((1 << 18,), 1e-40) * 0.5).all()  # on all threads
+
     @pytest.mark.parametrize("normalize", [True, False])
     def test_nan_is_not_hidden(self, place: Place, normalize: bool) -> None:
         features, labels = (x.to(place.device) for x in draw_maps((2, 3, 4, 8), seed=5))
