@@ -262,7 +262,9 @@ def peer_cells(rows: Sequence[Row], title: str) -> Cells:
             text = f"{milliseconds(row['median_ms'])} ({times(row['ratio'])})"
             first, _, way = row["contender"].partition(", ")
             is_torch = first.split(" ")[0] == "torch"
-            label = row["contender"] if not is_torch else "" if way in ("bf16", "tf32") else way
+            label = row["contender"]
+            if is_torch:
+                label = "" if way in ("bf16", "tf32") else way  # the precision stands in the title
             texts[is_torch].append(f"{label}: {text}" if label else text)
         title = f"{what.removesuffix(', in a CUDA graph')}: {case}{name.removeprefix(OURS)}"
         made.append([title, mine, "; ".join(texts[True]), "; ".join(texts[False])])

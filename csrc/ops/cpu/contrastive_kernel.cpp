@@ -80,7 +80,7 @@ void forward_part(const ContrastiveForward& f, const ContrastiveSchedule& schedu
 
 void forward_any(const ContrastiveForward& f, const ContrastiveSchedule& schedule, const ContrastivePart& part, void* workspace,
                  void* scratch) {
-  [[maybe_unused]] const FlushToZero flush;
+  [[maybe_unused]] const FlushToZero flush;  // exponentials far below the largest
   f.double_compute ? forward_part<double>(f, schedule, part, workspace, scratch)
                    : forward_part<float>(f, schedule, part, workspace, scratch);
 }

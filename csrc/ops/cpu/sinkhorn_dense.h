@@ -77,20 +77,21 @@ PK_INLINE void for_chunks(SinkhornEach each, int64_t count, Function function) {
 
 // The first count lanes come from memory, the others are fill; readable elements lie behind p, maybe of the next row.
 template <class T>
-PK_INLINE Vec<T> load_part(const T* p, int64_t count, int64_t readable, T fill) {
+PK_INLINE Vec<T> load_part(const T* p, int64_t count, [[maybe_unused]] int64_t readable, T fill) {
   if (count >= LANES<T>) return load(p);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
     return __builtin_ia32_loadups512_mask(p, broadcast(fill), static_cast<uint16_t>((1u << count) - 1));
   else
     return __builtin_ia32_loadupd512_mask(p, broadcast(fill), static_cast<uint8_t>((1u << count) - 1));
-#endif
+#else
   Vec<T> v{};
   if (readable >= LANES<T>)
     v = load(p);
   else
     std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(T));
   return lane_numbers<T>() < Index<T>{} + static_cast<int>(count) ? v : broadcast(fill);
+#endif
 }
 
 template <class T>

@@ -6,48 +6,15 @@
 // half-step is taken in the log domain, so that every row has an entry near its mass. Later ones go back there when a sum is too small to be
 // trusted, and scales that grow are absorbed into the centers: the range of the cost does not matter.
 //
-// What pays, on two Cascade Lake cores (AVX-512): column sums that stay in registers, for rows of up to 16 vectors, while the next rows meet v. 16 x 196
-// x 196 with 100 iterations takes 4.0 ms, and took 5.6 with them in memory. At 64 x 49 x 49 it takes 1.8, of which 0.5 go to the first half-step,
-// the marginals and the plan. AVX2 has registers for eight vectors: on one Zen 3 core four rows of 49 columns take 60 cycles, of which products need 28 and
-// loads 32; with the sums in memory, and the next rows only after the scale of these, it took 115. Subnormal products are flushed to zero, or 196 x 196
-// at epsilon = .005 takes half as long again as at .1. Damped rows go through the logarithm 16 at a time, which four at a time doubles.
+// What pays, in builds compared by hand. Two Cascade Lake cores (AVX-512): column sums in registers, for rows of up to 16 vectors, while the next rows
+// meet v: 16 x 196 x 196 with 100 iterations in 4.0 ms, 5.6 with them in memory. One Zen 3 core (AVX2, registers for eight vectors): four rows of 49
+// columns in 60 cycles, 115 with the sums in memory and the next rows only after the scale of these. Two Zen 5 cores: without flushing subnormal
+// products to zero 196 x 196 at epsilon = .005 took half as long again as at .1; damped rows go through the logarithm 16 at a time, 1.2 ms, with four
+// at a time 2.2.
 
-#include "ops/cpu/sinkhorn_dense.h"
+#include "ops/cpu/sinkhorn_report.h"
 
 namespace {
-
-// What one chunk of rows, or the columns, report of a half-step or of the result.
-template <class T>
-struct Report {
-  double error = 0, transport = 0, value = 0, mass = 0;
-  T smallest_sum = INFINITE<T>, largest_sum = 0, smallest_scale = INFINITE<T>, largest_scale = 0;
-
-  void merge(const Report& other) {
-    error += other.error, transport += other.transport, value += other.value, mass += other.mass;
-    smallest_sum = std::min(smallest_sum, other.smallest_sum), largest_sum = std::max(largest_sum, other.largest_sum);
-    smallest_scale = std::min(smallest_scale, other.smallest_scale), largest_scale = std::max(largest_scale, other.largest_scale);
-  }
-  bool trusted(T largest_factor) const {  // a sum of nothing is none: there may be no factors at all
-    return smallest_sum != T(0) && !(smallest_sum < TRUSTED_SUM<T> * largest_factor) && !(largest_sum > LARGEST_SUM<T>);
-  }
-  bool in_range() const { return !(largest_scale > LARGE_SCALE<T>) && !(smallest_scale < 1 / LARGE_SCALE<T>); }
-};
-
-// The least and the largest of many vectors, lane by lane.
-template <class T>
-struct Extremes {
-  Vec<T> least = broadcast(INFINITE<T>), largest{};
-
-  PK_MEMBER void meet(Vec<T> x, Index<T> counts) {
-    least = counts & (x < least) ? x : least;
-    largest = counts & (x > largest) ? x : largest;
-  }
-};
-
-template <class T>
-PK_INLINE Report<T> report_of(const Extremes<T>& sums, const Extremes<T>& scales) {
-  return {0, 0, 0, 0, reduce_min(sums.least), reduce_max(sums.largest), reduce_min(scales.least), reduce_max(scales.largest)};
-}
 
 template <class T>
 struct Solver {
@@ -59,7 +26,7 @@ struct Solver {
   int64_t rows, stride;  // N and M, rounded up to whole vectors
   T epsilon, lambda_a, lambda_b;
   bool balanced, any_lost = false, looks_at_error;
-  T *kernel, *partial, *column_max;                                    // [rows, stride], [chunks, stride], [stride]
+  T *kernel, *partial, *column_max;  // [rows, stride], [chunks, stride], [stride]
   T *mass_a, *active_a, *log_a, *row_center, *row_scale, *next_scale, *row_sum;  // [rows]; active: 0 where infeasible
   T *mass_b, *active_b, *log_b, *column_center, *column_scale;         // [stride]
   Report<T>* reports;                                                  // [chunks]
