@@ -203,6 +203,16 @@ class TestValue:
         result = sinkhorn(*(x.to(place.device) for x in (cost, a, b)), epsilon=0.01, num_iters=20)
         check(result, solve_batch(cost, a, b, epsilon, 20), cost, epsilon, a)
 
+    def test_a_column_that_scales_up_past_what_the_kernel_holds(self, place: Place) -> None:
+        """The second column's scale becomes 1e27 at once, and nothing else leaves [1e-13, 1]: unless that is noticed, the entry
+        that holds .4 of the mass in the end stays what it was next to the first scales, exp(-87) / 2, a zero in float32."""
+        cost, a, b = torch.tensor([[[0.0, 63.0], [0.0, 87.0]]]), torch.tensor([[0.5, 0.5]]), torch.tensor([[0.1, 0.9]])
+        epsilon = torch.ones(1)
+        for C, rows, columns in ((cost, a, b), (cost.mT.contiguous(), b, a)):
+            for num_iters in (12, 15, 18, 40):
+                result = sinkhorn(*on(place, C, rows, columns), epsilon=1.0, num_iters=num_iters)
+                check(result, solve_batch(C, rows, columns, epsilon, num_iters), C, epsilon, rows)
+
     def test_no_problems(self, place: Place) -> None:
         for gradient in GRADIENTS:
             cost = torch.empty(0, 3, 4, device=place.device, requires_grad=True)
