@@ -213,6 +213,13 @@ class TestValue:
                 result = sinkhorn(*on(place, C, rows, columns), epsilon=1.0, num_iters=num_iters)
                 check(result, solve_batch(C, rows, columns, epsilon, num_iters), C, epsilon, rows)
 
+    def test_a_sum_of_what_the_kernel_hardly_holds(self, place: Place) -> None:
+        """The second column's sum is exp(-86) / 2, and another twelfth that is a zero in float32 next to the first column."""
+        cost, a = torch.tensor([[[0.0, 86.0], [0.0, 88.5]]]), torch.tensor([[0.5, 0.5]])
+        epsilon = torch.ones(1)
+        result = sinkhorn(*on(place, cost, a, a), epsilon=1.0, num_iters=1)
+        check(result, solve_batch(cost, a, a, epsilon, 1), cost, epsilon, a)
+
     def test_no_problems(self, place: Place) -> None:
         for gradient in GRADIENTS:
             cost = torch.empty(0, 3, 4, device=place.device, requires_grad=True)
@@ -251,6 +258,13 @@ class TestUnbalanced:
             )
             assert result.feasible.all()
             check(result, solve_batch(cost, a, b, epsilon, 25, rho=rho), cost, epsilon, a)
+
+    def test_the_error_where_a_row_has_lost_its_column(self, place: Place) -> None:
+        """The second row's only near column has hardly any mass: its sum under the last scales is 1e-30, and u is found anew."""
+        cost, a, b = torch.tensor([[[0.0, 100.0], [100.0, 0.0]]]), torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 1e-33]])
+        epsilon = torch.ones(1)
+        result = sinkhorn(*on(place, cost, a, b), epsilon=1.0, num_iters=1, marginal_penalty=10.0)
+        check(result, solve_batch(cost, a, b, epsilon, 1, rho=(10.0, 10.0)), cost, epsilon, a)
 
     def test_one_number_is_for_both_sides(self, place: Place) -> None:
         cost, a, b = (x.to(place.device) for x in draw(2, 5, 6))

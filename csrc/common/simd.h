@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "common/kind.h"
 
@@ -156,6 +157,29 @@ PK_INLINE auto reduce_max(V v) {
 template <class V>
 PK_INLINE auto reduce_min(V v) {
   return reduce(v, [](V a, V b) { return a < b ? a : b; });
+}
+
+// One vector of what op makes of the lanes of each of LANES vectors, in lane k of vector k: for all of them four times the shuffles of one.
+template <class T, int HALF, class Op, int... I>
+PK_INLINE Vec<T> reduce_halves(Vec<T> a, Vec<T> b, Op op, std::integer_sequence<int, I...>) {
+  return op(__builtin_shufflevector(a, b, (I & HALF ? LANES<T> + I : I)...),
+            __builtin_shufflevector(a, b, (I & HALF ? LANES<T> + I - HALF : I + HALF)...));
+}
+template <class T, int HALF, class Op>
+PK_INLINE Vec<T> reduce_vectors(Vec<T> (&v)[LANES<T>], Op op) {
+#pragma GCC unroll 8
+  for (int k = 0; k < HALF; ++k) v[k] = reduce_halves<T, HALF>(v[k], v[k + HALF], op, std::make_integer_sequence<int, LANES<T>>{});
+  if constexpr (HALF > 1)
+    return reduce_vectors<T, HALF / 2>(v, op);
+  else
+    return v[0];
+}
+template <class T, class Op>
+PK_INLINE Vec<T> reduce_each(const T* vectors, Op op) {
+  Vec<T> v[LANES<T>];
+#pragma GCC unroll 16
+  for (int k = 0; k < LANES<T>; ++k) v[k] = load(vectors + k * LANES<T>);
+  return reduce_vectors<T, LANES<T> / 2>(v, op);
 }
 
 template <class T>
