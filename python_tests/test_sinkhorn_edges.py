@@ -261,7 +261,11 @@ class TestUnbalanced:
 
     def test_the_error_where_a_row_has_lost_its_column(self, place: Place) -> None:
         """The second row's only near column has hardly any mass: its sum under the last scales is 1e-30, and u is found anew."""
-        cost, a, b = torch.tensor([[[0.0, 100.0], [100.0, 0.0]]]), torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 1e-33]])
+        cost, a, b = (
+            torch.tensor([[[0.0, 100.0], [100.0, 0.0]]]),
+            torch.tensor([[0.5, 0.5]]),
+            torch.tensor([[1.0, 1e-33]]),
+        )
         epsilon = torch.ones(1)
         result = sinkhorn(*on(place, cost, a, b), epsilon=1.0, num_iters=1, marginal_penalty=10.0)
         check(result, solve_batch(cost, a, b, epsilon, 1, rho=(10.0, 10.0)), cost, epsilon, a)

@@ -201,7 +201,7 @@ struct Implicit {
     over_chunks([&](int64_t first, int64_t last, T* sums, double*) {
       std::fill(sums, sums + stride, T(0));
       auto finish = [&](int64_t i, Four<T> r) __attribute__((always_inline)) { return r * load_four(inverse_rows + i); };
-      fused_rows(plan, stride, first, round_up(last, ROWS), direction, sums, finish);
+      fused_rows_long(plan, stride, first, round_up(last, ROWS), direction, sums, finish);  // short rows are solved directly
     });
     add_chunks(partial, stride, chunks.count);
     for (int64_t j = 0; j < stride; ++j) product[j] = q_sum[j] * static_cast<double>(direction[j]) - partial[j];
