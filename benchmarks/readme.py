@@ -203,9 +203,10 @@ KMEANS = Pivot(
         Column("faiss", "k-means", "faiss"),
     ),
 )
-SWEEPS = {
-    "Local contrast:": "local_contrast_sweep"
-}  # the file `sweep.json` of a sweep, kept; behind the paper's own tables
+SWEEPS = {  # the file `sweep.json` of a sweep, kept; behind the paper's own tables
+    "VAESim:": "vaesim_sweep",
+    "Local contrast:": "local_contrast_sweep",
+}
 BENCHMARKS: dict[str, tuple[str, tuple[Pivot, ...]]] = {  # heading -> results, tables
     "Prototypes": ("prototypes_cpu", (PROTOTYPES,)),
     "Sinkhorn": ("sinkhorn_cpu", (SINKHORN_FORWARD, SINKHORN_BACKWARD)),
