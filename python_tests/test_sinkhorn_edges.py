@@ -204,7 +204,7 @@ class TestValue:
         check(result, solve_batch(cost, a, b, epsilon, 20), cost, epsilon, a)
 
     def test_a_column_that_scales_up_past_what_the_kernel_holds(self, place: Place) -> None:
-        """The second column's scale becomes 1e27 at once, and nothing else leaves [1e-13, 1]: unless that is noticed, the entry
+        """The second column's scale becomes 1e27 at once, and no other leaves its range: unless that is noticed, the entry
         that holds .4 of the mass in the end stays what it was next to the first scales, exp(-87) / 2, a zero in float32."""
         cost, a, b = torch.tensor([[[0.0, 63.0], [0.0, 87.0]]]), torch.tensor([[0.5, 0.5]]), torch.tensor([[0.1, 0.9]])
         epsilon = torch.ones(1)

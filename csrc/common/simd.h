@@ -159,7 +159,7 @@ PK_INLINE auto reduce_min(V v) {
   return reduce(v, [](V a, V b) { return a < b ? a : b; });
 }
 
-// One vector of what op makes of the lanes of each of LANES vectors, in lane k of vector k: for all of them four times the shuffles of one.
+// What op makes of the lanes of each of LANES vectors, that of vector k in lane k. Half of the shuffles that they would take one after another.
 template <class T, int HALF, class Op, int... I>
 PK_INLINE Vec<T> reduce_halves(Vec<T> a, Vec<T> b, Op op, std::integer_sequence<int, I...>) {
   return op(__builtin_shufflevector(a, b, (I & HALF ? LANES<T> + I : I)...),
