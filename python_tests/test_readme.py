@@ -98,6 +98,14 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 BLOCKS = blocks(README.read_text()) if README.is_file() else []
 
 
+def anchors(path: Path) -> set[str]:
+    """The headings of a Markdown file, by the names that GitHub gives them."""
+    headings = [
+        re.sub(r"[^\w -]", "", heading.lower()) for heading in re.findall(r"^#+ (.+)$", path.read_text(), flags=re.M)
+    ]
+    return {heading.replace(" ", "-") for heading in headings}
+
+
 class TestReadme:
     def test_there_are_snippets(self) -> None:
         assert README.is_file(), "README.md is missing"
@@ -115,16 +123,18 @@ class TestReadme:
         assert TEST_COMMAND in README.read_text()
         assert f"command='{TEST_COMMAND}'" in (ROOT / ".ci" / "run").read_text()
 
-    def test_its_links_lead_somewhere(self) -> None:
-        """To a heading, by the name that GitHub gives it, or to a file."""
-        text = README.read_text()
-        headings = [re.sub(r"[^\w -]", "", heading.lower()) for heading in re.findall(r"^#+ (.+)$", text, flags=re.M)]
-        names = {heading.replace(" ", "-") for heading in headings}
-        links = re.findall(r"\]\(([^)\s]+)\)", text)
-        assert any(link.startswith("#") for link in links)
-        for link in links:
+    @pytest.mark.parametrize(
+        "file", ["README.md", "benchmarks/README.md", "benchmarks/results/README.md", "csrc/README.md"]
+    )
+    def test_its_links_lead_somewhere(self, file: str) -> None:
+        """To a heading, by the name that GitHub gives it, or to a file, and there too."""
+        path = ROOT / file
+        for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
             if not link.startswith("https://"):
-                assert link[1:] in names if link.startswith("#") else (ROOT / link).exists(), link
+                other, _, anchor = link.partition("#")
+                target = path.parent / other if other else path
+                assert target.exists(), link
+                assert not anchor or anchor in anchors(target), link
 
     def test_has_a_row_for_every_environment_variable(self) -> None:
         files = [ROOT / "setup.py", *ROOT.glob("protokernels/**/*.py"), *ROOT.glob("csrc/common/*.cpp")]

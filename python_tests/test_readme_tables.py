@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The README's tables of results are those that the files in benchmarks/results make, cell by cell."""
+"""The tables of results in README.md and benchmarks/results/README.md are those that the files in benchmarks/results make, cell by cell."""
 
 from __future__ import annotations
 
@@ -10,36 +10,40 @@ import pytest
 
 pytest.importorskip("tyro", reason="the tables need the extra protokernels[train]")
 
-from benchmarks import readme
+from benchmarks import pivots, readme
 from protokernels.cli import main
 from protokernels.results import read_rows, rendered
 from protokernels.tables import papers_with_a_table, table_of
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = {file: (ROOT / file).read_text() for file in (readme.SHORT, readme.WHOLE)}
 MADE = readme.made_tables()
 
 
 @pytest.mark.parametrize("place", MADE, ids=" ".join)
-def test_the_readmes_tables_are_made_of_the_results(place: tuple[str, str]) -> None:
-    shown = readme.tables_in(README[readme.section(README, *place)])
+def test_the_tables_are_made_of_the_results(place: readme.Place) -> None:
+    text = TEXTS[place.file]
+    shown = readme.tables_in(text[readme.section(text, place)])
     assert [cells for _, cells in shown] == [cells for _, cells in MADE[place]]
     assert all(title in ("", other) for (title, _), (other, _) in zip(shown, MADE[place], strict=True))
 
 
-def test_the_readme_is_what_the_command_writes() -> None:
-    assert readme.replaced(README) == README, "run: python benchmarks/readme.py"
+@pytest.mark.parametrize("file", TEXTS)
+def test_the_text_is_what_the_command_writes(file: str) -> None:
+    assert readme.replaced(file, TEXTS[file]) == TEXTS[file], "run: python benchmarks/readme.py"
 
 
+@pytest.mark.parametrize("file", TEXTS)
 @pytest.mark.parametrize("part", ["Papers", "Benchmarks"])
-def test_no_table_of_results_is_made_by_hand(part: str) -> None:
-    text = README.replace(readme.gallery.as_markdown(), "")
+def test_no_table_of_results_is_made_by_hand(file: str, part: str) -> None:
+    text = TEXTS[file].replace(readme.gallery.as_markdown(), "")
     (text,) = re.findall(rf"^## {part}\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S)
-    number = sum(len(tables) for (where, _), tables in MADE.items() if where == part)
+    number = sum(len(tables) for place, tables in MADE.items() if place[:2] == (file, part))
     assert len(readme.tables_in(text)) == number, "describe the new table in benchmarks/readme.py"
 
 
 def test_every_paper_with_a_table_has_one() -> None:
-    assert {paper for paper, _ in readme.PAPERS.values()} == set(papers_with_a_table())
+    assert set(readme.PAPERS.values()) == set(papers_with_a_table())
 
 
 def test_the_command_prints_the_same(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,14 +80,14 @@ class TestPivot:
         {"what": "step", "case": "small", "order": 1, "contender": "torch", "median_ms": 0.5, "ratio": 1.07},
     )
     COLUMNS = (
-        readme.Column("ours", "step", shows="limit"),
-        readme.Column("torch", "step", "torch"),
-        readme.Column("MB", "step", "torch", shows="memory"),
-        readme.Column("loop", "step", "loop"),
+        pivots.Column("ours", "step", shows="limit"),
+        pivots.Column("torch", "step", "torch"),
+        pivots.Column("MB", "step", "torch", shows="memory"),
+        pivots.Column("loop", "step", "loop"),
     )
 
     def test_cases_go_down_and_contenders_across(self) -> None:
-        pivot = readme.Pivot("rows", self.COLUMNS, words={("big", "loop"): "NaN"})
+        pivot = pivots.Pivot("rows", self.COLUMNS, words={("big", "loop"): "NaN"})
         assert pivot.cells(self.ROWS) == [
             ["rows", "ours", "torch", "MB", "loop"],
             ["small", "", "0.500 (1.07x)", "", ""],
@@ -91,10 +95,10 @@ class TestPivot:
         ]
 
     def test_cases_left_out(self) -> None:
-        assert len(readme.Pivot("rows", self.COLUMNS, without="^big$").cells(self.ROWS)) == 2
+        assert len(pivots.Pivot("rows", self.COLUMNS, without="^big$").cells(self.ROWS)) == 2
 
     def test_losses_keep_two_digits(self) -> None:
-        assert [readme.times(ratio) for ratio in (0.446, 0.98, 1.2, 9.94, 9.96)] == [
+        assert [pivots.times(ratio) for ratio in (0.446, 0.98, 1.2, 9.94, 9.96)] == [
             "0.45x",
             "0.98x",
             "1.2x",
@@ -103,21 +107,60 @@ class TestPivot:
         ]
 
 
+class TestHeadlines:
+    def test_every_case_was_measured_on_the_cpu(self) -> None:
+        rows = pivots.held("cascade_lake")["rows"]
+        measured = {(row["what"], row["case"]) for row in rows if row["contender"] == pivots.OURS}
+        assert {(what, case) for _, what, case in pivots.HEADLINES} <= measured
+
+    def test_the_strongest_peer_speaks_for_all(self) -> None:
+        (label, what, case), *_ = pivots.HEADLINES
+        peers = {"torch argmax + index_add": 3.0, "torch.compile": 2.0, "faiss, flat": 5.0, "POT": 4.0}
+        rows = [{"what": what, "case": case, "contender": pivots.OURS, "median_ms": 1.0, "ratio": 1.0}]
+        rows += [
+            {**rows[0], "contender": name, "median_ms": 2 * ratio, "ratio": ratio} for name, ratio in peers.items()
+        ]
+        rows += [{**rows[0], "contender": "torch, bf16", "ratio": 0.5, "against": f"{pivots.OURS}, bf16"}]
+        assert pivots.headline_cells(rows, [])[1] == [label, "1", "torch.compile: 4 (2.0x)", "POT: 8 (4.0x)", "", ""]
+
+
+class TestDice:
+    HEAD = ("Dice", "paper (4 folds)", "folds")
+
+    def test_the_papers_numbers_stand_beside_ours(self) -> None:
+        one = [["a, 5 %", *self.HEAD], ["Random", "0.5", "0.6", "4"], ["Global", "0.7", "0.8", "4"]]
+        other = [["b, 10 %", "Dice", "folds"], ["Random", "0.1", "4"], ["Global", "0.2", "4"]]
+        assert readme.dice_cells([("test", one), ("test", other)]) == [
+            ["Dice", "a, 5 %", "*paper (4 folds)*", "b, 10 %"],
+            ["Random", "0.5", "0.6", "0.1"],
+            ["Global", "0.7", "0.8", "0.2"],
+        ]
+
+    def test_rows_in_another_order_are_an_error(self) -> None:
+        one = [["a, 5 %", *self.HEAD], ["Random", "0.5", "0.6", "4"], ["Global", "0.7", "0.8", "4"]]
+        with pytest.raises(ValueError, match="other methods"):
+            readme.dice_cells([("test", one), ("test", [one[0], one[2], one[1]])])
+
+
 class TestReplacing:
     def test_an_unknown_section_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="wanted one section"):
-            readme.section(README, "Papers", "No such paper")
+            readme.section(TEXTS[readme.SHORT], readme.Place(readme.SHORT, "Papers", "No such paper"))
 
     def test_a_stale_number_is_replaced_and_named(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        place = readme.section(README, "Benchmarks", "Prototypes")
-        stale = README[: place.start] + README[place].replace("| 2048x32x10 |", "| 1x1x1 |") + README[place.stop :]
-        assert stale != README
-        (tmp_path / "README.md").write_text(stale)
+        for file, text in TEXTS.items():
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text(text)
+        text = TEXTS[readme.WHOLE]
+        place = readme.section(text, readme.Place(readme.WHOLE, "Benchmarks", "Prototypes"))
+        stale = text[: place.start] + text[place].replace("| 2048x32x10 |", "| 1x1x1 |") + text[place.stop :]
+        assert stale != text
+        (tmp_path / readme.WHOLE).write_text(stale)
         monkeypatch.setattr(readme, "ROOT", tmp_path)
         assert readme.main(["--check"]) == 1
         assert "Prototypes" in capsys.readouterr().out
         assert readme.main([]) == 0
-        assert (tmp_path / "README.md").read_text() == README
+        assert {file: (tmp_path / file).read_text() for file in TEXTS} == TEXTS
         assert readme.main(["--check"]) == 0
