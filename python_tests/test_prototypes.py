@@ -187,6 +187,12 @@ class TestGradient:
         for x in (z, q, temperature):
             assert x.grad is not None and x.grad.isfinite().all()
 
+    def test_subnormal_numbers_of_the_caller_stay(self, place: Place) -> None:
+        """The CPU kernels flush them to zero while they work: on every thread that they ran on this must be over afterwards."""
+        z, q = (x.to(place.device).requires_grad_() for x in draw(4096, 64, 64))
+        soft_assign(z, q, temperature=0.005).square().sum().backward()
+        assert (torch.full((1 << 18,), 1e-40) * 0.5).all()  # on all threads
+
     @pytest.mark.parametrize(
         "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protokernels import sinkhorn
+from protokernels import backend, sinkhorn
 from python_tests.places import PLACES, Place
 from python_tests.sinkhorn_oracle import (
     Weights,
@@ -82,6 +83,35 @@ class TestGradient:
         for index in (0, 3):
             assert norm_error(found[1][index], found[0][index]) < 1e-6
         assert norm_error(modulo_constants(*found[1][1:3]), modulo_constants(*found[0][1:3])) < 1e-6
+
+    @pytest.mark.parametrize("apart", [False, True], ids=["one component", "two components and absent entries"])
+    @pytest.mark.parametrize("epsilon", [1.0, 0.0001])
+    def test_implicit_for_hundreds_of_entries(self, place: Place, epsilon: float, apart: bool) -> None:
+        """Beyond 256 the native CPU kernel starts with conjugate gradients and factors the matrix where these would take long, as among
+        points on a line that meet their neighbours alone."""
+        if place.backend == "reference":
+            pytest.skip("the reference is what is compared with")
+        N, M = (280, 260) if apart else (260, 280)
+        cost = (
+            torch.linspace(0, 1, N, dtype=torch.float64)[:, None] - torch.linspace(0, 1, M, dtype=torch.float64)
+        ).square()[None]
+        _, a, b = draw(1, N, M, uniform=True)
+        if apart:
+            cost[:, :140, 130:] = cost[:, 140:, :130] = math.inf
+            a[:, 7::20], b[:, 3::60] = 0.0, 0.0
+            a = a / a.sum(1, keepdim=True)
+            for rows, columns in ((slice(0, 140), slice(0, 130)), (slice(140, N), slice(130, M))):
+                b[:, columns] *= a[:, rows].sum(1) / b[:, columns].sum(1)
+        weight = Weights.draw(1, N, M).plan
+        found = []
+        for backend_name, device in (("reference", torch.device("cpu")), (place.backend, place.device)):
+            with backend.use(backend_name):
+                leaf = cost.to(device).requires_grad_()
+                result = sinkhorn(leaf, a.to(device), b.to(device), epsilon=epsilon, num_iters=50, gradient="implicit")
+                plan = (result.plan * weight.to(device)).sum()
+                found.append(torch.autograd.grad(plan + result.transport_cost.sum(), leaf)[0].cpu())
+        assert found[1].isfinite().all()
+        assert norm_error(found[1], found[0]) < 1e-6
 
     def test_envelope_is_the_derivative_of_the_entropic_value_at_convergence(self, place: Place) -> None:
         found = []

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "common/simd.h"
+#include "common/exponentials.h"
 #include "common/transpose.h"
 
 namespace {

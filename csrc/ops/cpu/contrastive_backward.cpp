@@ -6,6 +6,7 @@
 // numbers that belong to row and column; without it there is one exponential for each of the two losses that a pair belongs to.
 // Limit at A anchors among S vectors of length C: (A S - A^2 / 2) pairs, each 6 C flop and one exponential; with two sets A M pairs of 4 C.
 
+#include "common/exponentials.h"
 #include "ops/cpu/contrastive_tile.h"
 
 namespace {

@@ -8,6 +8,8 @@
 
 #include <cmath>
 
+#include "common/exponentials.h"
+#include "common/rows.h"
 #include "ops/cpu/contrastive_tile.h"
 
 namespace {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/cpu_level.h"
+#include "common/rows.h"
 #include "common/tile_product.h"
 #include "common/transpose.h"
 #include "ops/contrastive.h"

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/simd.h"
+#include "common/rows.h"
 #include "common/transpose.h"
 
 namespace {

@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/rows.h"
 #include "common/scratch.h"
 #include "common/tile_product.h"
 #include "common/transpose.h"

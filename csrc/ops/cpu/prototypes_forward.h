@@ -15,6 +15,7 @@
 
 #include <limits>
 
+#include "common/exponentials.h"
 #include "common/transpose.h"
 #include "ops/cpu/prototypes_rows.h"
 

@@ -109,6 +109,7 @@ void forward(const PrototypesForward& p, const void* panels, PrototypesChunks ch
 
 void backward(const PrototypesBackward& p, const void* panels, PrototypesChunks chunks, void* partial_gradients,
               double* partial_temperature, int64_t begin, int64_t end) {
+  [[maybe_unused]] const FlushToZero flush;  // at sharp temperatures small weights meet small gradients
   with_compute_type(p.double_compute, [&](auto zero) {
     using T = decltype(zero);
     for (int64_t c = begin; c < end; ++c)

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
+#include "common/rows.h"
 #include "common/scratch.h"
 #include "common/tile_product.h"
 #include "ops/prototypes.h"

@@ -7,6 +7,7 @@
 #include <array>
 #include <new>
 
+#include "common/rows.h"
 #include "ops/cpu/sinkhorn_dense.h"
 
 namespace {

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "common/cpu_level.h"
+#include "common/exponentials.h"
 #include "common/pieces.h"
 #include "common/tile_product.h"
 #include "ops/sinkhorn.h"

@@ -3,16 +3,21 @@
 //
 // One side is eliminated: (diag(q) - P^T diag(1/p) P) y = h_columns - P^T (h_rows / p), x = (h_rows - P y) / p. The matrix is a graph Laplacian:
 // semidefinite, with one null vector a connected component. Up to DIRECT entries of the shorter side it is factored, in double, and every
-// pivot that is nothing but rounding is left out; beyond that conjugate gradients run on the fused pass of the iterations.
+// pivot that is nothing but rounding is left out. Beyond that conjugate gradients run on the fused pass of the iterations; as many steps as that
+// factor takes are enough at a large epsilon, at a small one they would be thousands: up to FACTORED entries it is factored then after all.
+// One problem on one Cascade Lake core (AVX-512), ms at epsilon .5 / .01, unit vectors: 512 x 512 3 / 15, by conjugate gradients alone 3 / 61 to 76;
+// 1024 x 1024 10 / 125 to 156, 10 / 310 to 501.
 
+#include "common/rows.h"
 #include "ops/cpu/sinkhorn_dense.h"
 
 namespace {
 
 constexpr int64_t DIRECT = 256;
-constexpr int64_t BLOCK = 64;             // rows of P that enter the factored matrix together
+constexpr int64_t FACTORED = 1024;
+constexpr int64_t BLOCK = 64;             // rows of P that enter the factored matrix together, and columns of its factor
 constexpr double SMALLEST_PIVOT = 1e-12;  // relative to the diagonal
-constexpr int64_t MOST_STEPS = 2000;      // of the conjugate gradients
+constexpr int64_t MOST_STEPS = 2000;      // of the conjugate gradients; a fourth of FACTORED entries take as long as the factor
 
 template <class T>
 struct Implicit {
@@ -20,22 +25,21 @@ struct Implicit {
   Cost<T> cost;
   SinkhornEach each;
   SinkhornChunks chunks;
-  int64_t b, rows, stride, small, padded;  // small: of the side that is solved for, where it is solved directly
+  int64_t b, rows, stride, small, padded, pitch;  // small: of the side that is solved for, where it may be factored
   T epsilon, grad_transport = 0, grad_value = 0;
   double dropped = 0;  // from every entry of the right side's rows, and added to its columns
   const T *f, *g, *grad_f, *grad_g;
   T *plan, *partial, *u, *v, *inverse_rows, *direction;    // [rows, stride], [chunks, stride], [rows], [stride], [rows], [stride]
   double *p_sum, *x, *row_side, *q_sum, *y, *column_side;  // [rows] and [stride]
   double *residual, *search, *product, *totals;            // [stride], [chunks, 2]
-  double *wide_partial, *matrix, *block;                   // [chunks, stride], [padded, padded], [BLOCK, padded]
-
-  static bool is_direct(const SinkhornBackward& p) { return std::min(p.N, p.M) <= DIRECT; }
+  double *wide_partial, *matrix, *block;                   // [chunks, stride], [padded, pitch], [BLOCK, pitch]
 
   Implicit(const SinkhornBackward& problem, int64_t index, Arena& arena, SinkhornEach runner) : p(problem), each(runner), b(index) {
     chunks = sinkhorn_chunks(p.N, p.M);
     rows = round_up(p.N, 16), stride = round_up(p.M, LANES<T>);
-    small = is_direct(p) ? std::min(p.N, p.M) : 0;
+    small = std::min(p.N, p.M) <= FACTORED ? std::min(p.N, p.M) : 0;
     padded = round_up(small, 2 * LANES<double> > TILE_ROWS ? 2 * LANES<double> : TILE_ROWS);
+    pitch = padded + LANES<double>;  // rows of a power of two would fall on one another in the cache
     plan = arena.take<T>(rows * stride);
     partial = arena.take<T>(chunks.count * stride);
     for (T** piece : {&u, &inverse_rows}) *piece = arena.take<T>(rows);
@@ -44,8 +48,8 @@ struct Implicit {
     for (double** piece : {&q_sum, &y, &column_side, &residual, &search, &product}) *piece = arena.take<double>(stride);
     totals = arena.take<double>(chunks.count * 2);
     wide_partial = arena.take<double>(chunks.count * stride);
-    matrix = arena.take<double>(padded * padded);
-    block = arena.take<double>(BLOCK * padded);
+    matrix = arena.take<double>(padded * pitch);
+    block = arena.take<double>(BLOCK * pitch);
     if (arena.counts_only()) return;
     epsilon = static_cast<const T*>(p.epsilon)[b];
     cost = {static_cast<const T*>(p.cost) + b * p.N * p.M, p.N, p.M, 1 / epsilon};
@@ -129,42 +133,75 @@ struct Implicit {
   void build(bool columns) {
     const double *const kept = columns ? q_sum : p_sum, *const gone = columns ? p_sum : q_sum;
     const int64_t others = columns ? p.N : p.M;
-    std::fill(matrix, matrix + padded * padded, 0.0);
+    std::fill(matrix, matrix + padded * pitch, 0.0);
     for (int64_t begin = 0; begin < others; begin += BLOCK) {
       const int64_t count = std::min(BLOCK, others - begin);
       for (int64_t i = 0; i < count; ++i) {
         const double scale = gone[begin + i] > 0 ? 1 / std::sqrt(gone[begin + i]) : 0.0;
-        double* const row = block + i * padded;
+        double* const row = block + i * pitch;
         if (columns)
           for (int64_t j = 0; j < small; ++j) row[j] = scale * static_cast<double>(plan[(begin + i) * stride + j]);
         else
           for (int64_t j = 0; j < small; ++j) row[j] = scale * static_cast<double>(plan[j * stride + begin + i]);
         std::fill(row + small, row + padded, 0.0);
       }
-      for (int64_t j = 0; j < padded; j += 2 * LANES<double>)
-        for (int64_t i = j / TILE_ROWS * TILE_ROWS; i < padded; i += TILE_ROWS)
-          tile_product<double, 2>(block + i, 1, padded, block + j, padded, count, matrix + i * padded + j, padded, true);
+      add_products(0, block, 1, pitch, count);
     }
     for (int64_t i = 0; i < small; ++i) {
-      for (int64_t j = 0; j <= i; ++j) matrix[i * padded + j] = -matrix[i * padded + j];
-      matrix[i * padded + i] += kept[i];
+      for (int64_t j = 0; j <= i; ++j) matrix[i * pitch + j] = -matrix[i * pitch + j];
+      matrix[i * pitch + i] += kept[i];
     }
   }
 
-  // Solves matrix z = side in place, by Cholesky's factors; the last entry with mass is 0, and so is every one whose pivot is lost.
-  void solve_factored(const double* kept, double* side) {
+  // Lower tiles of the matrix from row and column begin on += A B, with B the first rows of block and A [rows, depth] given by its strides.
+  void add_products(int64_t begin, const double* a, int64_t a_row, int64_t a_depth, int64_t depth) {
+    constexpr int64_t width = 2 * LANES<double>;
+    for_chunks(each, (padded - begin) / width, [&](int64_t tile) {
+      const int64_t j = begin + tile * width;
+      for (int64_t i = j / TILE_ROWS * TILE_ROWS; i < padded; i += TILE_ROWS)
+        tile_product<double, 2>(a + i * a_row, a_row, a_depth, block + j, pitch, depth, matrix + i * pitch + j, pitch, true);
+    });
+  }
+
+  // Row i of the factor in columns [begin, end): those before them have been taken off.
+  void factor_row(int64_t i, int64_t begin, int64_t end) {
+    double* const row = matrix + i * pitch;
+    for (int64_t j = begin; j < end; ++j)
+      row[j] = (row[j] - dot(row + begin, matrix + j * pitch + begin, j - begin)) * matrix[j * pitch + j];
+  }
+
+  // Cholesky's factor in place, BLOCK columns at a time, with the inverse of every pivot in its place. 0 stands for a pivot that is lost, and
+  // for that of the last entry with mass.
+  void factor(const double* kept) {
     int64_t last = small - 1;
     while (last > 0 && !(kept[last] > 0)) --last;
+    for (int64_t begin = 0; begin < small; begin += BLOCK) {
+      const int64_t end = std::min(small, begin + BLOCK);
+      for (int64_t i = begin; i < end; ++i) {
+        factor_row(i, begin, i);
+        double* const row = matrix + i * pitch;
+        const double pivot = row[i] - dot(row + begin, row + begin, i - begin);
+        row[i] = i == last || pivot <= SMALLEST_PIVOT * kept[i] ? 0.0 : 1 / std::sqrt(pivot);
+      }
+      if (end == small) break;
+      for_chunks(each, (small - end + BLOCK - 1) / BLOCK, [&](int64_t part) {
+        for (int64_t i = end + part * BLOCK; i < std::min(small, end + (part + 1) * BLOCK); ++i) factor_row(i, begin, end);
+      });
+      for (int64_t d = 0; d < BLOCK; ++d)
+        for (int64_t j = end; j < padded; ++j) block[d * pitch + j] = j < small ? -matrix[j * pitch + begin + d] : 0.0;
+      add_products(end, matrix + begin, pitch, 1, BLOCK);
+    }
+  }
+
+  // Solves matrix z = side in place.
+  void solve_factored(const double* kept, double* side) {
+    factor(kept);
     for (int64_t i = 0; i < small; ++i) {
-      double* const row = matrix + i * padded;
-      const double diagonal = row[i];
-      for (int64_t j = 0; j < i; ++j) row[j] = (row[j] - dot(row, matrix + j * padded, j)) * matrix[j * padded + j];
-      const double pivot = diagonal - dot(row, row, i);
-      row[i] = i == last || pivot <= SMALLEST_PIVOT * kept[i] ? 0.0 : 1 / std::sqrt(pivot);  // the inverse
-      side[i] = (side[i] - dot(row, side, i)) * row[i];
+      const double* const row = matrix + i * pitch;
+      side[i] = (side[i] - dot(row, static_cast<const double*>(side), i)) * row[i];
     }
     for (int64_t i = small - 1; i >= 0; --i) {
-      const double* const row = matrix + i * padded;
+      const double* const row = matrix + i * pitch;
       side[i] *= row[i];
       for (int64_t j = 0; j < i; ++j) side[j] -= row[j] * side[i];
     }
@@ -214,7 +251,8 @@ struct Implicit {
     return sum;
   }
 
-  void solve_iteratively() {
+  // Whether that met the right side.
+  bool solve_iteratively(int64_t most_steps) {
     const double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-13;
     for (int64_t i = 0; i < rows; ++i) {
       inverse_rows[i] = p_sum[i] > 0 ? static_cast<T>(1 / p_sum[i]) : T(0);
@@ -228,7 +266,7 @@ struct Implicit {
     }
     double norm = inner(residual, residual, true);
     const double goal = norm * tolerance * tolerance;
-    for (int64_t step = 0; step < MOST_STEPS && norm > goal; ++step) {
+    for (int64_t step = 0; step < most_steps && norm > goal; ++step) {
       apply(search);
       const double curvature = inner(search, product, false);
       if (!(curvature > 0)) break;
@@ -238,8 +276,10 @@ struct Implicit {
       for (int64_t j = 0; j < p.M; ++j) search[j] = (q_sum[j] > 0 ? residual[j] / q_sum[j] : 0.0) + keep * search[j];
       norm = next;
     }
+    if (norm > goal && most_steps < MOST_STEPS) return false;
     times(y, x);
     for (int64_t i = 0; i < rows; ++i) x[i] = p_sum[i] > 0 ? (row_side[i] - x[i]) / p_sum[i] : p_sum[i];
+    return true;
   }
 
   // ------------------------------------------------------------------------------------------------------- result
@@ -297,10 +337,8 @@ struct Implicit {
 
   void run() {
     begin();
-    if (is_direct(p))
-      solve_directly();
-    else
-      solve_iteratively();
+    const bool direct = small > 0 && small <= DIRECT;
+    if (direct || !solve_iteratively(small > 0 ? small / 4 : MOST_STEPS)) solve_directly();
     balance();
     end();
   }

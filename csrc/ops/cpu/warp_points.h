@@ -4,6 +4,7 @@
 // every stage got and walks back.
 #pragma once
 
+#include "common/exponentials.h"
 #include "common/normal.h"
 #include "ops/cpu/warp_rows.h"
 

@@ -8,7 +8,7 @@
 
 #include "common/cpu_level.h"
 #include "common/pieces.h"
-#include "common/simd.h"
+#include "common/rows.h"
 #include "ops/warp.h"
 
 namespace {
