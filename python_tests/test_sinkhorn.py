@@ -255,6 +255,13 @@ class TestContract:
         with pytest.raises(error, match=f"^sinkhorn: .*{message}"):
             call(**changes)
 
+    def test_more_memory_than_there_is(self) -> None:
+        """What the unrolled gradient keeps grows with the iterations."""
+        if not protokernels.backend.native_serves(torch.device("cpu")):
+            pytest.skip("needs the native library")
+        with pytest.raises(RuntimeError, match=r"no memory for a tensor of shape \[1, 10000000000000, 7\]"):
+            sinkhorn(torch.rand(3, 4).requires_grad_(), num_iters=10**13, tol=1e-3)
+
     def test_inputs_are_left_as_they_were(self, place: Place) -> None:
         point = inputs(place, 3, 33, 31)
         before = [x.detach().clone() for x in point]

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What is done with a Sinkhorn result later: second derivatives, plans after a change in place, inference mode; and torch.func."""
+"""What is done with a Sinkhorn result later: second derivatives, plans after a change in place, inference mode, copies; and torch.func."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -160,6 +163,56 @@ class TestVmap:
         found = torch.func.vmap(torch.func.grad(one, argnums=1))(cost, a)
         expected = torch.stack([torch.func.grad(one, argnums=1)(c, m) for c, m in zip(cost, a, strict=True)])
         torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize("penalty", [None, 1.0])
+    @pytest.mark.parametrize("gradient", ["unrolled", "implicit"])
+    def test_inside_of_a_gradient(self, place: Place, gradient: Any, penalty: float | None) -> None:
+        """What stands for many problems does not say that a gradient is wanted, and all of few iterations counts."""
+        if penalty is not None and gradient == "implicit":
+            pytest.skip("the implicit gradient is for exact marginals")
+        cost, _ = (x.to(place.device) for x in problem())
+        epsilon = torch.tensor(0.3, dtype=cost.dtype, device=place.device, requires_grad=True)
+        weight = torch.arange(1.0, 4.0, dtype=cost.dtype, device=place.device)
+
+        def solve(c: Tensor) -> Tensor:
+            return protokernels.sinkhorn(
+                c, epsilon=epsilon, num_iters=2, gradient=gradient, marginal_penalty=penalty
+            ).transport_cost
+
+        leaf = cost.clone().requires_grad_()
+        expected = torch.autograd.grad((solve(leaf) * weight).sum(), (leaf, epsilon))
+        found = torch.autograd.grad((torch.func.vmap(solve)(leaf) * weight).sum(), (leaf, epsilon))
+        torch.testing.assert_close(found, expected)
+        of_all = torch.func.grad(lambda c: (torch.func.vmap(solve)(c) * weight).sum())
+        torch.testing.assert_close(of_all(cost), expected[0])
+        compiled = torch.compile(lambda c: (torch.func.vmap(solve)(c) * weight).sum(), backend="eager")
+        torch.testing.assert_close(torch.autograd.grad(compiled(leaf), leaf)[0], expected[0])
+
+    def test_by_the_envelope_nothing_else_has_a_gradient(self, place: Place) -> None:
+        leaf = problem()[0].to(place.device).requires_grad_()
+        for name in ("transport_cost", "plan"):
+            solve = lambda c, name=name: getattr(protokernels.sinkhorn(c, gradient="envelope"), name)  # noqa: E731
+            assert not torch.func.vmap(solve)(leaf).requires_grad, name
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+class TestCopies:
+    """As a DataLoader's worker sends them, or `copy` makes them."""
+
+    def test_have_a_plan(self, copied: Any) -> None:
+        for result in (protokernels.sinkhorn(problem()[0]), protokernels.sinkhorn_features(problem()[0], problem()[0])):
+            other = copied(result)
+            assert torch.equal(other.plan, result.plan)
+
+    def test_know_what_was_changed(self, copied: Any) -> None:
+        cost = problem()[0]
+        result = protokernels.sinkhorn(cost)
+        good = copied(result)
+        good._source[0].mul_(2)
+        cost.add_(1)
+        for changed in (good, copied(result), copied(copied(result))):
+            with pytest.raises(RuntimeError, match="changed in place"):
+                changed.plan  # noqa: B018
 
 
 def test_forward_mode_of_native_code_is_refused_by_name() -> None:

@@ -4,11 +4,18 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <string>
 
 // Absent from a CPU torch and found through libtorch.so on a CUDA one; hence weak.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace protokernels {
+
+static std::string as_text(std::initializer_list<int64_t> sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
 
 Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   constexpr uintptr_t huge_page = uintptr_t{2} << 20;
@@ -20,8 +27,9 @@ Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;  // by the C function: new_empty of the stable headers looks its operator up by name, in every call
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type,
-                                                         like.get_device_index(), &handle));
+  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type,
+                                                        like.get_device_index(), &handle);
+  STD_TORCH_CHECK(error == 0, "protokernels: there is no memory for a tensor of shape ", as_text(sizes));
   Tensor tensor(handle);
 #if defined(MADV_HUGEPAGE)
   const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();

@@ -165,6 +165,7 @@ class SinkhornLoss(nn.Module):
             if y is not None:
                 assert self.cost is not None
                 single, x, y = clouds("SinkhornLoss", x, y, self.cost)
+                x, y = _without(x, row_mask), _without(y, column_mask)
                 x = cost_matrix(x, y, self.cost)
                 x = x.squeeze(0) if single else x
             result = ops.sinkhorn(
@@ -262,3 +263,13 @@ class SinkhornAssignment(nn.Module):
             v = -torch.logsumexp(x + u, dim=1, keepdim=True)
             v.masked_fill_(v == torch.inf, 0)  # it may have no prototype
         return (x + u + v).exp().to(scores.dtype)
+
+
+def _without(
+    x: Tensor,  # [B, N, D]
+    mask: Tensor | None,  # [B, N] or [N] bool
+) -> Tensor:
+    """Zeros for vectors that are absent, which may hold anything. A mask that does not fit is left to the checks of what comes."""
+    if mask is None or mask.dtype is not torch.bool or mask.shape[-1:] != x.shape[1:2] or mask.dim() > 2:
+        return x
+    return torch.where(mask.unsqueeze(-1), x, 0.0)

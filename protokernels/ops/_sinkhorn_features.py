@@ -193,6 +193,7 @@ def _solve(
     if backend.native_serves(x.device):
         settings = cost == "cosine", num_iters, tol, *rho, PRECISIONS.index(precision)
         return reference.Solution(*_calls.call("sinkhorn_features_forward", x, y, a, b, epsilon, start, *settings))
+    x, y = (torch.where((mass == 0).unsqueeze(2), 0.0, points) for mass, points in ((a, x), (b, y)))  # absent: anything
     x, y, epsilon = (first_order(value, NO_SECOND_DERIVATIVE) for value in (x, y, epsilon))
     return reference.solve_envelope(reference.cost_matrix(x, y, cost), a, b, epsilon, start, num_iters, tol, rho)
 

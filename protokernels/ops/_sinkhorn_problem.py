@@ -31,10 +31,6 @@ class Problem(NamedTuple):
     tol: float
     rho: tuple[float, float]  # inf: exact marginal
 
-    @property
-    def wants_gradient(self) -> bool:
-        return any(t.requires_grad for t in (self.a, self.b, self.epsilon))
-
     def detached(self, epsilon: Tensor, start: Tensor | None) -> Problem:
         """One iteration of this problem at another epsilon, from another start."""
         return self._replace(a=self.a.detach(), b=self.b.detach(), epsilon=epsilon, start=start, num_iters=1, tol=0.0)
@@ -68,7 +64,9 @@ def prepare(
     start = None
     if init is not None:
         _check_vector(op, "init", init, like, B, M, "M", (dtype, *_checks.FLOATING))
-        start = init.detach().to(dtype).expand(B, M).contiguous()
+        start = init.detach().to(dtype)
+        # -inf: that column was absent or had no partner where init comes from. Here it may have one, and nothing is known of it.
+        start = torch.where(start == -math.inf, 0.0, start).expand(B, M).contiguous()
     return Problem(*masses, _epsilon(op, epsilon, like, B, dtype), start, num_iters, float(tol), rho)
 
 

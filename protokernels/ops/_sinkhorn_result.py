@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import sinkhorn as reference
+from ..reference._derivatives import may_want_gradient
 from ..reference._precision import without_autocast
 from . import _calls, _checks
 from ._sinkhorn_problem import Problem
@@ -98,9 +99,20 @@ class SinkhornResult:
             ]
             return torch.cat(blocks, dim=-2)
 
+    def __getstate__(self) -> dict[str, object]:
+        """For copies, whose tensors count their changes anew: of each, whether it has been changed since it was solved."""
+        now = _versions_of(*self._source, self._epsilon)
+        return vars(self) | {"_versions": tuple(new > old for new, old in zip(now, self._versions, strict=False))}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        now = _versions_of(*self._source, self._epsilon)
+        changed = self._versions
+        vars(self)["_versions"] = tuple(new - was for new, was in zip(now, changed, strict=False))
+
     def _check_unchanged(self, what: str) -> None:
         now = _versions_of(*self._source, self._epsilon)
-        if any(new > old for new, old in zip(now, self._versions, strict=False)):  # a copy starts to count anew
+        if any(new > old for new, old in zip(now, self._versions, strict=False)):
             raise RuntimeError(
                 f"SinkhornResult.{what}: what was solved has been changed in place since, such as by an optimiser's step; read plan "
                 "before that, or solve for a copy"
@@ -153,7 +165,7 @@ def _versions_of(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def _constant(x: Tensor) -> Tensor:
-    return x.detach() if x.requires_grad else x
+    return x.detach() if may_want_gradient(x) or x.requires_grad else x
 
 
 def _in_inference_mode() -> bool:

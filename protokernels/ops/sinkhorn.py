@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import backend
 from ..reference import prototypes as prototypes_reference
 from ..reference import sinkhorn as reference
-from ..reference._derivatives import first_order
+from ..reference._derivatives import first_order, may_want_gradient
 from . import _calls, _sinkhorn_autograd  # noqa: F401  (the second registers shapes and gradients)
 from ._sinkhorn_features import sinkhorn_divergence, sinkhorn_features
 from ._sinkhorn_problem import (
@@ -94,7 +94,8 @@ def sinkhorn(
         row_mask: True where a row is present; the result is that of the problem without the others. Masses given are not rescaled.
         column_mask: the same for columns.
         marginal_penalty: rho, or (rho_a, rho_b): marginals may be missed at the price rho KL(P 1 | a) instead of being exact (None).
-        init: potential g to start from, such as that of an earlier result; no gradient. n iterations from g continue those that led to it.
+        init: potential g to start from, such as that of an earlier result; no gradient. n iterations from g continue those that led to it;
+            -inf (a column that was absent there) counts as 0.
         annealing: factor in (0, 1): beforehand, one iteration each at epsilons falling by it from the range of the costs (or 10^4 epsilon)
             to epsilon. These are not counted and not differentiated.
 
@@ -128,6 +129,9 @@ def sinkhorn(
     )
     check_gradient(op, gradient, problem.rho)
     check_annealing(op, annealing)
+    if batch.device.type != "cpu" and any(x is not None for x in (a, b, row_mask, column_mask)):
+        # The CUDA kernels' unrolled gradient reads the costs of what is absent, which may be anything.
+        batch = torch.where((problem.a == 0).unsqueeze(2) | (problem.b == 0).unsqueeze(1), 0.0, batch)
     if annealing is not None:
         fixed = batch.detach()
         problem = anneal(problem, annealing, _spread(fixed, problem), lambda step: _solve(fixed, step, "envelope").g)
@@ -142,7 +146,7 @@ def _solve(
 ) -> reference.Solution:
     a, b, epsilon, start, num_iters, tol, rho = problem
     if backend.native_serves(cost.device):
-        wanted = torch.is_grad_enabled() and (cost.requires_grad or problem.wants_gradient)
+        wanted = may_want_gradient(cost, a, b, epsilon)
         outputs = _calls.call(
             "sinkhorn_forward", cost, a, b, epsilon, start, num_iters, tol, *rho, wanted and gradient == "unrolled"
         )

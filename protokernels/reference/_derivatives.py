@@ -10,6 +10,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_transforms: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+
+
+def may_want_gradient(*tensors: Tensor) -> bool:
+    """Whether a derivative by one of these may be asked for. Under ``torch.func`` that may always be: what stands for many tensors in
+    ``vmap`` does not know that they require a gradient. While compiling nobody tells whether there is a ``vmap``."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or any(x.requires_grad for x in tensors):
+        return True
+    return _transforms is not None and bool(_transforms())
+
 
 def first_order(x: Tensor, message: str) -> Tensor:
     """``x``, whose gradient raises ``NotImplementedError`` with the message when it is differentiated in turn, instead of lacking terms.
@@ -18,7 +30,7 @@ def first_order(x: Tensor, message: str) -> Tensor:
         return x
     if getattr(forward_ad, "_current_level", -1) >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(message)
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not may_want_gradient(x):
         return x
     return _FirstOrder.apply(x, message)  # type: ignore[no-any-return]
 
@@ -65,7 +77,7 @@ class _Last(torch.autograd.Function):
 
 def without_gradient(x: Tensor, where: Tensor) -> Tensor:
     """``x``, with a gradient of 0 for the elements marked, whatever the one that comes holds there; no copy of ``x`` is made."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not may_want_gradient(x) or (torch.compiler.is_compiling() and not x.requires_grad):
         return x
     return _Without.apply(x, where)  # type: ignore[no-any-return]
 

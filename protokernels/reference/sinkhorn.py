@@ -60,7 +60,8 @@ class _Scaled(NamedTuple):
 
 
 def _scaled(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> _Scaled:
-    forbidden = cost == math.inf
+    absent = (a == 0).unsqueeze(2) | (b == 0).unsqueeze(1)  # where the cost may be anything, NaN included
+    forbidden = (cost == math.inf) | absent
     return _Scaled(torch.where(forbidden, 0.0, cost), ~forbidden, epsilon.reshape(-1, 1, 1), _log_mass(a), _log_mass(b))
 
 
@@ -255,7 +256,7 @@ def solve_envelope(
         solution = solve(cost, a, b, epsilon, start, num_iters, tol, rho)
         fixed = plan(cost, solution.f, solution.g, epsilon)
         entropy = torch.where(fixed > 0, fixed * (torch.where(fixed > 0, fixed, 1.0).log() - 1), 0.0).sum((1, 2))
-    lagrangian = (fixed * torch.where(cost == math.inf, 0.0, cost)).sum((1, 2)) + epsilon * entropy
+    lagrangian = (fixed * torch.where(fixed == 0, 0.0, cost)).sum((1, 2)) + epsilon * entropy
     for mass, potential, r in ((a, solution.f, rho[0]), (b, solution.g, rho[1])):
         finite = torch.where(potential == -math.inf, 0.0, potential)
         lagrangian = lagrangian + (mass * (finite if r == math.inf else -r * torch.expm1(-finite / r))).sum(1)

@@ -109,9 +109,14 @@ struct Unrolled {
       double total = 0;
       for (int64_t i = first; i < last; ++i) {
         T* const out = grad_cost + i * p.M;
+        if (u[i] == -INFINITE<T>) {  // absent, whatever the cost says there
+          std::fill(out, out + p.M, T(0));
+          u_bar[i] = 0;
+          continue;
+        }
         Vec<T> row{}, direct{};
         T row_part = grad_value * u[i] * epsilon;
-        if (!std::isinf(p.rho_a) && grad_value != T(0) && u[i] != -INFINITE<T>) {
+        if (!std::isinf(p.rho_a) && grad_value != T(0)) {
           const T marginal = row_sum(i);
           row_part += grad_value * static_cast<T>(p.rho_a) * (std::log(marginal) - log_a[i]);
           log_a_bar[i] = grad_value * static_cast<T>(p.rho_a) * (mass[i] - marginal);
@@ -125,7 +130,7 @@ struct Unrolled {
           store(sums + j, load(sums + j) + gamma_ij);
           store_part(out + j, gamma_ij - plan * (both * epsilon), p.M - j);
         }
-        u_bar[i] = u[i] == -INFINITE<T> ? T(0) : reduce_sum(row) + (grad_f ? epsilon * grad_f[i] : T(0));
+        u_bar[i] = reduce_sum(row) + (grad_f ? epsilon * grad_f[i] : T(0));
         total += reduce_sum(direct);
       }
       return total;
