@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from protokernels import prototype_step, soft_assign
 from protokernels.nn import LinearTemperature, Prototypes
@@ -170,6 +171,28 @@ class TestTraining:
         module = started(place, 8, 5, temperature=0.2)
         (module(z).square().sum() + module(2 * z).square().sum()).backward()
         assert z.grad is not None and z.grad.isfinite().all()
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_a_checkpoint_may_not_compute_it_again(self, place: Place, reentrant: bool) -> None:
+        z = draw(129, 8, 5)[0].to(place.device).requires_grad_()
+        module = started(place, 8, 5, temperature=0.2)
+        moved = copy.deepcopy(module)
+        moved(z.detach())
+        c = checkpoint(module, z, use_reentrant=reentrant)
+        with pytest.raises(RuntimeError, match=r"Prototypes: .* within a backward pass, .* leave this module out of"):
+            c.square().sum().backward()
+        assert torch.equal(module.prototypes, moved.prototypes)  # moved once
+        module.eval(), moved.eval()
+        expected = torch.autograd.grad(moved(z).square().sum(), z)[0]
+        z.grad = None
+        checkpoint(module, z, use_reentrant=reentrant).square().sum().backward()
+        assert z.grad is not None and torch.equal(z.grad, expected)
+
+    def test_a_torch_that_tells_of_no_backward_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("protokernels.nn.prototypes._backward_pass", None)
+        z = torch.randn(9, 3, requires_grad=True)
+        Prototypes(2, 3)(z).square().sum().backward()
+        assert z.grad is not None
 
     def test_evaluation_changes_nothing(self, place: Place) -> None:
         z = draw(129, 8, 5)[0].to(place.device)

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ..ops import _checks
 from ..ops import prototypes as ops
 
+_backward_pass: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
+"""The number of the backward pass that runs now, -1 outside; torch's own and not promised to users."""
+
 
 @dataclass(frozen=True)
 class LinearTemperature:
@@ -50,6 +53,10 @@ class Prototypes(nn.Module):
     rank with B; every rank must call ``forward`` equally often. The prototypes are buffers: they are saved in
     ``state_dict``, moved by ``.to()``
     and receive no gradient. Under autocast ``z`` may be half precision; prototypes stay in their own dtype and c has the wider of the two.
+
+    Leave the module out of what ``torch.utils.checkpoint`` computes twice: the second pass, in ``backward``, would meet prototypes that
+    have moved and move them again. A training pass within a backward pass is therefore refused; in code that ``torch.compile`` compiled
+    it goes unnoticed, and its gradients are wrong.
 
     Args:
         num_prototypes: K.
@@ -143,6 +150,12 @@ class Prototypes(nn.Module):
             return self._soft_assign(z).assignment
         if not isinstance(z, Tensor):
             _checks.check_matrix("Prototypes", "z", z, f"[B, {self.prototypes.shape[1]}]")
+        if not torch.compiler.is_compiling() and _backward_pass is not None and _backward_pass() >= 0:
+            raise RuntimeError(
+                "Prototypes: forward in training mode was called within a backward pass, as torch.utils.checkpoint does to compute a part "
+                "again; the prototypes have moved since the first call, so the gradients would be wrong; leave this module out of the "
+                "part under the checkpoint, or call eval() on it"
+            )
         if not self._is_initialized():
             self.initialize(z)
         # The buffer is overwritten below while autograd still needs the prototypes of this pass.
