@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from protokernels.cluster import Elbow, KMeans, choose_n_clusters, find_elbow
-from python_tests.places import PLACES, Place
+from python_tests.places import PLACES, Place, default_dtype
 
 
 @pytest.fixture(params=PLACES)
@@ -190,6 +190,17 @@ class TestDeterminism:
         assert torch.equal(models[0].cluster_centers_, models[1].cluster_centers_)
         assert torch.equal(models[0].labels_, models[1].labels_) and models[0].inertia_ == models[1].inertia_
         assert not torch.equal(KMeans(12, n_init=2, random_state=4).fit(x).cluster_centers_, models[0].cluster_centers_)
+
+    def test_torchs_defaults_do_not_matter(self, place: Place) -> None:
+        x = torch.randn(300, 3, generator=torch.Generator().manual_seed(5)).to(place.device)
+        expected = KMeans(5, n_init=2).fit(x)
+        with default_dtype(torch.float64):
+            found = [KMeans(5, n_init=2).fit(x)]
+        with torch.device("meta"):
+            found.append(KMeans(5, n_init=2).fit(x))
+        for model in found:
+            assert torch.equal(model.cluster_centers_, expected.cluster_centers_)
+            assert torch.equal(model.labels_, expected.labels_) and model.inertia_ == expected.inertia_
 
     def test_the_global_generator_is_left_alone(self) -> None:
         torch.manual_seed(0)

@@ -19,7 +19,7 @@ from protokernels import prototype_step, soft_assign
 from protokernels.nn import LinearTemperature, Prototypes
 from python_tests import forks
 from python_tests.distributed import prototypes_worker as worker
-from python_tests.places import PLACES, Place
+from python_tests.places import PLACES, Place, default_dtype
 from python_tests.prototypes_oracle import draw, oracle
 
 
@@ -217,6 +217,16 @@ class TestTraining:
         assert torch.equal(modules[0].prototypes, expected.prototypes)
         assert torch.equal(modules[1].prototypes, expected.prototypes)
         assert not torch.equal(modules[2].prototypes, expected.prototypes)
+
+    def test_sampled_labels_under_another_default_type(self, place: Place) -> None:
+        z = draw(300, 8, 5)[0].to(place.device)
+        moved = []
+        for dtype in (torch.float32, torch.float64):
+            module = started(place, 8, 5, temperature=1.0, sample=True, generator=place.seeded(3))
+            with default_dtype(dtype):
+                module(z)
+            moved.append(module.prototypes)
+        assert torch.equal(*moved) and moved[1].dtype == torch.float32
 
     def test_rows_that_are_not_finite(self, place: Place) -> None:
         z = draw(129, 8, 5)[0].to(place.device)

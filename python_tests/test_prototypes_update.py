@@ -14,7 +14,7 @@ import torch
 import protokernels
 from protokernels import prototype_step, update_prototypes, update_prototypes_
 from protokernels.ops.prototypes import blend_prototypes, revive_prototypes
-from python_tests.places import PLACES, Place, needs_native
+from python_tests.places import PLACES, Place, default_dtype, needs_native
 from python_tests.prototypes_oracle import check_update, draw, expected_sums
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -243,6 +243,19 @@ class TestSampling:
             for _ in range(2)
         ]
         assert torch.equal(*labels)
+
+    def test_torchs_default_type_does_not_matter(self, place: Place) -> None:
+        z, q = (x.to(place.device) for x in draw(500, 9, 5))
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            with default_dtype(dtype):
+                step = prototype_step(
+                    z, q, temperature=1.0, new_weight=0.5, sample=True, generator=place.seeded(3), return_entropy=True
+                )
+                alone = update_prototypes(q, z, step.assignment, new_weight=0.5, sample=True, generator=place.seeded(3))
+            results.append([*step, *alone])
+        for a, b in zip(*results, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
 
     @needs_native
     @pytest.mark.parametrize("K", [3, 17, 40, 129])

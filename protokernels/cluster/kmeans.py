@@ -250,11 +250,12 @@ def _means(x: Tensor, centers: Tensor, found: Assignment) -> Tensor:
 def _k_means_plus_plus(x: Tensor, count: int, generator: torch.Generator) -> Tensor:  # [N, D] -> [count, D]
     """Rows drawn in proportion to their squared distance from those drawn before; of a few draws the one that lowers the sum most."""
     trials = 2 + int(math.log(count))
-    chosen = [int(torch.randint(len(x), (1,), generator=generator))]
+    chosen = [int(torch.randint(len(x), (1,), generator=generator, device="cpu"))]
     closest = _squared_distances(x, x[chosen[0]])
     for _ in range(count - 1):
         cumulative = closest.cumsum(0)
-        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * cumulative[-1]
+        shares = torch.rand(trials, generator=generator, dtype=torch.float64, device="cpu")
+        draws = shares.to(x.device) * cumulative[-1]
         candidates = torch.searchsorted(cumulative, draws, right=True).clamp(max=len(x) - 1)
         options = [torch.minimum(closest, _squared_distances(x, x[candidate])) for candidate in candidates]
         best = int(torch.stack([_total(option) for option in options]).argmin())

@@ -350,9 +350,8 @@ def _split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple
 
 
 def _uniform(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:  # [B] float32 in [0, 1)
-    return torch.rand(count, device=generator.device if generator is not None else device, generator=generator).to(
-        device
-    )
+    source = generator.device if generator is not None else device
+    return torch.rand(count, dtype=torch.float32, device=source, generator=generator).to(device)
 
 
 def _labels(
