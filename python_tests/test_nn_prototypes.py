@@ -284,6 +284,61 @@ class TestState:
         with pytest.raises(RuntimeError, match="not initialised"):
             other.eval()(z)
 
+    def test_a_loaded_state_is_compiled_and_exported_before_any_call(self, place: Place) -> None:
+        z = draw(129, 8, 5)[0].to(place.device)
+        given = started(place, 8, 5, temperature=0.2)
+        for training in (False, True):
+            torch.compiler.reset()
+            fresh = Prototypes(8, 5, temperature=0.2).to(place.device)
+            fresh.load_state_dict(given.state_dict())
+            expected = copy.deepcopy(given).train(training)(z)
+            c = torch.compile(fresh.train(training), fullgraph=True, backend="aot_eager")(z)
+            torch.testing.assert_close(c, expected, rtol=1e-6, atol=1e-7)
+        fresh = Prototypes(8, 5, temperature=0.2).to(place.device)
+        fresh.load_state_dict(given.state_dict())
+        exported = torch.export.export(fresh.eval(), (z,)).module()
+        torch.testing.assert_close(exported(z), given.eval()(z), rtol=1e-6, atol=1e-7)
+
+    def test_a_state_loaded_onto_no_device(self) -> None:
+        with torch.device("meta"):
+            module = Prototypes(8, 5)
+        with pytest.warns(UserWarning, match="no-op"):
+            module.load_state_dict(Prototypes(8, 5).state_dict())
+        module.load_state_dict(started(Place("cpu", "reference"), 8, 5).state_dict(), assign=True)
+        assert module.eval()(torch.randn(3, 5)).shape == (3, 8)
+
+    def test_what_is_known_belongs_to_the_buffer(self, place: Place) -> None:
+        z = draw(129, 8, 5)[0].to(place.device)
+        given = started(place, 8, 5, temperature=0.2)
+        empty = Prototypes(8, 5, temperature=0.2, new_weight=0.0).to(place.device).eval()
+        c = torch.func.functional_call(empty, dict(given.named_buffers()), (z,))
+        assert torch.equal(c, given.eval()(z))
+        with pytest.raises(RuntimeError, match="not initialised"):
+            empty(z)
+        empty.train()(z)
+        assert bool(empty.initialized) and all((z == q).all(dim=1).any() for q in empty.prototypes)
+
+    def test_a_buffer_written_to_is_read_again(self) -> None:
+        module = started(Place("cpu", "reference"), 8, 5)
+        module(torch.randn(20, 5))
+        module.initialized.fill_(False)
+        with pytest.raises(RuntimeError, match="not initialised"):
+            module.eval()(torch.randn(20, 5))
+        with torch.inference_mode():
+            module = Prototypes(8, 5)
+            module(torch.randn(20, 5))
+            assert module(torch.randn(20, 5)).shape == (20, 8)
+
+    def test_many_states_at_once(self, place: Place) -> None:
+        z = draw(129, 8, 5)[0].to(place.device)
+        modules = [started(place, 8, 5, temperature=t) for t in (0.2, 0.2)]
+        modules[1].prototypes.mul_(torch.linspace(-1, 2, 40, device=place.device).view(8, 5))
+        _, buffers = torch.func.stack_module_state([module.eval() for module in modules])
+        base = copy.deepcopy(modules[0])
+        c = torch.func.vmap(lambda state: torch.func.functional_call(base, state, (z,)))(buffers)
+        for own, module in zip(c, modules, strict=True):
+            torch.testing.assert_close(own, module(z), rtol=1e-6, atol=1e-6)
+
     def test_a_state_of_version_0_1_0_goes_on(self, place: Place) -> None:
         saved = {  # names, shapes and types as that version saved them: a change of any needs a way to load this
             "prototypes": torch.tensor([[3.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]),

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..ops import _checks
+from ..ops import _calls, _checks
 from ..ops import prototypes as ops
 
 _backward_pass: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
@@ -133,11 +133,12 @@ class Prototypes(nn.Module):
         self.process_group = process_group
         self.progress = 0.0
         self._known_initialized = False
+        self._known_of: tuple[Tensor, int] | None = None  # the buffer that was read, and its version
         self.register_buffer("prototypes", torch.zeros(num_prototypes, dim, dtype=dtype))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self.register_buffer("last_counts", torch.zeros(num_prototypes, dtype=torch.int64))
         self.register_buffer("empty_updates", torch.zeros(num_prototypes, dtype=torch.int64))
-        self.register_load_state_dict_post_hook(_forget_initialized)
+        self.register_load_state_dict_post_hook(_look_again)
 
     @property
     def temperature(self) -> float:
@@ -253,8 +254,16 @@ class Prototypes(nn.Module):
         return revived
 
     def _is_initialized(self) -> bool:
-        if not self._known_initialized:  # one read from the device per module, not per step
-            self._known_initialized = bool(self.initialized)
+        """The value of the buffer, read from the device once, not at every step: again where it is another tensor, and on the CPU,
+        where that costs little, where it has been written to (elsewhere it is what DistributedDataParallel does at every step)."""
+        buffer = self.initialized
+        if torch.compiler.is_compiling() or _calls.is_transformed():  # no value to look at
+            return self._known_initialized or bool(buffer)
+        version = buffer._version if buffer.device.type == "cpu" and not buffer.is_inference() else 0
+        known = self._known_of
+        if not self._known_initialized or known is None or known[0] is not buffer or known[1] != version:
+            self._known_initialized = bool(buffer)
+            self._known_of = buffer, version
         return self._known_initialized
 
     def _require_initialized(self) -> None:
@@ -277,6 +286,9 @@ class Prototypes(nn.Module):
         return dist.get_world_size(self.process_group)
 
 
-def _forget_initialized(module: nn.Module, _incompatible: object) -> None:
+def _look_again(module: nn.Module, _incompatible: object) -> None:
+    """After a state was loaded, so that the module can be compiled and exported before it is called."""
     assert isinstance(module, Prototypes)
-    module._known_initialized = False
+    module._known_initialized, module._known_of = False, None
+    if type(module.initialized) is Tensor and not module.initialized.is_meta:
+        module._is_initialized()
