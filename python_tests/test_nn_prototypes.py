@@ -7,6 +7,7 @@ import copy
 import io
 import math
 import pickle
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,10 @@ from python_tests import forks
 from python_tests.distributed import prototypes_worker as worker
 from python_tests.places import PLACES, Place, default_dtype
 from python_tests.prototypes_oracle import draw, oracle
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler"
+)
 
 
 @pytest.fixture(params=PLACES)
@@ -165,6 +170,21 @@ class TestTraining:
         optimiser.step()
         torch.testing.assert_close(encoder.weight.detach(), before - 0.1 * expected, rtol=1e-6, atol=1e-7)
         assert not list(module.parameters()) and not module.prototypes.requires_grad
+
+    @pytest.mark.parametrize("compiler", ["aot_eager_decomp_partition", pytest.param("inductor", marks=needs_compiler)])
+    def test_compiled_training_is_eager_training(self, place: Place, compiler: str) -> None:
+        torch.compiler.reset()
+        modules = [started(place, 8, 5, temperature=0.2) for _ in range(2)]
+        compiled = torch.compile(modules[1], fullgraph=True, backend=compiler)
+        for seed in range(3):
+            gradients = []
+            for run in (modules[0], compiled):
+                z = draw(129, 8, 5, seed=seed)[0].to(place.device).requires_grad_()
+                c = run(z)
+                gradients.append(torch.autograd.grad((c[:, 0] + c.square().sum(1)).sum(), z)[0])
+            torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+            for name, value in modules[0].state_dict().items():
+                torch.testing.assert_close(modules[1].state_dict()[name], value, rtol=1e-6, atol=1e-6)
 
     def test_two_passes_before_one_backward(self, place: Place) -> None:
         z = draw(129, 8, 5)[0].to(place.device).requires_grad_()

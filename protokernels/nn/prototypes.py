@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import _calls, _checks
 from ..ops import prototypes as ops
+from ..ops._prototypes_autograd import kept
 
 _backward_pass: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
 """The number of the backward pass that runs now, -1 outside; torch's own and not promised to users."""
@@ -160,7 +161,7 @@ class Prototypes(nn.Module):
         if not self._is_initialized():
             self.initialize(z)
         # The buffer is overwritten below while autograd still needs the prototypes of this pass.
-        current = self.prototypes.clone() if z.requires_grad else self.prototypes
+        current = kept(self.prototypes) if z.requires_grad else self.prototypes
         step = ops.prototype_step(
             z,
             current,
