@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from protokernels import prototype_step, soft_assign
@@ -141,6 +142,25 @@ class TestTemperature:
             module.progress = progress
             assert module.temperature == pytest.approx(temperature)
             oracle(z, module.prototypes, module.temperature, "cosine").check_assignment(module(z))
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("schedule", [LinearTemperature(), lambda progress: 0.1 + 0.5**progress])
+    def test_a_schedule_is_compiled_twice_at_most(self, place: Place, training: bool, schedule: Any) -> None:
+        torch.compiler.reset()
+        module = started(place, 8, 5, temperature=schedule).train(training)
+        other = copy.deepcopy(module)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(module, fullgraph=True, backend=counter)
+        for i in range(20):
+            module.progress = other.progress = i / 20
+            gradients = []
+            for run in (compiled, other):
+                z = draw(33, 8, 5, seed=i)[0].to(place.device).requires_grad_()
+                c = run(z)
+                gradients.append([c, *torch.autograd.grad(c.square().sum(), z)])
+            for a, b in zip(*gradients, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert counter.frame_count <= 2
 
 
 class TestTraining:
