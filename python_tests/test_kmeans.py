@@ -104,6 +104,33 @@ class TestKMeans:
         model = KMeans(2, init=torch.tensor([[20.0], [1000.0]])).fit(x)
         assert model.cluster_centers_.flatten().tolist() == [1.0, 50.0]
 
+    def test_no_start_ends_with_a_center_that_could_have_rows(self, place: Place) -> None:
+        x = torch.tensor([[3.0], [1.0], [6.0], [7.0], [3.0]], device=place.device)
+        model = KMeans(4, init=torch.tensor([[6.0], [2.0], [0.0], [1.0]])).fit(x)  # two rows at 3 are farthest at first
+        assert model.inertia_ == 0 and len(model.labels_.unique()) == 4
+        generator = torch.Generator().manual_seed(0)
+        for dtype in (torch.float32, torch.float64):
+            for _ in range(100):
+                x = torch.randint(0, 8, (9, 1), generator=generator).to(place.device, dtype)
+                start = torch.randint(0, 8, (5, 1), generator=generator).to(place.device, dtype)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    model = KMeans(5, init=start).fit(x)
+                assert len(model.labels_.unique()) == min(5, len(x.unique()))
+
+    def test_too_few_iterations_for_a_center_without_rows(self, place: Place) -> None:
+        x = torch.tensor([[3.0], [1.0], [6.0], [7.0], [3.0]], device=place.device)
+        with pytest.warns(RuntimeWarning, match="1 of 4 clusters have no rows: .* max_iter = 1 .*; raise max_iter"):
+            KMeans(4, init=torch.tensor([[6.0], [2.0], [0.0], [1.0]]), max_iter=1).fit(x)
+
+    def test_rows_that_repeat_in_float64_end(self, place: Place) -> None:
+        x = torch.tensor([[0.1], [0.7], [1.3]], dtype=torch.float64, device=place.device).repeat(
+            7, 1
+        )  # means are not exact
+        with pytest.warns(RuntimeWarning, match="3 of 6 clusters have no rows: there are fewer distinct rows"):
+            model = KMeans(6).fit(x)
+        assert model.inertia_ < 1e-30 and model.n_iter_ < 20
+
     def test_fewer_distinct_rows_than_clusters(self, place: Place) -> None:
         x = torch.tensor([[0.0, 1.0], [2.0, 3.0]], device=place.device).repeat(10, 1)
         with pytest.warns(RuntimeWarning, match="2 of 4 clusters have no rows: there are fewer distinct rows"):

@@ -133,8 +133,14 @@ class KMeans:
                 f"{'' if x.dtype == torch.float64 else ', or pass x.double()'}"
             )
         if best.empty:
+            stopped = best.inertia > 0 and best.iterations >= self.max_iter
             warnings.warn(
-                f"KMeans: {best.empty} of {self.n_clusters} clusters have no rows: there are fewer distinct rows than clusters",
+                f"KMeans: {best.empty} of {self.n_clusters} clusters have no rows: "
+                + (
+                    f"the iterations ended at max_iter = {self.max_iter} before their centers had moved to some; raise max_iter"
+                    if stopped
+                    else "there are fewer distinct rows than clusters, as far as squared distances tell"
+                ),
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -198,18 +204,23 @@ class KMeans:
         return centers
 
     def _lloyd(self, x: Tensor, centers: Tensor, threshold: float) -> _Solution:
-        labels, iterations, settled = None, 0, False
-        while iterations < self.max_iter and not settled:
+        labels, iterations, least = None, 0, math.inf
+        while True:
             found = assign(x, centers, with_sums=True)
             before, labels = labels, found.labels
             iterations += 1
-            if before is not None and torch.equal(before, labels):
-                return _solution(x, centers, found, iterations)
-            moved = _means(x, centers, found)
-            settled = float((moved.double() - centers.double()).square().sum()) <= threshold
-            centers = moved
-        found = assign(x, centers, with_distances=True)  # the rows' clusters among the centers as they are now
-        return _solution(x, centers, found, iterations)
+            if before is None or not torch.equal(before, labels):
+                moved = _means(x, centers, found)
+                settled = float((moved.double() - centers.double()).square().sum()) <= threshold
+                centers = moved
+                if iterations < self.max_iter and not settled:
+                    continue
+                found = assign(x, centers, with_distances=True)  # the rows' clusters among the centers as they are now
+            solution = _solution(x, centers, found, iterations)
+            # A center without rows while some row is off its own has yet to move there; least: so that rounding makes no endless round
+            if not (solution.empty and 0 < solution.inertia < least and iterations < self.max_iter):
+                return solution
+            labels, least = None, solution.inertia
 
 
 def _mean_variance(x: Tensor) -> float:
