@@ -246,6 +246,7 @@ class TestElbow:
         numbers, inertias = [2, 3, 4, 5, 6], [100.0, 40.0, 10.0, 8.0, 7.0]
         assert find_elbow(np.array(numbers), np.array(inertias, np.float32)) == 4
         assert find_elbow(torch.tensor(numbers), torch.tensor(inertias)) == 4
+        assert find_elbow(np.array(numbers, np.float32), np.array(inertias)) == 4  # whole, though of another type
 
     def test_no_elbow(self) -> None:
         assert find_elbow([2, 4, 6, 8], [8.0, 6.0, 4.0, 2.0]) is None  # a straight line
@@ -299,6 +300,8 @@ class TestElbow:
             (lambda: find_elbow([2, 3], [1.0, 0.0]), "at least three points"),
             (lambda: find_elbow([2, 3, 4], [1.0, 0.0]), "got 3 and 2"),
             (lambda: find_elbow([2, 4, 3], [3.0, 1.0, 0.0]), "must ascend"),
+            (lambda: find_elbow([2.5, 3.5, 4.5, 5.5, 6.5], [100, 1, 0.5, 0.2, 0]), "must be whole numbers; got .2.5"),
+            (lambda: find_elbow([2, 3, math.inf], [3.0, 1.0, 0.0]), "must be whole numbers"),
             (lambda: find_elbow([2, 3, 4], [3.0, math.nan, 0.0]), "must be finite"),
             (lambda: find_elbow([2, 3, 4], [math.inf, 1.0, 0.0]), "must be finite"),
             (lambda: choose_n_clusters(torch.randn(9, 2), [2, 3]), "at least three candidates"),
