@@ -131,8 +131,17 @@ class TestTemperature:
         schedule = LinearTemperature(start=1.0, end=0.01, until=0.5)
         for progress, expected in ((-1.0, 1.0), (0.0, 1.0), (0.25, 0.505), (0.5, 0.01), (1.0, 0.01)):
             assert schedule(progress) == pytest.approx(expected, rel=1e-12)
-        for wrong in ({"start": 0.0}, {"end": -1.0}, {"until": 0.0}, {"until": 1.5}):
-            with pytest.raises(ValueError, match="LinearTemperature: start and end must be positive and until in"):
+        for wrong in (
+            {"start": 0.0},
+            {"end": -1.0},
+            {"until": 0.0},
+            {"until": 1.5},
+            {"start": math.inf},
+            {"end": math.inf},
+        ):
+            with pytest.raises(
+                ValueError, match="LinearTemperature: start and end must be positive and finite, until in"
+            ):
                 LinearTemperature(**wrong)
 
     def test_progress_moves_the_temperature(self, place: Place) -> None:

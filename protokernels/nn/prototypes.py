@@ -35,8 +35,10 @@ class LinearTemperature:
     def __post_init__(self) -> None:
         for name in ("start", "end", "until"):
             _checks.check_real("LinearTemperature", name, getattr(self, name))
-        if not (self.start > 0 and self.end > 0 and 0 < self.until <= 1):
-            raise ValueError(f"LinearTemperature: start and end must be positive and until in (0, 1]; got {self}")
+        if not (0 < self.start < math.inf and 0 < self.end < math.inf and 0 < self.until <= 1):
+            raise ValueError(
+                f"LinearTemperature: start and end must be positive and finite, until in (0, 1]; got {self}"
+            )
 
     def __call__(self, progress: float) -> float:
         share = min(max(progress / self.until, 0.0), 1.0)
