@@ -136,7 +136,7 @@ class Prototypes(nn.Module):
         self.process_group = process_group
         self.progress = 0.0
         self._known_initialized = False
-        self._known_of: tuple[Tensor, int] | None = None  # the buffer that was read, and its version
+        self._known_of: tuple[Tensor, int | None] | None = None  # the buffer that was read as true, and its version
         self.register_buffer("prototypes", torch.zeros(num_prototypes, dim, dtype=dtype))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self.register_buffer("last_counts", torch.zeros(num_prototypes, dtype=torch.int64))
@@ -266,14 +266,18 @@ class Prototypes(nn.Module):
     def _is_initialized(self) -> bool:
         """The value of the buffer, read from the device once, not at every step: again where it is another tensor, and on the CPU,
         where that costs little, where it has been written to (elsewhere it is what DistributedDataParallel does at every step)."""
-        buffer = self.initialized
-        if torch.compiler.is_compiling() or _calls.is_transformed():  # no value to look at
+        buffer, known = self._buffers["initialized"], self._known_of
+        assert buffer is not None
+        compiling = torch.compiler.is_compiling()
+        same = not compiling and known is not None and known[0] is buffer
+        if same and known is not None and (known[1] is None or known[1] == buffer._version):
+            return True
+        if compiling or _calls.is_transformed():  # no value to look at
             return self._known_initialized or bool(buffer)
-        version = buffer._version if buffer.device.type == "cpu" and not buffer.is_inference() else 0
-        known = self._known_of
-        if not self._known_initialized or known is None or known[0] is not buffer or known[1] != version:
-            self._known_initialized = bool(buffer)
-            self._known_of = buffer, version
+        self._known_initialized, self._known_of = bool(buffer), None
+        if self._known_initialized:
+            counts = buffer.device.type == "cpu" and not buffer.is_inference()
+            self._known_of = buffer, buffer._version if counts else None
         return self._known_initialized
 
     def _require_initialized(self) -> None:
