@@ -29,6 +29,17 @@ class Place:
         return torch.Generator(self.device).manual_seed(seed)
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The type that torch gives new tensors which name none."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 needs_native = pytest.mark.skipif(_native.LIBRARY is None, reason=f"the native library is not built: {_native.PROBLEM}")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 PLACES = [

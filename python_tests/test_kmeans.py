@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from protokernels.cluster import Elbow, KMeans, choose_n_clusters, find_elbow
-from python_tests.places import PLACES, Place
+from python_tests.places import PLACES, Place, default_dtype
 
 
 @pytest.fixture(params=PLACES)
@@ -103,6 +103,33 @@ class TestKMeans:
         x = torch.tensor([[0.0], [1.0], [2.0], [50.0]], device=place.device)
         model = KMeans(2, init=torch.tensor([[20.0], [1000.0]])).fit(x)
         assert model.cluster_centers_.flatten().tolist() == [1.0, 50.0]
+
+    def test_no_start_ends_with_a_center_that_could_have_rows(self, place: Place) -> None:
+        x = torch.tensor([[3.0], [1.0], [6.0], [7.0], [3.0]], device=place.device)
+        model = KMeans(4, init=torch.tensor([[6.0], [2.0], [0.0], [1.0]])).fit(x)  # two rows at 3 are farthest at first
+        assert model.inertia_ == 0 and len(model.labels_.unique()) == 4
+        generator = torch.Generator().manual_seed(0)
+        for dtype in (torch.float32, torch.float64):
+            for _ in range(100):
+                x = torch.randint(0, 8, (9, 1), generator=generator).to(place.device, dtype)
+                start = torch.randint(0, 8, (5, 1), generator=generator).to(place.device, dtype)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    model = KMeans(5, init=start).fit(x)
+                assert len(model.labels_.unique()) == min(5, len(x.unique()))
+
+    def test_too_few_iterations_for_a_center_without_rows(self, place: Place) -> None:
+        x = torch.tensor([[3.0], [1.0], [6.0], [7.0], [3.0]], device=place.device)
+        with pytest.warns(RuntimeWarning, match="1 of 4 clusters have no rows: .* max_iter = 1 .*; raise max_iter"):
+            KMeans(4, init=torch.tensor([[6.0], [2.0], [0.0], [1.0]]), max_iter=1).fit(x)
+
+    def test_rows_that_repeat_in_float64_end(self, place: Place) -> None:
+        x = torch.tensor([[0.1], [0.7], [1.3]], dtype=torch.float64, device=place.device).repeat(
+            7, 1
+        )  # means are not exact
+        with pytest.warns(RuntimeWarning, match="3 of 6 clusters have no rows: there are fewer distinct rows"):
+            model = KMeans(6).fit(x)
+        assert model.inertia_ < 1e-30 and model.n_iter_ < 20
 
     def test_fewer_distinct_rows_than_clusters(self, place: Place) -> None:
         x = torch.tensor([[0.0, 1.0], [2.0, 3.0]], device=place.device).repeat(10, 1)
@@ -191,6 +218,17 @@ class TestDeterminism:
         assert torch.equal(models[0].labels_, models[1].labels_) and models[0].inertia_ == models[1].inertia_
         assert not torch.equal(KMeans(12, n_init=2, random_state=4).fit(x).cluster_centers_, models[0].cluster_centers_)
 
+    def test_torchs_defaults_do_not_matter(self, place: Place) -> None:
+        x = torch.randn(300, 3, generator=torch.Generator().manual_seed(5)).to(place.device)
+        expected = KMeans(5, n_init=2).fit(x)
+        with default_dtype(torch.float64):
+            found = [KMeans(5, n_init=2).fit(x)]
+        with torch.device("meta"):
+            found.append(KMeans(5, n_init=2).fit(x))
+        for model in found:
+            assert torch.equal(model.cluster_centers_, expected.cluster_centers_)
+            assert torch.equal(model.labels_, expected.labels_) and model.inertia_ == expected.inertia_
+
     def test_the_global_generator_is_left_alone(self) -> None:
         torch.manual_seed(0)
         expected = torch.rand(3)
@@ -208,6 +246,7 @@ class TestElbow:
         numbers, inertias = [2, 3, 4, 5, 6], [100.0, 40.0, 10.0, 8.0, 7.0]
         assert find_elbow(np.array(numbers), np.array(inertias, np.float32)) == 4
         assert find_elbow(torch.tensor(numbers), torch.tensor(inertias)) == 4
+        assert find_elbow(np.array(numbers, np.float32), np.array(inertias)) == 4  # whole, though of another type
 
     def test_no_elbow(self) -> None:
         assert find_elbow([2, 4, 6, 8], [8.0, 6.0, 4.0, 2.0]) is None  # a straight line
@@ -261,6 +300,8 @@ class TestElbow:
             (lambda: find_elbow([2, 3], [1.0, 0.0]), "at least three points"),
             (lambda: find_elbow([2, 3, 4], [1.0, 0.0]), "got 3 and 2"),
             (lambda: find_elbow([2, 4, 3], [3.0, 1.0, 0.0]), "must ascend"),
+            (lambda: find_elbow([2.5, 3.5, 4.5, 5.5, 6.5], [100, 1, 0.5, 0.2, 0]), "must be whole numbers; got .2.5"),
+            (lambda: find_elbow([2, 3, math.inf], [3.0, 1.0, 0.0]), "must be whole numbers"),
             (lambda: find_elbow([2, 3, 4], [3.0, math.nan, 0.0]), "must be finite"),
             (lambda: find_elbow([2, 3, 4], [math.inf, 1.0, 0.0]), "must be finite"),
             (lambda: choose_n_clusters(torch.randn(9, 2), [2, 3]), "at least three candidates"),

@@ -7,19 +7,26 @@ import copy
 import io
 import math
 import pickle
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from protokernels import prototype_step, soft_assign
 from protokernels.nn import LinearTemperature, Prototypes
 from python_tests import forks
 from python_tests.distributed import prototypes_worker as worker
-from python_tests.places import PLACES, Place
+from python_tests.places import PLACES, Place, default_dtype
 from python_tests.prototypes_oracle import draw, oracle
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler"
+)
 
 
 @pytest.fixture(params=PLACES)
@@ -124,8 +131,17 @@ class TestTemperature:
         schedule = LinearTemperature(start=1.0, end=0.01, until=0.5)
         for progress, expected in ((-1.0, 1.0), (0.0, 1.0), (0.25, 0.505), (0.5, 0.01), (1.0, 0.01)):
             assert schedule(progress) == pytest.approx(expected, rel=1e-12)
-        for wrong in ({"start": 0.0}, {"end": -1.0}, {"until": 0.0}, {"until": 1.5}):
-            with pytest.raises(ValueError, match="LinearTemperature: start and end must be positive and until in"):
+        for wrong in (
+            {"start": 0.0},
+            {"end": -1.0},
+            {"until": 0.0},
+            {"until": 1.5},
+            {"start": math.inf},
+            {"end": math.inf},
+        ):
+            with pytest.raises(
+                ValueError, match="LinearTemperature: start and end must be positive and finite, until in"
+            ):
                 LinearTemperature(**wrong)
 
     def test_progress_moves_the_temperature(self, place: Place) -> None:
@@ -135,6 +151,25 @@ class TestTemperature:
             module.progress = progress
             assert module.temperature == pytest.approx(temperature)
             oracle(z, module.prototypes, module.temperature, "cosine").check_assignment(module(z))
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("schedule", [LinearTemperature(), lambda progress: 0.1 + 0.5**progress])
+    def test_a_schedule_is_compiled_twice_at_most(self, place: Place, training: bool, schedule: Any) -> None:
+        torch.compiler.reset()
+        module = started(place, 8, 5, temperature=schedule).train(training)
+        other = copy.deepcopy(module)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(module, fullgraph=True, backend=counter)
+        for i in range(20):
+            module.progress = other.progress = i / 20
+            gradients = []
+            for run in (compiled, other):
+                z = draw(33, 8, 5, seed=i)[0].to(place.device).requires_grad_()
+                c = run(z)
+                gradients.append([c, *torch.autograd.grad(c.square().sum(), z)])
+            for a, b in zip(*gradients, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert counter.frame_count <= 2
 
 
 class TestTraining:
@@ -165,11 +200,48 @@ class TestTraining:
         torch.testing.assert_close(encoder.weight.detach(), before - 0.1 * expected, rtol=1e-6, atol=1e-7)
         assert not list(module.parameters()) and not module.prototypes.requires_grad
 
+    @pytest.mark.parametrize("compiler", ["aot_eager_decomp_partition", pytest.param("inductor", marks=needs_compiler)])
+    def test_compiled_training_is_eager_training(self, place: Place, compiler: str) -> None:
+        torch.compiler.reset()
+        modules = [started(place, 8, 5, temperature=0.2) for _ in range(2)]
+        compiled = torch.compile(modules[1], fullgraph=True, backend=compiler)
+        for seed in range(3):
+            gradients = []
+            for run in (modules[0], compiled):
+                z = draw(129, 8, 5, seed=seed)[0].to(place.device).requires_grad_()
+                c = run(z)
+                gradients.append(torch.autograd.grad((c[:, 0] + c.square().sum(1)).sum(), z)[0])
+            torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+            for name, value in modules[0].state_dict().items():
+                torch.testing.assert_close(modules[1].state_dict()[name], value, rtol=1e-6, atol=1e-6)
+
     def test_two_passes_before_one_backward(self, place: Place) -> None:
         z = draw(129, 8, 5)[0].to(place.device).requires_grad_()
         module = started(place, 8, 5, temperature=0.2)
         (module(z).square().sum() + module(2 * z).square().sum()).backward()
         assert z.grad is not None and z.grad.isfinite().all()
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_a_checkpoint_may_not_compute_it_again(self, place: Place, reentrant: bool) -> None:
+        z = draw(129, 8, 5)[0].to(place.device).requires_grad_()
+        module = started(place, 8, 5, temperature=0.2)
+        moved = copy.deepcopy(module)
+        moved(z.detach())
+        c = checkpoint(module, z, use_reentrant=reentrant)
+        with pytest.raises(RuntimeError, match=r"Prototypes: .* within a backward pass, .* leave this module out of"):
+            c.square().sum().backward()
+        assert torch.equal(module.prototypes, moved.prototypes)  # moved once
+        module.eval(), moved.eval()
+        expected = torch.autograd.grad(moved(z).square().sum(), z)[0]
+        z.grad = None
+        checkpoint(module, z, use_reentrant=reentrant).square().sum().backward()
+        assert z.grad is not None and torch.equal(z.grad, expected)
+
+    def test_a_torch_that_tells_of_no_backward_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("protokernels.nn.prototypes._backward_pass", None)
+        z = torch.randn(9, 3, requires_grad=True)
+        Prototypes(2, 3)(z).square().sum().backward()
+        assert z.grad is not None
 
     def test_evaluation_changes_nothing(self, place: Place) -> None:
         z = draw(129, 8, 5)[0].to(place.device)
@@ -194,6 +266,16 @@ class TestTraining:
         assert torch.equal(modules[0].prototypes, expected.prototypes)
         assert torch.equal(modules[1].prototypes, expected.prototypes)
         assert not torch.equal(modules[2].prototypes, expected.prototypes)
+
+    def test_sampled_labels_under_another_default_type(self, place: Place) -> None:
+        z = draw(300, 8, 5)[0].to(place.device)
+        moved = []
+        for dtype in (torch.float32, torch.float64):
+            module = started(place, 8, 5, temperature=1.0, sample=True, generator=place.seeded(3))
+            with default_dtype(dtype):
+                module(z)
+            moved.append(module.prototypes)
+        assert torch.equal(*moved) and moved[1].dtype == torch.float32
 
     def test_rows_that_are_not_finite(self, place: Place) -> None:
         z = draw(129, 8, 5)[0].to(place.device)
@@ -250,6 +332,61 @@ class TestState:
         other.load_state_dict(Prototypes(8, 5).state_dict())
         with pytest.raises(RuntimeError, match="not initialised"):
             other.eval()(z)
+
+    def test_a_loaded_state_is_compiled_and_exported_before_any_call(self, place: Place) -> None:
+        z = draw(129, 8, 5)[0].to(place.device)
+        given = started(place, 8, 5, temperature=0.2)
+        for training in (False, True):
+            torch.compiler.reset()
+            fresh = Prototypes(8, 5, temperature=0.2).to(place.device)
+            fresh.load_state_dict(given.state_dict())
+            expected = copy.deepcopy(given).train(training)(z)
+            c = torch.compile(fresh.train(training), fullgraph=True, backend="aot_eager")(z)
+            torch.testing.assert_close(c, expected, rtol=1e-6, atol=1e-7)
+        fresh = Prototypes(8, 5, temperature=0.2).to(place.device)
+        fresh.load_state_dict(given.state_dict())
+        exported = torch.export.export(fresh.eval(), (z,)).module()
+        torch.testing.assert_close(exported(z), given.eval()(z), rtol=1e-6, atol=1e-7)
+
+    def test_a_state_loaded_onto_no_device(self) -> None:
+        with torch.device("meta"):
+            module = Prototypes(8, 5)
+        with pytest.warns(UserWarning, match="no-op"):
+            module.load_state_dict(Prototypes(8, 5).state_dict())
+        module.load_state_dict(started(Place("cpu", "reference"), 8, 5).state_dict(), assign=True)
+        assert module.eval()(torch.randn(3, 5)).shape == (3, 8)
+
+    def test_what_is_known_belongs_to_the_buffer(self, place: Place) -> None:
+        z = draw(129, 8, 5)[0].to(place.device)
+        given = started(place, 8, 5, temperature=0.2)
+        empty = Prototypes(8, 5, temperature=0.2, new_weight=0.0).to(place.device).eval()
+        c = torch.func.functional_call(empty, dict(given.named_buffers()), (z,))
+        assert torch.equal(c, given.eval()(z))
+        with pytest.raises(RuntimeError, match="not initialised"):
+            empty(z)
+        empty.train()(z)
+        assert bool(empty.initialized) and all((z == q).all(dim=1).any() for q in empty.prototypes)
+
+    def test_a_buffer_written_to_is_read_again(self) -> None:
+        module = started(Place("cpu", "reference"), 8, 5)
+        module(torch.randn(20, 5))
+        module.initialized.fill_(False)
+        with pytest.raises(RuntimeError, match="not initialised"):
+            module.eval()(torch.randn(20, 5))
+        with torch.inference_mode():
+            module = Prototypes(8, 5)
+            module(torch.randn(20, 5))
+            assert module(torch.randn(20, 5)).shape == (20, 8)
+
+    def test_many_states_at_once(self, place: Place) -> None:
+        z = draw(129, 8, 5)[0].to(place.device)
+        modules = [started(place, 8, 5, temperature=t) for t in (0.2, 0.2)]
+        modules[1].prototypes.mul_(torch.linspace(-1, 2, 40, device=place.device).view(8, 5))
+        _, buffers = torch.func.stack_module_state([module.eval() for module in modules])
+        base = copy.deepcopy(modules[0])
+        c = torch.func.vmap(lambda state: torch.func.functional_call(base, state, (z,)))(buffers)
+        for own, module in zip(c, modules, strict=True):
+            torch.testing.assert_close(own, module(z), rtol=1e-6, atol=1e-6)
 
     def test_a_state_of_version_0_1_0_goes_on(self, place: Place) -> None:
         saved = {  # names, shapes and types as that version saved them: a change of any needs a way to load this

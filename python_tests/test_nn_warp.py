@@ -17,7 +17,7 @@ from torch import Tensor
 from protokernels import affine_warp, transform
 from protokernels.nn import DifferentiableTransform, RandomViews, ViewStrength
 from protokernels.nn.random_views import ViewParameters, view_matrix
-from python_tests.places import PLACES, Place
+from python_tests.places import PLACES, Place, default_dtype
 from python_tests.warp_oracle import STAGES, draw
 
 OPTIONS: dict[str, Any] = {
@@ -277,6 +277,22 @@ class TestDraws:
             for rank in range(3):
                 part = views.make(images[rank::3], drawn.part(rank, 3), view)
                 assert torch.equal(part, expected[rank::3])
+
+    def test_torchs_default_type_does_not_matter(self, place: Place) -> None:
+        views = RandomViews(16, ViewStrength(rotate=0.5, offset=0.5, gamma=0.5, noise=0.5, solarise=0.5))
+        images = torch.rand(6, 1, 20, 20).to(place.device)
+        expected = (
+            views(images, generator=place.seeded(1))[0],
+            views.draw(6, generator=torch.Generator().manual_seed(1)),
+        )
+        with default_dtype(torch.float64):
+            found = (
+                views(images, generator=place.seeded(1))[0],
+                views.draw(6, generator=torch.Generator().manual_seed(1)),
+            )
+        assert torch.equal(found[0], expected[0])
+        for name, a, b in zip(ViewParameters._fields, found[1], expected[1], strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b), name
 
     def test_the_generator_decides(self, place: Place) -> None:
         images = draw((4, 1, 12, 12), seed=12)[0].to(place.device)

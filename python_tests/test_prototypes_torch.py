@@ -60,6 +60,11 @@ class TestContract:
         sums, counts = accumulate(z, labels, 10, True)
         torch.library.opcheck(blend, (q, sums, counts, 0.9))
 
+    def test_opcheck_of_the_copy(self, place: Place) -> None:
+        q = draw(1, 10, 19)[1].to(place.device).requires_grad_()
+        torch.library.opcheck(torch.ops.protokernels.prototypes_kept, (q,))
+        torch.library.opcheck(torch.ops.protokernels.prototypes_kept, (q.T.detach(),))
+
     @pytest.mark.parametrize("similarity", ["cosine", "dot"])
     def test_compile_without_graph_breaks(self, place: Place, similarity: Any) -> None:
         torch.compiler.reset()

@@ -14,7 +14,7 @@ import torch
 import protokernels
 from protokernels import prototype_step, update_prototypes, update_prototypes_
 from protokernels.ops.prototypes import blend_prototypes, revive_prototypes
-from python_tests.places import PLACES, Place, needs_native
+from python_tests.places import PLACES, Place, default_dtype, needs_native
 from python_tests.prototypes_oracle import check_update, draw, expected_sums
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -221,6 +221,32 @@ class TestSampling:
         neighbours = (a[1:] == a[:-1]).double().mean()
         assert abs(float(neighbours) - 0.5) < 5 * 0.5 / math.sqrt(B)
 
+    @pytest.mark.parametrize("row", [[0.5, math.nan, 0.5], [1.0, -0.1, 0.1], [0.0, 0.0, 0.0], [math.inf, 0.0, 1.0]])
+    def test_what_cannot_be_drawn_from_is_refused(self, place: Place, row: list[float]) -> None:
+        if place.device != "cpu":
+            pytest.skip("the values would have to be waited for")
+        z, q = draw(4, 3, 2)
+        c = torch.tensor([[0.2, 0.3, 0.5]]).repeat(4, 1)
+        for dtype in DTYPES:
+            update_prototypes(q, z, c.to(dtype), new_weight=0.5, sample=True)
+        c[2] = torch.tensor(row)
+        for update in (update_prototypes, update_prototypes_):
+            with pytest.raises(ValueError, match=r"draws from probabilities that are finite, .*; row 2 is not"):
+                update(q, z, c, new_weight=0.5, sample=True)
+        update_prototypes(q, z, c, new_weight=0.5)  # the largest counts
+        z[2, 0] = math.nan
+        _, counts = update_prototypes(q, z, c, new_weight=0.5, sample=True, skip_nonfinite=True)
+        assert counts.sum() == 3
+
+    def test_nothing_is_looked_at_where_there_are_no_values(self, place: Place) -> None:
+        z, q = (x.to(place.device) for x in draw(4, 3, 2))
+        c = torch.full((4, 3), 1 / 3, device=place.device)
+        torch.compiler.reset()
+        compiled = torch.compile(
+            lambda c: update_prototypes(q, z, c, new_weight=0.5, sample=True), fullgraph=True, backend="aot_eager"
+        )
+        assert compiled(c).counts.sum() == 4
+
     def test_the_generator_decides(self, place: Place) -> None:
         z, q = (x.to(place.device) for x in draw(500, 9, 5))
         arguments: dict[str, Any] = {"temperature": 1.0, "new_weight": 0.5, "sample": True}
@@ -243,6 +269,19 @@ class TestSampling:
             for _ in range(2)
         ]
         assert torch.equal(*labels)
+
+    def test_torchs_default_type_does_not_matter(self, place: Place) -> None:
+        z, q = (x.to(place.device) for x in draw(500, 9, 5))
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            with default_dtype(dtype):
+                step = prototype_step(
+                    z, q, temperature=1.0, new_weight=0.5, sample=True, generator=place.seeded(3), return_entropy=True
+                )
+                alone = update_prototypes(q, z, step.assignment, new_weight=0.5, sample=True, generator=place.seeded(3))
+            results.append([*step, *alone])
+        for a, b in zip(*results, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
 
     @needs_native
     @pytest.mark.parametrize("K", [3, 17, 40, 129])

@@ -39,7 +39,7 @@ def find_elbow(n_clusters: Sequence[int], inertias: Sequence[float], *, sensitiv
     a convex decreasing curve).
 
     Args:
-        n_clusters: at least three numbers, ascending.
+        n_clusters: at least three whole numbers, ascending.
         inertias: as many, finite.
         sensitivity: S of the criterion; larger ones ask for a clearer elbow.
 
@@ -47,7 +47,8 @@ def find_elbow(n_clusters: Sequence[int], inertias: Sequence[float], *, sensitiv
         One of ``n_clusters``, or None where the curve has no elbow.
 
     Raises:
-        TypeError: no sequences of numbers. ValueError: lengths differ, fewer than three points, not ascending, not finite.
+        TypeError: no sequences of numbers. ValueError: lengths differ, fewer than three points, not whole, not ascending, not
+        finite.
 
     Example:
         >>> find_elbow([2, 3, 4, 5, 6], [100.0, 40.0, 10.0, 8.0, 7.0])
@@ -63,6 +64,8 @@ def find_elbow(n_clusters: Sequence[int], inertias: Sequence[float], *, sensitiv
     x, y = [float(n) for n in n_clusters], [float(value) for value in inertias]
     if len(x) != len(y) or len(x) < 3:
         raise ValueError(f"find_elbow: expected at least three points, as many of each; got {len(x)} and {len(y)}")
+    if not all(n.is_integer() for n in x):
+        raise ValueError(f"find_elbow: n_clusters must be whole numbers; got {list(n_clusters)}")
     if any(b <= a for a, b in pairwise(x)):
         raise ValueError(f"find_elbow: n_clusters must ascend; got {list(n_clusters)}")
     if not all(map(math.isfinite, y)):

@@ -133,8 +133,14 @@ class KMeans:
                 f"{'' if x.dtype == torch.float64 else ', or pass x.double()'}"
             )
         if best.empty:
+            stopped = best.inertia > 0 and best.iterations >= self.max_iter
             warnings.warn(
-                f"KMeans: {best.empty} of {self.n_clusters} clusters have no rows: there are fewer distinct rows than clusters",
+                f"KMeans: {best.empty} of {self.n_clusters} clusters have no rows: "
+                + (
+                    f"the iterations ended at max_iter = {self.max_iter} before their centers had moved to some; raise max_iter"
+                    if stopped
+                    else "there are fewer distinct rows than clusters, as far as squared distances tell"
+                ),
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -198,18 +204,23 @@ class KMeans:
         return centers
 
     def _lloyd(self, x: Tensor, centers: Tensor, threshold: float) -> _Solution:
-        labels, iterations, settled = None, 0, False
-        while iterations < self.max_iter and not settled:
+        labels, iterations, least = None, 0, math.inf
+        while True:
             found = assign(x, centers, with_sums=True)
             before, labels = labels, found.labels
             iterations += 1
-            if before is not None and torch.equal(before, labels):
-                return _solution(x, centers, found, iterations)
-            moved = _means(x, centers, found)
-            settled = float((moved.double() - centers.double()).square().sum()) <= threshold
-            centers = moved
-        found = assign(x, centers, with_distances=True)  # the rows' clusters among the centers as they are now
-        return _solution(x, centers, found, iterations)
+            if before is None or not torch.equal(before, labels):
+                moved = _means(x, centers, found)
+                settled = float((moved.double() - centers.double()).square().sum()) <= threshold
+                centers = moved
+                if iterations < self.max_iter and not settled:
+                    continue
+                found = assign(x, centers, with_distances=True)  # the rows' clusters among the centers as they are now
+            solution = _solution(x, centers, found, iterations)
+            # A center without rows while some row is off its own has yet to move there; least: so that rounding makes no endless round
+            if not (solution.empty and 0 < solution.inertia < least and iterations < self.max_iter):
+                return solution
+            labels, least = None, solution.inertia
 
 
 def _mean_variance(x: Tensor) -> float:
@@ -250,11 +261,12 @@ def _means(x: Tensor, centers: Tensor, found: Assignment) -> Tensor:
 def _k_means_plus_plus(x: Tensor, count: int, generator: torch.Generator) -> Tensor:  # [N, D] -> [count, D]
     """Rows drawn in proportion to their squared distance from those drawn before; of a few draws the one that lowers the sum most."""
     trials = 2 + int(math.log(count))
-    chosen = [int(torch.randint(len(x), (1,), generator=generator))]
+    chosen = [int(torch.randint(len(x), (1,), generator=generator, device="cpu"))]
     closest = _squared_distances(x, x[chosen[0]])
     for _ in range(count - 1):
         cumulative = closest.cumsum(0)
-        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * cumulative[-1]
+        shares = torch.rand(trials, generator=generator, dtype=torch.float64, device="cpu")
+        draws = shares.to(x.device) * cumulative[-1]
         candidates = torch.searchsorted(cumulative, draws, right=True).clamp(max=len(x) - 1)
         options = [torch.minimum(closest, _squared_distances(x, x[candidate])) for candidate in candidates]
         best = int(torch.stack([_total(option) for option in options]).argmin())

@@ -11,8 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..ops import _checks
+from ..ops import _calls, _checks
 from ..ops import prototypes as ops
+from ..ops._prototypes_autograd import kept
+
+_backward_pass: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
+"""The number of the backward pass that runs now, -1 outside; torch's own and not promised to users."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,10 @@ class LinearTemperature:
     def __post_init__(self) -> None:
         for name in ("start", "end", "until"):
             _checks.check_real("LinearTemperature", name, getattr(self, name))
-        if not (self.start > 0 and self.end > 0 and 0 < self.until <= 1):
-            raise ValueError(f"LinearTemperature: start and end must be positive and until in (0, 1]; got {self}")
+        if not (0 < self.start < math.inf and 0 < self.end < math.inf and 0 < self.until <= 1):
+            raise ValueError(
+                f"LinearTemperature: start and end must be positive and finite, until in (0, 1]; got {self}"
+            )
 
     def __call__(self, progress: float) -> float:
         share = min(max(progress / self.until, 0.0), 1.0)
@@ -50,6 +56,10 @@ class Prototypes(nn.Module):
     rank with B; every rank must call ``forward`` equally often. The prototypes are buffers: they are saved in
     ``state_dict``, moved by ``.to()``
     and receive no gradient. Under autocast ``z`` may be half precision; prototypes stay in their own dtype and c has the wider of the two.
+
+    Leave the module out of what ``torch.utils.checkpoint`` computes twice: the second pass, in ``backward``, would meet prototypes that
+    have moved and move them again. A training pass within a backward pass is therefore refused; in code that ``torch.compile`` compiled
+    it goes unnoticed, and its gradients are wrong.
 
     Args:
         num_prototypes: K.
@@ -126,11 +136,12 @@ class Prototypes(nn.Module):
         self.process_group = process_group
         self.progress = 0.0
         self._known_initialized = False
+        self._known_of: tuple[Tensor, int | None] | None = None  # the buffer that was read as true, and its version
         self.register_buffer("prototypes", torch.zeros(num_prototypes, dim, dtype=dtype))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self.register_buffer("last_counts", torch.zeros(num_prototypes, dtype=torch.int64))
         self.register_buffer("empty_updates", torch.zeros(num_prototypes, dtype=torch.int64))
-        self.register_load_state_dict_post_hook(_forget_initialized)
+        self.register_load_state_dict_post_hook(_look_again)
 
     @property
     def temperature(self) -> float:
@@ -143,14 +154,20 @@ class Prototypes(nn.Module):
             return self._soft_assign(z).assignment
         if not isinstance(z, Tensor):
             _checks.check_matrix("Prototypes", "z", z, f"[B, {self.prototypes.shape[1]}]")
+        if not torch.compiler.is_compiling() and _backward_pass is not None and _backward_pass() >= 0:
+            raise RuntimeError(
+                "Prototypes: forward in training mode was called within a backward pass, as torch.utils.checkpoint does to compute a part "
+                "again; the prototypes have moved since the first call, so the gradients would be wrong; leave this module out of the "
+                "part under the checkpoint, or call eval() on it"
+            )
         if not self._is_initialized():
             self.initialize(z)
         # The buffer is overwritten below while autograd still needs the prototypes of this pass.
-        current = self.prototypes.clone() if z.requires_grad else self.prototypes
+        current = kept(self.prototypes) if z.requires_grad else self.prototypes
         step = ops.prototype_step(
             z,
             current,
-            temperature=self.temperature,
+            temperature=self._given_temperature(),
             new_weight=self.new_weight,
             similarity=self.similarity,
             sample=self.sample,
@@ -207,9 +224,16 @@ class Prototypes(nn.Module):
             f"new_weight={self.new_weight}, sample={self.sample}"
         )
 
+    def _given_temperature(self) -> float | Tensor:
+        """What the operators get. They hold a number as a constant, so a schedule would be compiled anew at every ``progress``; the product
+        of a tensor and a number is compiled once for all numbers."""
+        if callable(self.schedule) and torch.compiler.is_compiling():
+            return torch.ones((), dtype=torch.float64, device=self.prototypes.device) * self.temperature
+        return self.temperature
+
     def _soft_assign(self, z: Tensor) -> ops.SoftAssignment:
         return ops.soft_assign(
-            z, self.prototypes, temperature=self.temperature, similarity=self.similarity, return_labels=True
+            z, self.prototypes, temperature=self._given_temperature(), similarity=self.similarity, return_labels=True
         )
 
     @torch.no_grad()
@@ -240,8 +264,20 @@ class Prototypes(nn.Module):
         return revived
 
     def _is_initialized(self) -> bool:
-        if not self._known_initialized:  # one read from the device per module, not per step
-            self._known_initialized = bool(self.initialized)
+        """The value of the buffer, read from the device once, not at every step: again where it is another tensor, and on the CPU,
+        where that costs little, where it has been written to (elsewhere it is what DistributedDataParallel does at every step)."""
+        buffer, known = self._buffers["initialized"], self._known_of
+        assert buffer is not None
+        compiling = torch.compiler.is_compiling()
+        same = not compiling and known is not None and known[0] is buffer
+        if same and known is not None and (known[1] is None or known[1] == buffer._version):
+            return True
+        if compiling or _calls.is_transformed():  # no value to look at
+            return self._known_initialized or bool(buffer)
+        self._known_initialized, self._known_of = bool(buffer), None
+        if self._known_initialized:
+            counts = buffer.device.type == "cpu" and not buffer.is_inference()
+            self._known_of = buffer, buffer._version if counts else None
         return self._known_initialized
 
     def _require_initialized(self) -> None:
@@ -264,6 +300,9 @@ class Prototypes(nn.Module):
         return dist.get_world_size(self.process_group)
 
 
-def _forget_initialized(module: nn.Module, _incompatible: object) -> None:
+def _look_again(module: nn.Module, _incompatible: object) -> None:
+    """After a state was loaded, so that the module can be compiled and exported before it is called."""
     assert isinstance(module, Prototypes)
-    module._known_initialized = False
+    module._known_initialized, module._known_of = False, None
+    if type(module.initialized) is Tensor and not module.initialized.is_meta:
+        module._is_initialized()

@@ -181,10 +181,9 @@ class RandomViews(nn.Module):
             raise ValueError(f"RandomViews: count must not be negative; got {count}")
         check_generator("RandomViews", generator)
         strength = self._strength(view)
-        columns: dict[str, Tensor] = dict(
-            zip(_COLUMNS, torch.rand(len(_COLUMNS), count, generator=generator, device=device), strict=True)
-        )
-        normal = torch.randn(count, generator=generator, device=device)
+        shares = torch.rand(len(_COLUMNS), count, generator=generator, dtype=torch.float32, device=device)
+        columns: dict[str, Tensor] = dict(zip(_COLUMNS, shares, strict=True))
+        normal = torch.randn(count, generator=generator, dtype=torch.float32, device=device)
         limits = (-(2**63), 2**63 - 1)
         seed = torch.randint(*limits, (count,), generator=generator, dtype=torch.int64, device=device)
 
@@ -203,7 +202,7 @@ class RandomViews(nn.Module):
             torch.where(cropped, torch.minimum(area.sqrt() * side, longest), 1.0) for side in (root, 1 / root)
         )
         box = torch.stack([columns["left"] * (1 - width), columns["top"] * (1 - height), width, height], 1)
-        jitter, mean, std = happens("jitter"), *strength.offset_normal
+        jitter, mean, std = happens("jitter").to(torch.float32), *strength.offset_normal
         return ViewParameters(
             box=box,
             mirror=torch.stack([happens("hflip"), happens("vflip")], 1),

@@ -168,6 +168,15 @@ def _unit_and_scale(
     return x * scale, scale
 
 
+def kept(prototypes: Tensor) -> Tensor:  # [K, D]
+    """A copy that stays what it is when ``prototypes`` are overwritten, compiled as well: there ``clone`` does not do, since torch's
+    compiler leaves it out as a copy of an argument and saves the argument for the backward pass, which then sees it overwritten."""
+    if not torch.compiler.is_compiling():
+        return prototypes.clone()
+    copied: Tensor = torch.ops.protokernels.prototypes_kept(prototypes)
+    return copied
+
+
 def _no_second_derivative(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
     raise NotImplementedError(
         "soft_assign: the native kernels have no second derivative; "
@@ -184,6 +193,10 @@ def _fake_blend(prototypes: Tensor, sums: Tensor, counts: Tensor, new_weight: fl
     return prototypes.new_empty(prototypes.shape)
 
 
+torch.library.define("protokernels::prototypes_kept", "(Tensor prototypes) -> Tensor")
+torch.library.impl("protokernels::prototypes_kept", "CompositeExplicitAutograd")(Tensor.clone)
+torch.library.register_fake("protokernels::prototypes_kept")(torch.empty_like)
+torch.library.register_autograd("protokernels::prototypes_kept", lambda _ctx, grad: grad)
 if _native.LIBRARY is not None:
     torch.library.impl("protokernels::prototypes_backward", "CUDA")(_backward_on_cuda)
 _calls.register("prototypes_forward", _fake_forward, setup=_setup_context, backward=_backward)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _calls, _checks
 
 
 def check_pair(op: str, z: object, prototypes: object, similarity: str) -> None:
@@ -73,6 +73,23 @@ def check_labels(op: str, z: Tensor, prototypes: Tensor, given: object, sample: 
     if sample and given.dtype not in _checks.FLOATING:
         raise ValueError(
             f"{op}: sample=True needs probabilities {list(probabilities)}, got labels; pass the soft assignment"
+        )
+
+
+def check_weights(op: str, z: Tensor, probabilities: Tensor, skip_nonfinite: bool) -> None:
+    """Rows to draw from: no NaN, nothing negative, not all zero, where the values are at hand."""
+    if z.device.type != "cpu" or torch.compiler.is_compiling() or _calls.is_transformed():
+        return
+    weights = probabilities.detach()
+    total = weights.sum(-1, dtype=torch.float64)
+    wrong = ~((weights >= 0).all(-1) & (total > 0) & total.isfinite())
+    if skip_nonfinite:
+        wrong &= z.detach().isfinite().all(-1)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{op}: sample=True draws from probabilities that are finite, not negative and not all zero; row {row} is not; "
+            "skip_nonfinite=True leaves out rows where z is not finite"
         )
 
 

@@ -167,7 +167,9 @@ def update_prototypes(
         labels_or_assignments: cluster of each row [B] (an integer dtype; negative: the row is ignored), or probabilities [B, K], of
             which the largest counts (ties: lowest index) or, with ``sample=True``, one is drawn.
         new_weight: in [0, 1]; 1 gives the class means.
-        sample: draw labels from the rows of the probabilities (VAESim's "multinomial"); needs probabilities.
+        sample: draw labels from the rows of the probabilities (VAESim's "multinomial"); needs probabilities. On the CPU a row that holds
+            NaN, infinity or a negative number, or zeros only, is an error; on CUDA, where to look would wait for the device, and in
+            compiled code its label is any.
         generator: source of the random numbers of ``sample`` and ``revive``; default: torch's global one.
         skip_nonfinite: ignore rows that hold NaN or infinity; otherwise such a row spoils its own cluster, and only that.
         revive: prototypes marked here that also got no member in this call are replaced by distinct random finite rows of ``z``
@@ -191,6 +193,8 @@ def update_prototypes(
     new_weight = _checks.check_unit_interval(op, "new_weight", new_weight)
     checks.check_drawing(op, sample, generator, skip_nonfinite)
     checks.check_labels(op, z, prototypes, labels_or_assignments, sample)
+    if sample:
+        checks.check_weights(op, z, labels_or_assignments, skip_nonfinite)
     if revive is not None:
         checks.check_revive(op, z, prototypes, revive)
     labels = _labels(z, labels_or_assignments, sample, generator)
@@ -256,6 +260,9 @@ def prototype_step(
 
         c, labels, _ = soft_assign(z, prototypes, temperature=temperature, similarity=similarity, return_labels=True)
         updated, counts = update_prototypes(prototypes, z, labels, new_weight=new_weight)      # or c and sample=True
+
+    With ``sample=True`` and half precision throughout that holds up to rounding: here labels are drawn from the assignment in float32,
+    there from what ``soft_assign`` returned, rounded to the half type, so that a few may differ. Nor are probabilities looked at here.
 
     Arguments and errors are those of the two functions. ``sums`` and ``counts`` are returned for data-parallel training: add them
     up over the ranks, then blend (``protokernels.nn.Prototypes`` does).
@@ -350,9 +357,8 @@ def _split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple
 
 
 def _uniform(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:  # [B] float32 in [0, 1)
-    return torch.rand(count, device=generator.device if generator is not None else device, generator=generator).to(
-        device
-    )
+    source = generator.device if generator is not None else device
+    return torch.rand(count, dtype=torch.float32, device=source, generator=generator).to(device)
 
 
 def _labels(
