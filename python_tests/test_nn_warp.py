@@ -17,7 +17,7 @@ from torch import Tensor
 from protokernels import affine_warp, transform
 from protokernels.nn import DifferentiableTransform, RandomViews, ViewStrength
 from protokernels.nn.random_views import ViewParameters, view_matrix
-from python_tests.places import PLACES, Place
+from python_tests.places import NATIVE_PLACES, PLACES, Place
 from python_tests.warp_oracle import STAGES, draw
 
 OPTIONS: dict[str, Any] = {
@@ -322,6 +322,17 @@ class TestContract:
         drawn = views.draw(4)
         make = torch.compile(views.make, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(make(images, drawn), views.make(images, drawn), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("preset", PRESETS)
+    @pytest.mark.parametrize("place", NATIVE_PLACES)
+    def test_compile_for_any_number_of_images(self, place: Place, preset: str) -> None:
+        """A smaller last batch makes torch compile for sizes that are no numbers."""
+        torch.compiler.reset()
+        with place.selected():
+            faster = torch.compile(RandomViews.preset(preset, 16), fullgraph=True, backend="aot_eager")
+            for count in (8, 5, 3):
+                for view in faster(draw((count, 1, 24, 24), seed=16)[0].to(place.device)):
+                    assert view.shape == (count, 1, 16, 16) and view.isfinite().all()
 
     def test_no_images(self, place: Place) -> None:
         for view in RandomViews(8, EVERYTHING, EVERYTHING)(torch.zeros(0, 1, 12, 12, device=place.device)):

@@ -25,6 +25,7 @@ from ..ops._checks import (
     check_interval,
     check_whole,
     describe,
+    drawn_by,
 )
 from ..reference.warp import AFFINE_PADDINGS
 from .view_strength import Range, ViewStrength
@@ -181,12 +182,13 @@ class RandomViews(nn.Module):
             raise ValueError(f"RandomViews: count must not be negative; got {count}")
         check_generator("RandomViews", generator)
         strength = self._strength(view)
+        source = drawn_by(generator)
         columns: dict[str, Tensor] = dict(
-            zip(_COLUMNS, torch.rand(len(_COLUMNS), count, generator=generator, device=device), strict=True)
+            zip(_COLUMNS, torch.rand(len(_COLUMNS), count, device=device, **source), strict=True)
         )
-        normal = torch.randn(count, generator=generator, device=device)
+        normal = torch.randn(count, device=device, **source)
         limits = (-(2**63), 2**63 - 1)
-        seed = torch.randint(*limits, (count,), generator=generator, dtype=torch.int64, device=device)
+        seed = torch.randint(*limits, (count,), dtype=torch.int64, device=device, **source)
 
         def happens(name: str) -> Tensor:
             probability: float = getattr(strength, name)
