@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protokernels import affine_warp, transform
+from protokernels import affine_warp, rotate, transform
 from protokernels.nn import DifferentiableTransform, RandomViews, ViewStrength
 from protokernels.nn.random_views import ViewParameters, view_matrix
 from python_tests.places import NATIVE_PLACES, PLACES, Place
@@ -125,7 +125,8 @@ class TestViews:
         torch.testing.assert_close(view, images[:, :, 3:9, 2:8].rot90(1, (2, 3)), rtol=0, atol=1e-5)
 
     def test_crop_flip_and_rotation_are_one_map(self, place: Place) -> None:
-        """Step by step, for single points: mirrored, stretched to the crop's size, turned, moved to the crop's centre."""
+        """Step by step, for single points of the view, back from the last step: turned, mirrored, stretched to the crop's size, moved to
+        its centre."""
         parameters = unchanged(
             2, box=torch.tensor([[0.1, 0.2, 0.5, 0.4], [0.3, 0.0, 0.7, 0.9]]), angle=torch.tensor([0.4, -2.0]),
             mirror=torch.tensor([[True, False], [True, True]]),
@@ -136,9 +137,9 @@ class TestViews:
             left, top, width, height = parameters.box[b].double().tolist()
             angle = parameters.angle[b].item()
             for u, v in ((0.0, 0.0), (3.0, -1.5), (-4.5, 3.5)):  # from the view's centre
-                x, y = (-u if parameters.mirror[b, 0] else u), (-v if parameters.mirror[b, 1] else v)
+                x, y = math.cos(angle) * u - math.sin(angle) * v, math.sin(angle) * u + math.cos(angle) * v
+                x, y = (-x if parameters.mirror[b, 0] else x), (-y if parameters.mirror[b, 1] else y)
                 x, y = x * width * W / size[1], y * height * H / size[0]
-                x, y = math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y
                 x, y = x + (left + width / 2) * W, y + (top + height / 2) * H  # from the image's corner
                 at = matrix[b] @ torch.tensor([u, v, 1.0], dtype=torch.float64)
                 assert at.tolist() == pytest.approx([x - W / 2, y - H / 2], abs=1e-5)
@@ -146,6 +147,28 @@ class TestViews:
         view = RandomViews(size, NOTHING, padding_mode="reflection", antialias=False).make(images, parameters)
         expected = affine_warp(images, matrix.float().to(place.device), size=size, padding_mode="reflection")
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("flips", [[], [3], [2], [2, 3]])
+    def test_a_rotation_comes_after_crop_and_flips(self, place: Place, flips: list[int]) -> None:
+        """Each step by its own function. Bilinear pixels of a plane lie on it, so that three passes and one agree where all see it."""
+        mirror = torch.tensor([[3 in flips, 2 in flips]])
+        rows, columns = torch.arange(24.0, device=place.device).view(-1, 1), torch.arange(40.0, device=place.device)
+        plane = (rows / 40 + columns / 100).expand(1, 1, 24, 40)
+        box = torch.tensor([[0.25, 0.25, 0.5, 0.375]])  # 9 rows from 6, 20 columns from 10
+        for size, angle in (((12, 12), math.pi / 2), ((12, 12), 0.4), ((10, 16), -2.0)):
+            cut = F.interpolate(plane[:, :, 6:15, 10:30], size, mode="bilinear", align_corners=False)
+            expected = rotate(cut.flip(flips), angle)
+            seen = rotate(F.pad(torch.ones_like(cut[..., 2:-2, 2:-2]), (2, 2, 2, 2)), angle) > 1 - 1e-6
+            assert seen.sum() > 20
+            parameters = unchanged(1, box=box, mirror=mirror, angle=torch.tensor([angle]))
+            view = RandomViews(size, NOTHING, antialias=False).make(plane, parameters)
+            torch.testing.assert_close(view[seen], expected[seen], rtol=0, atol=1e-5)
+
+    def test_flipped_and_turned_by_a_quarter(self, place: Place) -> None:
+        images = draw((2, 1, 6, 6), seed=17)[0].to(place.device)
+        strength = ViewStrength(crop=0.0, hflip=1.0, jitter=0.0, blur=0.0, rotate=1.0, rotation=(math.pi / 2,) * 2)
+        (view,) = RandomViews(6, strength)(images)
+        torch.testing.assert_close(view, images.flip(3).rot90(1, (2, 3)), rtol=0, atol=1e-5)
 
     def test_shrinking_does_not_alias(self, place: Place) -> None:
         """Stripes of two pixels sampled every fourth pixel: grey with antialiasing, a pattern without."""

@@ -60,7 +60,8 @@ class RandomViews(nn.Module):
     """Random views of every image of a batch, such as SimCLR compares.
 
     Applied in this order: resized crop, flips and rotation (one bilinear affine map), brightness, contrast, offset, gamma, blur, noise,
-    solarisation. Where a crop shrinks the image, a Gaussian blur of (pixels per pixel - 1) / 2 before it keeps aliasing away.
+    solarisation. The rotation is one of the view: what it brings in at the corners is the image around the crop. Where
+    a crop shrinks the image, a Gaussian blur of (pixels per pixel - 1) / 2 before it keeps aliasing away.
 
     All randomness lies in :class:`ViewParameters`, drawn in a few calls for the whole batch from the generator given: the same generator
     gives the same views in any division of the batch over processes (``draw``, ``part``, ``make``), and noise too has a key for each image.
@@ -299,14 +300,15 @@ def view_matrix(
     sides: tuple[int, ...],  # H, W of the images
     size: tuple[int, int],
 ) -> Tensor:  # [B, 2, 3]
-    """Crop, flips and rotation as the matrix of ``affine_warp``: [R diag(s) | t], s the pixels per pixel of the view, negative where it is
-    mirrored, and t from the image's centre to the crop's."""
+    """Crop, flips and rotation as the matrix of ``affine_warp``: [diag(s) R | t], s the pixels per pixel of the view, negative where it is
+    mirrored, and t from the image's centre to the crop's. The matrix goes from the view to the image, so what is applied last comes first:
+    a pixel of the view is turned back by R, then mirrored and stretched to the crop."""
     left, top, width, height = parameters.box.unbind(1)
     sign = 1 - 2 * parameters.mirror.to(width.dtype)
     across, down = sign[:, 0] * width * (sides[1] / size[1]), sign[:, 1] * height * (sides[0] / size[0])
     cos, sin = parameters.angle.cos(), parameters.angle.sin()
-    first = torch.stack([cos * across, -sin * down, (left + width / 2 - 0.5) * sides[1]], 1)
-    second = torch.stack([sin * across, cos * down, (top + height / 2 - 0.5) * sides[0]], 1)
+    first = torch.stack([cos * across, -sin * across, (left + width / 2 - 0.5) * sides[1]], 1)
+    second = torch.stack([sin * down, cos * down, (top + height / 2 - 0.5) * sides[0]], 1)
     return torch.stack([first, second], 1)
 
 
