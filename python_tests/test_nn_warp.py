@@ -286,6 +286,45 @@ class TestDraws:
         left, top, width, height = p.box.unbind(1)
         assert (width > 1).all() and (left <= 0).all() and (left + width >= 1).all() and torch.equal(width, height)
 
+    @pytest.mark.parametrize("sides", [None, (32, 32), (64, 128), (90, 30)])
+    def test_area_and_ratio_are_those_asked_for(self, sides: tuple[int, int] | None) -> None:
+        """The ratio in pixels; of large crops too, whose sides are never cut."""
+        H, W = sides or (1, 1)
+        for area, ratio in ((0.2, 0.7), (0.05, 4.0), (1.44, 2.0), (1.01, 0.3)):
+            strength = ViewStrength(crop_scale=(area, area), crop_ratio=(ratio, ratio))
+            left, top, width, height = RandomViews(8, strength).draw(self.COUNT, sides=sides).box.unbind(1)
+            cut = area <= 1 and max((area * ratio * H / W), (area / ratio * W / H)) > 1
+            if not cut:
+                torch.testing.assert_close(width * height, torch.full_like(width, area))
+                torch.testing.assert_close(width * W / (height * H), torch.full_like(width, ratio))
+            else:
+                assert torch.maximum(width, height).eq(1).all()
+            for start, room in ((left, 1 - width), (top, 1 - height)):  # anywhere inside, or around
+                assert (start * room.sign() >= -1e-6).all() and (start.abs() <= room.abs() + 1e-6).all()
+
+    def test_forward_knows_the_sides_of_the_images(self, place: Place) -> None:
+        images = draw((5, 1, 12, 24), seed=18)[0].to(place.device)
+        views = RandomViews(
+            8, ViewStrength(crop_scale=(0.2, 0.4), crop_ratio=(1.0, 1.0), hflip=0.0, jitter=0.0, blur=0.0)
+        )
+        (seen,) = views(images, generator=torch.Generator().manual_seed(8))
+        drawn = views.draw(5, sides=(12, 24), generator=torch.Generator().manual_seed(8))
+        assert torch.equal(seen, views.make(images, drawn))
+        matrix = view_matrix(drawn, (12, 24), (8, 8))
+        torch.testing.assert_close(matrix[:, 0, 0], matrix[:, 1, 1])  # a square of pixels
+
+    def test_the_scale_of_local_contrast_keeps_shapes(self) -> None:
+        views = RandomViews.preset("local_contrast", (32, 64))
+        matrix = view_matrix(views.draw(50, sides=(30, 90)), (30, 90), views.size)
+        scale = matrix[:, :, :2].square().sum(2).sqrt()
+        whole = torch.tensor([90 / 64, 30 / 32]).expand(
+            50, 2
+        )  # where nothing is scaled, all of the image is in the view
+        scaled = ~torch.isclose(scale, whole).all(1)
+        assert 10 < scaled.sum() < 40
+        uncut = scale[scaled & (scale[:, 0] * 64 * scale[:, 1] * 32 > 30 * 90)]
+        torch.testing.assert_close(uncut[:, 0], uncut[:, 1])
+
     def test_seeds_are_all_different(self) -> None:
         p = RandomViews(8).draw(self.COUNT)
         assert len(p.seed.unique()) == self.COUNT
@@ -391,6 +430,8 @@ class TestContract:
             lambda: RandomViews.preset("optiml", "16"), lambda: RandomViews.preset("optiml", None),  # type: ignore[arg-type]
             lambda: RandomViews(8).draw(2, 5), lambda: RandomViews(8).draw(2, -1), lambda: RandomViews(8).draw(-1),
             lambda: RandomViews(8).make(torch.zeros(3, 1, 8, 8), unchanged(3), 2),
+            lambda: RandomViews(8).draw(2, sides=(8,)), lambda: RandomViews(8).draw(2, sides=(8, -1)),
+            lambda: RandomViews(8).draw(2, sides=8), lambda: RandomViews(8).draw(2, sides=(8.0, 4.0)),  # type: ignore[arg-type]
         ):  # fmt: skip
             with pytest.raises(ValueError, match=r"^RandomViews: "):
                 make()

@@ -8,6 +8,7 @@ Python, nothing waits for the device, and gradients flow to the images.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -136,8 +137,10 @@ class RandomViews(nn.Module):
             )
             return cls(size, half, half, padding_mode="zeros")
         if name == "local_contrast":
+            height, width = _sides(size)
+            shape = width / height  # of the view, which is scaled alike in both directions
             strong = ViewStrength(
-                crop=0.5, crop_scale=(0.49, 1.5625), crop_ratio=(1.0, 1.0), hflip=0.0, rotate=0.5, rotation=(0.0, 2 * math.pi),
+                crop=0.5, crop_scale=(0.49, 1.5625), crop_ratio=(shape, shape), hflip=0.0, rotate=0.5, rotation=(0.0, 2 * math.pi),
                 jitter=0.0, offset=0.5, offset_normal=(1.0, 1.0), gamma=0.5, blur=0.0, noise=0.5,
             )  # fmt: skip
             return cls(size, strong, strong, limits=None)
@@ -164,7 +167,8 @@ class RandomViews(nn.Module):
         check_generator("RandomViews", generator)
         device = images.device if generator is None else generator.device
         drawn = [
-            self.draw(len(images), view, generator=generator, device=device) for view in range(len(self.strengths))
+            self.draw(len(images), view, sides=images.shape[2:], generator=generator, device=device)
+            for view in range(len(self.strengths))
         ]
         return tuple(self.make(images, parameters, view) for view, parameters in enumerate(drawn))
 
@@ -173,10 +177,14 @@ class RandomViews(nn.Module):
         count: int,
         view: int = 0,
         *,
+        sides: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> ViewParameters:
-        """Parameters of view number ``view`` for ``count`` images, on the device of the generator."""
+        """Parameters of view number ``view`` for ``count`` images, on the device of the generator.
+
+        ``sides``: (H, W) of the images, ``images.shape[2:]``, for the shape of the crops; default: those of a square.
+        """
         if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
             raise TypeError(f"RandomViews: count must be a number of images; got {describe(count)}")
         if count < 0:
@@ -199,8 +207,8 @@ class RandomViews(nn.Module):
             return limits[0] + (limits[1] - limits[0]) * columns[name]
 
         area = uniform("area", strength.crop_scale)
-        root = (uniform("ratio", _logarithms(strength.crop_ratio)) / 2).exp()
-        longest = area.sqrt().clamp_min(1.0)
+        root = (uniform("ratio", _logarithms(strength.crop_ratio)) / 2).exp() * _share_per_pixel(sides)
+        longest = torch.where(area > 1, math.inf, 1.0)
         cropped = happens("crop")
         width, height = (
             torch.where(cropped, torch.minimum(area.sqrt() * side, longest), 1.0) for side in (root, 1 / root)
@@ -293,6 +301,20 @@ def _sides(size: object) -> tuple[int, int]:
     ):
         raise ValueError(f"RandomViews: size must be one or two positive numbers of pixels; got {size!r}")
     return sides
+
+
+def _share_per_pixel(sides: Sequence[int] | None) -> float:
+    """The root of H / W, which makes a crop's width / height in pixels one in shares of the image, half of it for either side."""
+    if sides is None:
+        return 1.0
+    if (
+        not isinstance(sides, Sequence)
+        or len(sides) != 2
+        or any(isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)) or side < 0 for side in sides)
+    ):
+        raise ValueError(f"RandomViews: sides must be the height and width of the images in pixels; got {sides!r}")
+    H, W = sides
+    return 1.0 if H == 0 or W == 0 else (H / W) ** 0.5
 
 
 def view_matrix(

@@ -19,8 +19,8 @@ class ViewStrength:
     Attributes:
         crop: probability of a resized crop ...
         crop_scale: ... with an area in this range, as a share of the image's; above 1 the view shows what lies around it, ...
-        crop_ratio: ... with a width / height in this range, uniform in its logarithm. Sides longer than the image are cut to it unless
-            the area exceeds 1.
+        crop_ratio: ... with a width / height in this range, in pixels of the image, uniform in its logarithm. Sides longer than the
+            image are cut to it unless the area exceeds 1.
         hflip: probability that left and right change places.
         vflip: probability that top and bottom do.
         rotate: probability of a rotation of the view, resized and flipped before, about its centre ...
