@@ -174,6 +174,17 @@ class TestCompile:
         changed = exported.module()(images, params) - images
         assert len(changed.flatten(1).unique(dim=0)) == 7
 
+    @pytest.mark.parametrize("dynamic", [None, True])
+    def test_rotate_by_several_numbers(self, place: Place, dynamic: bool | None) -> None:
+        """The second number makes torch trace for a symbol."""
+        images = draw((2, 1, 7, 7), seed=17)[0].to(place.device)
+        for padding in ("zeros", "border"):
+            torch.compiler.reset()
+            turned = partial(rotate, padding_mode=padding)
+            faster = torch.compile(turned, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+            for angle in (0.3, 1e5):
+                torch.testing.assert_close(faster(images, angle), turned(images, angle), rtol=0, atol=1e-6)
+
     def test_export_with_a_free_batch_size(self, place: Place) -> None:
         class Chain(nn.Module):
             def __init__(self) -> None:

@@ -215,8 +215,14 @@ def rotate(
     if isinstance(angle, (int, float)) and not isinstance(angle, bool):
         checks.check_range(op, "angle", angle, checks.compute_dtype(images))
         turns: float | Tensor = angle / (2 * math.pi)  # in float64: multiples of pi / 2 are exact
-        if math.isfinite(turns):
-            turns = math.remainder(turns, 1.0)  # before float32 takes digits of the turns for those of the angle
+        # Whole turns go before float32 takes digits of them for those of the angle.
+        if (
+            torch.compiler.is_compiling()
+        ):  # the number may be a symbol, which math.isfinite and math.remainder do not take
+            whole = images.new_full((), turns, dtype=torch.float64)
+            turns = (whole - whole.round()).to(checks.compute_dtype(images))
+        elif math.isfinite(turns):
+            turns = math.remainder(turns, 1.0)
     else:
         if isinstance(angle, Tensor) and angle.dtype == torch.float64 != images.dtype:
             angle = angle - 2 * math.pi * (angle.detach() / (2 * math.pi)).round()
