@@ -194,7 +194,7 @@ def rotate(
 
     Args:
         images: float32, float64, bfloat16 or float16 (computed in float32, rounded once).
-        angle: in radians, one for all or one for each sample. A float32 tensor is divided in float32, with an error of about
+        angle: in radians, one for all or one for each sample. A float32 tensor is divided in float32, with an error of up to about
             1e-7 |angle| radians; for many turns pass a number or a float64 tensor, whose turns are counted in float64.
         padding_mode: what lies outside, see :func:`affine_warp`.
         axis: of a volume, the one that keeps its coordinates: ``"depth"`` turns x and y (every slice like an image), ``"vertical"`` x
@@ -215,15 +215,14 @@ def rotate(
     _checks.check_choice(op, "padding_mode", padding_mode, reference.AFFINE_PADDINGS)
     if isinstance(angle, (int, float)) and not isinstance(angle, bool):
         checks.check_range(op, "angle", angle, checks.compute_dtype(images))
-        turns: float | Tensor = angle / (2 * math.pi)  # in float64: multiples of pi / 2 are exact
-        # Whole turns go before float32 takes digits of them for those of the angle.
-        if (
-            torch.compiler.is_compiling()
-        ):  # the number may be a symbol, which math.isfinite and math.remainder do not take
-            whole = images.new_full((), turns, dtype=torch.float64)
-            turns = (whole - whole.round()).to(checks.compute_dtype(images))
-        elif math.isfinite(turns):
-            turns = math.remainder(turns, 1.0)
+        number = angle / (2 * math.pi)  # in float64: multiples of pi / 2 are exact
+        # Whole turns go before float32 takes digits of the turns for those of the angle. A compiled function may get a symbol here,
+        # which math.isfinite and math.remainder do not take.
+        if torch.compiler.is_compiling():
+            scalar = images.new_full((), number, dtype=torch.float64)
+            turns: float | Tensor = (scalar - scalar.round()).to(checks.compute_dtype(images))
+        else:
+            turns = math.remainder(number, 1.0) if math.isfinite(number) else number
     else:
         if isinstance(angle, Tensor) and angle.dtype == torch.float64 != images.dtype:
             angle = angle - 2 * math.pi * (angle.detach() / (2 * math.pi)).round()
