@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protokernels import affine_warp, transform
+from protokernels import affine_warp, rotate, transform
 from protokernels.nn import DifferentiableTransform, RandomViews, ViewStrength
 from protokernels.nn.random_views import ViewParameters, view_matrix
-from python_tests.places import PLACES, Place, default_dtype
+from python_tests.places import NATIVE_PLACES, PLACES, Place, default_dtype
 from python_tests.warp_oracle import STAGES, draw
 
 OPTIONS: dict[str, Any] = {
@@ -125,7 +125,8 @@ class TestViews:
         torch.testing.assert_close(view, images[:, :, 3:9, 2:8].rot90(1, (2, 3)), rtol=0, atol=1e-5)
 
     def test_crop_flip_and_rotation_are_one_map(self, place: Place) -> None:
-        """Step by step, for single points: mirrored, stretched to the crop's size, turned, moved to the crop's centre."""
+        """Step by step, for single points of the view, back from the last step: turned, mirrored, stretched to the crop's size, moved to
+        its centre."""
         parameters = unchanged(
             2, box=torch.tensor([[0.1, 0.2, 0.5, 0.4], [0.3, 0.0, 0.7, 0.9]]), angle=torch.tensor([0.4, -2.0]),
             mirror=torch.tensor([[True, False], [True, True]]),
@@ -136,9 +137,9 @@ class TestViews:
             left, top, width, height = parameters.box[b].double().tolist()
             angle = parameters.angle[b].item()
             for u, v in ((0.0, 0.0), (3.0, -1.5), (-4.5, 3.5)):  # from the view's centre
-                x, y = (-u if parameters.mirror[b, 0] else u), (-v if parameters.mirror[b, 1] else v)
+                x, y = math.cos(angle) * u - math.sin(angle) * v, math.sin(angle) * u + math.cos(angle) * v
+                x, y = (-x if parameters.mirror[b, 0] else x), (-y if parameters.mirror[b, 1] else y)
                 x, y = x * width * W / size[1], y * height * H / size[0]
-                x, y = math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y
                 x, y = x + (left + width / 2) * W, y + (top + height / 2) * H  # from the image's corner
                 at = matrix[b] @ torch.tensor([u, v, 1.0], dtype=torch.float64)
                 assert at.tolist() == pytest.approx([x - W / 2, y - H / 2], abs=1e-5)
@@ -146,6 +147,28 @@ class TestViews:
         view = RandomViews(size, NOTHING, padding_mode="reflection", antialias=False).make(images, parameters)
         expected = affine_warp(images, matrix.float().to(place.device), size=size, padding_mode="reflection")
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("flips", [[], [3], [2], [2, 3]])
+    def test_a_rotation_comes_after_crop_and_flips(self, place: Place, flips: list[int]) -> None:
+        """Each step by its own function. Bilinear pixels of a plane lie on it, so that three passes and one agree where all see it."""
+        mirror = torch.tensor([[3 in flips, 2 in flips]])
+        rows, columns = torch.arange(24.0, device=place.device).view(-1, 1), torch.arange(40.0, device=place.device)
+        plane = (rows / 40 + columns / 100).expand(1, 1, 24, 40)
+        box = torch.tensor([[0.25, 0.25, 0.5, 0.375]])  # 9 rows from 6, 20 columns from 10
+        for size, angle in (((12, 12), math.pi / 2), ((12, 12), 0.4), ((10, 16), -2.0)):
+            cut = F.interpolate(plane[:, :, 6:15, 10:30], size, mode="bilinear", align_corners=False)
+            expected = rotate(cut.flip(flips), angle)
+            seen = rotate(F.pad(torch.ones_like(cut[..., 2:-2, 2:-2]), (2, 2, 2, 2)), angle) > 1 - 1e-6
+            assert seen.sum() > 20
+            parameters = unchanged(1, box=box, mirror=mirror, angle=torch.tensor([angle]))
+            view = RandomViews(size, NOTHING, antialias=False).make(plane, parameters)
+            torch.testing.assert_close(view[seen], expected[seen], rtol=0, atol=1e-5)
+
+    def test_flipped_and_turned_by_a_quarter(self, place: Place) -> None:
+        images = draw((2, 1, 6, 6), seed=17)[0].to(place.device)
+        strength = ViewStrength(crop=0.0, hflip=1.0, jitter=0.0, blur=0.0, rotate=1.0, rotation=(math.pi / 2,) * 2)
+        (view,) = RandomViews(6, strength)(images)
+        torch.testing.assert_close(view, images.flip(3).rot90(1, (2, 3)), rtol=0, atol=1e-5)
 
     def test_shrinking_does_not_alias(self, place: Place) -> None:
         """Stripes of two pixels sampled every fourth pixel: grey with antialiasing, a pattern without."""
@@ -263,6 +286,45 @@ class TestDraws:
         left, top, width, height = p.box.unbind(1)
         assert (width > 1).all() and (left <= 0).all() and (left + width >= 1).all() and torch.equal(width, height)
 
+    @pytest.mark.parametrize("sides", [None, (32, 32), (64, 128), (90, 30)])
+    def test_area_and_ratio_are_those_asked_for(self, sides: tuple[int, int] | None) -> None:
+        """The ratio in pixels; of large crops too, whose sides are never cut."""
+        H, W = sides or (1, 1)
+        for area, ratio in ((0.2, 0.7), (0.05, 4.0), (1.44, 2.0), (1.01, 0.3)):
+            strength = ViewStrength(crop_scale=(area, area), crop_ratio=(ratio, ratio))
+            left, top, width, height = RandomViews(8, strength).draw(self.COUNT, sides=sides).box.unbind(1)
+            cut = area <= 1 and max((area * ratio * H / W), (area / ratio * W / H)) > 1
+            if not cut:
+                torch.testing.assert_close(width * height, torch.full_like(width, area))
+                torch.testing.assert_close(width * W / (height * H), torch.full_like(width, ratio))
+            else:
+                assert torch.maximum(width, height).eq(1).all()
+            for start, room in ((left, 1 - width), (top, 1 - height)):  # anywhere inside, or around
+                assert (start * room.sign() >= -1e-6).all() and (start.abs() <= room.abs() + 1e-6).all()
+
+    def test_forward_knows_the_sides_of_the_images(self, place: Place) -> None:
+        images = draw((5, 1, 12, 24), seed=18)[0].to(place.device)
+        views = RandomViews(
+            8, ViewStrength(crop_scale=(0.2, 0.4), crop_ratio=(1.0, 1.0), hflip=0.0, jitter=0.0, blur=0.0)
+        )
+        (seen,) = views(images, generator=torch.Generator().manual_seed(8))
+        drawn = views.draw(5, sides=(12, 24), generator=torch.Generator().manual_seed(8))
+        assert torch.equal(seen, views.make(images, drawn))
+        matrix = view_matrix(drawn, (12, 24), (8, 8))
+        torch.testing.assert_close(matrix[:, 0, 0], matrix[:, 1, 1])  # a square of pixels
+
+    def test_the_scale_of_local_contrast_keeps_shapes(self) -> None:
+        views = RandomViews.preset("local_contrast", (32, 64))
+        matrix = view_matrix(views.draw(50, sides=(30, 90)), (30, 90), views.size)
+        scale = matrix[:, :, :2].square().sum(2).sqrt()
+        whole = torch.tensor([90 / 64, 30 / 32]).expand(
+            50, 2
+        )  # where nothing is scaled, all of the image is in the view
+        scaled = ~torch.isclose(scale, whole).all(1)
+        assert 10 < scaled.sum() < 40
+        uncut = scale[scaled & (scale[:, 0] * 64 * scale[:, 1] * 32 > 30 * 90)]
+        torch.testing.assert_close(uncut[:, 0], uncut[:, 1])
+
     def test_seeds_are_all_different(self) -> None:
         p = RandomViews(8).draw(self.COUNT)
         assert len(p.seed.unique()) == self.COUNT
@@ -339,6 +401,17 @@ class TestContract:
         make = torch.compile(views.make, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(make(images, drawn), views.make(images, drawn), rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("preset", PRESETS)
+    @pytest.mark.parametrize("place", NATIVE_PLACES)
+    def test_compile_for_any_number_of_images(self, place: Place, preset: str) -> None:
+        """A smaller last batch makes torch compile for sizes that are no numbers."""
+        torch.compiler.reset()
+        with place.selected():
+            faster = torch.compile(RandomViews.preset(preset, 16), fullgraph=True, backend="aot_eager")
+            for count in (8, 5, 3):
+                for view in faster(draw((count, 1, 24, 24), seed=16)[0].to(place.device)):
+                    assert view.shape == (count, 1, 16, 16) and view.isfinite().all()
+
     def test_no_images(self, place: Place) -> None:
         for view in RandomViews(8, EVERYTHING, EVERYTHING)(torch.zeros(0, 1, 12, 12, device=place.device)):
             assert view.shape == (0, 1, 8, 8)
@@ -373,6 +446,8 @@ class TestContract:
             lambda: RandomViews.preset("optiml", "16"), lambda: RandomViews.preset("optiml", None),  # type: ignore[arg-type]
             lambda: RandomViews(8).draw(2, 5), lambda: RandomViews(8).draw(2, -1), lambda: RandomViews(8).draw(-1),
             lambda: RandomViews(8).make(torch.zeros(3, 1, 8, 8), unchanged(3), 2),
+            lambda: RandomViews(8).draw(2, sides=(8,)), lambda: RandomViews(8).draw(2, sides=(8, -1)),
+            lambda: RandomViews(8).draw(2, sides=8), lambda: RandomViews(8).draw(2, sides=(8.0, 4.0)),  # type: ignore[arg-type]
         ):  # fmt: skip
             with pytest.raises(ValueError, match=r"^RandomViews: "):
                 make()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -150,6 +151,39 @@ class TestCompile:
         again = function(images, params)
         torch.manual_seed(7)
         assert torch.equal(function(images, params), again)
+
+    def test_seeds_are_drawn_for_any_number_of_images(self, place: Place) -> None:
+        """The second batch size makes torch compile for sizes that are no numbers; export is asked to."""
+        torch.compiler.reset()
+        compile = partial(torch.compile, fullgraph=True, backend="aot_eager")
+        noise = compile(lambda x: gaussian_noise(x, 0.5))
+        chain = compile(lambda x, p: transform(x, p, order=["noise"]))
+        for count in (8, 5, 3):
+            images, params, _ = on(place, *draw((count, 1, 6, 7), seed=14))
+            for changed in (noise(images) - images, chain(images, params) - images):
+                assert changed.shape == images.shape and len(changed.flatten(1).unique(dim=0)) == count
+
+        class Noise(nn.Module):
+            def forward(self, images: Tensor, params: Tensor) -> Tensor:
+                return transform(images, params, order=["noise"])
+
+        batch = torch.export.Dim("batch", min=2)
+        images, params, _ = on(place, *draw((4, 1, 6, 7), seed=15))
+        exported = torch.export.export(Noise(), (images, params), dynamic_shapes=({0: batch}, {0: batch}))
+        images, params, _ = on(place, *draw((7, 1, 6, 7), seed=16))
+        changed = exported.module()(images, params) - images
+        assert len(changed.flatten(1).unique(dim=0)) == 7
+
+    @pytest.mark.parametrize("dynamic", [None, True])
+    def test_rotate_by_several_numbers(self, place: Place, dynamic: bool | None) -> None:
+        """The second number makes torch trace for a symbol."""
+        images = draw((2, 1, 7, 7), seed=17)[0].to(place.device)
+        for padding in ("zeros", "border"):
+            torch.compiler.reset()
+            turned = partial(rotate, padding_mode=padding)
+            faster = torch.compile(turned, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+            for angle in (0.3, 1e5):
+                torch.testing.assert_close(faster(images, angle), turned(images, angle), rtol=0, atol=1e-6)
 
     def test_export_with_a_free_batch_size(self, place: Place) -> None:
         class Chain(nn.Module):

@@ -41,7 +41,7 @@ def draw(
     }
     if config.alignment == "transport":
         views = replace(config, view_maker="RandomViews").views()  # also for a run that saw those of an earlier version
-        drawn = [views.draw(len(images), view, generator=generator) for view in (0, 1)]
+        drawn = [views.draw(len(images), view, sides=images.shape[2:], generator=generator) for view in (0, 1)]
         first, second = (views.make(images, parameters, view) for view, parameters in enumerate(drawn))
         aligned = method.align(first, second)
         plan, side = aligned.solution.plan.cpu(), method.side

@@ -8,6 +8,7 @@ Python, nothing waits for the device, and gradients flow to the images.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from ..ops._checks import (
     check_interval,
     check_whole,
     describe,
+    drawn_by,
 )
 from ..reference.warp import AFFINE_PADDINGS
 from .view_strength import Range, ViewStrength
@@ -59,7 +61,8 @@ class RandomViews(nn.Module):
     """Random views of every image of a batch, such as SimCLR compares.
 
     Applied in this order: resized crop, flips and rotation (one bilinear affine map), brightness, contrast, offset, gamma, blur, noise,
-    solarisation. Where a crop shrinks the image, a Gaussian blur of (pixels per pixel - 1) / 2 before it keeps aliasing away.
+    solarisation. The rotation is one of the view: what it brings in at the corners is the image around the crop. Where
+    a crop shrinks the image, a Gaussian blur of (pixels per pixel - 1) / 2 before it keeps aliasing away.
 
     All randomness lies in :class:`ViewParameters`, drawn in a few calls for the whole batch from the generator given: the same generator
     gives the same views in any division of the batch over processes (``draw``, ``part``, ``make``), and noise too has a key for each image.
@@ -134,8 +137,10 @@ class RandomViews(nn.Module):
             )
             return cls(size, half, half, padding_mode="zeros")
         if name == "local_contrast":
+            height, width = _sides(size)
+            shape = width / height  # of the view, which is scaled alike in both directions
             strong = ViewStrength(
-                crop=0.5, crop_scale=(0.49, 1.5625), crop_ratio=(1.0, 1.0), hflip=0.0, rotate=0.5, rotation=(0.0, 2 * math.pi),
+                crop=0.5, crop_scale=(0.49, 1.5625), crop_ratio=(shape, shape), hflip=0.0, rotate=0.5, rotation=(0.0, 2 * math.pi),
                 jitter=0.0, offset=0.5, offset_normal=(1.0, 1.0), gamma=0.5, blur=0.0, noise=0.5,
             )  # fmt: skip
             return cls(size, strong, strong, limits=None)
@@ -162,7 +167,8 @@ class RandomViews(nn.Module):
         check_generator("RandomViews", generator)
         device = images.device if generator is None else generator.device
         drawn = [
-            self.draw(len(images), view, generator=generator, device=device) for view in range(len(self.strengths))
+            self.draw(len(images), view, sides=images.shape[2:], generator=generator, device=device)
+            for view in range(len(self.strengths))
         ]
         return tuple(self.make(images, parameters, view) for view, parameters in enumerate(drawn))
 
@@ -171,21 +177,26 @@ class RandomViews(nn.Module):
         count: int,
         view: int = 0,
         *,
+        sides: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> ViewParameters:
-        """Parameters of view number ``view`` for ``count`` images, on the device of the generator."""
+        """Parameters of view number ``view`` for ``count`` images, on the device of the generator.
+
+        ``sides``: (H, W) of the images, ``images.shape[2:]``, for the shape of the crops; default: those of a square.
+        """
         if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
             raise TypeError(f"RandomViews: count must be a number of images; got {describe(count)}")
         if count < 0:
             raise ValueError(f"RandomViews: count must not be negative; got {count}")
         check_generator("RandomViews", generator)
         strength = self._strength(view)
-        shares = torch.rand(len(_COLUMNS), count, generator=generator, dtype=torch.float32, device=device)
+        source = drawn_by(generator)
+        shares = torch.rand(len(_COLUMNS), count, dtype=torch.float32, device=device, **source)
         columns: dict[str, Tensor] = dict(zip(_COLUMNS, shares, strict=True))
-        normal = torch.randn(count, generator=generator, dtype=torch.float32, device=device)
+        normal = torch.randn(count, dtype=torch.float32, device=device, **source)
         limits = (-(2**63), 2**63 - 1)
-        seed = torch.randint(*limits, (count,), generator=generator, dtype=torch.int64, device=device)
+        seed = torch.randint(*limits, (count,), dtype=torch.int64, device=device, **source)
 
         def happens(name: str) -> Tensor:
             probability: float = getattr(strength, name)
@@ -195,8 +206,8 @@ class RandomViews(nn.Module):
             return limits[0] + (limits[1] - limits[0]) * columns[name]
 
         area = uniform("area", strength.crop_scale)
-        root = (uniform("ratio", _logarithms(strength.crop_ratio)) / 2).exp()
-        longest = area.sqrt().clamp_min(1.0)
+        root = (uniform("ratio", _logarithms(strength.crop_ratio)) / 2).exp() * _share_per_pixel(sides)
+        longest = torch.where(area > 1, math.inf, 1.0)
         cropped = happens("crop")
         width, height = (
             torch.where(cropped, torch.minimum(area.sqrt() * side, longest), 1.0) for side in (root, 1 / root)
@@ -291,19 +302,34 @@ def _sides(size: object) -> tuple[int, int]:
     return sides
 
 
+def _share_per_pixel(sides: Sequence[int] | None) -> float:
+    """The root of H / W, which makes a crop's width / height in pixels one in shares of the image, half of it for either side."""
+    if sides is None:
+        return 1.0
+    if (
+        not isinstance(sides, Sequence)
+        or len(sides) != 2
+        or any(isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)) or side < 0 for side in sides)
+    ):
+        raise ValueError(f"RandomViews: sides must be the height and width of the images in pixels; got {sides!r}")
+    H, W = sides
+    return 1.0 if H == 0 or W == 0 else (H / W) ** 0.5
+
+
 def view_matrix(
     parameters: ViewParameters,
     sides: tuple[int, ...],  # H, W of the images
     size: tuple[int, int],
 ) -> Tensor:  # [B, 2, 3]
-    """Crop, flips and rotation as the matrix of ``affine_warp``: [R diag(s) | t], s the pixels per pixel of the view, negative where it is
-    mirrored, and t from the image's centre to the crop's."""
+    """Crop, flips and rotation as the matrix of ``affine_warp``: [diag(s) R | t], s the pixels per pixel of the view, negative where it is
+    mirrored, and t from the image's centre to the crop's. The matrix goes from the view to the image, so what is applied last comes first:
+    a pixel of the view is turned back by R, then mirrored and stretched to the crop."""
     left, top, width, height = parameters.box.unbind(1)
     sign = 1 - 2 * parameters.mirror.to(width.dtype)
     across, down = sign[:, 0] * width * (sides[1] / size[1]), sign[:, 1] * height * (sides[0] / size[0])
     cos, sin = parameters.angle.cos(), parameters.angle.sin()
-    first = torch.stack([cos * across, -sin * down, (left + width / 2 - 0.5) * sides[1]], 1)
-    second = torch.stack([sin * across, cos * down, (top + height / 2 - 0.5) * sides[0]], 1)
+    first = torch.stack([cos * across, -sin * across, (left + width / 2 - 0.5) * sides[1]], 1)
+    second = torch.stack([sin * down, cos * down, (top + height / 2 - 0.5) * sides[0]], 1)
     return torch.stack([first, second], 1)
 
 

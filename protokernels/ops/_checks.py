@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +96,12 @@ def check_interval(op: str, name: str, value: object) -> None:
 def check_generator(op: str, value: object) -> None:
     if value is not None and not isinstance(value, torch.Generator):
         raise TypeError(f"{op}: generator must be a torch.Generator or None; got {describe(value)}")
+
+
+def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
+    """The keywords that have ``torch.rand`` and the like draw from this generator, none for torch's own: an explicit ``generator=None``
+    takes no symbolic size, so that a compiled or exported function would be one for a single batch size."""
+    return {} if generator is None else {"generator": generator}
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> object:

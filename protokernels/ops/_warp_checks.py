@@ -190,7 +190,7 @@ def seeds(op: str, images: Tensor, generator: object, seed: object, *, used: boo
     if not used:
         return None
     limits = (-(2**63), 2**63 - 1)
-    return torch.randint(*limits, (B,), generator=generator, dtype=torch.int64, device=images.device)
+    return torch.randint(*limits, (B,), dtype=torch.int64, device=images.device, **_checks.drawn_by(generator))
 
 
 def output_size(op: str, images: Tensor, size: object) -> list[int]:

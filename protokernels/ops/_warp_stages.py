@@ -152,8 +152,8 @@ def blend_flip(
 ) -> Tensor:  # like images
     """Blends every image with its mirror image: O = (1 - weight) X + weight X~.
 
-    Differentiable in images and weight. Weight 0 is the identity and 1 the mirror image, both exact; other values, also beyond, are
-    allowed.
+    Differentiable in images and weight. Weight 0 is the identity and 1 the mirror image, both exact for finite images (NaN and infinity
+    come through a weight of 0); other values, also beyond, are allowed.
 
     Args:
         images: float32, float64, bfloat16 or float16 (computed in float32, rounded once).
@@ -190,11 +190,12 @@ def rotate(
         O(p) = X(R (p - c) + c),   R = [[cos, -sin], [sin, cos]],   c = ((W - 1) / 2, (H - 1) / 2)
 
     With rows counted downwards, a positive angle turns counter-clockwise. The angle is divided by 2 pi and reduced to a turn before sine
-    and cosine: quarter turns of squares, such as pi / 2, are exact. Differentiable in images and angle.
+    and cosine: quarter turns of squares, such as pi / 2, are exact for finite images. Differentiable in images and angle.
 
     Args:
         images: float32, float64, bfloat16 or float16 (computed in float32, rounded once).
-        angle: in radians, one for all or one for each sample.
+        angle: in radians, one for all or one for each sample. A float32 tensor is divided in float32, with an error of up to about
+            1e-7 |angle| radians; for many turns pass a number or a float64 tensor, whose turns are counted in float64.
         padding_mode: what lies outside, see :func:`affine_warp`.
         axis: of a volume, the one that keeps its coordinates: ``"depth"`` turns x and y (every slice like an image), ``"vertical"`` x
             and z, ``"horizontal"`` y and z; R acts on the two in this order. Images know ``"depth"`` only.
@@ -214,9 +215,14 @@ def rotate(
     _checks.check_choice(op, "padding_mode", padding_mode, reference.AFFINE_PADDINGS)
     if isinstance(angle, (int, float)) and not isinstance(angle, bool):
         checks.check_range(op, "angle", angle, checks.compute_dtype(images))
-        turns: float | Tensor = angle / (2 * math.pi)  # in float64: multiples of pi / 2 are exact
-        if math.isfinite(turns):
-            turns = math.remainder(turns, 1.0)  # before float32 takes digits of the turns for those of the angle
+        number = angle / (2 * math.pi)  # in float64: multiples of pi / 2 are exact
+        # Whole turns go before float32 takes digits of the turns for those of the angle. A compiled function may get a symbol here,
+        # which math.isfinite and math.remainder do not take.
+        if torch.compiler.is_compiling():
+            scalar = images.new_full((), number, dtype=torch.float64)
+            turns: float | Tensor = (scalar - scalar.round()).to(checks.compute_dtype(images))
+        else:
+            turns = math.remainder(number, 1.0) if math.isfinite(number) else number
     else:
         if isinstance(angle, Tensor) and angle.dtype == torch.float64 != images.dtype:
             angle = angle - 2 * math.pi * (angle.detach() / (2 * math.pi)).round()

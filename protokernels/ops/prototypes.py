@@ -358,7 +358,7 @@ def _split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple
 
 def _uniform(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:  # [B] float32 in [0, 1)
     source = generator.device if generator is not None else device
-    return torch.rand(count, dtype=torch.float32, device=source, generator=generator).to(device)
+    return torch.rand(count, dtype=torch.float32, device=source, **_checks.drawn_by(generator)).to(device)
 
 
 def _labels(

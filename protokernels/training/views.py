@@ -23,5 +23,8 @@ def two_views(views: RandomViews, images: Tensor, step: Step, session: Session) 
         [b, C, *views.size] each.
     """
     x, generator = images[step.indices], session.shared_generator(step, "views")
-    drawn = [views.draw(step.batch, view, generator=generator).part(step.rank, step.processes) for view in (0, 1)]
+    drawn = [
+        views.draw(step.batch, view, sides=images.shape[2:], generator=generator).part(step.rank, step.processes)
+        for view in (0, 1)
+    ]
     return views.make(x, drawn[0], 0), views.make(x, drawn[1], 1)
