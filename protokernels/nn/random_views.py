@@ -207,7 +207,7 @@ class RandomViews(nn.Module):
 
         area = uniform("area", strength.crop_scale)
         root = (uniform("ratio", _logarithms(strength.crop_ratio)) / 2).exp() * _share_per_pixel(sides)
-        longest = torch.where(area > 1, math.inf, 1.0)
+        longest = torch.ones_like(area).masked_fill(area > 1, math.inf)
         cropped = happens("crop")
         width, height = (
             torch.where(cropped, torch.minimum(area.sqrt() * side, longest), 1.0) for side in (root, 1 / root)
