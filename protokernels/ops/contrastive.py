@@ -192,7 +192,7 @@ def supcon_loss(
     _checks.check_matrix(op, "embeddings", embeddings, "[N, D]")
     if embeddings.shape[1] == 0:
         raise ValueError(f"{op}: embeddings must have shape [N, D] with D at least 1; got {list(embeddings.shape)}")
-    labels = checks.class_labels(op, labels, embeddings.shape[:1], "[N]", embeddings)
+    labels = checks.class_labels(op, labels, embeddings.shape[:1], "[N]", "embeddings", embeddings)
     checks.check_choices(op, temperature, form, precision, gather)
     _checks.check_choice(op, "reduction", reduction, ("mean", "none"))
     checks.check_class(op, "ignore_index", ignore_index)
