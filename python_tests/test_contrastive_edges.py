@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -154,6 +155,13 @@ class TestContract:
             ({"temperature": 0.0}, ValueError, "temperature must be positive"),
             ({"temperature": torch.tensor(0.1)}, TypeError, "to learn it"),
             ({"block_size": 0}, ValueError, "block_size must be a positive integer"),
+            ({"block_size": np.int64(2)}, ValueError, r"got numpy.int64; pass int\(...\)"),
+            ({"stride": (1, np.int64(2))}, ValueError, r"got numpy.int64; pass int\(...\)"),
+            (
+                {"labels": torch.zeros(2, 4, 4, dtype=torch.int64, device="meta")},
+                ValueError,
+                r"e.g. labels.to\(features.device\)",
+            ),
             ({"block_size": (4, 4, 4)}, ValueError, "one for each of the 2 axes"),
             ({"stride": 1.5}, ValueError, "stride must be a positive integer"),
             ({"stride": 2, "block_size": 2}, ValueError, "not both"),

@@ -151,6 +151,39 @@ class TestCompile:
         with place.selected():
             compiled(loss, place, "aot_eager", (8, 5, 1, 2), (12, 5, 1, 2))
 
+    def test_ignored_labels_without_graph_breaks(self, place: Place) -> None:
+        def loss(x: Tensor, labels: Tensor) -> Tensor:
+            rows, classes = x.flatten(1), labels.flatten(1)[:, 0]
+            return supcon_loss(rows, classes, ignore_index=0) + local_contrastive_loss(x, labels, ignore_index=1)
+
+        with place.selected():
+            compiled(loss, place, "aot_eager", (8, 5, 4, 2), (12, 5, 4, 3))
+
+    @pytest.mark.parametrize("symmetric", [None, True, False])
+    def test_two_views_are_compiled_once_for_all_sizes(self, place: Place, symmetric: bool | None) -> None:
+        def loss(first: Tensor, second: Tensor) -> Tensor:
+            if symmetric is None:
+                return nt_xent_loss(first, second)
+            return cross_view_loss(first, second, symmetric=symmetric)
+
+        class Head(nn.Module):
+            def forward(self, first: Tensor, second: Tensor) -> Tensor:
+                return loss(first, second)
+
+        graphs = []
+        with place.selected():
+            torch.compiler.reset()
+            faster = torch.compile(
+                loss, dynamic=True, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph
+            )
+            views = [tuple(torch.rand(size, 4, device=place.device) for _ in range(2)) for size in (2, 3, 5, 8, 13)]
+            for first, second in views:
+                assert torch.equal(faster(first, second), loss(first, second))
+            assert len(graphs) == 1
+            batch = torch.export.Dim("batch", min=2)
+            exported = torch.export.export(Head(), views[2], dynamic_shapes=({0: batch}, {0: batch})).module()
+            assert torch.equal(exported(*views[3]), loss(*views[3]))
+
     @pytest.mark.skipif(
         shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler"
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,13 +88,14 @@ def check_views(op: str, first: object, second: object) -> int:
     return first.shape[0]
 
 
-def class_labels(op: str, labels: object, shape: Sequence[int], expected: str, beside: Tensor) -> Tensor:
+def class_labels(op: str, labels: object, shape: Sequence[int], expected: str, name: str, beside: Tensor) -> Tensor:
+    """The labels as int64; they lie where ``beside``, the argument ``name``, does."""
     if not isinstance(labels, Tensor) or labels.dtype not in _INT64:
         raise TypeError(f"{op}: labels must be an integer tensor {expected}; got {_checks.describe(labels)}")
     _checks.check_dense(op, "labels", labels)
     if labels.shape != torch.Size(shape):
         raise ValueError(f"{op}: labels must have shape {list(shape)}; got {_checks.describe(labels)}")
-    _checks.check_same_device(op, "the first argument", beside, "labels", labels)
+    _checks.check_same_device(op, name, beside, "labels", labels)
     classes: Tensor = labels.to(torch.int64)
     return classes
 
@@ -112,7 +114,7 @@ def pixel_labels(
     check_class(op, "background", background)
     check_class(op, "ignore_index", ignore_index)
     if labels is not None:
-        return class_labels(op, labels, shape, "[N, H, W] or [N, D, H, W]", features), background
+        return class_labels(op, labels, shape, "[N, H, W] or [N, D, H, W]", "features", features), background
     if features.shape[0] % 2 or scope == "image" or ignore_index is not None:
         raise ValueError(
             f"{op}: without labels the maps are two views of N / 2 images, stacked: N must be even, scope 'group' and ignore_index None; "
@@ -133,5 +135,7 @@ def sizes(op: str, name: str, value: Size | None, axes: int, default: int) -> li
         return [default] * axes
     several: list[int] = list(value) if isinstance(value, Sequence) else [value] * axes
     if len(several) != axes or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in several):
-        raise ValueError(f"{op}: {name} must be a positive integer or one for each of the {axes} axes; got {value!r}")
+        foreign = next((v for v in several if isinstance(v, np.generic)), None)
+        came = repr(value) if foreign is None else _checks.describe(foreign)
+        raise ValueError(f"{op}: {name} must be a positive integer or one for each of the {axes} axes; got {came}")
     return [min(v, LONGEST_AXIS) for v in several]

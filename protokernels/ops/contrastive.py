@@ -29,7 +29,7 @@ from ..reference._derivatives import without_gradient
 from . import _calls, _checks, _contrastive_autograd, _contrastive_distributed  # noqa: F401  (the third registers shapes and gradients)
 from . import _contrastive_checks as checks
 from ._contrastive_checks import PRECISIONS, Denominator, Form, Gather, Precision, Reduction, Scope, Size
-from ._contrastive_plan import REDUCTIONS, Plan
+from ._contrastive_plan import REDUCTIONS, Plan, crossing_plan, pairs_plan
 
 
 def local_contrastive_loss(
@@ -192,7 +192,7 @@ def supcon_loss(
     _checks.check_matrix(op, "embeddings", embeddings, "[N, D]")
     if embeddings.shape[1] == 0:
         raise ValueError(f"{op}: embeddings must have shape [N, D] with D at least 1; got {list(embeddings.shape)}")
-    labels = checks.class_labels(op, labels, embeddings.shape[:1], "[N]", embeddings)
+    labels = checks.class_labels(op, labels, embeddings.shape[:1], "[N]", "embeddings", embeddings)
     checks.check_choices(op, temperature, form, precision, gather)
     _checks.check_choice(op, "reduction", reduction, ("mean", "none"))
     checks.check_class(op, "ignore_index", ignore_index)
@@ -275,7 +275,7 @@ def nt_xent_loss(
     if first.dtype != second.dtype:
         first, second = _in_one_dtype(first, second)
     if not gather and backend.native_serves(first.device):
-        plan = Plan(*_calls.call("contrastive_views", first.detach(), count, False, True))
+        plan = _views_plan(first, count, False, True)
         return _native_losses(plan, temperature, form, normalize, precision, first, second)[0]
     stacked = torch.cat([first, second])
     pairs = torch.arange(count, device=first.device).repeat(2)
@@ -335,7 +335,7 @@ def cross_view_loss(
     if first.dtype != second.dtype:
         first, second = _in_one_dtype(first, second)
     if backend.native_serves(first.device):
-        plan = Plan(*_calls.call("contrastive_views", first.detach(), count, True, symmetric))
+        plan = _views_plan(first, count, True, symmetric)
         return _native_losses(plan, temperature, form, normalize, precision, first, second)[0]
     dtype = reference.compute_dtype(first)  # the gradients of both ways are added before they are rounded
     first, second = first.to(dtype), second.to(dtype)
@@ -362,6 +362,12 @@ def _native_losses(
     settings = temperature, normalize, reference.FORMS.index(form), PRECISIONS.index(precision)
     total, losses, *_ = _calls.call("contrastive_losses", x, second, *plan, *settings)
     return total, losses
+
+
+def _views_plan(first: Tensor, count: int, crossing: bool, symmetric: bool) -> Plan:
+    if torch.compiler.is_compiling():  # the operator takes a number, and would be compiled anew for every one
+        return crossing_plan(count, symmetric, first.device) if crossing else pairs_plan(count, first.device)
+    return Plan(*_calls.call("contrastive_views", first.detach(), count, crossing, symmetric))
 
 
 def _in_one_dtype(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,9 +76,12 @@ class _Last(torch.autograd.Function):
 
 
 def without_gradient(x: Tensor, where: Tensor) -> Tensor:
-    """``x``, with a gradient of 0 for the elements marked, whatever the one that comes holds there; no copy of ``x`` is made."""
-    if not may_want_gradient(x) or (torch.compiler.is_compiling() and not x.requires_grad):
+    """``x``, with a gradient of 0 for the elements marked, whatever the one that comes holds there; no copy of ``x`` is made,
+    unless it is compiled."""
+    if not may_want_gradient(x):
         return x
+    if torch.compiler.is_compiling():  # which knows no derivative of forward mode
+        return torch.where(where, x.detach(), x)
     return _Without.apply(x, where)  # type: ignore[no-any-return]
 
 
