@@ -173,7 +173,7 @@ def kept(prototypes: Tensor) -> Tensor:  # [K, D]
     compiler leaves it out as a copy of an argument and saves the argument for the backward pass, which then sees it overwritten."""
     if not torch.compiler.is_compiling():
         return prototypes.clone()
-    copied: Tensor = torch.ops.protokernels.prototypes_kept(prototypes)
+    copied: Tensor = torch.ops.protokernels.prototypes_kept.default(prototypes)
     return copied
 
 
