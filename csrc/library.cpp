@@ -69,7 +69,7 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "-> (Tensor grad_x, Tensor grad_y, Tensor grad_epsilon)");
 
   // Contrastive losses (ops/contrastive.h): which pixels meet which, from their labels; the same for two views stacked; vectors out of images
-  // and their gradient back; losses with the three statistics of every row; the gradient of the vectors. The last two are all of these in one,
+  // and their gradient back; losses with the statistics of every row; the gradient of the vectors. The last two are all of these in one,
   // for one set of vectors or two views, one after the other; `losses` is there for autograd, which follows it from a gradient to what it is of.
   library.def(
       "contrastive_plan(Tensor labels, int[] block, int[] stride, bool per_image, bool drop_remainder, int? background, int? ignore_index, "

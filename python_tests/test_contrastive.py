@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The op `contrastive`: pixels and embeddings against brute force in float64, closed forms, gradients.
 
-`test_contrastive_edges.py` holds what is degenerate or wrong, `test_contrastive_properties.py` invariants on random problems,
-`test_contrastive_torch.py` what torch does with the op, `test_contrastive_distributed.py` contrast over ranks,
-`test_contrastive_plan.py` the sorting.
+`test_contrastive_edges.py` holds what is degenerate or wrong, `test_contrastive_scores.py` large scores,
+`test_contrastive_properties.py` invariants on random problems, `test_contrastive_torch.py` what torch does with the op,
+`test_contrastive_distributed.py` contrast over ranks, `test_contrastive_plan.py` the sorting.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def test_ranks_equal_one_process_with_everything(tmp_path: Path, world_size: int
     x, labels, cuts = worker.embeddings(world_size)
     index = 0
     for form, _ in worker.CASES:
-        for temperature, normalize in ((0.1, True), (0.01, True), (2.0, False)):
+        for temperature, normalize in worker.SETTINGS:
             means, losses, grad = whole(x, labels, cuts, form, temperature, normalize)
             bound = rounding(torch.float32, worker.D, temperature)
             if not normalize:
@@ -60,7 +60,7 @@ def test_ranks_equal_one_process_with_everything(tmp_path: Path, world_size: int
             check_close(torch.stack([rank[index][0] for rank in ranks]), means, bound)
             check_close(torch.cat([rank[index][1] for rank in ranks]), losses, bound)
             scale = grad.abs().max().item()
-            check_close(torch.cat([rank[index][2] for rank in ranks]) / scale, grad / scale, 4 * bound)
+            check_close(torch.cat([rank[index][2] for rank in ranks]) / scale, grad / scale, min(4 * bound, 1e-4))
             index += 1
     for form in ("supcon", "negout"):  # nt_xent_loss: partners are on the same rank
         halves = [(b - a) // 2 for a, b in pairwise(cuts)]

@@ -95,7 +95,7 @@ class TestContract:
         arguments = (first, second, groups, ranges, None, 19, 0.5, False, 0, 0)
         torch.library.opcheck(OPS.contrastive_forward, arguments, test_utils=NO_BACKWARD)
         statistics = OPS.contrastive_forward(*arguments)[2]
-        own, none = (statistics, torch.randn_like(statistics)), (None, None)
+        own, none = (statistics, torch.randn_like(statistics[:3])), (None, None)
         arguments = (first, second, groups, ranges, *own, *none, 19, 0.5, False, 0)
         torch.library.opcheck(OPS.contrastive_backward, arguments, test_utils=NO_BACKWARD)
 
@@ -188,7 +188,8 @@ class TestCompile:
         shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler"
     )
     def test_with_inductor(self, place: Place) -> None:
-        with place.selected():
+        # code kept on disk may be that of an operator whose results had other shapes
+        with place.selected(), torch._inductor.config.patch(force_disable_caches=True):
             compiled(lambda x, y: local_contrastive_loss(x.tanh(), y, block_size=4), place, "inductor", (2, 5, 8, 8))
 
     def test_export_with_a_free_batch_size(self, place: Place) -> None:
@@ -236,7 +237,7 @@ class TestAutocast:
 class TestInstructionSets(AtEveryLevel):
     """Values, gradients and edges."""
 
-    FILES = ("test_contrastive", "test_contrastive_edges")
+    FILES = ("test_contrastive", "test_contrastive_edges", "test_contrastive_scores")
 
 
 @pytest.mark.parametrize("place", NATIVE_PLACES)

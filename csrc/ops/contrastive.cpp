@@ -26,6 +26,7 @@ PK_DECLARE_LEVELS(ContrastiveBackwardCpu, contrastive_backward_cpu);
 namespace {
 
 constexpr double SERIAL_WORK = 2.5e6;       // about 50 microseconds, in multiply-adds: below it a second thread costs more than it brings
+constexpr double LN_2 = 0.6931471805599453;
 constexpr double SERIAL_NUMBERS = 1 << 18;  // numbers to move, likewise
 
 // ------------------------------------------------------------------------------------------------------------ threads
@@ -133,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(Tensor rows, OptionalTensor colum
   f.form = form_of(form);
   f.weights = static_cast<const double*>(checked(weights, "weights", ScalarType::Double, {f.R}));
   const Tensor total = empty_beside(rows, {}, rows.scalar_type()), losses = empty_beside(rows, {f.R}, rows.scalar_type());
-  const Tensor statistics = empty_beside(rows, {3, f.R}, rows.scalar_type());
+  const Tensor statistics = empty_beside(rows, {CONTRASTIVE_STATISTICS_CPU, f.R}, rows.scalar_type());
   f.losses = losses.data_ptr(), f.statistics = statistics.data_ptr(), f.total = total.data_ptr();
   const ContrastiveForwardCpu& cpu = PK_CHOOSE_LEVEL(contrastive_forward_cpu);
   const ContrastiveSchedule schedule = contrastive_forward_schedule(f);
@@ -146,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(Tensor rows, OptionalTensor colum
     T *const loss = static_cast<T*>(f.losses), *const statistic = static_cast<T*>(f.statistics);
     std::fill(loss, loss + f.R, T(0));
     std::fill(statistic, statistic + 2 * f.R, -std::numeric_limits<T>::infinity());
-    std::fill(statistic + 2 * f.R, statistic + 3 * f.R, T(0));
+    std::fill(statistic + 2 * f.R, statistic + CONTRASTIVE_STATISTICS_CPU * f.R, T(0));
     for_parts(schedule, workers, [&](const ContrastivePart& part, int64_t worker) {
       cpu.part(f, schedule, part, workspace.data_ptr(), static_cast<char*>(scratch.data_ptr()) + worker * bytes.scratch);
     });
@@ -160,12 +161,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(Tensor rows, OptionalTensor colum
 
 // ------------------------------------------------------------------------------------------------------------ backward
 
-// Derivatives by p, n and l of a row whose loss has the derivative g.
-std::tuple<double, double, double> derivatives(ContrastiveForm form, double g, double p, double n, double positives) {
+// Derivatives by p, n and l of a row whose loss has the derivative g; above = p - n.
+std::tuple<double, double, double> derivatives(ContrastiveForm form, double g, double above, double positives) {
   if (form == ContrastiveForm::paper) return {-g / positives, g / positives, 0.0};
   if (form == ContrastiveForm::negout) return {0.0, g, -g / positives};
-  const double small = std::exp(-std::abs(p - n)), larger = 1 / (1 + small), smaller = small * larger;  // parts of exp(p) + exp(n)
-  const double of_n = p > n ? smaller : larger, of_p = p > n ? larger : smaller;
+  const double small = std::exp(-std::abs(above)), larger = 1 / (1 + small), smaller = small * larger;  // parts of exp(p) + exp(n)
+  const double of_n = above > 0 ? smaller : larger, of_p = above > 0 ? larger : smaller;
   if (form == ContrastiveForm::supcon) return {g * of_p, g * of_n, -g / positives};
   return {-g * of_n, g * of_n, 0.0};
 }
@@ -184,7 +185,9 @@ void coefficients_of_group(const ContrastiveCoefficients& c, const ContrastiveGr
     if (positives <= 0 || (needs_negatives && negatives <= 0) || positives + negatives == 1) continue;
     T g = c.grad_losses ? static_cast<const T*>(c.grad_losses)[r] : T(0);
     if (c.grad_total) g += static_cast<T>(static_cast<double>(*static_cast<const T*>(c.grad_total)) * c.weights[r]);
-    const auto [dp, dn, dl] = derivatives(c.form, g, statistics[r], statistics[c.R + r], static_cast<double>(positives));
+    const auto of_row = [&](int64_t k) { return static_cast<double>(statistics[k * c.R + r]); };
+    const double above = (of_row(0) - of_row(1)) + (of_row(3) - of_row(4)) * LN_2;
+    const auto [dp, dn, dl] = derivatives(c.form, g, above, static_cast<double>(positives));
     out[r] = static_cast<T>(dp), out[c.R + r] = static_cast<T>(dn), out[2 * c.R + r] = static_cast<T>(dl);
   }
 }
@@ -192,7 +195,7 @@ void coefficients_of_group(const ContrastiveCoefficients& c, const ContrastiveGr
 Tensor coefficients_cpu(OptionalTensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form, OptionalTensor grad_total,
                         OptionalTensor weights) {
   ContrastiveCoefficients c{};
-  fill_coefficients(c, grad_losses, statistics, groups, ranges, form, grad_total, weights);
+  fill_coefficients(c, grad_losses, statistics, groups, ranges, form, grad_total, weights, CONTRASTIVE_STATISTICS_CPU);
   for (int64_t g = 0; g < c.G; ++g)
     STD_TORCH_CHECK(0 <= c.groups[g].row_begin && c.groups[g].row_anchor_end <= c.R, "contrastive: group ", g,
                     " does not lie within the rows");
@@ -230,7 +233,7 @@ Tensor backward_cpu(Tensor rows, OptionalTensor columns, Tensor groups, Tensor r
   fill_problem(b, rows, columns, groups, ranges, channels, temperature, unit, precision);
   check_plan(b);
   const ScalarType type = rows.scalar_type();
-  fill_losses(b, row_statistics, row_coefficients, column_statistics, column_coefficients, type);
+  fill_losses(b, row_statistics, row_coefficients, column_statistics, column_coefficients, type, CONTRASTIVE_STATISTICS_CPU);
   const Tensor grad_rows = empty_beside(rows, {b.R, b.Cp}, type);
   b.grad_rows = grad_rows.data_ptr();
   const ContrastiveBackwardCpu& cpu = PK_CHOOSE_LEVEL(contrastive_backward_cpu);

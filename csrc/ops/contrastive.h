@@ -26,7 +26,7 @@
 //
 // Shapes: vectors [R, Cp] with Cp = C rounded up to 16, zeros behind C. Cost, with S rows in a group and A of them anchors: forward 2 A S C flop and A S
 // exponentials (half of that among anchors, by symmetry), backward 4 C (2 A S - A^2) flop. Nothing larger than the vectors is stored: forward
-// saves them and three numbers a row.
+// saves them and a few numbers a row.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +38,11 @@ namespace protokernels {
 constexpr double CONTRASTIVE_NORM_FLOOR = 1e-12;
 constexpr double CONTRASTIVE_BOUND = 80;   // largest 2 / temperature for which unit vectors need no maximum
 constexpr int64_t CONTRASTIVE_ALIGN = 16;  // elements to which a vector's length is rounded up
+
+// Numbers of a row that forward keeps. CUDA: p, n, l. CPU: p, n and l less the tops of p and n (l less that of p for each of its scores),
+// then these tops, in units of log 2: the largest scores, or the bound. A logarithm of 1e6 in float32 would be off by up to 3 % of its
+// exponential; of a top nothing is lost.
+constexpr int64_t CONTRASTIVE_STATISTICS_CPU = 5, CONTRASTIVE_STATISTICS_CUDA = 3;
 
 enum class ContrastiveForm : int { supcon = 0, in = 1, paper = 2, negout = 3 };
 enum class ContrastivePrecision : int { highest = 0, high = 1, medium = 2 };  // products on CUDA: as float32; with 11 bits, for raw vectors tf32 or bf16
@@ -66,7 +71,8 @@ struct ContrastiveProblem {
   const ContrastiveGroup* groups;  // [G], in order of their rows
   const ContrastiveRange* ranges;  // [R]
   double temperature;
-  bool bounded;  // vectors of length 1 or 0, and 2 / temperature < CONTRASTIVE_BOUND
+  bool unit;     // vectors of length 1 or 0
+  bool bounded;  // unit, and 2 / temperature < CONTRASTIVE_BOUND
   bool double_compute;
   ContrastivePrecision precision;
 };
@@ -75,7 +81,7 @@ struct ContrastiveForward : ContrastiveProblem {
   ContrastiveForm form;
   const double* weights;  // [R] or null: no total
   void* losses;           // T [R], 0 for a row that is no anchor
-  void* statistics;       // T [3, R]: p, n, l; -inf, -inf, 0 for rows that are not among the anchors of a group
+  void* statistics;       // T [3 or 5, R]; p = n = -inf and 0 for rows that are not among the anchors of a group
   void* total;            // T [1]
 };
 
@@ -87,16 +93,16 @@ struct ContrastiveCoefficients {
   const void* grad_losses;  // T [R] or null
   const void* grad_total;   // T [1] or null
   const double* weights;    // [R], with grad_total
-  const void* statistics;   // T [3, R]
+  const void* statistics;   // T [3 or 5, R]
   ContrastiveForm form;
   bool double_compute;
   void* coefficients;  // T [3, R]: dp, dn, dl
 };
 
 struct ContrastiveBackward : ContrastiveProblem {
-  const void* row_statistics;       // T [3, R], or null with row_coefficients: rows have no losses of their own
+  const void* row_statistics;       // T [3 or 5, R], or null with row_coefficients: rows have no losses of their own
   const void* row_coefficients;     // T [3, R]
-  const void* column_statistics;    // T [3, M], those of the rows if there is one set; null: columns have no losses of their own
+  const void* column_statistics;    // T [3 or 5, M], those of the rows if there is one set; null: columns have no losses of their own
   const void* column_coefficients;  // T [3, M]
   void* grad_rows;                  // T [R, Cp], zero for rows outside all groups
 };

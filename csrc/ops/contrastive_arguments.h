@@ -49,6 +49,7 @@ inline void fill_problem(ContrastiveProblem& p, const Tensor& rows, const Option
   p.groups = static_cast<const ContrastiveGroup*>(checked(groups, "groups", ScalarType::Int, {p.G, 6}));
   p.ranges = static_cast<const ContrastiveRange*>(checked(ranges, "ranges", ScalarType::Int, {p.R, 3}));
   p.temperature = temperature;
+  p.unit = unit;
   p.bounded = unit && 2 / temperature < CONTRASTIVE_BOUND;
   p.precision = static_cast<ContrastivePrecision>(precision);
 }
@@ -59,11 +60,12 @@ inline ContrastiveForm form_of(int64_t form) {
 }
 
 inline void fill_coefficients(ContrastiveCoefficients& c, const OptionalTensor& grad_losses, const Tensor& statistics, const Tensor& groups,
-                              const Tensor& ranges, int64_t form, const OptionalTensor& grad_total, const OptionalTensor& weights) {
+                              const Tensor& ranges, int64_t form, const OptionalTensor& grad_total, const OptionalTensor& weights,
+                              int64_t numbers) {
   const ScalarType type = vector_type(statistics);
-  STD_TORCH_CHECK(statistics.dim() == 2 && groups.dim() == 2, "contrastive: statistics must be [3, R], groups [G, 6]");
+  STD_TORCH_CHECK(statistics.dim() == 2 && groups.dim() == 2, "contrastive: statistics and groups must be matrices");
   c.R = statistics.size(1), c.G = groups.size(0), c.form = form_of(form), c.double_compute = type == ScalarType::Double;
-  c.statistics = checked(statistics, "statistics", type, {3, c.R});
+  c.statistics = checked(statistics, "statistics", type, {numbers, c.R});
   c.grad_losses = checked(grad_losses, "the gradient of losses", type, {c.R});
   c.grad_total = checked(grad_total, "the gradient of the total", type, {});
   c.weights = static_cast<const double*>(checked(weights, "weights", ScalarType::Double, {c.R}));
@@ -74,10 +76,11 @@ inline void fill_coefficients(ContrastiveCoefficients& c, const OptionalTensor& 
 }
 
 inline void fill_losses(ContrastiveBackward& b, const OptionalTensor& row_statistics, const OptionalTensor& row_coefficients,
-                        const OptionalTensor& column_statistics, const OptionalTensor& column_coefficients, ScalarType type) {
-  b.row_statistics = checked(row_statistics, "the rows' statistics", type, {3, b.R});
+                        const OptionalTensor& column_statistics, const OptionalTensor& column_coefficients, ScalarType type,
+                        int64_t numbers) {
+  b.row_statistics = checked(row_statistics, "the rows' statistics", type, {numbers, b.R});
   b.row_coefficients = checked(row_coefficients, "the rows' coefficients", type, {3, b.R});
-  b.column_statistics = checked(column_statistics, "the columns' statistics", type, {3, b.M});
+  b.column_statistics = checked(column_statistics, "the columns' statistics", type, {numbers, b.M});
   b.column_coefficients = checked(column_coefficients, "the columns' coefficients", type, {3, b.M});
   STD_TORCH_CHECK(row_statistics.has_value() == row_coefficients.has_value() &&
                       column_statistics.has_value() == column_coefficients.has_value() && (!b.one_set || row_statistics),

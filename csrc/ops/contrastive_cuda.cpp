@@ -59,7 +59,7 @@ Tensor coefficients_cuda(OptionalTensor grad_losses, Tensor statistics, Tensor g
                          OptionalTensor weights) {
   const torch::stable::accelerator::DeviceGuard guard(statistics.get_device_index());
   ContrastiveCoefficients c{};
-  fill_coefficients(c, grad_losses, statistics, groups, ranges, form, grad_total, weights);
+  fill_coefficients(c, grad_losses, statistics, groups, ranges, form, grad_total, weights, CONTRASTIVE_STATISTICS_CUDA);
   const Tensor out = empty_beside(statistics, {3, c.R}, statistics.scalar_type());
   c.coefficients = out.data_ptr();
   check_cuda(launch_contrastive_coefficients(c, current_cuda_stream(statistics)), "contrastive_coefficients");
@@ -72,7 +72,7 @@ Tensor backward_cuda(Tensor rows, OptionalTensor columns, Tensor groups, Tensor 
   const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
   ContrastiveBackward b{};
   fill_problem(b, rows, columns, groups, ranges, channels, temperature, unit, precision);
-  fill_losses(b, row_statistics, row_coefficients, column_statistics, column_coefficients, rows.scalar_type());
+  fill_losses(b, row_statistics, row_coefficients, column_statistics, column_coefficients, rows.scalar_type(), CONTRASTIVE_STATISTICS_CUDA);
   const Tensor grad_rows = empty_beside(rows, {b.R, b.Cp}, rows.scalar_type());
   b.grad_rows = grad_rows.data_ptr();
   const Tensor workspace = empty_beside(rows, {contrastive_backward_workspace(b)}, ScalarType::Byte);

@@ -21,6 +21,11 @@ ALIGN = 16
 """Elements to which the length of a packed vector is rounded up, as in csrc/ops/contrastive.h."""
 
 
+def numbers_kept(x: Tensor) -> int:
+    """How many statistics of a row the device keeps, as in csrc/ops/contrastive.h."""
+    return 5 if x.device.type == "cpu" else 3
+
+
 def _fake_plan(
     labels: Tensor,
     block: Sequence[int],
@@ -111,12 +116,12 @@ def _fake_forward(
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     R = rows.shape[0]
-    return rows.new_empty(()), rows.new_empty(R), rows.new_empty((3, R))
+    return rows.new_empty(()), rows.new_empty(R), rows.new_empty((numbers_kept(rows), R))
 
 
 def _fake_losses(x: Tensor, second: Tensor | None, order: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
     R, padded, dtype = order.shape[0], (x.shape[1] + ALIGN - 1) // ALIGN * ALIGN, compute_dtype(x)
-    shapes = ((), (R,), (R, padded), (R,), (3, R))
+    shapes = ((), (R,), (R, padded), (R,), (numbers_kept(x), R))
     return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 

@@ -4,7 +4,8 @@
 A rank's rows meet the embeddings of one rank after the other; the statistics of the parts add up: p = logaddexp(p, p_part), n likewise,
 l = l + l_part. The backward pass sends round what the pairs need of the other side, its embeddings with three statistics and three
 coefficients each, so that every rank works out the whole gradient of its own embeddings, also what they are to the other ranks' losses:
-no gradient travels.
+no gradient travels. Statistics add up in float64, for a logarithm of 1e6 in float32 is off by up to 3 % of its exponential; they travel in
+float32, and what they lack goes into the coefficients, of which it is a factor (up to scores of 1e9).
 
 Per rank and step, with N embeddings of C numbers on each of W ranks: forward (W - 1) N (C + 2) numbers come in, backward (W - 1) N (C +
 8); memory is W N C gathered, 2 N C passed round.
@@ -12,6 +13,7 @@ Per rank and step, with N embeddings of C numbers on each of W ranks: forward (W
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from .. import backend
 from ..reference import contrastive as reference
 from . import _calls
+from ._contrastive_autograd import numbers_kept
 
 Parts = list[Tensor]
 
@@ -62,6 +65,7 @@ def gathered_losses(
     travel = _Travel(len(rows), rows.device, ring)
     p, n, linear, positives, negatives = _Statistics.apply(rows, labels, travel, kernel)
     losses, anchors = reference.losses_of(p, n, linear, positives, negatives, form)
+    losses = losses.to(rows.dtype)
     return losses.new_zeros(len(embeddings)).index_put((order,), losses), torch.zeros(
         len(embeddings), dtype=torch.bool, device=order.device
     ).index_put((order,), anchors)
@@ -72,8 +76,8 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, labels: Tensor, travel: _Travel, kernel: _Kernel) -> tuple[Tensor, ...]:
-        p = n = rows.new_full((len(rows),), -torch.inf)
-        linear = rows.new_zeros(len(rows))
+        p = n = rows.new_full((len(rows),), -torch.inf, dtype=torch.float64)
+        linear = torch.zeros_like(p)
         positives = negatives = torch.zeros_like(labels)
         for own, (columns, column_labels) in travel.round([rows, labels]):
             ranges = class_ranges(labels, column_labels, own)
@@ -90,7 +94,12 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, labels, statistics = ctx.saved_tensors
-        coefficients = torch.stack(grads[:3])
+        exact, statistics = statistics, statistics.to(rows.dtype)
+        by_p, by_n, by_linear = grads[:3]
+        lost = (statistics[:2].double() - exact[:2]).exp()  # weights are coefficient exp(s - statistic)
+        by_log = torch.stack([by_p, by_n])
+        by_log = torch.where(by_log == 0, 0.0, by_log * lost)
+        coefficients = torch.cat([by_log, by_linear[None]]).to(rows.dtype)
         grad_rows = torch.zeros_like(rows)
         mine = [rows, labels, statistics.T.contiguous(), coefficients.T.contiguous()]
         for own, (columns, column_labels, column_statistics, column_coefficients) in ctx.travel.round(mine):
@@ -115,7 +124,7 @@ def class_ranges(labels: Tensor, column_labels: Tensor, own: bool) -> Tensor:  #
 class _Kernel:
     """What a pair of row and column blocks needs."""
 
-    def statistics(self, rows: Tensor, columns: Tensor, ranges: Tensor) -> Tensor:  # [3, R]
+    def statistics(self, rows: Tensor, columns: Tensor, ranges: Tensor) -> Tensor:  # [3, R] float64
         raise NotImplementedError
 
     def gradient(
@@ -134,17 +143,32 @@ class _NativeKernel(_Kernel):
         outputs = _calls.call(
             "contrastive_forward", rows, columns, groups, ranges, None, *self.settings, 0, self.precision
         )
-        statistics: Tensor = outputs[2]
-        return statistics
+        statistics: Tensor = outputs[2].double()
+        if len(statistics) == 3:
+            return statistics
+        tops = statistics[3:] * math.log(2)  # p, n and l come less these
+        positives = ranges[:, 1] - ranges[:, 0] - ((ranges[:, 2] >= ranges[:, 0]) & (ranges[:, 2] < ranges[:, 1])).int()
+        return statistics[:3] + torch.stack([*tops, positives * tops[0]])
 
     def gradient(
         self, rows: Tensor, columns: Tensor, ranges: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
     ) -> Tensor:
         groups = self._groups(rows, columns)
+        own, other = ((self._kept(rows, statistics), coefficients) for statistics, coefficients in (own, other))
         grad: Tensor = _calls.call(
             "contrastive_backward", rows, columns, groups, ranges, *own, *other, *self.settings, self.precision
         )
         return grad
+
+    @staticmethod
+    def _kept(rows: Tensor, statistics: Tensor) -> Tensor:
+        """As contrastive_forward returns them; of l nothing but its place is needed."""
+        if numbers_kept(rows) == 3:
+            return statistics
+        logs = statistics[:2].double()
+        tops = torch.where(logs.isfinite(), logs / math.log(2), 0.0).to(rows.dtype)
+        rest = logs - tops.double() * math.log(2)
+        return torch.cat([rest.to(rows.dtype), torch.zeros_like(tops[:1]), tops])
 
     @staticmethod
     def _groups(rows: Tensor, columns: Tensor) -> Tensor:
@@ -163,6 +187,7 @@ class _ReferenceKernel(_Kernel):
 
     def statistics(self, rows: Tensor, columns: Tensor, ranges: Tensor) -> Tensor:
         s, positive, negative = self._pairs(rows, columns, ranges)
+        s = s.double()
         linear = torch.where(positive, s, 0.0).sum(1)
         return torch.stack([reference.masked_logsumexp(s, positive), reference.masked_logsumexp(s, negative), linear])
 
@@ -170,12 +195,13 @@ class _ReferenceKernel(_Kernel):
         self, rows: Tensor, columns: Tensor, ranges: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
     ) -> Tensor:
         s, positive, negative = self._pairs(rows, columns, ranges)
+        s = s.double()
         H = torch.zeros_like(s)
         for (statistics, coefficients), axis in ((own, 1), (other, 0)):
             p, n, _ = statistics.unsqueeze(1 + axis)
             dp, dn, dl = coefficients.unsqueeze(1 + axis)
             H = H + torch.where(positive, dp * _weight(s, p) + dl, 0.0) + torch.where(negative, dn * _weight(s, n), 0.0)
-        return H @ columns / self.temperature
+        return H.to(columns.dtype) @ columns / self.temperature
 
 
 def _weight(s: Tensor, log_sum: Tensor) -> Tensor:

@@ -14,6 +14,10 @@ Four forms, for an anchor i with positives P (its class) and negatives N (the ot
 
 No anchor is a vector without positives or, for ``"paper"`` and ``"negout"``, without negatives; where nothing is left the loss is an
 exact 0 with a zero gradient. Unit vectors (``normalize=True``): a vector no longer than 1e-12 counts as zero and gets no gradient.
+
+In float32 a score is rounded to about 1e-7 of the product of its vectors' lengths, over the temperature; from 1e5 on, vectors that nearly
+tie therefore share their weight in a gradient to 1 % only. On a CPU weights sum to 1 at any score; on a GPU, which keeps p and n in
+float32, they do up to a relative error of 1e-7 |s|: keep scores below 1e5 there, or pass float64.
 """
 
 from __future__ import annotations

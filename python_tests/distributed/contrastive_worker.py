@@ -17,6 +17,8 @@ from protokernels import backend, nt_xent_loss, supcon_loss
 
 FORMS = ("supcon", "in", "paper", "negout")
 D = 19
+SETTINGS = [(0.1, True), (0.01, True), (2.0, False), (1e-4, False)]
+"""Temperature, normalize; scores are up to 4e5."""
 CASES = [(form, gather) for form in FORMS for gather in (True, "ring")]
 
 
@@ -36,7 +38,7 @@ def losses_of_rank(rank: int, world_size: int) -> list[Any]:
     mine = slice(cuts[rank], cuts[rank + 1])
     results: list[Any] = []
     for form, gather in CASES:
-        for temperature, normalize in ((0.1, True), (0.01, True), (2.0, False)):
+        for temperature, normalize in SETTINGS:
             leaf = x[mine].clone().requires_grad_()
             options = {"temperature": temperature, "form": form, "normalize": normalize, "ignore_index": -1}
             loss = supcon_loss(leaf, labels[mine], gather=gather, **options)  # type: ignore[arg-type]

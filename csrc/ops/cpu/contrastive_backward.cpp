@@ -15,16 +15,17 @@ template <class T>
 constexpr int64_t H_STRIDE = X_ROWS + STRIP<T>;  // no power of two: a strip's lines spread over all of L1
 
 // Derivatives by the statistics of vectors, over the temperature. With a bound p and n are multiplied by exp(bound - statistic), so that H is
-// p 2^s; without it the statistics stand beside them, in units of log 2, infinite where there is nothing to weigh.
+// p 2^s; without it by exp(top - statistic), and the tops stand beside them, infinite where there is nothing to weigh: H is p 2^(s - top),
+// a difference without rounding where it matters.
 template <class T>
 struct Coefficients {
-  T *p, *n, *linear, *p_log, *n_log;
+  T *p, *n, *linear, *p_top, *n_top;
 
   static Coefficients take(int64_t count, bool bounded, Arena& arena) {
     Coefficients c{};
     count += STRIP<T>;  // whole strips are read
     c.p = arena.take<T>(count), c.n = arena.take<T>(count), c.linear = arena.take<T>(count);
-    if (!bounded) c.p_log = arena.take<T>(count), c.n_log = arena.take<T>(count);
+    if (!bounded) c.p_top = arena.take<T>(count), c.n_top = arena.take<T>(count);
     return c;
   }
 
@@ -65,10 +66,10 @@ struct BackwardScratch {
 
 // ---------------------------------------------------------------------------------------------------------- coefficients
 
-// weight exp(bound - log_sum), 0 where the weight is.
+// weight 2^above exp(-log_sum), 0 where the weight is.
 template <class T>
-PK_INLINE Vec<T> weighed(Vec<T> weight, Vec<T> log_sum, T bound) {
-  const Vec<T> x = bound - log_sum * static_cast<T>(LOG2_E), down = exp2_nonpositive(x > T(0) ? -x : x);
+PK_INLINE Vec<T> weighed(Vec<T> weight, Vec<T> log_sum, Vec<T> above) {
+  const Vec<T> x = above - log_sum * static_cast<T>(LOG2_E), down = exp2_nonpositive(x > T(0) ? -x : x);
   const Vec<T> value = x > T(0) ? weight / down : weight * down;
   return weight == T(0) ? Vec<T>{} : value;
 }
@@ -76,22 +77,25 @@ PK_INLINE Vec<T> weighed(Vec<T> weight, Vec<T> log_sum, T bound) {
 template <class T>
 void prepare_range(const ContrastiveBackward& b, const T* statistics, const T* derivatives, int64_t count, const Coefficients<T>& out,
                    int64_t first, int64_t last) {
-  const T scale = static_cast<T>(1 / b.temperature), bound = static_cast<T>(LOG2_E / b.temperature);
+  const T scale = static_cast<T>(1 / b.temperature), bound = bound_of<T>(b);
   for (int64_t i = first; i < last; i += LANES<T>) {
-    T in[5][LANES<T>];  // p, n and the three derivatives
+    T in[7][LANES<T>];  // p, n and the three derivatives, the tops of p and n
     const int64_t lanes = std::min<int64_t>(LANES<T>, last - i);
-    for (int k = 0; k < 5; ++k) {
+    for (int k = 0; k < 7; ++k) {
       std::fill(in[k], in[k] + LANES<T>, T(0));
-      std::copy_n((k < 2 ? statistics + k * count : derivatives + (k - 2) * count) + i, lanes, in[k]);
+      const bool derivative = k >= 2 && k < 5;
+      std::copy_n((derivative ? derivatives : statistics) + (k < 2 ? k : k - 2) * count + i, lanes, in[k]);
     }
+    const Vec<T> p_top = load(in[5]), n_top = load(in[6]);
     const Vec<T> p = load(in[0]), n = load(in[1]), dp = load(in[2]) * scale, dn = load(in[3]) * scale;
     T result[5][LANES<T>];
-    store(result[0], b.bounded ? weighed<T>(dp, p, bound) : dp), store(result[1], b.bounded ? weighed<T>(dn, n, bound) : dn);
+    store(result[0], weighed<T>(dp, p, b.bounded ? bound - p_top : Vec<T>{}));
+    store(result[1], weighed<T>(dn, n, b.bounded ? bound - n_top : Vec<T>{}));
     store(result[2], load(in[4]) * scale);
-    store(result[3], dp == T(0) ? broadcast(-LEAST<T>) : p * static_cast<T>(LOG2_E));
-    store(result[4], dn == T(0) ? broadcast(-LEAST<T>) : n * static_cast<T>(LOG2_E));
+    store(result[3], dp == T(0) ? broadcast(-LEAST<T>) : p_top);
+    store(result[4], dn == T(0) ? broadcast(-LEAST<T>) : n_top);
     std::copy_n(result[0], lanes, out.p + i), std::copy_n(result[1], lanes, out.n + i), std::copy_n(result[2], lanes, out.linear + i);
-    if (!b.bounded) std::copy_n(result[3], lanes, out.p_log + i), std::copy_n(result[4], lanes, out.n_log + i);
+    if (!b.bounded) std::copy_n(result[3], lanes, out.p_top + i), std::copy_n(result[4], lanes, out.n_top + i);
   }
 }
 
@@ -114,27 +118,27 @@ struct Losses {
 // Lanes past the strip's last row may hold what another part is writing just now: H of these lanes is stored and never read.
 template <class T, int VECTORS>
 struct StripCoefficients {
-  Vec<T> weight[VECTORS], log[VECTORS];
+  Vec<T> weight[VECTORS], top[VECTORS];
 
-  PK_INLINE StripCoefficients of(const T* weights, const T* logs, int64_t x) {
+  PK_INLINE StripCoefficients of(const T* weights, const T* tops, int64_t x) {
     StripCoefficients c{};
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) {
       if (weights) c.weight[v] = load(weights + x + v * LANES<T>);
-      if (logs) c.log[v] = load(logs + x + v * LANES<T>);
+      if (tops) c.top[v] = load(tops + x + v * LANES<T>);
     }
     return c;
   }
 };
 
-// sum of d exp(s - log sum) over the losses of both.
+// Sum over the losses of both.
 template <class T, class L>
-PK_INLINE Vec<T> weight_of(Vec<T> s, Vec<T> x_weight, Vec<T> x_log, T y_weight, T y_log) {
+PK_INLINE Vec<T> weight_of(Vec<T> s, Vec<T> x_weight, Vec<T> x_top, T y_weight, T y_top) {
   if constexpr (L::BOUNDED)
     return exp2_nonpositive(s) * (L::ROWS && L::COLUMNS ? x_weight + y_weight : L::ROWS ? x_weight : broadcast(y_weight));
   Vec<T> h{};
-  if (L::ROWS) h += x_weight * exp2_nonpositive(s - x_log);
-  if (L::COLUMNS) h += y_weight * exp2_nonpositive(s - y_log);
+  if (L::ROWS) h += x_weight * exp2_nonpositive(s - x_top);
+  if (L::COLUMNS) h += y_weight * exp2_nonpositive(s - y_top);
   return h;
 }
 
@@ -146,31 +150,31 @@ PK_INLINE void scores_to_h(T* scores, int32_t y_begin, int32_t y_end, const Rows
   const auto at = [](const T* values, int32_t y) { return L::COLUMNS && values ? values[y] : T(0); };
   for_meetings(strip, y_begin, y_end, triangle, [&](Meeting meeting, int32_t begin, int32_t end) {
     if (meeting == Meeting::other) {
-      const X n = X::of(cx.n, cx.n_log, row);
+      const X n = X::of(cx.n, cx.n_top, row);
       for (int32_t y = begin; y < end; ++y) {
         T* const s = scores + (y - y_begin) * H_STRIDE<T>;
-        const T weight = at(cy.n, y), log = at(cy.n_log, y);
+        const T weight = at(cy.n, y), top = at(cy.n_top, y);
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v)
-          store(s + v * LANES<T>, weight_of<T, L>(load(s + v * LANES<T>), n.weight[v], n.log[v], weight, log));
+          store(s + v * LANES<T>, weight_of<T, L>(load(s + v * LANES<T>), n.weight[v], n.top[v], weight, top));
       }
     } else if (meeting == Meeting::none) {
       for (int32_t y = begin; y < end; ++y)
         for (int v = 0; v < VECTORS; ++v) store(scores + (y - y_begin) * H_STRIDE<T> + v * LANES<T>, Vec<T>{});
     } else {
-      const X p = X::of(cx.p, cx.p_log, row), n = X::of(cx.n, cx.n_log, row), linear = X::of(cx.linear, nullptr, row);
+      const X p = X::of(cx.p, cx.p_top, row), n = X::of(cx.n, cx.n_top, row), linear = X::of(cx.linear, nullptr, row);
       for (int32_t y = begin; y < end; ++y)
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) {
           T* const s = scores + (y - y_begin) * H_STRIDE<T> + v * LANES<T>;
-          const Vec<T> x = load(s), same = weight_of<T, L>(x, p.weight[v], p.log[v], at(cy.p, y), at(cy.p_log, y)) +
+          const Vec<T> x = load(s), same = weight_of<T, L>(x, p.weight[v], p.top[v], at(cy.p, y), at(cy.p_top, y)) +
                                            (linear.weight[v] + at(cy.linear, y));
           if (meeting == Meeting::same) {
             store(s, same);
             continue;
           }
           const Masks<T> mask = masks(rows, strip.begin + v * LANES<T>, y, triangle);
-          const Vec<T> other = weight_of<T, L>(x, n.weight[v], n.log[v], at(cy.n, y), at(cy.n_log, y));
+          const Vec<T> other = weight_of<T, L>(x, n.weight[v], n.top[v], at(cy.n, y), at(cy.n_top, y));
           store(s, keep<T>(mask.same, same, 0) + keep<T>(mask.other, other, 0));
         }
     }
@@ -182,6 +186,7 @@ PK_INLINE void scores_to_h(T* scores, int32_t y_begin, int32_t y_end, const Rows
 template <class T, class L>
 void apply_part(const ContrastiveBackward& b, const ContrastivePart& part, const T* panels, const BackwardRoom<T>& room,
                 const BackwardScratch<T>& scratch) {
+  const T last = Scale<T>::of(b).last;
   const T *const f_rows = static_cast<const T*>(b.rows), *const f_columns = static_cast<const T*>(b.columns);
   T* const gradient = static_cast<T*>(b.grad_rows);
   const Rows<T>& rows = scratch.rows;
@@ -203,8 +208,8 @@ void apply_part(const ContrastiveBackward& b, const ContrastivePart& part, const
         T* const scores = scratch.scores + strip.begin - x;
         const auto of_vectors = [&](auto vectors) {
           constexpr int VECTORS = decltype(vectors)::value;
-          multiply_strip<T, VECTORS>(columns, f_columns + y * b.Cp, b.Cp, panels + strip.begin * b.C, b.C, scores, H_STRIDE<T>,
-                                     rows.start + strip.begin);
+          multiply_strip<T, VECTORS, L::BOUNDED>(columns, f_columns + y * b.Cp, b.Cp, panels + strip.begin * b.C, b.C, scores, H_STRIDE<T>,
+                                     rows.start + strip.begin, last);
           scores_to_h<T, L, VECTORS>(scores, y, y_end, rows, strip, part.triangle, part.x_begin + strip.begin, room.rows, room.columns);
         };
         if (rows.vectors(n) == 2)
@@ -245,7 +250,7 @@ void backward_part(const ContrastiveBackward& b, const ContrastiveSchedule& sche
   };
   if (part.x_turn == 0) {
     pack_strips(static_cast<const T*>(b.rows) + part.x_begin * b.Cp, part.x_end - part.x_begin, b.C, b.Cp,
-                static_cast<T>(LOG2_E / b.temperature), panels);
+                Scale<T>::of(b).panels, panels);
     std::fill(gradient + part.x_begin * b.Cp, gradient + part.x_end * b.Cp, T(0));
     if (b.row_statistics) prepare_rows(part.x_begin, part.x_end);
   }
@@ -253,7 +258,7 @@ void backward_part(const ContrastiveBackward& b, const ContrastiveSchedule& sche
     std::fill(gradient + part.y_begin * b.Cp, gradient + part.y_end * b.Cp, T(0));
     if (part.y_group != part.group && b.row_statistics) prepare_rows(part.y_begin, part.y_end);
   }
-  scratch.rows.read(part, b.ranges, b.bounded ? static_cast<T>(LOG2_E / b.temperature) : T(0));
+  scratch.rows.read(part, b.ranges, b.bounded ? bound_of<T>(b) : T(0));
   b.bounded ? apply_losses<T, true>(b, part, panels, room, scratch) : apply_losses<T, false>(b, part, panels, room, scratch);
 }
 

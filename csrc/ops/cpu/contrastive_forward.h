@@ -3,7 +3,8 @@
 // anchors of the same set, across the lanes (of a column, over the rows), from one score and one exponential.
 //
 // Sums run in float over at most 48 columns, or over the lanes of one block, then in double. Without a bound every sum is relative to the largest
-// score so far: of a strip's lanes over the columns at hand, and of a column's lanes as strips go by.
+// score so far: of a strip's lanes over the columns at hand, and of a column's lanes as strips go by. The scores of a class themselves
+// are summed less a centre, so that those of vectors that nearly coincide keep their differences at any temperature.
 #pragma once
 
 #include <cmath>
@@ -17,7 +18,7 @@ namespace {
 // What is summed over the columns that a row has met; of class P and of the others N.
 template <class T>
 struct Sums {
-  double *p, *n, *linear;  // relative to the bound or to the largest score, in units of log 2
+  double *p, *n, *linear;  // relative to the bound or to the largest score, linear to the centre, in units of log 2
   T *p_top, *n_top;        // the largest scores; null with a bound
 
   static Sums take(int64_t count, bool bounded, Arena& arena) {
@@ -177,7 +178,7 @@ PK_INLINE void join(T* sum, T* top, const Vec<T>* s) {
 }
 
 template <class T, int VECTORS, bool ACROSS>
-PK_INLINE void sum_unbounded(const Scores<T>& scores, const Rows<T>& rows, const Strip& strip, int32_t y_end, bool triangle,
+PK_INLINE void sum_unbounded(const Scores<T>& scores, const Rows<T>& rows, const Strip& strip, int32_t y_end, bool triangle, T centre,
                              const Sums<T>& down, const Across<T>& across) {
   Vec<T> p[VECTORS]{}, n[VECTORS]{}, linear[VECTORS]{}, p_top[VECTORS], n_top[VECTORS];
   for (int v = 0; v < VECTORS; ++v) p_top[v] = n_top[v] = broadcast(LEAST<T>);
@@ -210,7 +211,7 @@ PK_INLINE void sum_unbounded(const Scores<T>& scores, const Rows<T>& rows, const
     Vec<T> score[VECTORS];
     for (int v = 0; v < VECTORS; ++v) {
       (same ? p : n)[v] += exp2_nonpositive(s[v] - (same ? p_top : n_top)[v]);
-      score[v] = s[v] == -INFINITE<T> ? Vec<T>{} : s[v];
+      score[v] = s[v] == -INFINITE<T> ? Vec<T>{} : s[v] - centre;
       if (same) linear[v] += score[v];
     }
     if (!ACROSS) return;
@@ -268,6 +269,7 @@ struct ForwardScratch {
 template <class T, bool BOUNDED, bool ACROSS>
 void sum_part(const ContrastiveForward& p, const ContrastivePart& part, const T* panels, const ForwardRoom<T>& room,
               ForwardScratch<T>& scratch) {
+  const T last = Scale<T>::of(p).last, centre = centre_of<T>(p);
   const T* const columns = static_cast<const T*>(p.columns);
   const Rows<T>& rows = scratch.rows;
   const int32_t blocks = static_cast<int32_t>((part.y_end - part.y_begin + Y_ROWS - 1) / Y_ROWS);
@@ -283,11 +285,12 @@ void sum_part(const ContrastiveForward& p, const ContrastivePart& part, const T*
       const T* const panel = panels + strip.begin * p.C;
       const auto of_vectors = [&](auto vectors) {
         constexpr int VECTORS = decltype(vectors)::value;
-        multiply_strip<T, VECTORS>(y_end - y, columns + y * p.Cp, p.Cp, panel, p.C, scratch.scores, STRIP<T>, rows.start + strip.begin);
+        multiply_strip<T, VECTORS, BOUNDED>(y_end - y, columns + y * p.Cp, p.Cp, panel, p.C, scratch.scores, STRIP<T>,
+                                            rows.start + strip.begin, last);
         if constexpr (BOUNDED)
           sum_bounded<T, VECTORS, ACROSS>(scores, rows, strip, y_end, part.triangle, scratch.down, scratch.across);
         else
-          sum_unbounded<T, VECTORS, ACROSS>(scores, rows, strip, y_end, part.triangle, scratch.down, scratch.across);
+          sum_unbounded<T, VECTORS, ACROSS>(scores, rows, strip, y_end, part.triangle, centre, scratch.down, scratch.across);
       };
       if (rows.vectors(n) == 2)
         of_vectors(std::integral_constant<int, 2>{});

@@ -25,23 +25,29 @@ PK_INLINE double loss_of(ContrastiveForm form, double p, double n, double all, d
   }
 }
 
-PK_INLINE double natural_log(double sum, double top) { return sum == 0 ? -INFINITE<double> : LN_2 * (std::log2(sum) + top); }
+PK_INLINE double log_of(double sum) { return sum == 0 ? -INFINITE<double> : std::log2(sum); }
 
 template <class T>
 void finish_rows(const ContrastiveForward& f, const ContrastiveGroup& group, const Sums<T>& sums, int64_t begin, int64_t end) {
-  const double bound = LOG2_E / f.temperature;
   T* const statistics = static_cast<T*>(f.statistics);
   for (int64_t i = begin; i < end; ++i) {
     const ContrastiveRange& r = f.ranges[i];
     const bool met = r.self >= group.column_begin && r.self < group.column_end, in_class = r.self >= r.class_begin && r.self < r.class_end;
     const double positives = r.class_end - r.class_begin - in_class;
     const double negatives = group.column_end - group.column_begin - (r.class_end - r.class_begin) - (met && !in_class);
-    const double p = natural_log(sums.p[i], f.bounded ? bound : sums.p_top[i]),
-                 n = natural_log(sums.n[i], f.bounded ? bound : sums.n_top[i]);
-    const double all = f.bounded ? natural_log(sums.p[i] + sums.n[i], bound) : log_add(p, n);
-    const double linear = LN_2 * (sums.linear[i] + (f.bounded ? positives * bound : 0));
-    statistics[i] = static_cast<T>(p), statistics[f.R + i] = static_cast<T>(n), statistics[2 * f.R + i] = static_cast<T>(linear);
+    const T bound = bound_of<T>(f);
+    const double centre = centre_of<T>(f), p_top = f.bounded ? bound : sums.p_top[i], n_top = f.bounded ? bound : sums.n_top[i];
+    // A loss is that of scores less any number.
+    const double base = sums.p[i] == 0 ? n_top : sums.n[i] == 0 ? p_top : std::max(p_top, n_top);
+    const double p_rest = log_of(sums.p[i]), n_rest = log_of(sums.n[i]);
+    const double p = LN_2 * (p_rest + (p_top - base)), n = LN_2 * (n_rest + (n_top - base));
+    const double all = f.bounded ? LN_2 * log_of(sums.p[i] + sums.n[i]) : log_add(p, n);
+    const double linear = LN_2 * (sums.linear[i] + positives * (centre - base));
     static_cast<T*>(f.losses)[i] = static_cast<T>(loss_of(f.form, p, n, all, linear, positives, negatives));
+    statistics[i] = static_cast<T>(LN_2 * p_rest), statistics[f.R + i] = static_cast<T>(LN_2 * n_rest);
+    statistics[2 * f.R + i] = static_cast<T>(LN_2 * (sums.linear[i] + positives * (centre - p_top)));
+    statistics[3 * f.R + i] = sums.p[i] == 0 ? T(0) : static_cast<T>(p_top);
+    statistics[4 * f.R + i] = sums.n[i] == 0 ? T(0) : static_cast<T>(n_top);
   }
 }
 
@@ -54,11 +60,11 @@ void forward_part(const ContrastiveForward& f, const ContrastiveSchedule& schedu
   T* const panels = room.panels + schedule.panels[part.x_block] * f.C;
   const int64_t rows = part.x_end - part.x_begin;
   if (part.x_turn == 0) {
-    pack_strips(static_cast<const T*>(f.rows) + part.x_begin * f.Cp, rows, f.C, f.Cp, static_cast<T>(LOG2_E / f.temperature), panels);
+    pack_strips(static_cast<const T*>(f.rows) + part.x_begin * f.Cp, rows, f.C, f.Cp, Scale<T>::of(f).panels, panels);
     room.sums.clear(part.x_begin, part.x_end);
   }
   if (part.y_block >= 0 && part.y_turn == 0) room.sums.clear(part.y_begin, part.y_end);  // of a crossing group
-  scratch.rows.read(part, f.ranges, f.bounded ? static_cast<T>(LOG2_E / f.temperature) : T(0));
+  scratch.rows.read(part, f.ranges, f.bounded ? bound_of<T>(f) : T(0));
   scratch.down.clear(0, round_up(rows, STRIP<T>));
   const bool across = part.triangle || part.y_block >= 0;
   if (f.bounded)

@@ -2,11 +2,13 @@
 // What the forward and the backward kernel of the contrastive losses share: products in registers, packed panels, and the classes in a strip.
 //
 // Rows of the problem (x) lie in the lanes, its columns (y) follow one another. A strip is up to two vectors of x. Scores of a strip come out as
-// s_yx in units of log 2, less the bound 1 / temperature where there is one, since scale and bound are folded into panels and starting values:
-// the next step is 2^s.
+// s_yx in units of log 2, less the bound 1 / temperature where there is one: the next step is 2^s. Scores must be the same to the last bit
+// whenever they are worked out, forward and backward, as s_yx or as s_xy: of a score of 1e6 the last bit is worth 6 % of its exponential.
+// See Scale.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <type_traits>
 
@@ -39,20 +41,51 @@ PK_INLINE Index<T> load_index(const Lane<T>* p) {
   return v;
 }
 
+// What makes products scores in units of log 2: a factor folded into panels, and one that products are multiplied by at last. Bounded
+// scores are small, and all goes into the panels. Others would then depend on which of the two vectors had been scaled, and rounded; a
+// power of two rounds nothing.
+template <class T>
+struct Scale {
+  T panels, last;
+
+  static Scale of(const ContrastiveProblem& p) {
+    const double all = LOG2_E / p.temperature;
+    if (p.bounded) return {static_cast<T>(all), T(1)};
+    int exponent = 0;
+    const double last = std::frexp(all, &exponent);
+    return {static_cast<T>(std::ldexp(1.0, exponent)), static_cast<T>(last)};
+  }
+};
+
+// The largest score of unit vectors, which exponents are relative to where scores are bounded.
+template <class T>
+T bound_of(const ContrastiveProblem& p) {
+  return static_cast<T>(LOG2_E / p.temperature);
+}
+
+// What scores are summed less: near those of a class that has drawn together.
+template <class T>
+T centre_of(const ContrastiveProblem& p) {
+  return p.unit ? bound_of<T>(p) : T(0);
+}
+
 // ------------------------------------------------------------------------------------------------------------- products
 
 // How the elements of A in C (+)= A B lie: one row after the other, or one column after the other.
 enum class Order { rows, columns };
+// What becomes of a product: start + A B, (start + A B) last, or C + A B, where A B is added up on its own: sums of many parts lose little.
+enum class End { keep, scale, add };
 
-// ROWS x VECTORS of C = start + A B or, without a start, C += A B: the product is added up on its own, so that sums of many parts lose little.
+// ROWS x VECTORS of C.
 // Element (i, k) of A stands at a[i * stride + k] or a[k * stride + i].
-template <class T, Order ORDER, bool ADD, int ROWS, int VECTORS>
-PK_INLINE void tile(const T* a, int64_t stride, const T* b, int64_t b_stride, int64_t depth, T* c, int64_t c_stride, const T* start) {
+template <class T, Order ORDER, End END, int ROWS, int VECTORS>
+PK_INLINE void tile(const T* a, int64_t stride, const T* b, int64_t b_stride, int64_t depth, T* c, int64_t c_stride, const T* start,
+                    T last) {
   Vec<T> sum[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) sum[i][v] = ADD ? Vec<T>{} : load(start + v * LANES<T>);
+    for (int v = 0; v < VECTORS; ++v) sum[i][v] = END == End::add ? Vec<T>{} : load(start + v * LANES<T>);
   int64_t k = 0;
   do {  // depth is never 0; a loop that might not be entered would move every sum about
     Vec<T> row[VECTORS];
@@ -65,45 +98,52 @@ PK_INLINE void tile(const T* a, int64_t stride, const T* b, int64_t b_stride, in
       for (int v = 0; v < VECTORS; ++v) sum[i][v] += x * row[v];
     }
   } while (++k < depth);
+  if constexpr (END == End::scale) {
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sum[i][v] *= last;
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) {
       T* const out = c + i * c_stride + v * LANES<T>;
-      store(out, ADD ? load(out) + sum[i][v] : sum[i][v]);
+      store(out, END == End::add ? load(out) + sum[i][v] : sum[i][v]);
     }
 }
 
-template <class T, Order ORDER, bool ADD, int VECTORS, int ROWS = MOST_ROWS>
+template <class T, Order ORDER, End END, int VECTORS, int ROWS = MOST_ROWS>
 PK_INLINE void tiles(int64_t rows, int64_t count, const T* a, int64_t stride, const T* b, int64_t b_stride, int64_t depth, T* c,
-                     int64_t c_stride, const T* start) {
+                     int64_t c_stride, const T* start, T last) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS)
       for (int64_t t = 0; t < count; ++t)
-        tile<T, ORDER, ADD, ROWS, VECTORS>(a + t * ROWS * (ORDER == Order::rows ? stride : 1), stride, b, b_stride, depth,
-                                           c + t * ROWS * c_stride, c_stride, start);
+        tile<T, ORDER, END, ROWS, VECTORS>(a + t * ROWS * (ORDER == Order::rows ? stride : 1), stride, b, b_stride, depth,
+                                           c + t * ROWS * c_stride, c_stride, start, last);
     else
-      tiles<T, ORDER, ADD, VECTORS, ROWS - 1>(rows, count, a, stride, b, b_stride, depth, c, c_stride, start);
+      tiles<T, ORDER, END, VECTORS, ROWS - 1>(rows, count, a, stride, b, b_stride, depth, c, c_stride, start, last);
   }
 }
 
 // Any number of rows, in tiles as equal as possible.
-template <class T, Order ORDER, bool ADD, int VECTORS>
+template <class T, Order ORDER, End END, int VECTORS>
 __attribute__((noinline)) void product(int64_t rows, const T* a, int64_t stride, const T* b, int64_t b_stride, int64_t depth, T* c,
-                                       int64_t c_stride, const T* start) {
+                                       int64_t c_stride, const T* start, T last) {
   if (rows == 0) return;
   const int64_t count = (rows + MOST_ROWS - 1) / MOST_ROWS, small = rows / count, large = rows % count;
-  tiles<T, ORDER, ADD, VECTORS>(small + 1, large, a, stride, b, b_stride, depth, c, c_stride, start);
+  tiles<T, ORDER, END, VECTORS>(small + 1, large, a, stride, b, b_stride, depth, c, c_stride, start, last);
   const int64_t done = large * (small + 1);
-  tiles<T, ORDER, ADD, VECTORS>(small, count - large, a + done * (ORDER == Order::rows ? stride : 1), stride, b, b_stride, depth,
-                                c + done * c_stride, c_stride, start);
+  tiles<T, ORDER, END, VECTORS>(small, count - large, a + done * (ORDER == Order::rows ? stride : 1), stride, b, b_stride, depth,
+                                c + done * c_stride, c_stride, start, last);
 }
 
-// Scores of a strip: rows of A with a panel.
-template <class T, int VECTORS>
+// Scores of a strip: rows of A with a panel, times the last factor. Not inlined: this product must not melt into a difference that follows.
+template <class T, int VECTORS, bool BOUNDED>
 PK_INLINE void multiply_strip(int64_t rows, const T* a, int64_t stride, const T* panel, int64_t depth, T* c, int64_t c_stride,
-                              const T* start) {
-  product<T, Order::rows, false, VECTORS>(rows, a, stride, panel, VECTORS * LANES<T>, depth, c, c_stride, start);
+                              const T* start, T last) {
+  constexpr End END = BOUNDED ? End::keep : End::scale;
+  product<T, Order::rows, END, VECTORS>(rows, a, stride, panel, VECTORS * LANES<T>, depth, c, c_stride, start, last);
 }
 
 // --------------------------------------------------------------------------------------------------------------- panels
@@ -168,9 +208,9 @@ PK_INLINE void accumulate(int64_t a_rows, const T* a, int64_t stride, const Colu
     const int64_t width = std::min<int64_t>(STRIP<T>, Cp - begin);
     const T* const b = vectors.data + begin * vectors.rows + first * width;
     if (width == STRIP<T>)
-      product<T, ORDER, true, 2>(a_rows, a, stride, b, width, depth, c + begin, Cp, nullptr);
+      product<T, ORDER, End::add, 2>(a_rows, a, stride, b, width, depth, c + begin, Cp, nullptr, T(1));
     else
-      product<T, ORDER, true, 1>(a_rows, a, stride, b, width, depth, c + begin, Cp, nullptr);
+      product<T, ORDER, End::add, 1>(a_rows, a, stride, b, width, depth, c + begin, Cp, nullptr, T(1));
   }
 }
 
