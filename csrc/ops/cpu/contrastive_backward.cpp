@@ -208,7 +208,7 @@ void apply_part(const ContrastiveBackward& b, const ContrastivePart& part, const
         T* const scores = scratch.scores + strip.begin - x;
         const auto of_vectors = [&](auto vectors) {
           constexpr int VECTORS = decltype(vectors)::value;
-          multiply_strip<T, VECTORS, L::BOUNDED>(columns, f_columns + y * b.Cp, b.Cp, panels + strip.begin * b.C, b.C, scores, H_STRIDE<T>,
+          multiply_strip<T, VECTORS>(columns, f_columns + y * b.Cp, b.Cp, panels + strip.begin * b.C, b.C, scores, H_STRIDE<T>,
                                      rows.start + strip.begin, last);
           scores_to_h<T, L, VECTORS>(scores, y, y_end, rows, strip, part.triangle, part.x_begin + strip.begin, room.rows, room.columns);
         };

@@ -285,8 +285,8 @@ void sum_part(const ContrastiveForward& p, const ContrastivePart& part, const T*
       const T* const panel = panels + strip.begin * p.C;
       const auto of_vectors = [&](auto vectors) {
         constexpr int VECTORS = decltype(vectors)::value;
-        multiply_strip<T, VECTORS, BOUNDED>(y_end - y, columns + y * p.Cp, p.Cp, panel, p.C, scratch.scores, STRIP<T>,
-                                            rows.start + strip.begin, last);
+        multiply_strip<T, VECTORS>(y_end - y, columns + y * p.Cp, p.Cp, panel, p.C, scratch.scores, STRIP<T>, rows.start + strip.begin,
+                                   last);
         if constexpr (BOUNDED)
           sum_bounded<T, VECTORS, ACROSS>(scores, rows, strip, y_end, part.triangle, scratch.down, scratch.across);
         else

@@ -73,8 +73,8 @@ T centre_of(const ContrastiveProblem& p) {
 
 // How the elements of A in C (+)= A B lie: one row after the other, or one column after the other.
 enum class Order { rows, columns };
-// What becomes of a product: start + A B, (start + A B) last, or C + A B, where A B is added up on its own: sums of many parts lose little.
-enum class End { keep, scale, add };
+// What becomes of a product: (start + A B) last, or C + A B, where A B is added up on its own: sums of many parts lose little.
+enum class End { scale, add };
 
 // ROWS x VECTORS of C.
 // Element (i, k) of A stands at a[i * stride + k] or a[k * stride + i].
@@ -98,7 +98,7 @@ PK_INLINE void tile(const T* a, int64_t stride, const T* b, int64_t b_stride, in
       for (int v = 0; v < VECTORS; ++v) sum[i][v] += x * row[v];
     }
   } while (++k < depth);
-  if constexpr (END == End::scale) {
+  if (END == End::scale && last != T(1)) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
@@ -139,11 +139,10 @@ __attribute__((noinline)) void product(int64_t rows, const T* a, int64_t stride,
 }
 
 // Scores of a strip: rows of A with a panel, times the last factor. Not inlined: this product must not melt into a difference that follows.
-template <class T, int VECTORS, bool BOUNDED>
+template <class T, int VECTORS>
 PK_INLINE void multiply_strip(int64_t rows, const T* a, int64_t stride, const T* panel, int64_t depth, T* c, int64_t c_stride,
                               const T* start, T last) {
-  constexpr End END = BOUNDED ? End::keep : End::scale;
-  product<T, Order::rows, END, VECTORS>(rows, a, stride, panel, VECTORS * LANES<T>, depth, c, c_stride, start, last);
+  product<T, Order::rows, End::scale, VECTORS>(rows, a, stride, panel, VECTORS * LANES<T>, depth, c, c_stride, start, last);
 }
 
 // --------------------------------------------------------------------------------------------------------------- panels
