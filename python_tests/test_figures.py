@@ -13,12 +13,15 @@ import torch
 
 pytest.importorskip("matplotlib", reason="figures need the extra protokernels[train]")
 
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.offsetbox import AnnotationBbox
+from matplotlib.transforms import Bbox
 
 from protokernels.figures import (
     embedding_pair,
     image_grid,
+    labelled_rows,
     loss_curves,
     reconstruction_rows,
     save_figure,
@@ -31,6 +34,20 @@ def pixels(path: Path) -> np.ndarray:
     assert picture.ndim == 3 and min(picture.shape[:2]) >= 150
     assert picture[..., :3].std() > 0.01, "the picture is blank"
     return picture
+
+
+def corners(figure: Figure) -> list[tuple[int, int]]:
+    """Of the images in a grid: first column, first row."""
+    (frames,) = figure.axes[0].collections
+    return [tuple((path.vertices.min(0) + 0.5).astype(int)) for path in frames.get_paths()]
+
+
+def tiles(figure: Figure) -> list[np.ndarray]:
+    """What a grid shows in each of its frames, [H, W, 3]."""
+    (frames,) = figure.axes[0].collections
+    picture = np.asarray(figure.axes[0].images[0].get_array())
+    ends = [(path.vertices.max(0) + 0.5).astype(int) for path in frames.get_paths()]
+    return [picture[y:last, x:right] for (x, y), (right, last) in zip(corners(figure), ends, strict=True)]
 
 
 class TestFiles:
@@ -46,24 +63,46 @@ class TestFiles:
 
 
 class TestGrids:
-    @pytest.mark.parametrize(("count", "channels"), [(1, 1), (40, 1), (13, 3)])
-    def test_grid(self, tmp_path: Path, count: int, channels: int) -> None:
-        images = torch.rand(count, channels, 16, 16)
-        figure = image_grid(images, title="t", captions=[str(i) for i in range(count)], faded=[True] * count)
+    @pytest.mark.parametrize(("count", "channels", "height"), [(1, 1, 16), (40, 1, 16), (13, 3, 24)])
+    def test_every_image_stands_in_its_place_below_its_caption(
+        self, tmp_path: Path, count: int, channels: int, height: int
+    ) -> None:
+        images = torch.rand(count, channels, height, 16)
+        captions = [f"image {i}" for i in range(count)]
+        figure = image_grid(images, title="t", captions=captions)
         pixels(save_figure(figure, tmp_path / "a.png"))
-        shown = [axes for axes in figure.axes if axes.images]
-        assert len(shown) == count and [axes.get_title() for axes in shown] == [str(i) for i in range(count)]
+        found = tiles(figure)
+        assert len(found) == count and [text.get_text() for text in figure.axes[0].texts] == captions
+        for image, tile in zip(images, found, strict=True):
+            np.testing.assert_array_equal(tile, image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        for (x, y), text in zip(corners(figure), figure.axes[0].texts, strict=True):
+            assert text.xy == (x + 7.5, y - 0.5)
+
+    def test_captions_do_not_touch_the_images(self) -> None:
+        figure = image_grid(torch.zeros(23, 1, 28, 28), title="t", captions=["gq|"] * 23)
+        figure.draw_without_rendering()
+        axes = figure.axes[0]
+        boxes = [text.get_window_extent() for text in axes.texts]
+        for x, y in corners(figure):
+            first, last = axes.transData.transform([(x, y + 28), (x + 28, y)])
+            assert not any(box.overlaps(Bbox([first + 0.5, last - 0.5])) for box in boxes)
 
     def test_grey_levels_are_absolute(self) -> None:
         """A dim image stays dim: every image is drawn from 0 (black) to 1 (white)."""
-        figure = image_grid(torch.full((2, 1, 8, 8), 0.2), title="t")
-        assert all(axes.images[0].get_clim() == (0, 1) for axes in figure.axes if axes.images)
+        first, second = tiles(image_grid(torch.full((2, 1, 8, 8), 0.2), title="t", faded=[False, True]))
+        np.testing.assert_allclose(first, 0.2)
+        np.testing.assert_allclose(second, 1 - 0.3 * 0.8)
 
     def test_reconstructions(self, tmp_path: Path) -> None:
         figure = reconstruction_rows(torch.zeros(5, 1, 8, 8), torch.ones(5, 1, 8, 8), title="t")
         pixels(save_figure(figure, tmp_path / "a.png"))
-        values = [float(np.mean(axes.images[0].get_array())) for axes in figure.axes]
-        assert values == [0.0] * 5 + [1.0] * 5
+        assert [float(tile.mean()) for tile in tiles(figure)] == [0.0] * 5 + [1.0] * 5
+        assert [text.get_text() for text in figure.axes[0].texts] == ["original", "reconstructed"]
+
+    @pytest.mark.parametrize("counts", [(), (0, 0), (2, 3)])
+    def test_rows_of_different_lengths_are_refused(self, counts: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match="rows and captions of one length, at least 1"):
+            labelled_rows([("row", torch.zeros(count, 1, 8, 8)) for count in counts], title="t")
 
 
 class TestCurvesAndHeatmap:

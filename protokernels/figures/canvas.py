@@ -42,13 +42,13 @@ def as_pixels(image: Tensor) -> np.ndarray:  # [C, H, W] in [0, 1] -> [H, W] or 
     return arranged
 
 
-def show_image(axes: Axes, image: Tensor, title: str = "", *, faded: bool = False, size: float = 7) -> None:
-    """One image without ticks; ``size`` is that of the title in points."""
-    axes.imshow(as_pixels(image), cmap="gray", vmin=0, vmax=1, alpha=0.3 if faded else 1.0, interpolation="nearest")
+def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
+    """One image without ticks."""
+    axes.imshow(as_pixels(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     if title:
-        axes.set_title(title, fontsize=size, pad=2)
+        axes.set_title(title, fontsize=7, pad=2)
 
 
 def class_colours(count: int) -> np.ndarray:  # [count, 4]

@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Images in rows and columns."""
+"""Images in rows and columns: one picture of all of them, since a hundred axes take seconds to draw."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from .canvas import new_figure, show_image
+from .canvas import as_pixels, new_figure
+
+_GAP = 0.06
+"""Between images, in widths of one."""
+_CAPTION = 0.2
+"""Height of a caption, likewise."""
 
 
 def image_grid(
@@ -23,16 +32,14 @@ def image_grid(
     count = len(images)
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
-    figure = new_figure(max(4.0, 0.85 * columns), (1.05 if captions else 0.85) * rows + 0.5)
+    tall = images.shape[-2] / images.shape[-1]
+    figure = new_figure(max(4.0, 0.85 * columns), 0.85 * rows * (tall + (_CAPTION if captions else 0)) + 0.4)
     figure.suptitle(title, fontsize=10)
-    grid = figure.subplots(rows, columns, squeeze=False)
     size = 6 if captions and max(map(len, captions)) > 10 else 7
-    for index, axes in enumerate(grid.flat):
-        if index >= count:
-            axes.axis("off")
-            continue
-        caption = captions[index] if captions else ""
-        show_image(axes, images[index], caption, faded=bool(faded and faded[index]), size=size)
+    tiles = [as_pixels(image) for image in images]
+    if faded is not None:
+        tiles = [1 - 0.3 * (1 - tile) if pale else tile for tile, pale in zip(tiles, faded, strict=True)]
+    _draw_tiles(figure.subplots(), tiles, columns, captions or (), size=size)
     return figure
 
 
@@ -43,30 +50,74 @@ def reconstruction_rows(
     title: str,
 ) -> Figure:
     """Originals above their reconstructions."""
-    count = len(originals)
-    figure = new_figure(max(4.0, 0.95 * count), 2.6)
-    figure.suptitle(title, fontsize=10)
-    grid = figure.subplots(2, count, squeeze=False)
-    for row, (label, images) in enumerate((("original", originals), ("reconstructed", reconstructions))):
-        for column in range(count):
-            show_image(grid[row, column], images[column])
-        grid[row, 0].set_ylabel(label, fontsize=8)
-    return figure
+    return labelled_rows([("original", originals), ("reconstructed", reconstructions)], title=title)
 
 
 def labelled_rows(
     rows: Sequence[tuple[str, Tensor]],  # name and [N, C, H, W] in [0, 1], the same N
     *,
     title: str,
-    captions: Sequence[str],
+    captions: Sequence[str] = (),
 ) -> Figure:
-    """One row per name, one column per image; ``captions`` stand above the columns."""
-    count = len(captions)
-    figure = new_figure(max(4.0, 0.95 * count), 1.0 * len(rows) + 0.7)
+    """One row per name, one column per image; ``captions``, if there are any, stand above the columns.
+
+    Raises:
+        ValueError: no row, no image, or rows or captions of different lengths.
+    """
+    lengths = {len(images) for _, images in rows} | ({len(captions)} if captions else set())
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"labelled_rows: expected rows and captions of one length, at least 1; got {sorted(lengths)}")
+    (count,) = lengths
+    tall = rows[0][1].shape[-2] / rows[0][1].shape[-1]
+    figure = new_figure(max(4.0, 0.95 * count), 0.95 * len(rows) * tall + (0.5 if captions else 0.4))
     figure.suptitle(title, fontsize=10)
-    grid = figure.subplots(len(rows), count, squeeze=False)
-    for index, (name, images) in enumerate(rows):
-        for column in range(count):
-            show_image(grid[index, column], images[column], captions[column] if index == 0 else "")
-        grid[index, 0].set_ylabel(name, fontsize=8)
+    axes = figure.subplots()
+    tiles = [as_pixels(image) for _, images in rows for image in images]
+    places = _draw_tiles(axes, tiles, count, captions, size=7)
+    for (name, _), place in zip(rows, places[::count], strict=True):
+        axes.text(-0.1 * place.get_width(), place.get_y() + place.get_height() / 2, name, fontsize=8,
+                  ha="right", va="center", rotation=90, multialignment="center")  # fmt: skip
     return figure
+
+
+def _draw_tiles(
+    axes: Axes,
+    tiles: Sequence[np.ndarray],  # [H, W] or [H, W, 3] each
+    columns: int,
+    captions: Sequence[str],
+    *,
+    size: float,
+) -> list[Rectangle]:
+    """Tiles in rows of ``columns``, framed, the first ones with captions of ``size`` points above them. The frames, in units of pixels."""
+    height, width = tiles[0].shape[:2]
+    gap = max(1, round(_GAP * width))
+    above = (
+        round(_CAPTION * width) if len(captions) > columns else 0
+    )  # those of the first row stand outside of the picture
+    down, right = height + gap + above, width + gap
+    rows = -(-len(tiles) // columns)
+    picture = np.ones((rows * down - gap - above, columns * right - gap, 3), dtype=np.float32)
+    frames = []
+    for index, tile in enumerate(tiles):
+        y, x = index // columns * down, index % columns * right
+        picture[y : y + height, x : x + width] = tile if tile.ndim == 3 else tile[..., None]
+        frames.append(Rectangle((x - 0.5, y - 0.5), width, height))
+    axes.imshow(picture, vmin=0, vmax=1, interpolation="nearest")
+    axes.add_collection(
+        PatchCollection(frames, facecolor="none", edgecolor="black", linewidth=0.6, clip_on=False), autolim=False
+    )
+    axes.set_axis_off()
+    axes.set_anchor("N")
+    for frame, caption in zip(frames, captions, strict=False):
+        place = frame.get_x() + width / 2, frame.get_y()
+        axes.annotate(
+            caption,
+            place,
+            (0, 2),
+            textcoords="offset points",
+            fontsize=size,
+            ha="center",
+            va="bottom",
+            annotation_clip=False,
+        )
+    return frames

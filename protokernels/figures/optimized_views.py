@@ -14,8 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..training import RunFolder
-from .canvas import class_colours, new_figure, save_figure, show_image
+from .canvas import class_colours, new_figure, save_figure
 from .curves import loss_curves
+from .grids import labelled_rows
 
 if TYPE_CHECKING:
     from ..papers._optimized_views_config import OptimizedViewsConfig
@@ -49,30 +50,13 @@ def draw(
     rows = {"X": images[0], "X_M": images[1], "again": images[2]}
     figures = {
         "losses": loss_curves(metrics, names, title=f"{name}: training, AUC in {split}"),
-        "views": view_rows(rows, captions, title=f"{name}: images and their transformed versions"),
+        "views": labelled_rows(
+            list(rows.items()), captions=captions, title=f"{name}: images and their transformed versions"
+        ),
     }
     if chosen:
         figures["parameters"] = parameter_histograms(chosen, title=f"{name}: parameters that M chooses in {split}")
     return [save_figure(figure, folder / "figures" / f"{key}.png") for key, figure in figures.items()]
-
-
-def view_rows(rows: Mapping[str, Tensor], captions: Sequence[str], *, title: str) -> Figure:
-    """A row per name, the same images in every row.
-
-    Raises:
-        ValueError: no row, no image, or rows of different lengths.
-    """
-    lengths = {len(row) for row in rows.values()}
-    if lengths != {len(captions)} or not captions:
-        raise ValueError(f"view_rows: expected rows of {len(captions)} images, at least one; got {sorted(lengths)}")
-    figure = new_figure(max(4.0, 0.95 * len(captions) + 0.9), 1.05 * len(rows) + 0.6)
-    figure.suptitle(title, fontsize=9)
-    grid = figure.subplots(len(rows), len(captions), squeeze=False)
-    for row, (name, images) in enumerate(rows.items()):
-        for column, image in enumerate(images):
-            show_image(grid[row, column], image, captions[column] if row == 0 else "")
-        grid[row, 0].set_ylabel(name.replace("+", "\n+ ").replace("-", "-\n"), fontsize=7)
-    return figure
 
 
 def auc_curves(

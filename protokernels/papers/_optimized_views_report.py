@@ -120,7 +120,7 @@ def compare_views(folders: Mapping[str, str | Path], *, data_root: str | Path | 
         folders: name -> run folder, all of one data set and image size.
         data_root: where the data lies.
     """
-    from ..figures.optimized_views import view_rows
+    from ..figures import labelled_rows
 
     rows: dict[str, Tensor] = {}
     captions: list[str] = []
@@ -132,7 +132,8 @@ def compare_views(folders: Mapping[str, str | Path], *, data_root: str | Path | 
         captions = captions or [dataset.class_names[label] for label in split.labels[indices]]
         rows = rows or {"X": x}
         rows[name] = example_views(model, x, derived_generator(0, "figures"))
-    return view_rows(rows, captions, title=f"{Path(config.data).stem}: X_M of several strategies")
+    lines = [(name.replace("+", "\n+ ").replace("-", "-\n"), images) for name, images in rows.items()]
+    return labelled_rows(lines, captions=captions, title=f"{Path(config.data).stem}: X_M of several strategies")
 
 
 def run_curves(folder: Path) -> list[list[tuple[int, float]]]:
