@@ -123,17 +123,19 @@ def run_jobs(
 
 
 def check_folders(jobs: Sequence[Job], *, keep_finished: bool = False) -> None:
-    """``RunFolderError`` where a folder holds a run of another paper, configuration or precision than its job's, or two
+    """``RunFolderError`` where a folder holds a run of another paper, configuration, precision or seed than its job's, or two
     jobs share one; with ``keep_finished``, finished runs may be others."""
     folders: dict[Path, Job] = {}
     for job in jobs:
         if job.folder in folders:
             raise RunFolderError(f"{folders[job.folder].name} and {job.name} would both lie in {job.folder}")
         folders[job.folder] = job
-        for folder in seed_folders(job):
+        several = [(job.folder, job.settings.seeds)] if job.settings.runs > 1 else []
+        single = [(folder, [seed]) for folder, seed in zip(seed_folders(job), job.settings.seeds, strict=True)]
+        for folder, seeds in several + single:
             if not (folder / "config.json").exists() or (keep_finished and read_finished(folder) is not None):
                 continue
-            pairs = differences(RunFolder(folder).config(), job)
+            pairs = differences(RunFolder(folder).config(), job, seeds)
             if pairs:
                 raise RunFolderError(
                     f"{folder} holds another run than {job.name} ({', '.join(pairs)}); choose another folder, or give "
@@ -141,11 +143,17 @@ def check_folders(jobs: Sequence[Job], *, keep_finished: bool = False) -> None:
                 )
 
 
-def differences(there: Mapping[str, Any], job: Job) -> list[str]:
-    """What a run's ``config.json`` has otherwise than ``job``; a field that is newer than the run has its default there."""
+def differences(there: Mapping[str, Any], job: Job, seeds: Sequence[int]) -> list[str]:
+    """What a run's ``config.json`` has otherwise than ``job`` with these seeds; a field that is newer than the run has its
+    default there."""
     before, config = completed(type(job.config), there.get("config", {})), as_record(job.config)
-    then = {"paper": there.get("paper"), "precision": there.get("precision"), **before}
-    now = {"paper": job.paper, "precision": job.settings.precision, **config}
+    seeds_there = there.get("seeds", [there.get("seed")])
+    then = {"paper": there.get("paper"), "precision": there.get("precision"), "seeds": seeds_there, **before}
+    return differing(then, {"paper": job.paper, "precision": job.settings.precision, "seeds": list(seeds), **config})
+
+
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Both values of every key that has two."""
     return [
         f"{key}: {then.get(key)!r} there, {now.get(key)!r} now"
         for key in dict.fromkeys((*now, *then))
@@ -162,7 +170,7 @@ def seed_folders(job: Job) -> list[Path]:
     """The run folders of a job, one per seed (see :mod:`protokernels.training.runs`)."""
     if job.settings.runs == 1:
         return [job.folder]
-    return [job.folder / f"seed-{job.settings.seed + index}" for index in range(job.settings.runs)]
+    return [job.folder / f"seed-{seed}" for seed in job.settings.seeds]
 
 
 def is_distributed() -> bool:

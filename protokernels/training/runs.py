@@ -46,6 +46,11 @@ class RunSettings:
                 f"RunSettings: runs must be at least 1 and seed at least 0; got {self.runs} and {self.seed}"
             )
 
+    @property
+    def seeds(self) -> list[int]:
+        """Of all runs."""
+        return list(range(self.seed, self.seed + self.runs))
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -132,7 +137,7 @@ def _train_seeds(
     epochs: int,
 ) -> None:
     """What :func:`train_runs` does in its folder."""
-    seeds = list(range(settings.seed, settings.seed + settings.runs))
+    seeds = settings.seeds
     if accelerator.is_main_process and len(seeds) > 1:
         RunFolder.create(folder, _as_json({**record, "seeds": seeds}), resume=settings.resume)
     for seed in seeds:
