@@ -18,6 +18,7 @@ pytest.importorskip("tyro", reason="the commands need the extra protokernels[tra
 
 from protokernels import __version__
 from protokernels.cli import main
+from protokernels.training.runs import RunSettings
 from python_tests import forks
 
 SMALL = ["--epochs", "1", "--batch-size", "200", "--num-prototypes", "12", "--image-size", "16", "--device", "cpu"]
@@ -89,6 +90,34 @@ class TestWords:
             assert main(words) == 1, words
             captured = capsys.readouterr()
             assert message in captured.err and "Traceback" not in captured.err and captured.out == ""
+
+    @pytest.mark.parametrize(
+        ("command", "words", "got"),
+        [
+            ("train vade", ["--seed", str(2**32)], "runs 1 from seed 4294967296"),
+            ("train vaesim", ["--seed", str(2**32 - 1), "--runs", "2"], "runs 2 from seed 4294967295"),
+            ("train vaesim", ["--seed", "9" * 30], f"runs 1 from seed {'9' * 30}"),
+            ("sweep vaesim", ["--seed", "-1"], "runs 1 from seed -1"),
+            ("ablate local-contrast", ["--runs", "0"], "runs 0 from seed 0"),
+            ("table optiml", ["--data", "digits", "--seed", str(2**32 - 1)], "runs 1 from seed 4294967296"),
+        ],
+    )
+    def test_seeds_that_nothing_takes(
+        self,
+        command: str,
+        words: list[str],
+        got: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit):
+            sys.exit(main([*command.split(), *words]))  # parsing words ends in a SystemExit of its own
+        said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+        assert f"every seed at least 0 and below 2**32; got {got}" in said and "Traceback" not in said
+        assert not list(tmp_path.iterdir())
+        assert RunSettings(seed=2**32 - 1).seeds == [2**32 - 1]
 
     def test_doctor_needs_no_extra_and_a_missing_extra_is_named(self, tmp_path: Path) -> None:
         """In a Python where nothing of the extra can be imported."""

@@ -41,9 +41,10 @@ class RunSettings:
     quiet: bool = False  # no progress output
 
     def __post_init__(self) -> None:
-        if self.runs < 1 or self.seed < 0:
+        if self.runs < 1 or self.seed < 0 or self.seed + self.runs > 2**32:  # more than scikit-learn takes
             raise ValueError(
-                f"RunSettings: runs must be at least 1 and seed at least 0; got {self.runs} and {self.seed}"
+                "RunSettings: runs must be at least 1, and every seed at least 0 and below 2**32; got "
+                f"runs {self.runs} from seed {self.seed}"
             )
 
     @property
