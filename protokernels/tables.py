@@ -17,6 +17,7 @@ import tyro
 
 from .ablations import with_shared_stages
 from .commands import find_paper, leave_processes, plain_warnings, with_underscores
+from .data.datasets import data_name
 from .papers import PAPERS
 from .results import (
     FinishedRun,
@@ -255,13 +256,13 @@ def check_options(described: PaperTable, options: TableOptions) -> None:
 def chosen_values(described: PaperTable, options: TableOptions) -> dict[str, list[Any]]:
     """Axis -> the values that are asked for; ``ValueError`` for an axis that the table does not have, or
     two lists of values of one."""
-    chosen: dict[str, list[Any]] = {"data": list(options.data), "preset": list(options.preset)}
+    chosen: dict[str, list[Any]] = {"data": [data_name(name) for name in options.data], "preset": list(options.preset)}
     for name, texts in named_values(options.only, "--only").items():
         if name not in described.axes:
             raise ValueError(
                 f"--only: unknown axis {name}; the table of {described.paper} has {', '.join(described.axes)}"
             )
-        kind = type(described.axes[name][0])
+        kind = data_name if name == "data" else type(described.axes[name][0])
         try:
             values = [kind(text) for text in texts]
         except ValueError:

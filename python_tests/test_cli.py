@@ -18,6 +18,9 @@ pytest.importorskip("tyro", reason="the commands need the extra protokernels[tra
 
 from protokernels import __version__
 from protokernels.cli import main
+from protokernels.commands import BASELINES, TrainOptions, find_paper, parse_options
+from protokernels.papers import PAPERS
+from protokernels.tables import TableOptions, chosen_values, table_of
 from protokernels.training.runs import RunSettings
 from python_tests import forks
 
@@ -47,6 +50,20 @@ class TestWords:
         assert main(["--version"]) == 0
         assert capsys.readouterr().out.strip() == __version__
         assert main([]) == 2
+
+    def test_capitals_of_a_data_set_make_no_difference(self) -> None:
+        names = {name: "digits" for name in (*PAPERS, *BASELINES) if name != "local_contrast"}
+        for name, small in {**names, "vaesim": "pneumoniamnist_64", "local_contrast": "mmwhs"}.items():
+            paper = find_paper(name)
+            for command in ("train", "sweep", "ablate"):
+                config = parse_options([name, "--data", small.upper()], paper, command, TrainOptions())[-1]
+                assert config == paper.CONFIG.preset("fair", data=small) and config.data == small
+            assert paper.CONFIG.preset("fair", data="Data/Mine.npz").data == "Data/Mine.npz"
+        for options in (
+            TableOptions(data=("DIGITS", "Data/Mine.npz")),
+            TableOptions(only=("data=DIGITS,Data/Mine.npz",)),
+        ):
+            assert chosen_values(table_of("vaesim"), options) == {"data": ["digits", "Data/Mine.npz"]}
 
     def test_help_of_train_shows_the_presets_values(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:
