@@ -88,6 +88,19 @@ class TestOtherData:
         save(tmp_path / "made.npz", arrays())
         assert vaesim.evaluate(tmp_path / "run")["complete"]
 
+    def test_a_finished_run_is_not_shown_nor_drawn_on_it(self, config: VAESimConfig, tmp_path: Path) -> None:
+        vaesim.train(config, tmp_path / "run", figures=False, settings=SETTINGS)
+        save(tmp_path / "made.npz", arrays(seed=1))
+        for work in (
+            lambda: vaesim.train(config, tmp_path / "run", figures=False, settings=replace(SETTINGS, resume=True)),
+            lambda: vaesim.draw_figures(tmp_path / "run"),
+        ):
+            with pytest.raises(RunFolderError, match=r"was begun with other data: made\.npz has md5 .*, then "):
+                work()
+        assert not (tmp_path / "run" / "figures").exists()
+        save(tmp_path / "made.npz", arrays())
+        assert vaesim.draw_figures(tmp_path / "run")
+
 
 class TestSeeds:
     def test_those_that_are_done_can_be_read(self, config: VAESimConfig, tmp_path: Path) -> None:
@@ -124,8 +137,8 @@ class TestSweeps:
     def test_a_point_of_a_list_is_found_again(self, config: VAESimConfig, tmp_path: Path) -> None:
         head = {"paper": "vaesim", "config": json.loads(json.dumps(config.record())), "precision": "fp32"}
         for score in (1, 2):
-            points = [{"values": {"order": ("blur", "rotate"), "rate": 0.5}, "score": score}]
-            note(tmp_path, VAESimConfig, head, points)
+            points = [{"values": {"order": ("blur", "rotate"), "rate": 0.5}, "score": score, "seeds": [0]}]
+            note(tmp_path, VAESimConfig, head, [0], points)
         assert [point["score"] for point in json.loads((tmp_path / SUMMARY).read_text())["points"]] == [2]
 
 

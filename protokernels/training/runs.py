@@ -145,11 +145,11 @@ def _train_seeds(
         run = RunFolder(folder if len(seeds) == 1 else folder / f"seed-{seed}")
         if accelerator.is_main_process:
             RunFolder.create(run.path, _as_json({**record, "seed": seed}), resume=settings.resume)
+            check_same_data(run, provenance)
         accelerator.wait_for_everyone()
         if (run.results() or {}).get("complete"):
             continue
         if accelerator.is_main_process:
-            check_same_data(run, provenance)
             run.write_environment(
                 device=str(accelerator.device), precision=settings.precision, data=_as_json(provenance)
             )
