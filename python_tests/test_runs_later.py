@@ -18,6 +18,7 @@ from protokernels.papers import contrastive_autoencoder, vaesim
 from protokernels.papers.vaesim import VAESimConfig
 from protokernels.sweeps import SUMMARY, note
 from protokernels.training import RunFolderError, next_free_folder
+from protokernels.training.report import results_table
 from protokernels.training.runs import RunSettings, load_runs, read_summary
 from python_tests.data_files import save
 
@@ -115,7 +116,11 @@ class TestSeeds:
         assert [run.path.name for run in load_runs(tmp_path / "run")] == ["seed-0", "seed-1"]
         for results in (read_summary(tmp_path / "run"), vaesim.evaluate(tmp_path / "run")):
             assert results["seeds"] == [0] and results["number_of_runs"] == 1 and not results["complete"]
+            shown = str(results_table(results, {}).caption)
+            assert shown.endswith("NOT FINISHED: 2 of 3 runs: those of seeds 1, 2") and "epoch" not in shown
         assert vaesim.draw_figures(tmp_path / "run")
+        results = vaesim.train(short, tmp_path / "run", figures=False, settings=replace(SETTINGS, runs=3, resume=True))
+        assert results["complete"] and "NOT FINISHED" not in str(results_table(results, {}).caption)
 
     def test_none_has_been_begun(self, config: VAESimConfig, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"paper": "vaesim", "seeds": [0, 1]}))

@@ -206,22 +206,25 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     """Mean and standard deviation over the runs in ``folder`` that have results.
 
     Returns:
-        The first run's results with ``"splits"`` replaced by the summary (see :func:`summarize_runs`), ``"seeds"`` and
-        ``"number_of_runs"``.
+        The first run's results with ``"splits"`` replaced by the summary (see :func:`summarize_runs`), ``"seeds"``,
+        ``"number_of_runs"`` and, with several seeds, ``"unfinished_seeds"``.
     """
     runs = load_runs(folder)
-    number = len(RunFolder(folder).config().get("seeds") or runs)
+    asked = RunFolder(folder).config().get("seeds")
     results = [(run.config()["seed"], result) for run in runs if (result := run.results()) is not None]
     if not results:
         raise FileNotFoundError(f"{folder} has no results yet; continue the run with --resume")
     first = {
         key: value for key, value in results[0][1].items() if key not in ("seed", "splits", "seconds_since_resume")
     }
+    done = [seed for seed, result in results if result["complete"]]
+    unfinished = [seed for seed in asked or [runs[0].config()["seed"]] if seed not in done]
     return {
         **first,
         "seeds": [seed for seed, _ in results],
         "number_of_runs": len(results),
-        "complete": all(result["complete"] for _, result in results) and len(results) == number,
+        "complete": not unfinished,
+        **({"unfinished_seeds": unfinished} if asked else {}),
         "splits": summarize_runs([result["splits"] for _, result in results]),
     }
 
