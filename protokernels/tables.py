@@ -32,7 +32,7 @@ from .results import (
     run_jobs,
     update_rows,
 )
-from .results.fields import changed, completed, field_name, field_value, named_values
+from .results.fields import as_record, changed, completed, field_name, field_value, named_values
 from .results.finished import find_finished
 from .results.jobs import is_finished, is_main_process
 from .training import RunFolderError
@@ -352,6 +352,13 @@ def job_of(described: PaperTable, values: Values, seed: int, folder: Path, optio
         seed=seed, resume=True, precision=options.precision, device=options.device, quiet=options.quiet
     )
     place = described.folder(values, seed)
+    row = described.identity(FinishedRun(place, {"paper": recipe.module, "config": as_record(config), "seed": seed}))
+    for axis, value in values.items():
+        if axis in values_set or row.get(axis, value) != value:
+            raise ValueError(
+                f"--set: {' '.join(options.set)} makes the row of {axis} {value} that of {values_set.get(axis, row.get(axis))}; leave "
+                f"that out, and choose rows by --only {axis}=VALUE,VALUE"
+            )
     return Job(str(place), recipe.module, module, config, folder / place, settings)
 
 

@@ -100,6 +100,38 @@ class TestCommand:
         pixels = {"preset": ["pixels"], "data": ["digits"]}
         assert not train_missing(described, tmp_path, pixels, TableOptions()).failed
 
+    @pytest.mark.parametrize(
+        ("paper", "data", "words", "message"),
+        [
+            (
+                "optimized-views",
+                "digits",
+                ["strategy=simclr"],
+                r"strategy=simclr makes the row of strategy .* that of simclr",
+            ),
+            ("local-contrast", "phantoms", ["width=4", "fold=2"], "width=4 fold=2 makes the row of fold 0 that of 2"),
+            (
+                "local-contrast",
+                "phantoms",
+                ["method=global"],
+                "method=global makes the row of method random that of global",
+            ),
+            ("local-contrast", "phantoms", ["labelled=0.2"], "makes the row of labelled 0.05 that of 0.2"),
+            (
+                "contrastive-autoencoder",
+                "digits",
+                ["warmup_epochs=0"],
+                "makes the row of preset fair that of untrained",
+            ),
+        ],
+    )
+    def test_what_makes_the_rows_cannot_be_set(
+        self, paper: str, data: str, words: list[str], message: str, run: Run, tmp_path: Path
+    ) -> None:
+        status, out, err = run(paper, "--data", data, "--folder", tmp_path, "--device", "cpu", "--set", *words)
+        assert status == 1 and re.search(f"--set: .*{message}.*; leave that out, and choose rows by --only", err)
+        assert out == "" and not list(tmp_path.iterdir())
+
     def test_values_are_set_together(self, tmp_path: Path) -> None:
         described, options = table_of("vaesim"), TableOptions(data=("digits",), set=("batch_size=8", "prototypes=6"))
         values = described.combinations(chosen_values(described, options))[0]
