@@ -35,6 +35,7 @@ from .results import (
 from .results.fields import as_record, changed, completed, field_name, field_value, named_values
 from .results.finished import find_finished
 from .results.jobs import is_finished, is_main_process
+from .results.tables import is_rendered
 from .training import RunFolderError
 from .training.files import check_target, exclusive, read_json, write_bytes, write_json
 from .training.runs import RunSettings
@@ -83,7 +84,7 @@ class TableOptions:
     format: Format = "text"
     """How the table is written."""
     out: Path | None = None
-    """File for the table; default: the screen."""
+    """File for the table, a new one or that of an earlier table; default: the screen."""
     figures: Path | None = None
     """Folder for pictures of several rows side by side; nothing is drawn without it."""
 
@@ -238,6 +239,8 @@ def check_options(described: PaperTable, options: TableOptions) -> None:
     for path in (options.results, options.out):
         if path is not None:
             check_target(path, makes_folder=True)
+    if options.out is not None:
+        check_out(options.out, [path for path in (*options.sources, options.results) if path is not None])
     if options.set and options.sources:
         raise ValueError(
             "--set changes what is trained; with results files or folders nothing is trained, leave it out"
@@ -251,6 +254,17 @@ def check_options(described: PaperTable, options: TableOptions) -> None:
         )
     if options.figures is not None and options.sources and all(source.suffix == ".json" for source in options.sources):
         raise ValueError("--figures: name the folders that hold the runs; a results file has no weights")
+
+
+def check_out(out: Path, others: Sequence[Path]) -> None:
+    """``ValueError`` where ``out`` is one of the other files, or a file that holds no table of an earlier call."""
+    if out.resolve() in [path.resolve() for path in others]:
+        raise ValueError(f"--out {out} is also what the rows are read from or kept in; pass another name for the table")
+    if not out.exists():
+        return
+    text = out.read_bytes().decode(errors="replace")
+    if text.strip() and not is_rendered(text):
+        raise ValueError(f"--out {out} holds something else than a table of `protokernels table`; pass another name")
 
 
 def chosen_values(described: PaperTable, options: TableOptions) -> dict[str, list[Any]]:
