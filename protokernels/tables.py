@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .ablations import with_shared_stages
-from .commands import find_paper, leave_processes, plain_warnings, with_underscores
+from .commands import find_paper, leave_processes, plain_warnings, with_repeats_joined, with_underscores
 from .data.datasets import data_name
 from .papers import PAPERS
 from .results import (
@@ -108,7 +108,7 @@ def table(words: list[str]) -> int:
         axes += "".join(f"; of {data}, {name}: {', '.join(map(str, values))}" for name, values in others.items())
     options = tyro.cli(
         TableOptions,
-        args=words[1:],
+        args=with_repeats_joined(words[1:], TableOptions),
         prog=f"protokernels table {words[0]}",
         description=(
             f"Trains or collects what the table of {words[0]} lacks, {described.runs} seeds each, and prints it beside the "

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from protokernels import __version__
 from protokernels.cli import main
 from protokernels.commands import BASELINES, TrainOptions, find_paper, parse_options
 from protokernels.papers import PAPERS
+from protokernels.sweeps import SweepOptions
 from protokernels.tables import TableOptions, chosen_values, table_of
 from protokernels.training.runs import RunSettings
 from python_tests import forks
@@ -64,6 +66,44 @@ class TestWords:
             TableOptions(only=("data=DIGITS,Data/Mine.npz",)),
         ):
             assert chosen_values(table_of("vaesim"), options) == {"data": ["digits", "Data/Mine.npz"]}
+
+    def test_a_list_may_be_given_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def parsed(name: str, files: TrainOptions, *words: str) -> tuple[Any, Any]:
+            options, _, config = parse_options([name, *words], find_paper(name), "sweep", files)
+            return options, config
+
+        for words in (
+            ["--over", "a=1", "b=2", "--grid", "--over", "c=3", "--epochs", "2"],
+            ["--over=a=1", "--epochs", "2", "--over", "b=2", "c=3", "--grid"],
+        ):
+            options, config = parsed("vaesim", SweepOptions(), *words)
+            assert options.over == ("a=1", "b=2", "c=3") and options.grid and config.epochs == 2
+        assert parsed("vaesim", SweepOptions())[0].over == () == parsed("vaesim", SweepOptions(), "--over")[0].over
+        for hidden in (["--hidden", "8", "9", "--hidden", "7"], ["--hidden=8", "9", "--knn_k", "3", "--hidden", "7"]):
+            assert parsed("vade", TrainOptions(), *hidden)[1].hidden == (8, 9, 7)
+        range_of_two = (
+            "--augment-scale",
+            "1",
+            "2",
+            "--augment_scale",
+            "0.5",
+            "3",
+        )  # a pair: the last one, as of a number
+        assert parsed("local_contrast", TrainOptions(), *range_of_two)[1].augment_scale == (0.5, 3)
+
+        seen: list[TableOptions] = []
+        monkeypatch.setattr("protokernels.tables.run_table", lambda described, options: seen.append(options) or 0)
+        words = ["runs/a", "b.json", "--data", "x", "--only", "paper=vade", "--add", "--set", "a=1", "--set=b=2"]
+        assert main(["table", "vaesim", *words, "--data", "y", "--only", "preset=fair", "--preset=fair"]) == 0
+        expected = TableOptions(
+            sources=(Path("runs/a"), Path("b.json")),
+            data=("x", "y"),
+            only=("paper=vade", "preset=fair"),
+            set=("a=1", "b=2"),
+            preset=("fair",),
+            add=True,
+        )
+        assert seen == [expected]
 
     def test_help_of_train_shows_the_presets_values(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:
