@@ -22,6 +22,7 @@ from .baselines import BASELINES as SELF_SUPERVISED
 from .baselines import CLUSTERING_BASELINES, RESNET18_BASELINES
 from .papers import PAPERS
 from .training import RunFolder
+from .training.files import WriteError
 from .training.report import results_table
 from .training.runs import RunSettings
 
@@ -77,6 +78,8 @@ def train(words: list[str]) -> int:
             figures=options.figures,
             settings=settings,
         )
+    except WriteError as error:
+        raise WriteError(f"{error}; then the same command with --resume goes on from the last checkpoint") from error
     finally:
         leave_processes()
     if results:  # the main process

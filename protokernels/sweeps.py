@@ -24,7 +24,7 @@ from .results.scores import main_scores
 from .tables import papers_with_a_table, table_of
 from .training import RunFolderError
 from .training.files import exclusive, read_json, write_json
-from .training.runs import RunSettings
+from .training.runs import RunSettings, resuming
 
 SUMMARY = "sweep.json"
 BASE = "base"  # folder of the configuration that all start from, where a value is its own
@@ -234,6 +234,7 @@ def run_sweep(
         list(jobs.values()),
         data_root=options.data_root,
         download=options.download,
+        again=resuming(folder),
         after=after,
     )
     return folder, outcome

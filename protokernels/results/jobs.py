@@ -15,6 +15,7 @@ from ..training.files import exclusive
 from ..training.lost_processes import ProcessLostError
 from ..training.run_folder import RunFolder, RunFolderError
 from ..training.runs import RunSettings, read_summary
+from ..training.session import Interrupted
 from .fields import as_record, completed
 from .finished import read_finished
 
@@ -39,6 +40,7 @@ class Outcome:
 
     failed: dict[str, str] = field(default_factory=dict)  # name -> what went wrong
     busy: list[str] = field(default_factory=list)  # another process is at them
+    again: str = "run the same command again"
 
     def report(self) -> None:
         """Says it on stderr, a line per reason."""
@@ -48,7 +50,7 @@ class Outcome:
             names = [name for name, other in self.failed.items() if other == message]
             print(f"not finished: {', '.join(names)}: {message}", file=sys.stderr)
         if self.failed:
-            print("run the same command again to continue", file=sys.stderr)
+            print(f"{self.again} to continue", file=sys.stderr)
         if self.busy:
             print(f"left to another process: {', '.join(self.busy)}", file=sys.stderr)
 
@@ -60,6 +62,7 @@ def run_jobs(
     download: bool = False,
     figures: bool = False,
     keep_finished: bool = False,
+    again: str = Outcome.again,
     dataset_of: Callable[[Any], tuple[Hashable, Callable[[], Any]]] | None = None,
     after: Callable[[Job, dict[str, Any]], None] = lambda job, results: None,
 ) -> Outcome:
@@ -74,6 +77,7 @@ def run_jobs(
         download: fetch data that is not there.
         figures: draw pictures of every run.
         keep_finished: take finished runs as they are, also those of another configuration.
+        again: how the command that these are the jobs of is continued.
         dataset_of: configuration -> what its data depends on, and how it is loaded; data of equal keys is loaded once
             and given to ``train`` as ``dataset``. Default: every run loads its own.
         after: called with every job that is finished now, and what its ``train`` returns.
@@ -82,7 +86,7 @@ def run_jobs(
         RunFolderError: before anything is trained: a folder holds another configuration than its job's.
     """
     check_folders(jobs, keep_finished=keep_finished)
-    outcome = Outcome()
+    outcome = Outcome(again=again)
     loaded: tuple[Hashable, Any] | None = None
     for job in jobs:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +118,8 @@ def run_jobs(
                     )
             except ProcessLostError:  # stops all
                 raise
+            except Interrupted as stop:
+                raise Interrupted(f"{job.name}: {stop.done}", f"{again} to continue", stop.signal_number) from stop
             except _STOPS_ONE as error:
                 outcome.failed[job.name] = str(error) or type(error).__name__
                 continue

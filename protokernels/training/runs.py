@@ -8,6 +8,8 @@ own ``results.json``.
 from __future__ import annotations
 
 import json
+import shlex
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +22,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .files import WriteError
 from .lost_processes import losses_told
 from .run_folder import RunFolder, RunFolderError, next_free_folder, sole_user
-from .session import Plan, Precision, Session, make_accelerator, preferred_layout
+from .session import Interrupted, Plan, Precision, Session, make_accelerator, preferred_layout
 from .summary import summarize_runs
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -117,15 +118,16 @@ def train_runs(
     with losses_told(folder), sole_user(folder, wanted=accelerator.is_main_process):
         try:
             _train_seeds(folder, record, run_one, accelerator, settings, provenance, epochs)
+        except Interrupted:
+            raise
         except KeyboardInterrupt as stop:
-            if str(stop):
-                raise
-            raise KeyboardInterrupt(f"stopped; the same command with --resume --out {folder} goes on") from stop
-        except WriteError as error:
-            raise WriteError(
-                f"{error}; then the same command with --resume goes on from the last checkpoint"
-            ) from error
+            raise Interrupted("stopped", f"{resuming(folder)} to continue", signal.SIGINT) from stop
         return {**write_summary(folder), "folder": str(folder)} if accelerator.is_main_process else {}
+
+
+def resuming(folder: Path) -> str:
+    """How a command that has --resume is continued in its folder."""
+    return f"run the same command again with --resume --out {shlex.quote(str(folder))}"
 
 
 def _train_seeds(
