@@ -76,7 +76,7 @@ def sweep(words: list[str]) -> int:
     more = f"Swept unless --over says otherwise: {listed}." if default else ""
     options, settings, config = parse_options(words, paper, "sweep", SweepOptions(), more)
     check = described.check if described else lambda config: None
-    if "--over" in words and not options.over:
+    if any(word == "--over" and after[:2] in ("", "--") for word, after in zip(words, [*words[1:], ""], strict=True)):
         raise ValueError("--over takes FIELD=VALUE,VALUE ...; got nothing; leave it out for the paper's own sweep")
     try:
         if options.over:
