@@ -14,7 +14,7 @@ from rich.table import Table
 from .results import Job, Outcome, run_jobs
 from .training import RunFolderError, next_free_folder
 from .training.files import exclusive, read_json, write_json
-from .training.runs import RunSettings
+from .training.runs import RunSettings, resuming
 
 SUMMARY = "ablations.json"
 
@@ -67,7 +67,9 @@ def run_ablations(
             write_json(folder / SUMMARY, {**before, job.name: entry})
 
     jobs = [Job(ablation, name, paper, changed, folder / ablation, settings) for ablation, changed in changes.items()]
-    outcome = run_jobs(jobs, data_root=data_root, download=download, figures=figures, after=after)
+    outcome = run_jobs(
+        jobs, data_root=data_root, download=download, figures=figures, again=resuming(folder), after=after
+    )
     if figures and results:
         getattr(paper, "draw_ablations", draw_ablations)(results, folder)
     return results, folder, outcome

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch.distributed as dist
 import tyro
@@ -22,6 +22,7 @@ from .baselines import BASELINES as SELF_SUPERVISED
 from .baselines import CLUSTERING_BASELINES, RESNET18_BASELINES
 from .papers import PAPERS
 from .training import RunFolder
+from .training.files import WriteError
 from .training.report import results_table
 from .training.runs import RunSettings
 
@@ -77,6 +78,8 @@ def train(words: list[str]) -> int:
             figures=options.figures,
             settings=settings,
         )
+    except WriteError as error:
+        raise WriteError(f"{error}; then the same command with --resume goes on from the last checkpoint") from error
     finally:
         leave_processes()
     if results:  # the main process
@@ -151,7 +154,7 @@ def parse_options(
     )
     parsed: Any = tyro.cli(
         all_options,
-        args=rest,
+        args=with_repeats_joined(rest, *(kind for _, kind, _ in parts)),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         prog=f"protokernels {command} {name}",
         description=(
@@ -167,6 +170,26 @@ def parse_options(
 def with_underscores(words: list[str]) -> list[str]:
     """``local-contrast`` as well as ``local_contrast``."""
     return [words[0].replace("-", "_"), *words[1:]] if words and not words[0].startswith("-") else words
+
+
+def with_repeats_joined(words: list[str], *kinds: type) -> list[str]:
+    """``--over a --over b`` as ``--over a b``, for every field of the dataclasses ``kinds`` that takes any number of values: the
+    parser would keep the last one alone."""
+    hints = [hint for kind in kinds for hint in get_type_hints(kind).items()]
+    many = {name.replace("_", "-") for name, hint in hints if get_origin(hint) is tuple and Ellipsis in get_args(hint)}
+    lists: dict[str, list[str]] = {}
+    rest: list[str] = []
+    values = rest  # where the next word belongs
+    for word in words:
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("_", "-")
+        if word.startswith("--") and name in many:
+            values = lists.setdefault(f"--{name}", [])
+            values += [value] if equals else []
+        else:
+            values = rest if word.startswith("--") else values
+            values.append(word)
+    return [*rest, *(word for option, each in lists.items() for word in (option, *each))]
 
 
 def name_unknown(command: str, words: list[str], kind: str, known: Sequence[str]) -> None:

@@ -19,12 +19,12 @@ from .commands import BASELINES, TrainOptions, find_paper, leave_processes, pars
 from .papers import PAPERS
 from .results import Format, Job, Outcome, ResultTable, Row, Score, rendered, run_jobs
 from .results.fields import as_record, changed, completed, field_name, field_value, named_values
-from .results.jobs import is_main_process
+from .results.jobs import differing, is_main_process
 from .results.scores import main_scores
 from .tables import papers_with_a_table, table_of
 from .training import RunFolderError
 from .training.files import exclusive, read_json, write_json
-from .training.runs import RunSettings
+from .training.runs import RunSettings, resuming
 
 SUMMARY = "sweep.json"
 BASE = "base"  # folder of the configuration that all start from, where a value is its own
@@ -76,7 +76,7 @@ def sweep(words: list[str]) -> int:
     more = f"Swept unless --over says otherwise: {listed}." if default else ""
     options, settings, config = parse_options(words, paper, "sweep", SweepOptions(), more)
     check = described.check if described else lambda config: None
-    if "--over" in words and not options.over:
+    if any(word == "--over" and after[:2] in ("", "--") for word, after in zip(words, [*words[1:], ""], strict=True)):
         raise ValueError("--over takes FIELD=VALUE,VALUE ...; got nothing; leave it out for the paper's own sweep")
     try:
         if options.over:
@@ -207,7 +207,7 @@ def run_sweep(
 
     Raises:
         RunFolderError: the folder holds a sweep, and ``settings.resume`` is false or the sweep starts from another
-            configuration.
+            configuration, or has points of other seeds.
     """
     folder = new_folder(options.out, name, config, "sweep", SUMMARY, resume=settings.resume)
     head = {"paper": name, "data": config.data, "preset": config.preset_name, "config": as_record(config)}
@@ -219,7 +219,8 @@ def run_sweep(
         own = replace(shared, **point.values)
         jobs.setdefault(point.folder, Job(point.folder, name, paper, own, place, settings))
     folder.mkdir(parents=True, exist_ok=True)
-    note(folder, paper.CONFIG, head, [])  # another configuration is noticed before anything is trained
+    seeds = settings.seeds
+    note(folder, paper.CONFIG, head, seeds, [])  # another configuration is noticed before anything is trained
 
     def after(job: Job, results: dict[str, Any]) -> None:
         kept = {key: results[key] for key in ("seeds", "complete", "splits")}
@@ -227,19 +228,22 @@ def run_sweep(
         found = [
             {"values": dict(point.values), "folder": job.name, **kept} for point in points if point.folder == job.name
         ]
-        note(folder, paper.CONFIG, head, found)
+        note(folder, paper.CONFIG, head, seeds, found)
 
     outcome = run_jobs(
         list(jobs.values()),
         data_root=options.data_root,
         download=options.download,
+        again=resuming(folder),
         after=after,
     )
     return folder, outcome
 
 
-def note(folder: Path, kind: Any, head: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> None:
-    """Adds finished points to ``sweep.json``, in the place of those of the same values.
+def note(
+    folder: Path, kind: Any, head: Mapping[str, Any], seeds: list[int], points: Sequence[Mapping[str, Any]]
+) -> None:
+    """Adds finished points of these seeds to ``sweep.json``, in the place of those of the same values.
 
     Raises:
         RunFolderError: it is the file of another sweep.
@@ -249,13 +253,14 @@ def note(folder: Path, kind: Any, head: Mapping[str, Any], points: Sequence[Mapp
     path = folder / SUMMARY
     with exclusive(folder / f"{SUMMARY}.lock"):
         before = read_json(path) if path.exists() else {**head, "points": []}
-        then, now = completed(kind, before["config"]), head["config"]
-        differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-        differing += ["precision"] if before["precision"] != head["precision"] else []
-        if before["paper"] != head["paper"] or differing:
+        then = {**completed(kind, before["config"]), "precision": before["precision"]}
+        now = {**head["config"], "precision": head["precision"], "seeds": seeds}
+        others = [point["seeds"] for point in before["points"] if point["seeds"] != seeds]
+        pairs = differing({**then, "seeds": next(iter(others), seeds)}, now)
+        if before["paper"] != head["paper"] or pairs:
             raise RunFolderError(
                 f"{folder} holds a sweep of {before['paper']} that starts from another configuration "
-                f"({', '.join(differing)}); choose another --out, or give the options that it was started with"
+                f"({', '.join(pairs)}); choose another --out, or give the options that it was started with"
             )
         kept = {
             json.dumps(point["values"], sort_keys=True, default=str): point for point in [*before["points"], *points]

@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .ablations import with_shared_stages
-from .commands import find_paper, leave_processes, plain_warnings, with_underscores
+from .commands import find_paper, leave_processes, plain_warnings, with_repeats_joined, with_underscores
+from .data.datasets import data_name
 from .papers import PAPERS
 from .results import (
     FinishedRun,
@@ -31,9 +32,10 @@ from .results import (
     run_jobs,
     update_rows,
 )
-from .results.fields import changed, completed, field_name, field_value, named_values
+from .results.fields import as_record, changed, completed, field_name, field_value, named_values
 from .results.finished import find_finished
 from .results.jobs import is_finished, is_main_process
+from .results.tables import is_rendered
 from .training import RunFolderError
 from .training.files import check_target, exclusive, read_json, write_bytes, write_json
 from .training.runs import RunSettings
@@ -82,7 +84,7 @@ class TableOptions:
     format: Format = "text"
     """How the table is written."""
     out: Path | None = None
-    """File for the table; default: the screen."""
+    """File for the table, a new one or that of an earlier table; default: the screen."""
     figures: Path | None = None
     """Folder for pictures of several rows side by side; nothing is drawn without it."""
 
@@ -106,7 +108,7 @@ def table(words: list[str]) -> int:
         axes += "".join(f"; of {data}, {name}: {', '.join(map(str, values))}" for name, values in others.items())
     options = tyro.cli(
         TableOptions,
-        args=words[1:],
+        args=with_repeats_joined(words[1:], TableOptions),
         prog=f"protokernels table {words[0]}",
         description=(
             f"Trains or collects what the table of {words[0]} lacks, {described.runs} seeds each, and prints it beside the "
@@ -237,6 +239,8 @@ def check_options(described: PaperTable, options: TableOptions) -> None:
     for path in (options.results, options.out):
         if path is not None:
             check_target(path, makes_folder=True)
+    if options.out is not None:
+        check_out(options.out, [path for path in (*options.sources, options.results) if path is not None])
     if options.set and options.sources:
         raise ValueError(
             "--set changes what is trained; with results files or folders nothing is trained, leave it out"
@@ -252,16 +256,27 @@ def check_options(described: PaperTable, options: TableOptions) -> None:
         raise ValueError("--figures: name the folders that hold the runs; a results file has no weights")
 
 
+def check_out(out: Path, others: Sequence[Path]) -> None:
+    """``ValueError`` where ``out`` is one of the other files, or a file that holds no table of an earlier call."""
+    if out.resolve() in [path.resolve() for path in others]:
+        raise ValueError(f"--out {out} is also what the rows are read from or kept in; pass another name for the table")
+    if not out.exists():
+        return
+    text = out.read_bytes().decode(errors="replace")
+    if text.strip() and not is_rendered(text):
+        raise ValueError(f"--out {out} holds something else than a table of `protokernels table`; pass another name")
+
+
 def chosen_values(described: PaperTable, options: TableOptions) -> dict[str, list[Any]]:
     """Axis -> the values that are asked for; ``ValueError`` for an axis that the table does not have, or
     two lists of values of one."""
-    chosen: dict[str, list[Any]] = {"data": list(options.data), "preset": list(options.preset)}
+    chosen: dict[str, list[Any]] = {"data": [data_name(name) for name in options.data], "preset": list(options.preset)}
     for name, texts in named_values(options.only, "--only").items():
         if name not in described.axes:
             raise ValueError(
                 f"--only: unknown axis {name}; the table of {described.paper} has {', '.join(described.axes)}"
             )
-        kind = type(described.axes[name][0])
+        kind = data_name if name == "data" else type(described.axes[name][0])
         try:
             values = [kind(text) for text in texts]
         except ValueError:
@@ -351,6 +366,13 @@ def job_of(described: PaperTable, values: Values, seed: int, folder: Path, optio
         seed=seed, resume=True, precision=options.precision, device=options.device, quiet=options.quiet
     )
     place = described.folder(values, seed)
+    row = described.identity(FinishedRun(place, {"paper": recipe.module, "config": as_record(config), "seed": seed}))
+    for axis, value in values.items():
+        if axis in values_set or row.get(axis, value) != value:
+            raise ValueError(
+                f"--set: {' '.join(options.set)} makes the row of {axis} {value} that of {values_set.get(axis, row.get(axis))}; leave "
+                f"that out, and choose rows by --only {axis}=VALUE,VALUE"
+            )
     return Job(str(place), recipe.module, module, config, folder / place, settings)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,11 @@ pytest.importorskip("tyro", reason="the commands need the extra protokernels[tra
 
 from protokernels import __version__
 from protokernels.cli import main
+from protokernels.commands import BASELINES, TrainOptions, find_paper, parse_options
+from protokernels.papers import PAPERS
+from protokernels.sweeps import SweepOptions
+from protokernels.tables import TableOptions, chosen_values, table_of
+from protokernels.training.runs import RunSettings
 from python_tests import forks
 
 SMALL = ["--epochs", "1", "--batch-size", "200", "--num-prototypes", "12", "--image-size", "16", "--device", "cpu"]
@@ -46,6 +52,58 @@ class TestWords:
         assert main(["--version"]) == 0
         assert capsys.readouterr().out.strip() == __version__
         assert main([]) == 2
+
+    def test_capitals_of_a_data_set_make_no_difference(self) -> None:
+        names = {name: "digits" for name in (*PAPERS, *BASELINES) if name != "local_contrast"}
+        for name, small in {**names, "vaesim": "pneumoniamnist_64", "local_contrast": "mmwhs"}.items():
+            paper = find_paper(name)
+            for command in ("train", "sweep", "ablate"):
+                config = parse_options([name, "--data", small.upper()], paper, command, TrainOptions())[-1]
+                assert config == paper.CONFIG.preset("fair", data=small) and config.data == small
+            assert paper.CONFIG.preset("fair", data="Data/Mine.npz").data == "Data/Mine.npz"
+        for options in (
+            TableOptions(data=("DIGITS", "Data/Mine.npz")),
+            TableOptions(only=("data=DIGITS,Data/Mine.npz",)),
+        ):
+            assert chosen_values(table_of("vaesim"), options) == {"data": ["digits", "Data/Mine.npz"]}
+
+    def test_a_list_may_be_given_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def parsed(name: str, files: TrainOptions, *words: str) -> tuple[Any, Any]:
+            options, _, config = parse_options([name, *words], find_paper(name), "sweep", files)
+            return options, config
+
+        for words in (
+            ["--over", "a=1", "b=2", "--grid", "--over", "c=3", "--epochs", "2"],
+            ["--over=a=1", "--epochs", "2", "--over", "b=2", "c=3", "--grid"],
+        ):
+            options, config = parsed("vaesim", SweepOptions(), *words)
+            assert options.over == ("a=1", "b=2", "c=3") and options.grid and config.epochs == 2
+        assert parsed("vaesim", SweepOptions())[0].over == () == parsed("vaesim", SweepOptions(), "--over")[0].over
+        for hidden in (["--hidden", "8", "9", "--hidden", "7"], ["--hidden=8", "9", "--knn_k", "3", "--hidden", "7"]):
+            assert parsed("vade", TrainOptions(), *hidden)[1].hidden == (8, 9, 7)
+        range_of_two = (
+            "--augment-scale",
+            "1",
+            "2",
+            "--augment_scale",
+            "0.5",
+            "3",
+        )  # a pair: the last one, as of a number
+        assert parsed("local_contrast", TrainOptions(), *range_of_two)[1].augment_scale == (0.5, 3)
+
+        seen: list[TableOptions] = []
+        monkeypatch.setattr("protokernels.tables.run_table", lambda described, options: seen.append(options) or 0)
+        words = ["runs/a", "b.json", "--data", "x", "--only", "paper=vade", "--add", "--set", "a=1", "--set=b=2"]
+        assert main(["table", "vaesim", *words, "--data", "y", "--only", "preset=fair", "--preset=fair"]) == 0
+        expected = TableOptions(
+            sources=(Path("runs/a"), Path("b.json")),
+            data=("x", "y"),
+            only=("paper=vade", "preset=fair"),
+            set=("a=1", "b=2"),
+            preset=("fair",),
+            add=True,
+        )
+        assert seen == [expected]
 
     def test_help_of_train_shows_the_presets_values(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:
@@ -89,6 +147,34 @@ class TestWords:
             assert main(words) == 1, words
             captured = capsys.readouterr()
             assert message in captured.err and "Traceback" not in captured.err and captured.out == ""
+
+    @pytest.mark.parametrize(
+        ("command", "words", "got"),
+        [
+            ("train vade", ["--seed", str(2**32)], "runs 1 from seed 4294967296"),
+            ("train vaesim", ["--seed", str(2**32 - 1), "--runs", "2"], "runs 2 from seed 4294967295"),
+            ("train vaesim", ["--seed", "9" * 30], f"runs 1 from seed {'9' * 30}"),
+            ("sweep vaesim", ["--seed", "-1"], "runs 1 from seed -1"),
+            ("ablate local-contrast", ["--runs", "0"], "runs 0 from seed 0"),
+            ("table optiml", ["--data", "digits", "--seed", str(2**32 - 1)], "runs 1 from seed 4294967296"),
+        ],
+    )
+    def test_seeds_that_nothing_takes(
+        self,
+        command: str,
+        words: list[str],
+        got: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit):
+            sys.exit(main([*command.split(), *words]))  # parsing words ends in a SystemExit of its own
+        said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+        assert f"every seed at least 0 and below 2**32; got {got}" in said and "Traceback" not in said
+        assert not list(tmp_path.iterdir())
+        assert RunSettings(seed=2**32 - 1).seeds == [2**32 - 1]
 
     def test_doctor_needs_no_extra_and_a_missing_extra_is_named(self, tmp_path: Path) -> None:
         """In a Python where nothing of the extra can be imported."""

@@ -25,7 +25,7 @@ from protokernels.results import (
     run_jobs,
     update_rows,
 )
-from protokernels.results.fields import changed, field_name, field_value, named_values
+from protokernels.results.fields import as_record, changed, field_name, field_value, named_values
 from protokernels.results.jobs import check_folders, is_finished
 from protokernels.results.rows import common_row, grouped, merged
 from protokernels.results.scores import main_scores
@@ -345,6 +345,27 @@ class TestJobs:
         twice = jobs(paper, tmp_path, b=0.2) + jobs(paper, tmp_path, b=0.3)
         with pytest.raises(RunFolderError, match="would both lie in"):
             check_folders(twice)
+
+    @pytest.mark.parametrize(
+        ("before", "now", "message"),
+        [
+            ({"seed": 0}, {"seed": 5}, r"seeds: \[0\] there, \[5\] now"),
+            ({"seed": 0}, {"runs": 2}, r"seeds: \[0\] there, \[0, 1\] now"),
+            ({"runs": 3}, {"runs": 2}, r"seeds: \[0, 1, 2\] there, \[0, 1\] now"),
+            ({"runs": 2}, {"seed": 0}, r"seeds: \[0, 1\] there, \[0\] now"),
+        ],
+    )
+    def test_runs_of_other_seeds_are_not_what_is_asked_for(
+        self, before: dict[str, int], now: dict[str, int], message: str, tmp_path: Path
+    ) -> None:
+        seeds = RunSettings(**before).seeds
+        there: dict[str, Any] = {"seed": 0} if len(seeds) == 1 else {"seeds": seeds}
+        (tmp_path / "a").mkdir()
+        record = {"paper": "made", "config": as_record(Config()), "precision": "fp32", **there}
+        (tmp_path / "a" / "config.json").write_text(json.dumps(record))
+        check_folders([Job("a", "made", Paper(), Config(), tmp_path / "a", RunSettings(**before, resume=True))])
+        with pytest.raises(RunFolderError, match=f"a holds another run than a .{message}"):
+            check_folders([Job("a", "made", Paper(), Config(), tmp_path / "a", RunSettings(**now, resume=True))])
 
     def test_a_field_newer_than_the_run_has_its_default(self, tmp_path: Path) -> None:
         (work,) = jobs(Paper(), tmp_path, a=0.1)

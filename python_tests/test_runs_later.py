@@ -18,6 +18,7 @@ from protokernels.papers import contrastive_autoencoder, vaesim
 from protokernels.papers.vaesim import VAESimConfig
 from protokernels.sweeps import SUMMARY, note
 from protokernels.training import RunFolderError, next_free_folder
+from protokernels.training.report import results_table
 from protokernels.training.runs import RunSettings, load_runs, read_summary
 from python_tests.data_files import save
 
@@ -88,6 +89,19 @@ class TestOtherData:
         save(tmp_path / "made.npz", arrays())
         assert vaesim.evaluate(tmp_path / "run")["complete"]
 
+    def test_a_finished_run_is_not_shown_nor_drawn_on_it(self, config: VAESimConfig, tmp_path: Path) -> None:
+        vaesim.train(config, tmp_path / "run", figures=False, settings=SETTINGS)
+        save(tmp_path / "made.npz", arrays(seed=1))
+        for work in (
+            lambda: vaesim.train(config, tmp_path / "run", figures=False, settings=replace(SETTINGS, resume=True)),
+            lambda: vaesim.draw_figures(tmp_path / "run"),
+        ):
+            with pytest.raises(RunFolderError, match=r"was begun with other data: made\.npz has md5 .*, then "):
+                work()
+        assert not (tmp_path / "run" / "figures").exists()
+        save(tmp_path / "made.npz", arrays())
+        assert vaesim.draw_figures(tmp_path / "run")
+
 
 class TestSeeds:
     def test_those_that_are_done_can_be_read(self, config: VAESimConfig, tmp_path: Path) -> None:
@@ -102,7 +116,11 @@ class TestSeeds:
         assert [run.path.name for run in load_runs(tmp_path / "run")] == ["seed-0", "seed-1"]
         for results in (read_summary(tmp_path / "run"), vaesim.evaluate(tmp_path / "run")):
             assert results["seeds"] == [0] and results["number_of_runs"] == 1 and not results["complete"]
+            shown = str(results_table(results, {}).caption)
+            assert shown.endswith("NOT FINISHED: 2 of 3 runs: those of seeds 1, 2") and "epoch" not in shown
         assert vaesim.draw_figures(tmp_path / "run")
+        results = vaesim.train(short, tmp_path / "run", figures=False, settings=replace(SETTINGS, runs=3, resume=True))
+        assert results["complete"] and "NOT FINISHED" not in str(results_table(results, {}).caption)
 
     def test_none_has_been_begun(self, config: VAESimConfig, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"paper": "vaesim", "seeds": [0, 1]}))
@@ -124,8 +142,8 @@ class TestSweeps:
     def test_a_point_of_a_list_is_found_again(self, config: VAESimConfig, tmp_path: Path) -> None:
         head = {"paper": "vaesim", "config": json.loads(json.dumps(config.record())), "precision": "fp32"}
         for score in (1, 2):
-            points = [{"values": {"order": ("blur", "rotate"), "rate": 0.5}, "score": score}]
-            note(tmp_path, VAESimConfig, head, points)
+            points = [{"values": {"order": ("blur", "rotate"), "rate": 0.5}, "score": score, "seeds": [0]}]
+            note(tmp_path, VAESimConfig, head, [0], points)
         assert [point["score"] for point in json.loads((tmp_path / SUMMARY).read_text())["points"]] == [2]
 
 

@@ -223,7 +223,12 @@ class TestRuns:
 
         other = [*WORDS, "--epochs", "2", "--out", str(tmp_path), "--over", "latent_dim=4", "--resume"]
         assert main(other) == 1
-        assert "starts from another configuration (epochs)" in capsys.readouterr().err
+        assert "starts from another configuration (epochs: 1 there, 2 now)" in capsys.readouterr().err
+        assert not (tmp_path / "latent_dim-4").exists()
+        for point in (words[-2:], ["latent_dim=4"]):  # the same points, and another one beside them
+            seeds = ["--seed", "5", "--runs", "2"]
+            assert main([*WORDS, *seeds, "--out", str(tmp_path), "--resume", "--over", *point]) == 1
+            assert "(seeds: [0] there, [5, 6] now)" in capsys.readouterr().err
         assert not (tmp_path / "latent_dim-4").exists()
 
     def test_a_point_that_fails_is_named_and_the_others_are_shown(

@@ -16,6 +16,7 @@ pytest.importorskip("tyro", reason="the commands need the extra protokernels[tra
 
 from protokernels.papers import PAPERS
 from protokernels.results import update_rows
+from protokernels.results.tables import is_rendered
 from protokernels.tables import TableOptions, chosen_values, job_of, papers_with_a_table, table_of, train_missing
 from protokernels.training.files import exclusive
 
@@ -93,12 +94,80 @@ class TestCommand:
         assert table["rows"][1]["cells"]["kNN"] == {"mean": 0.97, "std": 0.001, "runs": 10}
         assert table["rows"][4]["cells"]["kNN"] == {"mean": 0.9, "std": None, "runs": 1}
 
+    def test_an_earlier_table_is_replaced_and_nothing_else(self, run: Run, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "run", "vaesim", {"data": "x"}, vaesim_splits(0.5))
+        results, out = tmp_path / "rows.json", tmp_path / "table"
+        assert run("vaesim", folder, "--results", results)[0] == 0
+        for how in ("text", "markdown", "json", "text"):
+            assert run("vaesim", folder, "--format", how, "--out", out)[0] == 0
+            written = out.read_text()
+            assert run("vaesim", folder, "--format", how)[1] == written
+        notes = tmp_path / "README.md"
+        notes.write_text("# Mine\n\n| a | b |\n|---|---|\n| 1 | 2 |\n")
+        (tmp_path / "link").symlink_to(results)
+        for words, path, message in (
+            ([results], results, "is also what the rows are read from or kept in"),
+            ([folder, "--results", results], tmp_path / "link", "is also what the rows are read from or kept in"),
+            (
+                [folder, "--results", tmp_path / "new"],
+                tmp_path / "new",
+                "is also what the rows are read from or kept in",
+            ),
+            ([folder], results, "holds something else than a table"),
+            ([folder], folder / "results.json", "holds something else than a table"),
+            ([folder], folder / "metrics.jsonl", "holds something else than a table"),
+            ([results], notes, "holds something else than a table"),
+        ):
+            before = path.read_bytes() if path.exists() else None
+            status, text, err = run("vaesim", *words, "--out", path)
+            assert status == 1 and f"--out {path} {message}" in err and text == ""
+            assert (path.read_bytes() if path.exists() else None) == before
+
+    @pytest.mark.parametrize("paper", PAPERS)
+    @pytest.mark.parametrize("how", ["text", "markdown", "json"])
+    def test_every_papers_table_is_known_again(self, paper: str, how: str, run: Run) -> None:
+        source = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / f"{paper}.json"
+        status, text, _ = run(paper, source, "--format", how)
+        assert status == 0 and is_rendered(text) and not is_rendered(source.read_text())
+
     def test_a_combination_that_the_table_lacks_is_named(self, run: Run, tmp_path: Path) -> None:
         described = replace(table_of("vaesim"), recipe=lambda values, _paper: None)
         with pytest.raises(ValueError, match="no run of the table has preset fair; it has some of fair, official"):
             train_missing(described, tmp_path, {"preset": ["fair"]}, TableOptions())
         pixels = {"preset": ["pixels"], "data": ["digits"]}
         assert not train_missing(described, tmp_path, pixels, TableOptions()).failed
+
+    @pytest.mark.parametrize(
+        ("paper", "data", "words", "message"),
+        [
+            (
+                "optimized-views",
+                "digits",
+                ["strategy=simclr"],
+                r"strategy=simclr makes the row of strategy .* that of simclr",
+            ),
+            ("local-contrast", "phantoms", ["width=4", "fold=2"], "width=4 fold=2 makes the row of fold 0 that of 2"),
+            (
+                "local-contrast",
+                "phantoms",
+                ["method=global"],
+                "method=global makes the row of method random that of global",
+            ),
+            ("local-contrast", "phantoms", ["labelled=0.2"], "makes the row of labelled 0.05 that of 0.2"),
+            (
+                "contrastive-autoencoder",
+                "digits",
+                ["warmup_epochs=0"],
+                "makes the row of preset fair that of untrained",
+            ),
+        ],
+    )
+    def test_what_makes_the_rows_cannot_be_set(
+        self, paper: str, data: str, words: list[str], message: str, run: Run, tmp_path: Path
+    ) -> None:
+        status, out, err = run(paper, "--data", data, "--folder", tmp_path, "--device", "cpu", "--set", *words)
+        assert status == 1 and re.search(f"--set: .*{message}.*; leave that out, and choose rows by --only", err)
+        assert out == "" and not list(tmp_path.iterdir())
 
     def test_values_are_set_together(self, tmp_path: Path) -> None:
         described, options = table_of("vaesim"), TableOptions(data=("digits",), set=("batch_size=8", "prototypes=6"))

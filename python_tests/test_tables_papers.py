@@ -16,6 +16,7 @@ pytest.importorskip("tyro", reason="the commands need the extra protokernels[tra
 from protokernels.cli import main
 from protokernels.commands import find_paper
 from protokernels.evaluation import EvaluationConfig, Representation, evaluate_representation
+from protokernels.papers import PAPERS
 from protokernels.papers._local_contrast_config import METHODS, PAPER_RESULTS
 from protokernels.papers._local_contrast_report import percent
 from protokernels.papers._local_contrast_table import SCORES
@@ -23,7 +24,9 @@ from protokernels.papers._optimized_views_table import OURS
 from protokernels.papers._vaesim_published import PAPER, PUBLISHED
 from protokernels.papers._vaesim_table import PRESETS, PROTOCOLS, joined, summary
 from protokernels.papers.optimized_views import STRATEGIES
-from protokernels.results import Job, Outcome, ResultRow
+from protokernels.results import FinishedRun, Job, Outcome, ResultRow
+from protokernels.results.fields import as_record
+from protokernels.results.jobs import check_folders
 from protokernels.tables import TableOptions, chosen_values, job_of, table_of, train_missing
 from protokernels.training.report import results_table
 from protokernels.training.summary import summarize_runs
@@ -185,6 +188,27 @@ class TestVAESim:
                     assert find_paper(row.method).PAPER_RESULTS[data] == (row.split, row.accuracies)
 
 
+class TestSeveralData:
+    @pytest.mark.parametrize("paper", PAPERS)
+    def test_every_run_has_a_folder_of_its_own(self, paper: str, tmp_path: Path) -> None:
+        """And is called as in a table of one data set, where a row has the folder's name; runs of the paper's own data stay."""
+        described = table_of(paper)
+        own, preset = described.axes["data"][0], described.axes["preset"][0]
+        options = TableOptions(data=(own, "mmwhs" if paper == "local_contrast" else "digits"), preset=(preset, "paper"))
+        combinations = described.combinations(chosen_values(described, options))
+        jobs = [job for values in combinations if (job := job_of(described, values, 1, tmp_path, options)) is not None]
+        check_folders(jobs)
+        records = [{"paper": job.paper, "config": as_record(job.config), "seed": 1, "splits": {}} for job in jobs]
+        found = [FinishedRun(job.folder, record) for job, record in zip(jobs, records, strict=True)]
+        keys = [described.key(described.identity(run)) for run in found]
+        assert len(set(keys)) == len(jobs) >= 4
+        if paper in ("optiml", "optimized_views"):
+            names = {job.folder.parent.name for job in jobs}
+            assert {
+                job.folder.parent for job in jobs if job.config.data == own and job.config.preset_name == preset
+            } == {tmp_path / name for name in names}
+
+
 class TestOPTiML:
     def test_the_better_one_is_first(self, tmp_path: Path) -> None:
         for name, score in (("optiml", 0.6), ("simclr", 0.7), ("supervised", 0.65)):
@@ -311,7 +335,7 @@ class TestLocalContrast:
         assert run(*words, "--only", "labelled=0.3", "fold=0", "method=global,tcsm,local-stride")[0] == 0
         stages = sorted(path.name.split("-")[0] for path in (tmp_path / "stages").iterdir() if path.is_dir())
         assert stages == ["global", "global", "local"]  # of two folds; of "stride"
-        results = {path: path.read_bytes() for path in tmp_path.glob("fold-*/30%/*/results.json")}
+        results = {path: path.read_bytes() for path in tmp_path.glob("phantoms-fair/fold-*/30%/*/results.json")}
         assert len(results) == 6
         assert run(*two, "--results", tmp_path / "r.json")[0] == 0
         assert all(path.read_bytes() == content for path, content in results.items())
@@ -323,7 +347,14 @@ class TestLocalContrast:
             ("global", 1),
         ]
         assert all(row["stages"]["fine_tune"]["steps"] >= 4 for row in rows)
-        chosen = ("local-contrast", tmp_path / "fold-0", "--only", "method=random,tcsm", "--format", "markdown")
+        chosen = (
+            "local-contrast",
+            tmp_path / "phantoms-fair" / "fold-0",
+            "--only",
+            "method=random,tcsm",
+            "--format",
+            "markdown",
+        )
         status, text, err = run(*chosen, "--figures", tmp_path / "figures")
         assert (
             status == 0
@@ -355,8 +386,8 @@ class TestLocalContrast:
         described, options = table_of("local_contrast"), TableOptions(data=("phantoms",))
         values = described.combinations(chosen_values(described, options))[0]
         first, second = (job_of(described, values, seed, tmp_path, options) for seed in (0, 1))
-        assert first is not None and first.folder == tmp_path / "fold-0" / "5%" / "random"
-        assert second is not None and second.folder == tmp_path / "fold-0" / "5%" / "random-seed-1"
+        assert first is not None and first.folder == tmp_path / "phantoms-fair" / "fold-0" / "5%" / "random"
+        assert second is not None and second.folder == first.folder.with_name("random-seed-1")
         assert first.config.stages == str(tmp_path / "stages")
 
 

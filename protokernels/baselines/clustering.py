@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..data import ImageDataset, Split, to_tensor
+from ..data.datasets import data_name
 from ..evaluation import EvaluationConfig, Representation
 from ..evaluation.linear import LinearProtocol
 from ..training import RunFolder, Session, derived_generator
@@ -72,6 +73,7 @@ class ClusteringConfig(RunConfig):
     def preset(cls: type[Config], name: str = "fair", data: str = "digits", **changes: Any) -> Config:
         """The preset ``name`` for the data set ``data``, with single fields changed. ``ValueError`` for an unknown
         preset."""
+        data = data_name(data)
         if name not in cls.PRESETS:
             raise ValueError(f"{cls.__name__}.preset: expected one of {', '.join(cls.PRESETS)}; got {name!r}")
         chosen = cls.PRESETS[name]

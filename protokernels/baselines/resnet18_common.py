@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageDataset, Split, to_tensor
+from ..data.datasets import data_name
 from ..evaluation import classification_scores, clustering_scores
 from ..models import ResNet18, pooled
 from ..papers._contrastive_autoencoder_config import PAPER_RESULTS
@@ -48,6 +49,7 @@ class FrozenResNet18Config(RunConfig):
     def preset(cls: type[Config], name: PresetName = "fair", data: str = "digits", **changes: Any) -> Config:
         """The preset ``name`` for the data set ``data``, with single fields changed. ``ValueError`` for an unknown
         preset."""
+        data = data_name(data)
         if name not in get_args(PresetName):
             raise ValueError(f"{cls.__name__}.preset: expected one of {', '.join(get_args(PresetName))}; got {name!r}")
         return cls(**{"data": data, "preset_name": name, **cls.PRESETS[name], **changes})

@@ -11,6 +11,8 @@ from .types import DataError, ImageDataset
 
 ROOT_VARIABLE = "PROTOKERNELS_DATA"
 DEFAULT_ROOT = "~/.cache/protokernels"
+_VOLUMES = ("hippocampus", "mmwhs", "acdc", "phantoms")  # of load_segmentation
+_NAMES = ("digits", "mnist", *chest.NAMES, *brain.NAMES, *brats.NAMES)
 
 
 def load_dataset(name: str, root: str | Path | None = None, *, download: bool = False) -> ImageDataset:
@@ -69,7 +71,18 @@ def available_datasets() -> tuple[str, ...]:
 
     MedMNIST flags are listed where medmnist is installed; each also takes ``_64``, ``_128``, ``_224``.
     """
-    return ("digits", "mnist", *chest.NAMES, *brain.NAMES, *brats.NAMES, *medmnist.available_flags())
+    return (*_NAMES, *medmnist.available_flags())
+
+
+def data_name(name: str) -> str:
+    """``name`` as presets and results have it, whose capitals make no difference here: a known name in small letters, anything else
+    (the path of a file or folder) as it is.
+
+    >>> data_name("PneumoniaMNIST"), data_name("Data/Mine.npz")
+    ('pneumoniamnist', 'Data/Mine.npz')
+    """
+    small = name.lower()
+    return small if small in (*_NAMES, *_VOLUMES) or medmnist.is_flag(small) else name
 
 
 def data_root(root: str | Path | None) -> Path:

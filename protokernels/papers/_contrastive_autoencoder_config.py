@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from ..data.datasets import data_name
 from ..evaluation import LinearProtocol
 from ..nn import RandomViews, ViewStrength
 from ..training.configuration import RunConfig
@@ -125,6 +126,7 @@ class ContrastiveAutoencoderConfig(RunConfig):
     def preset(cls, name: PresetName = "fair", data: str = "digits", **changes: Any) -> ContrastiveAutoencoderConfig:
         """The preset ``name`` for the data set ``data``, with single fields changed. ``ValueError`` for an unknown
         preset."""
+        data = data_name(data)
         if name not in get_args(PresetName):
             raise ValueError(f"{cls.__name__}.preset: expected one of {', '.join(get_args(PresetName))}; got {name!r}")
         values = _PRESETS[name] | _FOR_DATA[name].get(data, _FOR_DATA[name]["*"])

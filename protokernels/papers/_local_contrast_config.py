@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
+from ..data.datasets import data_name
 from ..models import GlobalHead, LocalHead
 from ..ops._contrastive_checks import Form
 from ..training.configuration import RunConfig
@@ -144,6 +145,7 @@ class LocalContrastConfig(RunConfig):
     def preset(cls, name: PresetName = "fair", data: str = "phantoms", **changes: Any) -> LocalContrastConfig:
         """The preset ``name`` for the data set ``data``, with single fields changed. ``ValueError`` for an unknown
         preset."""
+        data = data_name(data)
         if name not in get_args(PresetName):
             raise ValueError(
                 f"LocalContrastConfig.preset: expected one of {', '.join(get_args(PresetName))}; got {name!r}"

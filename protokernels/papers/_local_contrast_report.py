@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ..training.summary import unfinished_notes
 from ._local_contrast_config import METHODS
 
 SCORES = (("pooled_dice", "Dice, pooled"), ("volume_dice", "Dice per volume"), ("hausdorff95", "HD95"))
@@ -32,8 +33,7 @@ def results_table(results: Mapping[str, Any], paper: Mapping[str, Mapping[str, M
     share, method = percent(config["labelled"]), config["method"]
     stages = [f"{name} {stage['epochs']} ({stage['steps']} steps)" for name, stage in results.get("stages", {}).items()]
     notes = [f"labelled volumes: {volumes['labelled']} of {volumes['train']}; epochs: {', '.join(stages)}"]
-    if not results["complete"]:
-        notes.append(f"NOT FINISHED: after epoch {results['last_epoch'].get('epoch', 0)} of the last stage")
+    notes += unfinished_notes(results, "the last stage")
     table = Table(
         title=f"{METHODS[method].title}, preset {config['preset_name']}, {config['data']}, {share} labelled, fold "
         f"{config['fold']}, runs: {results['number_of_runs']}",

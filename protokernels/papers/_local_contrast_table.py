@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..results import Cell, FinishedRun, PaperTable, ResultRow, ResultTable, Row, Score, Values
+from ..results.description import folder_of_data
 from ..training import RunFolder
 from ._local_contrast_config import METHODS, PAPER_RESULTS, LocalContrastConfig
 from ._local_contrast_report import percent
 from ._local_contrast_segmenter import load_segmenter, load_volumes, new_segmenter
 
+DATA = "hippocampus"
 SCORES = ("pooled_dice", "volume_dice", "hausdorff95")
 STAGES = ("global", "local", "fine_tune")
 ROW_KEY = ("data", "preset", "labelled", "method", "fold", "seed")
@@ -159,7 +161,7 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
 def folder(values: Values, seed: int) -> Path:
     """One run each; seeds other than the first beside it."""
     name: str = values["method"] + (f"-seed-{seed}" if seed else "")
-    return Path(f"fold-{values['fold']}") / percent(values["labelled"]) / name
+    return folder_of_data(values, DATA) / f"fold-{values['fold']}" / percent(values["labelled"]) / name
 
 
 def dataset_of(config: Any, data_root: Path | None) -> tuple[Hashable, Callable[[], Any]]:
@@ -208,7 +210,7 @@ def main_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
 TABLE = PaperTable(
     paper="local_contrast",
     axes={
-        "data": ("hippocampus",),
+        "data": (DATA,),
         "preset": ("fair",),
         "fold": (0, 1, 2, 3),
         "labelled": (0.05, 0.1, 0.2),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
+from ..data.datasets import data_name
 from ..training.configuration import RunConfig
 
 PresetName = Literal["paper", "fair"]
@@ -152,6 +153,7 @@ class OptimizedViewsConfig(RunConfig):
     def preset(cls, name: PresetName = "fair", data: str = "digits", **changes: Any) -> OptimizedViewsConfig:
         """The preset ``name`` for the data set ``data``, with single fields changed. ``ValueError`` for an unknown
         preset."""
+        data = data_name(data)
         if name not in get_args(PresetName):
             why = ": the authors have not released their code" if str(name) == "official" else ""
             raise ValueError(

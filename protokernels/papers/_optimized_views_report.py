@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..training import derived_generator
 from ..training.runs import load_runs
+from ..training.summary import unfinished_notes
 from ._optimized_views_config import STRATEGIES, OptimizedViewsConfig
 from ._optimized_views_networks import load_model
 from ._optimized_views_scoring import example_views, examples, load_presence, scored_split
@@ -42,8 +43,7 @@ def results_table(results: Mapping[str, Any], paper: Mapping[str, Any]) -> Table
     ]
     if labelled := images.get("labelled"):
         notes.append(f"labelled images in training: {labelled} of {images['train']}")
-    if not results["complete"]:
-        notes.append(f"NOT FINISHED: after epoch {results['last_epoch'].get('epoch', 0)} of {config['epochs']}")
+    notes += unfinished_notes(results, config["epochs"])
     table = Table(
         title=f"{STRATEGIES[config['strategy']].title}, preset {config['preset_name']}, {config['data']}: AUC, runs: "
         f"{results['number_of_runs']}",

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..results import FinishedRun, PaperTable, ResultRow, ResultTable, Row, Score, Values, seconds_of
+from ..results.description import folder_of_data
 from ._optimized_views_config import PAPER_RESULTS, STRATEGIES
 from ._optimized_views_networks import new_model
 
+DATA = "brain_tumor"
 FIRST = ("self-supervised+supervision", "random+supervision", "simclr")
 ORDER = (*FIRST, *(name for name in STRATEGIES if name not in FIRST))
 OURS = FIRST[0]
@@ -132,13 +134,13 @@ def main_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 TABLE = PaperTable(
     paper="optimized_views",
-    axes={"data": ("brain_tumor",), "preset": ("fair",), "strategy": ORDER},
+    axes={"data": (DATA,), "preset": ("fair",), "strategy": ORDER},
     row_key=("data", "preset", "name"),
     identity=lambda run: {"data": run.config["data"], "preset": run.config["preset_name"], "name": run.name},
     runs=3,
     details=details,
     tables=tables,
-    folder=lambda values, seed: Path(values["strategy"]) / f"seed-{seed}",
+    folder=lambda values, seed: folder_of_data(values, DATA) / values["strategy"] / f"seed-{seed}",
     compare=compare,
     main_scores=main_scores,
     check=lambda config: new_model(config, channels=1),

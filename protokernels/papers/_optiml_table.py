@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..baselines import BASELINES
 from ..results import FinishedRun, PaperTable, Recipe, ResultRow, ResultTable, Row, Score, Values, seconds_of
+from ..results.description import folder_of_data
 from .optiml import OPTiML
 
+DATA = "chest_nih"
 METHODS = ("optiml", *BASELINES)
 TITLES = {
     ("labels", "probe"): "linear probe, one label per image",
@@ -130,13 +131,13 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
 TABLE = PaperTable(
     paper="optiml",
     modules=METHODS,
-    axes={"data": ("chest_nih",), "preset": ("fair",), "method": METHODS},
+    axes={"data": (DATA,), "preset": ("fair",), "method": METHODS},
     row_key=("data", "preset", "method"),
     identity=identity,
     runs=3,
     details=details,
     tables=tables,
     recipe=lambda values, _paper: Recipe(values["method"], values["preset"]),
-    folder=lambda values, seed: Path(values["method"]) / f"seed-{seed}",
+    folder=lambda values, seed: folder_of_data(values, DATA) / values["method"] / f"seed-{seed}",
     check=lambda config: OPTiML(config, channels=1),
 )

@@ -55,6 +55,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
 from ..data import ImageDataset, Split, to_tensor
 from ..data.augmentations import Augmentation, augment
+from ..data.datasets import data_name
 from ..evaluation import EvaluationConfig, Representation
 from ..models import NetworkName, build_networks
 from ..nn import LinearTemperature, Prototypes
@@ -113,6 +114,7 @@ class VAESimConfig(RunConfig):
     def preset(cls, name: PresetName = "fair", data: str = "digits", **changes: Any) -> VAESimConfig:
         """The preset ``name`` for the data set ``data``, with single fields changed. ``ValueError`` for an unknown
         preset."""
+        data = data_name(data)
         if name not in get_args(PresetName):
             raise ValueError(f"VAESimConfig.preset: expected one of {', '.join(get_args(PresetName))}; got {name!r}")
         base = cls(data=data, preset_name=name, **_PRESETS[name], **_FOR_DATA[name].get(data, _FOR_DATA[name]["*"]))

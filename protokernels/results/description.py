@@ -31,6 +31,17 @@ def _of_the_paper(values: Values, paper: str) -> Recipe:
     )
 
 
+def folder_of_data(values: Values, data: str, preset: str = "fair") -> Path:
+    """Where the runs of some data and preset lie below a table's folder: those of the paper's own in the folder itself.
+
+    >>> folder_of_data({"data": "a/b.npz", "preset": "fair"}, "chest_nih").name
+    'b-fair'
+    """
+    if (values["data"], values["preset"]) == (data, preset):
+        return Path()
+    return Path(f"{Path(values['data']).stem}-{values['preset']}")
+
+
 @dataclass(frozen=True)
 class PaperTable:
     """The table of one paper, declared beside it as ``TABLE`` in ``papers/_<paper>_table.py``.

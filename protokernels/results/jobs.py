@@ -15,6 +15,7 @@ from ..training.files import exclusive
 from ..training.lost_processes import ProcessLostError
 from ..training.run_folder import RunFolder, RunFolderError
 from ..training.runs import RunSettings, read_summary
+from ..training.session import Interrupted
 from .fields import as_record, completed
 from .finished import read_finished
 
@@ -39,6 +40,7 @@ class Outcome:
 
     failed: dict[str, str] = field(default_factory=dict)  # name -> what went wrong
     busy: list[str] = field(default_factory=list)  # another process is at them
+    again: str = "run the same command again"
 
     def report(self) -> None:
         """Says it on stderr, a line per reason."""
@@ -48,7 +50,7 @@ class Outcome:
             names = [name for name, other in self.failed.items() if other == message]
             print(f"not finished: {', '.join(names)}: {message}", file=sys.stderr)
         if self.failed:
-            print("run the same command again to continue", file=sys.stderr)
+            print(f"{self.again} to continue", file=sys.stderr)
         if self.busy:
             print(f"left to another process: {', '.join(self.busy)}", file=sys.stderr)
 
@@ -60,6 +62,7 @@ def run_jobs(
     download: bool = False,
     figures: bool = False,
     keep_finished: bool = False,
+    again: str = Outcome.again,
     dataset_of: Callable[[Any], tuple[Hashable, Callable[[], Any]]] | None = None,
     after: Callable[[Job, dict[str, Any]], None] = lambda job, results: None,
 ) -> Outcome:
@@ -74,6 +77,7 @@ def run_jobs(
         download: fetch data that is not there.
         figures: draw pictures of every run.
         keep_finished: take finished runs as they are, also those of another configuration.
+        again: how the command that these are the jobs of is continued.
         dataset_of: configuration -> what its data depends on, and how it is loaded; data of equal keys is loaded once
             and given to ``train`` as ``dataset``. Default: every run loads its own.
         after: called with every job that is finished now, and what its ``train`` returns.
@@ -82,7 +86,7 @@ def run_jobs(
         RunFolderError: before anything is trained: a folder holds another configuration than its job's.
     """
     check_folders(jobs, keep_finished=keep_finished)
-    outcome = Outcome()
+    outcome = Outcome(again=again)
     loaded: tuple[Hashable, Any] | None = None
     for job in jobs:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +118,8 @@ def run_jobs(
                     )
             except ProcessLostError:  # stops all
                 raise
+            except Interrupted as stop:
+                raise Interrupted(f"{job.name}: {stop.done}", f"{again} to continue", stop.signal_number) from stop
             except _STOPS_ONE as error:
                 outcome.failed[job.name] = str(error) or type(error).__name__
                 continue
@@ -123,17 +129,19 @@ def run_jobs(
 
 
 def check_folders(jobs: Sequence[Job], *, keep_finished: bool = False) -> None:
-    """``RunFolderError`` where a folder holds a run of another paper, configuration or precision than its job's, or two
+    """``RunFolderError`` where a folder holds a run of another paper, configuration, precision or seed than its job's, or two
     jobs share one; with ``keep_finished``, finished runs may be others."""
     folders: dict[Path, Job] = {}
     for job in jobs:
         if job.folder in folders:
             raise RunFolderError(f"{folders[job.folder].name} and {job.name} would both lie in {job.folder}")
         folders[job.folder] = job
-        for folder in seed_folders(job):
+        several = [(job.folder, job.settings.seeds)] if job.settings.runs > 1 else []
+        single = [(folder, [seed]) for folder, seed in zip(seed_folders(job), job.settings.seeds, strict=True)]
+        for folder, seeds in several + single:
             if not (folder / "config.json").exists() or (keep_finished and read_finished(folder) is not None):
                 continue
-            pairs = differences(RunFolder(folder).config(), job)
+            pairs = differences(RunFolder(folder).config(), job, seeds)
             if pairs:
                 raise RunFolderError(
                     f"{folder} holds another run than {job.name} ({', '.join(pairs)}); choose another folder, or give "
@@ -141,11 +149,17 @@ def check_folders(jobs: Sequence[Job], *, keep_finished: bool = False) -> None:
                 )
 
 
-def differences(there: Mapping[str, Any], job: Job) -> list[str]:
-    """What a run's ``config.json`` has otherwise than ``job``; a field that is newer than the run has its default there."""
+def differences(there: Mapping[str, Any], job: Job, seeds: Sequence[int]) -> list[str]:
+    """What a run's ``config.json`` has otherwise than ``job`` with these seeds; a field that is newer than the run has its
+    default there."""
     before, config = completed(type(job.config), there.get("config", {})), as_record(job.config)
-    then = {"paper": there.get("paper"), "precision": there.get("precision"), **before}
-    now = {"paper": job.paper, "precision": job.settings.precision, **config}
+    seeds_there = there.get("seeds", [there.get("seed")])
+    then = {"paper": there.get("paper"), "precision": there.get("precision"), "seeds": seeds_there, **before}
+    return differing(then, {"paper": job.paper, "precision": job.settings.precision, "seeds": list(seeds), **config})
+
+
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Both values of every key that has two."""
     return [
         f"{key}: {then.get(key)!r} there, {now.get(key)!r} now"
         for key in dict.fromkeys((*now, *then))
@@ -162,7 +176,7 @@ def seed_folders(job: Job) -> list[Path]:
     """The run folders of a job, one per seed (see :mod:`protokernels.training.runs`)."""
     if job.settings.runs == 1:
         return [job.folder]
-    return [job.folder / f"seed-{job.settings.seed + index}" for index in range(job.settings.runs)]
+    return [job.folder / f"seed-{seed}" for seed in job.settings.seeds]
 
 
 def is_distributed() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 Format = Literal["text", "markdown", "json"]
+_BEGINNING = re.compile(
+    r"(### .+\n\n)?(\*\*.+\*\*\n\n)?\|.*\|\n(\|---)+\|\n"  # Markdown
+    r"|(.+\n\n)?(.+\n){1,2} ?─[─ ]+\n"  # text
+)
 
 
 class Score(NamedTuple):
@@ -96,6 +101,19 @@ def rendered(tables: Sequence[ResultTable], how: Format) -> str:
         group = table.group
         parts.append(as_markdown(table) if how == "markdown" else as_text(table))
     return "\n\n".join(parts)
+
+
+def is_rendered(text: str) -> bool:
+    """Whether ``text`` begins as what :func:`rendered` makes: a heading, a title, the columns and the rule below them; or is its
+    JSON."""
+    if _BEGINNING.match(text):
+        return True
+    try:
+        tables = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    keys = {"group", "title", "columns", "rows", "notes"}
+    return isinstance(tables, list) and all(isinstance(each, dict) and each.keys() == keys for each in tables)
 
 
 def as_markdown(table: ResultTable) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from .summary import unfinished_notes
+
 # Key of the results -> its row.
 METHODS = {
     "majority": "most frequent class",
@@ -41,8 +43,7 @@ def results_table(results: Mapping[str, Any], paper: Mapping[str, Any]) -> Table
     notes.append(f"protocol: {', '.join(f'{name} {value}' for name, value in results['protocol'].items())}")
     if number := results.get("prototypes", {}).get("number"):
         notes.append(f"prototypes of the first run: {number}")
-    if not results["complete"]:
-        notes.append(f"NOT FINISHED: after epoch {results['last_epoch'].get('epoch', 0)} of {config['epochs']}")
+    notes += unfinished_notes(results, config["epochs"])
     table = Table(
         title=f"{results['paper']}, preset {config['preset_name']}, {config['data']}{weights}, runs: {results['number_of_runs']}",
         caption="\n".join(notes),

@@ -121,10 +121,13 @@ class Experiment(Generic[Config]):
     def draw_figures(
         self, folder: str | Path, *, data_root: str | Path | None = None, dataset: Any = None
     ) -> list[Path]:
-        """Draws the pictures of the first seed of a run into ``figures`` and returns their paths."""
+        """Draws the pictures of the first seed of a run into ``figures`` and returns their paths. ``RunFolderError`` where the data
+        are not those of the run."""
         run = load_runs(folder)[0]
         config = self.config_of(run)
-        return self.draw(Path(folder), run, config, dataset or self.load(config, data_root))
+        dataset = dataset or self.load(config, data_root)
+        check_same_data(run, self.provenance(config, dataset))
+        return self.draw(Path(folder), run, config, dataset)
 
     # What a paper says of itself. These have to be given:
 

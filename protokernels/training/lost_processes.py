@@ -90,8 +90,8 @@ def _message(peers: list[Peer], ended: list[int], folder: Path) -> str:
         hosts = ", ".join(sorted({peer.host for peer in peers}))
         what = f"the connection to another of {len(peers)} processes is gone, but none has ended here; see to {hosts}"
     return (
-        f"{what}. The others end as well; start all {len(peers)} again with --resume to go on from the newest checkpoint in "
-        f"{folder}"
+        f"{what}. The others end as well; start all {len(peers)} again with --resume (`table` without) to go on from the newest "
+        f"checkpoint in {folder}"
     )
 
 

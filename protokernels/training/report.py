@@ -9,6 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from .summary import unfinished_notes
+
 _METHODS = (("statistical", "statistical"), ("knn", "kNN"), ("linear", "linear"))
 
 PaperResults = Mapping[str, tuple[str, Mapping[str, tuple[float, float]]]]
@@ -27,8 +29,7 @@ def results_table(results: Mapping[str, Any], paper: PaperResults) -> Table:
     config, runs = results["config"], results["number_of_runs"]
     protocol = ", ".join(f"{name} {value}" for name, value in results["protocol"].items())
     notes = [f"protocol: {protocol}"]
-    if not results["complete"]:
-        notes.append(f"NOT FINISHED: after epoch {results['last_epoch'].get('epoch', 0)} of {config['epochs']}")
+    notes += unfinished_notes(results, config["epochs"])
     table = Table(
         title=f"{results['paper']}, preset {config['preset_name']}, {config['data']}: accuracy, runs: {runs}",
         caption="\n".join(notes),

@@ -83,7 +83,7 @@ class RunFolder:
                 remove_leftovers(folder)
             return run
         if run.path.exists() and any(entry.suffix != ".partial" for entry in run.path.iterdir()):
-            raise RunFolderError(f"{run.path} is not empty and holds no run (no config.json); pass another --out")
+            raise RunFolderError(f"{run.path} is not empty and holds no run (no config.json); choose another folder")
         make_folder(run.path, parents=True)
         remove_leftovers(run.path)
         write_json(run.path / "config.json", config)
@@ -242,7 +242,7 @@ def sole_user(folder: Path, *, wanted: bool = True) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunFolderError(
-                f"another process is training in {folder}; wait until it has ended, or pass another --out"
+                f"another process is training in {folder}; wait until it has ended, or choose another folder"
             ) from error
         except OSError:
             pass  # a file system without locks

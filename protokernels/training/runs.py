@@ -8,6 +8,8 @@ own ``results.json``.
 from __future__ import annotations
 
 import json
+import shlex
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +22,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .files import WriteError
 from .lost_processes import losses_told
 from .run_folder import RunFolder, RunFolderError, next_free_folder, sole_user
-from .session import Plan, Precision, Session, make_accelerator, preferred_layout
+from .session import Interrupted, Plan, Precision, Session, make_accelerator, preferred_layout
 from .summary import summarize_runs
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,10 +42,16 @@ class RunSettings:
     quiet: bool = False  # no progress output
 
     def __post_init__(self) -> None:
-        if self.runs < 1 or self.seed < 0:
+        if self.runs < 1 or self.seed < 0 or self.seed + self.runs > 2**32:  # more than scikit-learn takes
             raise ValueError(
-                f"RunSettings: runs must be at least 1 and seed at least 0; got {self.runs} and {self.seed}"
+                "RunSettings: runs must be at least 1, and every seed at least 0 and below 2**32; got "
+                f"runs {self.runs} from seed {self.seed}"
             )
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of all runs."""
+        return list(range(self.seed, self.seed + self.runs))
 
 
 @dataclass(frozen=True)
@@ -111,15 +118,16 @@ def train_runs(
     with losses_told(folder), sole_user(folder, wanted=accelerator.is_main_process):
         try:
             _train_seeds(folder, record, run_one, accelerator, settings, provenance, epochs)
+        except Interrupted:
+            raise
         except KeyboardInterrupt as stop:
-            if str(stop):
-                raise
-            raise KeyboardInterrupt(f"stopped; the same command with --resume --out {folder} goes on") from stop
-        except WriteError as error:
-            raise WriteError(
-                f"{error}; then the same command with --resume goes on from the last checkpoint"
-            ) from error
+            raise Interrupted("stopped", f"{resuming(folder)} to continue", signal.SIGINT) from stop
         return {**write_summary(folder), "folder": str(folder)} if accelerator.is_main_process else {}
+
+
+def resuming(folder: Path) -> str:
+    """How a command that has --resume is continued in its folder."""
+    return f"run the same command again with --resume --out {shlex.quote(str(folder))}"
 
 
 def _train_seeds(
@@ -132,18 +140,18 @@ def _train_seeds(
     epochs: int,
 ) -> None:
     """What :func:`train_runs` does in its folder."""
-    seeds = list(range(settings.seed, settings.seed + settings.runs))
+    seeds = settings.seeds
     if accelerator.is_main_process and len(seeds) > 1:
         RunFolder.create(folder, _as_json({**record, "seeds": seeds}), resume=settings.resume)
     for seed in seeds:
         run = RunFolder(folder if len(seeds) == 1 else folder / f"seed-{seed}")
         if accelerator.is_main_process:
             RunFolder.create(run.path, _as_json({**record, "seed": seed}), resume=settings.resume)
+            check_same_data(run, provenance)
         accelerator.wait_for_everyone()
         if (run.results() or {}).get("complete"):
             continue
         if accelerator.is_main_process:
-            check_same_data(run, provenance)
             run.write_environment(
                 device=str(accelerator.device), precision=settings.precision, data=_as_json(provenance)
             )
@@ -200,22 +208,25 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     """Mean and standard deviation over the runs in ``folder`` that have results.
 
     Returns:
-        The first run's results with ``"splits"`` replaced by the summary (see :func:`summarize_runs`), ``"seeds"`` and
-        ``"number_of_runs"``.
+        The first run's results with ``"splits"`` replaced by the summary (see :func:`summarize_runs`), ``"seeds"``,
+        ``"number_of_runs"`` and, with several seeds, ``"unfinished_seeds"``.
     """
     runs = load_runs(folder)
-    number = len(RunFolder(folder).config().get("seeds") or runs)
+    asked = RunFolder(folder).config().get("seeds")
     results = [(run.config()["seed"], result) for run in runs if (result := run.results()) is not None]
     if not results:
         raise FileNotFoundError(f"{folder} has no results yet; continue the run with --resume")
     first = {
         key: value for key, value in results[0][1].items() if key not in ("seed", "splits", "seconds_since_resume")
     }
+    done = [seed for seed, result in results if result["complete"]]
+    unfinished = [seed for seed in asked or [runs[0].config()["seed"]] if seed not in done]
     return {
         **first,
         "seeds": [seed for seed, _ in results],
         "number_of_runs": len(results),
-        "complete": all(result["complete"] for _, result in results) and len(results) == number,
+        "complete": not unfinished,
+        **({"unfinished_seeds": unfinished} if asked else {}),
         "splits": summarize_runs([result["splits"] for _, result in results]),
     }
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..data import ImageDataset, Split
+from ..data.datasets import data_name
 from ..evaluation import TransferProtocol
 from ..models import ResNet18, Stem, pooled
 from ..nn import RandomViews
@@ -80,6 +81,7 @@ class PretrainingConfig(RunConfig):
     def preset(cls: type[Config], name: PretrainingPreset = "fair", data: str = "digits", **changes: Any) -> Config:
         """The preset ``name`` for the data set ``data``, with single fields changed. ``ValueError`` for an unknown
         preset."""
+        data = data_name(data)
         if name not in get_args(PretrainingPreset):
             raise ValueError(
                 f"{cls.__name__}.preset: expected one of {', '.join(get_args(PretrainingPreset))}; got {name!r}"

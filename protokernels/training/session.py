@@ -41,11 +41,12 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal after a checkpoint had been written; ``exit_code`` is 130 for Ctrl-C, 143 for
-    SIGTERM."""
+    """Training was stopped by a signal; ``exit_code`` is 130 for Ctrl-C, 143 for SIGTERM. The message is ``done``, what there is, and how
+    to go on."""
 
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+    def __init__(self, done: str, advice: str, signal_number: int) -> None:
+        super().__init__(f"{done}; {advice}")
+        self.done, self.signal_number = done, signal_number
         self.exit_code = 128 + signal_number
 
 
@@ -344,7 +345,9 @@ class Session:
             self._save()
         done = f"{self.epoch} of {self.total_epochs} epochs and {self.step} of {self.steps_per_epoch} steps"
         raise Interrupted(
-            f"stopped after {done}; a checkpoint is in {self.run.checkpoints.folder}; --resume continues from it", asked
+            f"stopped after {done}; a checkpoint is in {self.run.checkpoints.folder}",
+            "--resume continues from it",
+            asked,
         )
 
     @contextmanager

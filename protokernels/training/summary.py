@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Mean and standard deviation over runs."""
+"""Mean and standard deviation over runs, and which of them are not finished."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -26,3 +26,21 @@ def summarize_runs(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             deviation = statistics.stdev(values) if len(values) > 1 else None
             summary[key] = {"mean": statistics.fmean(values), "std": deviation, "runs": len(values)}
     return summary
+
+
+def unfinished_notes(results: Mapping[str, Any], whole: object) -> list[str]:
+    """What a table says of results that are not complete: how far the one run is, or which seeds of several are missing.
+
+    Args:
+        results: what ``train`` and ``evaluate`` return.
+        whole: what the number of the last epoch is compared with: a number of epochs, or words.
+
+    >>> unfinished_notes({"complete": False, "seeds": [0], "unfinished_seeds": [1]}, 5)
+    ['NOT FINISHED: 1 of 2 runs: that of seed 1']
+    """
+    if results["complete"]:
+        return []
+    if left := results.get("unfinished_seeds"):
+        which = f"that of seed {left[0]}" if len(left) == 1 else f"those of seeds {', '.join(map(str, left))}"
+        return [f"NOT FINISHED: {len(left)} of {len({*results['seeds'], *left})} runs: {which}"]
+    return [f"NOT FINISHED: after epoch {results['last_epoch'].get('epoch', 0)} of {whole}"]
