@@ -51,8 +51,15 @@ def full(self: Session, *_: Any) -> None:
     raise WriteError("x could not be written (No space left on device): make room on its disk")
 
 
-@pytest.mark.parametrize(("happens", "named"), [(stop, False), (stop_at_once, True), (fail, False), (full, True)])
-@pytest.mark.parametrize("command", COMMANDS)
+CASES = [
+    *((command, stop, False) for command in COMMANDS),
+    *((command, stop_at_once, True) for command in ("train", "sweep")),
+    *((command, fail, False) for command in ("train", "ablate", "table")),
+    *((command, full, True) for command in ("train", "sweep")),
+]
+
+
+@pytest.mark.parametrize(("command", "happens", "named"), CASES)
 def test_it_works(
     command: str,
     happens: Any,
