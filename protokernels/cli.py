@@ -36,6 +36,12 @@ _COMMANDS = {  # by the module that has a function of the command's name
     "embed": "embedding",
 }
 _REPORTED = ("CheckpointError", "NativeUnavailableError")  # RuntimeErrors whose message is meant for the user
+_NO_MEMORY = (  # what torch says where no memory is left, on the CPU and on a GPU, or none is as large
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+)
 _SAID = ("ProcessLostError",)  # those whose message is on stderr already
 
 
@@ -63,12 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), status=2)
     except (ValueError, OSError, FloatingPointError) as error:
         return _ended(_complain(str(error)))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if type(error).__name__ in _SAID:
             return _ended(1)
-        if type(error).__name__ not in _REPORTED:
-            raise
-        return _ended(_complain(str(error)))
+        if type(error).__name__ in _REPORTED:
+            return _ended(_complain(str(error)))
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+            reason = str(error).partition("\n")[0]
+            return _ended(_complain(f"there is not enough memory ({reason}); choose smaller sizes, or smaller batches"))
+        raise
 
 
 class _UsageError(Exception):

@@ -90,6 +90,13 @@ class TestWords:
             captured = capsys.readouterr()
             assert message in captured.err and "Traceback" not in captured.err and captured.out == ""
 
+    @pytest.mark.parametrize("dim", [10**11, 10**17])  # more than there is, and more than can be counted
+    def test_too_little_memory_is_one_line(self, dim: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["train", "vaesim", "--latent-dim", str(dim), "--out", str(tmp_path / "x")]) == 1
+        error = capsys.readouterr().err
+        assert "not enough memory (" in error and "smaller sizes" in error and error.count("\n") == 1
+        assert not (tmp_path / "x").exists()
+
     def test_doctor_needs_no_extra_and_a_missing_extra_is_named(self, tmp_path: Path) -> None:
         """In a Python where nothing of the extra can be imported."""
         code = (
