@@ -13,13 +13,13 @@ from typing import IO, Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
 
 from .commands import experiment_of
 from .data import DataError, ImageDataset, Split, to_tensor
 from .training import CheckpointError, RunFolder
 from .training.files import TEMPORARY_SUFFIX, check_target, explained, remove
 from .training.runs import load_runs
+from .training.screen import print_line
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ def embed(words: list[str]) -> int:
     )
     out = options.out or default_file(options.images)
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
-    console = Console()
     written = embed_files(
         options.run,
         options.images,
@@ -63,7 +62,7 @@ def embed(words: list[str]) -> int:
         device=device,
     )
     for path, shape in written.items():
-        console.print(f"written  {path} {list(shape)}", highlight=False, soft_wrap=True, markup=False)
+        print_line(f"written  {path} {list(shape)}")
     return 0
 
 

@@ -182,3 +182,13 @@ class TestRun:
         assert main(["train", "vaesim", "--no-figures", "--quiet", *SMALL]) == 0
         assert sorted(path.name for path in runs.iterdir()) == ["vaesim-digits-fair", "vaesim-digits-fair-2"]
         assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    def test_names_are_printed_as_they_are_spelt(
+        self, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = Path(shutil.copytree(finished, tmp_path / "a[b] :smile: [red]x"))
+        results = json.loads((run / "results.json").read_text())
+        (run / "results.json").write_text(json.dumps({**results, "protocol": {"name": "[p] :key:"}}))
+        assert main(["train", "vaesim", "--out", str(run), "--resume", *SMALL]) == 0  # finished: shows the table
+        text = capsys.readouterr().out
+        assert f"results  {run / 'results.json'}\n" in text and "protocol: name [p] :key:\n" in text

@@ -128,7 +128,7 @@ class TestRuns:
             "cpu",
         ]
         assert cli.main([*words, *(["--most-clusters", "6"] if "kmeans" in name else [])]) == 0
-        shown = " ".join(capsys.readouterr().out.split())  # lines break where the folder's name ends
+        shown = " ".join(capsys.readouterr().out.split())
         assert "random weights" in shown and "(random)" in shown and "val+test (32)" in shown
         stored = json.loads((out / "results.json").read_text())
         assert stored["weights"] == stored["protocol"]["weights"] == "random" and stored["complete"] is True

@@ -18,7 +18,13 @@ from ..training.runs import RunSettings, read_summary
 from .fields import as_record, completed
 from .finished import read_finished
 
-_STOPS_ONE = (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError)  # a run; anything else is an error of ours
+_STOPS_ONE = (
+    ValueError,
+    OSError,
+    RuntimeError,
+    MemoryError,
+    FloatingPointError,
+)  # a run; anything else is an error of ours
 
 
 @dataclass(frozen=True)
