@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib", reason="figures need the extra protokernels[tr
 
 from matplotlib.image import imread
 from matplotlib.offsetbox import AnnotationBbox
+from matplotlib.text import Text
 
 from protokernels.figures import (
     embedding_pair,
@@ -43,6 +44,21 @@ class TestFiles:
         first = save_figure(figures[0], tmp_path / "new" / "a.png").read_bytes()
         assert save_figure(figures[1], tmp_path / "new" / "a.png").read_bytes() == first
         assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+    @pytest.mark.parametrize("name", ["$", "$x_{$", r"a $\frac$", "$x$ ^_b", "[lowercase]"])
+    def test_names_are_drawn_as_they_are_spelt(self, name: str, tmp_path: Path) -> None:
+        figure = image_grid(torch.rand(3, 1, 16, 16), title=name, captions=[f"{name} {index}" for index in range(3)])
+        pixels(save_figure(figure, tmp_path / "a.png"))
+        assert not any(text.get_parse_math() for text in figure.findobj(Text))
+        figure = embedding_pair(
+            np.random.default_rng(0).normal(size=(9, 2)),
+            np.arange(9) % 2,
+            np.arange(9) % 3,
+            title=name,
+            class_names=[name, "b"],
+        )
+        pixels(save_figure(figure, tmp_path / "b.png"))
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == [name, "b"]
 
 
 class TestGrids:
