@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from .commands import name_unknown
+from .commands import name_unknown, plain_warnings
 from .data.nifti import SUFFIXES, check_nifti, without_suffix
 from .inference import segment_file
 from .training.files import check_target
@@ -55,6 +55,7 @@ def predict(words: list[str]) -> int:
         prog=f"protokernels predict {words[0]}",
         description="Writes a label volume, with the geometry of its input, for every NIfTI volume.",
     )
+    plain_warnings()
     targets = label_paths(options)
     for path in options.volumes:  # all of them before the first is segmented
         check_nifti(path)
