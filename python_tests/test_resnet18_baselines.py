@@ -93,7 +93,7 @@ class TestParts:
         ("name", "changes", "message"),
         [
             ("resnet18_transfer", {"epochs": 0}, "must be positive"),
-            ("resnet18_transfer", {"learning_rate": float("nan")}, "must be positive"),
+            ("resnet18_transfer", {"learning_rate": float("nan")}, "must be finite"),
             ("resnet18_kmeans", {"most_clusters": 3}, "exceed least_clusters by 2"),
             ("resnet18_kmeans", {"subset": -1}, "must not be negative"),
         ],

@@ -48,6 +48,12 @@ def results_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"runs": 0}, {"seed": 2**63}, {"runs": 2**70}])
+def test_seeds_are_numbers_that_a_generator_takes(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="runs must be at least 1, seed at least 0, and their sum at most"):
+        RunSettings(**wrong)  # type: ignore[arg-type]
+
+
 class TestEvaluation:
     def test_scores_of_an_earlier_epoch_do_not_replace_those_of_the_last(
         self, config: VAESimConfig, tmp_path: Path

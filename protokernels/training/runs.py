@@ -41,9 +41,10 @@ class RunSettings:
     quiet: bool = False  # no progress output
 
     def __post_init__(self) -> None:
-        if self.runs < 1 or self.seed < 0:
+        if self.runs < 1 or self.seed < 0 or self.seed + self.runs > 2**63:
             raise ValueError(
-                f"RunSettings: runs must be at least 1 and seed at least 0; got {self.runs} and {self.seed}"
+                "RunSettings: runs must be at least 1, seed at least 0, and their sum at most 2^63; got "
+                f"{self.runs} and {self.seed}"
             )
 
 
