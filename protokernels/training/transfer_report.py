@@ -9,6 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from .transfer_scoring import left_out_notes
+
 _WAYS = (("probe", "linear probe"), ("fine_tune", "fine-tuning"))
 
 
@@ -20,6 +22,7 @@ def results_table(results: Mapping[str, Any], _paper: Any = None) -> Table:
     """
     config, runs = results["config"], results["number_of_runs"]
     notes = [f"protocol: {results['protocol']['transfer']}; in parentheses: labelled images"]
+    notes += left_out_notes(results)
     if not results["complete"]:
         notes.append(f"NOT FINISHED: after epoch {results['last_epoch'].get('epoch', 0)} of {config['epochs']}")
     rows = [
