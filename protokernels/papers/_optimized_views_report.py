@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..training import derived_generator
 from ..training.runs import load_runs
+from ..training.transfer_scoring import left_out_notes
 from ._optimized_views_config import STRATEGIES, OptimizedViewsConfig
 from ._optimized_views_networks import load_model
 from ._optimized_views_scoring import example_views, examples, load_presence, scored_split
@@ -42,6 +43,7 @@ def results_table(results: Mapping[str, Any], paper: Mapping[str, Any]) -> Table
     ]
     if labelled := images.get("labelled"):
         notes.append(f"labelled images in training: {labelled} of {images['train']}")
+    notes += left_out_notes(results)
     if not results["complete"]:
         notes.append(f"NOT FINISHED: after epoch {results['last_epoch'].get('epoch', 0)} of {config['epochs']}")
     table = Table(
@@ -73,6 +75,7 @@ def ablation_tables(results: Mapping[str, Any]) -> list[Table]:
     for split in first["splits"]:
         table = Table(
             title=f"{first['config']['data']}, {split}: AUC, runs: {first['number_of_runs']}",
+            caption="\n".join(left_out_notes(first)),
             box=box.SIMPLE_HEAD,
             pad_edge=False,
         )
