@@ -134,7 +134,7 @@ def parse_options(
         more: a sentence for --help.
     """
     name = words[0]
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser = argparse.ArgumentParser(f"protokernels {command} {name}", add_help=False, allow_abbrev=False)
     chooser.add_argument("--preset", default="fair")
     chooser.add_argument("--data", default=getattr(paper, "DEFAULT_DATA", "digits"))
     chosen, rest = chooser.parse_known_args(words[1:])

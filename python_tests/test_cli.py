@@ -79,6 +79,13 @@ class TestWords:
             assert main(["predict", name, "--checkpoint", str(tmp_path), str(tmp_path / "absent.nii")]) == 1
             assert "absent.nii" in capsys.readouterr().err
 
+    def test_an_option_without_its_value(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for option in ("--preset", "--data"):
+            with pytest.raises(SystemExit) as stop:
+                main(["train", "vaesim", option])
+            assert stop.value.code == 2
+            assert f"protokernels train vaesim: error: argument {option}: expected" in capsys.readouterr().err
+
     def test_problems_are_one_line_on_stderr(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for words, message in (
             (["evaluate", str(tmp_path)], "holds no run"),

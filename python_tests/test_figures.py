@@ -25,6 +25,7 @@ from protokernels.figures import (
     save_figure,
     similarity_heatmap,
 )
+from protokernels.training import WriteError
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -44,6 +45,11 @@ class TestFiles:
         first = save_figure(figures[0], tmp_path / "new" / "a.png").read_bytes()
         assert save_figure(figures[1], tmp_path / "new" / "a.png").read_bytes() == first
         assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+    def test_a_file_in_the_folders_place_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "figures").write_bytes(b"mine")
+        with pytest.raises(WriteError, match=r"figures could not be written .* a file of that name is in the way"):
+            save_figure(similarity_heatmap(torch.eye(4), title="t"), tmp_path / "figures" / "a.png")
 
     @pytest.mark.parametrize("name", ["$", "$x_{$", r"a $\frac$", "$x$ ^_b", "[lowercase]"])
     def test_names_are_drawn_as_they_are_spelt(self, name: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import Tensor
 
-from ..training.files import write_bytes
+from ..training.files import make_folder, write_bytes
 
 DOTS_PER_INCH = 150
 
@@ -30,7 +30,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Writes ``figure`` as png; a reader never finds half a picture. The file does not depend on the time of day. Names of classes
     and files are drawn as they are spelt: a dollar begins no formula."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, parents=True)
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     buffer = io.BytesIO()

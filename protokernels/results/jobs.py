@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..training.files import exclusive
+from ..training.files import exclusive, make_folder
 from ..training.lost_processes import ProcessLostError
 from ..training.run_folder import RunFolder, RunFolderError
 from ..training.runs import RunSettings, read_summary
@@ -91,7 +91,7 @@ def run_jobs(
     outcome = Outcome()
     loaded: tuple[Hashable, Any] | None = None
     for job in jobs:
-        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(job.folder.parent, parents=True)
         lock = job.folder.with_name(f"{job.folder.name}.lock")
         with exclusive(lock, wanted=not is_distributed(), wait=False) as free:
             if not free:
