@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("tyro", reason="the commands need the extra protokernels[train]")
 
-from protokernels import __version__
+from protokernels import __version__, _native
 from protokernels.cli import main
 from python_tests import forks
 
@@ -103,6 +103,41 @@ class TestWords:
         error = capsys.readouterr().err
         assert "not enough memory (" in error and "smaller sizes" in error and error.count("\n") == 1
         assert not (tmp_path / "x").exists()
+
+    def test_a_reader_that_has_seen_enough_is_no_error(self) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "protokernels", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # as `| head` does, before a word is written
+        assert process.stderr.read() == b"" and process.wait(timeout=60) == 1
+
+    def test_what_an_encoding_lacks_is_no_error(self, finished: Path) -> None:
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        words = [sys.executable, "-m", "protokernels", "table", "vaesim", str(finished)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and done.stderr == "" and "\\u2500" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("PROTOKERNELS_CPU_LEVEL", "foo", "protokernels: PROTOKERNELS_CPU_LEVEL must be "),
+            ("PROTOKERNELS_DATA", "~nobody-here/x", "protokernels: mnist: no file train-images"),
+        ],
+    )
+    def test_a_wrong_variable_is_one_line(self, name: str, value: str, message: str, tmp_path: Path) -> None:
+        if name == "PROTOKERNELS_CPU_LEVEL" and _native.LIBRARY is None:
+            pytest.skip("nothing native reads it")
+        words = ["train", "vaesim", *SMALL, "--out", str(tmp_path / "x"), "--quiet"]
+        words += ["--data", "mnist"] if name == "PROTOKERNELS_DATA" else []
+        done = subprocess.run(
+            [sys.executable, "-m", "protokernels", *words],
+            env={**os.environ, name: value},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
     def test_doctor_needs_no_extra_and_a_missing_extra_is_named(self, tmp_path: Path) -> None:
         """In a Python where nothing of the extra can be imported."""

@@ -131,7 +131,9 @@ def exclusive(path: Path, *, wanted: bool = True, wait: bool = True) -> Iterator
         return
     import fcntl
 
-    with path.open("a") as file:  # whose closing, by whatever end, gives the lock back
+    with explained(path):
+        file = path.open("a")
+    with file:  # whose closing, by whatever end, gives the lock back
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
