@@ -246,15 +246,14 @@ class TestCommand:
     def test_a_warning_is_one_line(
         self, tmp_path: Path, stand_in: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        from protokernels.papers import local_contrast
-
-        loads = local_contrast.load_segmenter
+        paper = sys.modules["protokernels.papers.local_contrast"]
+        loads = paper.load_segmenter
 
         def warns(path: Path) -> object:
             warnings.warn("checkpoint is damaged", RuntimeWarning, stacklevel=1)
             return loads(path)
 
-        monkeypatch.setattr(local_contrast, "load_segmenter", warns)
+        monkeypatch.setattr(paper, "load_segmenter", warns)
         with warnings.catch_warnings():  # puts back how they are shown
             warnings.simplefilter("always")
             assert main([*self.words, str(tmp_path), str(write_nifti(tmp_path / "a.nii", VALUES))]) == 0
