@@ -15,6 +15,7 @@ from .results import Job, Outcome, run_jobs
 from .training import RunFolderError, next_free_folder
 from .training.files import exclusive, read_json, write_json
 from .training.runs import RunSettings, resuming
+from .training.transfer_scoring import left_out_notes
 
 SUMMARY = "ablations.json"
 
@@ -132,6 +133,7 @@ def ablation_tables(results: Mapping[str, Any]) -> list[Table]:
                 table = Table(
                     title=f"{first['paper']}, {first['config']['data']}, {split}, {task}, {way.replace('_', '-')}: "
                     f"macro AUROC, runs: {first['number_of_runs']}",
+                    caption="\n".join(left_out_notes(first)),
                     box=box.SIMPLE_HEAD,
                     pad_edge=False,
                 )

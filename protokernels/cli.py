@@ -18,6 +18,7 @@ Every command has --help. ``doctor`` needs torch only; the others need the extra
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,12 @@ _COMMANDS = {  # by the module that has a function of the command's name
     "embed": "embedding",
 }
 _REPORTED = ("CheckpointError", "NativeUnavailableError")  # RuntimeErrors whose message is meant for the user
+_NO_MEMORY = (  # what torch says where no memory is left, on the CPU and on a GPU, or none is as large
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+)
 _SAID = ("ProcessLostError",)  # those whose message is on stderr already
 
 
@@ -43,14 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, 1 for a problem that was reported, 2 for a wrong command line,
     130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if words else 2
-    if words[0] == "--version":
-        print(__version__)
-        return 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no error
     try:
-        return _command(words[0])(words[1:])
+        status = _run(words)
+        print(end="", flush=True)
+        return status
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's own flush goes
+        return _ended(1)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in _TRAIN_MODULES:
             raise
@@ -63,12 +72,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), status=2)
     except (ValueError, OSError, FloatingPointError) as error:
         return _ended(_complain(str(error)))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if type(error).__name__ in _SAID:
             return _ended(1)
-        if type(error).__name__ not in _REPORTED:
-            raise
-        return _ended(_complain(str(error)))
+        if type(error).__name__ in _REPORTED or str(error).startswith("PROTOKERNELS_"):
+            return _ended(_complain(str(error)))
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+            reason = str(error).partition("\n")[0]
+            return _ended(_complain(f"there is not enough memory ({reason}); choose smaller sizes, or smaller batches"))
+        raise
+
+
+def _run(words: list[str]) -> int:
+    """The command of these words."""
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    return _command(words[0])(words[1:])
 
 
 class _UsageError(Exception):

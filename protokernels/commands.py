@@ -15,7 +15,6 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch.distributed as dist
 import tyro
-from rich.console import Console
 
 from .ablations import SUMMARY, ablation_tables, run_ablations
 from .baselines import BASELINES as SELF_SUPERVISED
@@ -25,6 +24,7 @@ from .training import RunFolder
 from .training.files import WriteError
 from .training.report import results_table
 from .training.runs import RunSettings
+from .training.screen import print_line, print_table
 
 BASELINES = (*SELF_SUPERVISED, *CLUSTERING_BASELINES, *RESNET18_BASELINES)
 
@@ -117,10 +117,9 @@ def ablate(words: list[str]) -> int:
     finally:
         leave_processes()
     if results:
-        console = Console()
         for table in getattr(paper, "ablation_tables", ablation_tables)(results):
-            console.print(table)
-        list_files(console, folder, SUMMARY)
+            print_table(table)
+        list_files(folder, SUMMARY)
     outcome.report()
     return 1 if outcome.failed else 0
 
@@ -138,7 +137,7 @@ def parse_options(
         more: a sentence for --help.
     """
     name = words[0]
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser = argparse.ArgumentParser(f"protokernels {command} {name}", add_help=False, allow_abbrev=False)
     chooser.add_argument("--preset", default="fair")
     chooser.add_argument("--data", default=getattr(paper, "DEFAULT_DATA", "digits"))
     chosen, rest = chooser.parse_known_args(words[1:])
@@ -253,25 +252,24 @@ def experiment_of(run: Path) -> Any:
 
 
 def _show(paper: Any, results: dict[str, Any], folder: Path) -> None:
-    console = Console()
     table = getattr(paper, "results_table", results_table)  # a paper may be judged by other scores
-    console.print(table(results, paper.PAPER_RESULTS))
+    print_table(table(results, paper.PAPER_RESULTS))
     for warning in results.get("data_warnings", []):
-        console.print(f"data: {warning}", style="yellow", highlight=False, markup=False)
-    list_files(console, folder, "results.json")
+        print_line(f"data: {warning}", "yellow")
+    list_files(folder, "results.json")
 
 
-def list_files(console: Console, folder: Path, results: str) -> None:
+def list_files(folder: Path, results: str) -> None:
     """Where results and pictures of a folder lie."""
-    console.print(f"results  {folder / results}", highlight=False, soft_wrap=True, markup=False)
+    print_line(f"results  {folder / results}")
     for path in sorted((folder / "figures").glob("*.png")):
-        console.print(f"figure   {path}", highlight=False, soft_wrap=True, markup=False)
+        print_line(f"figure   {path}")
 
 
 def plain_warnings() -> None:
     """Warnings on the command line are one line each, without the source line that raised them."""
 
     def show(message: Warning | str, category: type[Warning], *_rest: Any, **_more: Any) -> None:
-        Console(stderr=True).print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+        print_line(f"warning: {message}", "yellow", stderr=True)
 
     warnings.showwarning = show

@@ -237,7 +237,7 @@ def _importable(module: str) -> bool:
 
 def _data_root() -> dict[str, Any]:
     root = os.environ.get("PROTOKERNELS_DATA") or None
-    return {"root": root, "exists": root is not None and Path(root).expanduser().is_dir()}
+    return {"root": root, "exists": root is not None and Path(os.path.expanduser(root)).is_dir()}
 
 
 def _problems(facts: dict[str, Any]) -> list[str]:

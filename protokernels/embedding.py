@@ -13,13 +13,13 @@ from typing import IO, Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
 
-from .commands import experiment_of
+from .commands import experiment_of, plain_warnings
 from .data import DataError, ImageDataset, Split, to_tensor
 from .training import CheckpointError, RunFolder
 from .training.files import TEMPORARY_SUFFIX, check_target, explained, remove
 from .training.runs import load_runs
+from .training.screen import print_line
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def embed(words: list[str]) -> int:
         prog="protokernels embed",
         description="Writes the embeddings of images, row by row as they come; memory does not grow with their number.",
     )
+    plain_warnings()
     out = options.out or default_file(options.images)
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
-    console = Console()
     written = embed_files(
         options.run,
         options.images,
@@ -63,13 +63,14 @@ def embed(words: list[str]) -> int:
         device=device,
     )
     for path, shape in written.items():
-        console.print(f"written  {path} {list(shape)}", highlight=False, soft_wrap=True, markup=False)
+        print_line(f"written  {path} {list(shape)}")
     return 0
 
 
 def default_file(images: Path) -> Path:
-    """``chest-embeddings.npy`` beside ``chest.npy`` or the folder ``chest``."""
-    return images.with_name(f"{images.name.removesuffix('.npy')}-embeddings.npy")
+    """``chest-embeddings.npy`` beside ``chest.npy`` or the folder ``chest``, also where that is called ``.`` or ``..``."""
+    named = Path(os.path.abspath(images)) if images.name in ("", "..") else images
+    return named.parent / f"{named.name.removesuffix('.npy')}-embeddings.npy"
 
 
 def embed_files(
@@ -106,9 +107,9 @@ def embed_files(
     if batch_size < 1:
         raise ValueError(f"embed: batch_size must be at least 1; got {batch_size}")
     for index, target in enumerate(targets):
+        check_target(target)
         if target.suffix != ".npy" or any(_same(target, other) for other in targets[:index]):
             raise ValueError(f"embed: embeddings and clusters need different files that end in .npy; got {target}")
-        check_target(target)
         if target.exists() and not overwrite:
             raise ValueError(f"embed: {target} exists; pass --overwrite to replace it, or another name")
     source = Path(images)

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 
-from .commands import name_unknown
+from .commands import name_unknown, plain_warnings
 from .data.nifti import SUFFIXES, check_nifti, without_suffix
 from .inference import segment_file
 from .training.files import check_target
+from .training.screen import print_line
 
 SEGMENTERS = ("local-contrast",)
 """Papers whose module has ``load_segmenter(path) -> (model, config)``; ``config.image_size`` is the side of its slices."""
@@ -55,6 +55,7 @@ def predict(words: list[str]) -> int:
         prog=f"protokernels predict {words[0]}",
         description="Writes a label volume, with the geometry of its input, for every NIfTI volume.",
     )
+    plain_warnings()
     targets = label_paths(options)
     for path in options.volumes:  # all of them before the first is segmented
         check_nifti(path)
@@ -62,10 +63,9 @@ def predict(words: list[str]) -> int:
     model, config = paper.load_segmenter(options.checkpoint)
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
     model.to(device)
-    console = Console()
     for path, target in zip(options.volumes, targets, strict=True):
         segment_file(model, path, target, image_size=config.image_size, batch_size=options.batch_size, device=device)
-        console.print(f"label    {target}", highlight=False, soft_wrap=True, markup=False)
+        print_line(f"label    {target}")
     return 0
 
 

@@ -23,6 +23,7 @@ from protokernels.training import RunFolder, synchronize_batch_norm
 from protokernels.training import transfer_scoring as scoring
 from protokernels.training.distributed import SynchronizedBatchNorm
 from protokernels.training.self_supervised import PretrainingConfig
+from protokernels.training.summary import summarize_runs
 from protokernels.training.transfer_report import results_table
 
 TINY = {"epochs": 2, "warmup_epochs": 1, "image_size": 16, "width": 4, "batch_size": 250, "transfer": "probe"}
@@ -224,8 +225,20 @@ class TestScoring:
         row = tasks["targets"]["probe"]["100%"]
         assert row["auroc"] == {"a": 1.0, "b": 1.0} and row["left_out"] == ["c"] and "accuracy" not in row
         assert results["images"] == {"train": 60, "val": 20, "test": 20}
+        assert results["left_out"] == {"test": ["c"]}
         assert results["protocol"]["transfer"] == "probe"
         json.dumps(results, allow_nan=False)
+
+    def test_the_table_says_which_classes_have_no_area(self) -> None:
+        dataset = self.dataset()
+        one_class = replace(dataset.test, labels=np.zeros_like(dataset.test.labels))
+        results = self.score(replace(dataset, test=one_class))
+        config = {"preset_name": "fair", "data": "made"}
+        runs = {"paper": "byol", "config": config, "number_of_runs": 2, "complete": True}
+        splits = summarize_runs([results["splits"]] * 2)  # what several runs have in common: numbers alone
+        table = results_table({**results, **runs, "splits": splits})
+        assert list(table.columns[-1].cells) == ["", "1.000 ±.000"]  # one label per image, and findings
+        assert "left out of the means in test, where no image has them or all: c, yes" in str(table.caption)
 
     def test_the_scored_copy_waits_for_no_other_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Several processes train with synchronised norms; only the main one scores."""

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("tyro", reason="the commands need the extra protokernels[train]")
 
-from protokernels import __version__
+from protokernels import __version__, _native
 from protokernels.cli import main
 from protokernels.commands import BASELINES, TrainOptions, find_paper, parse_options
 from protokernels.papers import PAPERS
@@ -137,6 +137,13 @@ class TestWords:
             assert main(["predict", name, "--checkpoint", str(tmp_path), str(tmp_path / "absent.nii")]) == 1
             assert "absent.nii" in capsys.readouterr().err
 
+    def test_an_option_without_its_value(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for option in ("--preset", "--data"):
+            with pytest.raises(SystemExit) as stop:
+                main(["train", "vaesim", option])
+            assert stop.value.code == 2
+            assert f"protokernels train vaesim: error: argument {option}: expected" in capsys.readouterr().err
+
     def test_problems_are_one_line_on_stderr(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for words, message in (
             (["evaluate", str(tmp_path)], "holds no run"),
@@ -175,6 +182,48 @@ class TestWords:
         assert f"every seed at least 0 and below 2**32; got {got}" in said and "Traceback" not in said
         assert not list(tmp_path.iterdir())
         assert RunSettings(seed=2**32 - 1).seeds == [2**32 - 1]
+
+    @pytest.mark.parametrize("dim", [10**11, 10**17])  # more than there is, and more than can be counted
+    def test_too_little_memory_is_one_line(self, dim: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["train", "vaesim", "--latent-dim", str(dim), "--out", str(tmp_path / "x")]) == 1
+        error = capsys.readouterr().err
+        assert "not enough memory (" in error and "smaller sizes" in error and error.count("\n") == 1
+        assert not (tmp_path / "x").exists()
+
+    def test_a_reader_that_has_seen_enough_is_no_error(self) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "protokernels", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # as `| head` does, before a word is written
+        assert process.stderr.read() == b"" and process.wait(timeout=60) == 1
+
+    def test_what_an_encoding_lacks_is_no_error(self, finished: Path) -> None:
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        words = [sys.executable, "-m", "protokernels", "table", "vaesim", str(finished)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and done.stderr == "" and "\\u2500" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("PROTOKERNELS_CPU_LEVEL", "foo", "protokernels: PROTOKERNELS_CPU_LEVEL must be "),
+            ("PROTOKERNELS_DATA", "~nobody-here/x", "protokernels: mnist: no file train-images"),
+        ],
+    )
+    def test_a_wrong_variable_is_one_line(self, name: str, value: str, message: str, tmp_path: Path) -> None:
+        if name == "PROTOKERNELS_CPU_LEVEL" and _native.LIBRARY is None:
+            pytest.skip("nothing native reads it")
+        words = ["train", "vaesim", *SMALL, "--out", str(tmp_path / "x"), "--quiet"]
+        words += ["--data", "mnist"] if name == "PROTOKERNELS_DATA" else []
+        done = subprocess.run(
+            [sys.executable, "-m", "protokernels", *words],
+            env={**os.environ, name: value},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
     def test_doctor_needs_no_extra_and_a_missing_extra_is_named(self, tmp_path: Path) -> None:
         """In a Python where nothing of the extra can be imported."""
@@ -261,3 +310,13 @@ class TestRun:
         assert main(["train", "vaesim", "--no-figures", "--quiet", *SMALL]) == 0
         assert sorted(path.name for path in runs.iterdir()) == ["vaesim-digits-fair", "vaesim-digits-fair-2"]
         assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    def test_names_are_printed_as_they_are_spelt(
+        self, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = Path(shutil.copytree(finished, tmp_path / "a[b] :smile: [red]x"))
+        results = json.loads((run / "results.json").read_text())
+        (run / "results.json").write_text(json.dumps({**results, "protocol": {"name": "[p] :key:"}}))
+        assert main(["train", "vaesim", "--out", str(run), "--resume", *SMALL]) == 0  # finished: shows the table
+        text = capsys.readouterr().out
+        assert f"results  {run / 'results.json'}\n" in text and "protocol: name [p] :key:\n" in text

@@ -55,7 +55,7 @@ class TestConfig:
         ("changes", "message"),
         [
             ({"epochs": 0}, "epochs must be positive; got 0"),
-            ({"learning_rate": math.nan}, "learning_rate must be positive; got nan"),
+            ({"learning_rate": math.nan}, "learning_rate must be finite; got nan"),
             ({"batch_size": -1}, "batch_size must be positive"),
             ({"knn_k": 0}, "knn_k must be positive"),
         ],

@@ -87,7 +87,7 @@ class TestConfig:
         ("changes", "message"),
         [
             ({"temperature": 0.0}, "temperature must be positive"),
-            ({"learning_rate": math.nan}, "learning_rate must be positive"),
+            ({"learning_rate": math.nan}, "learning_rate must be finite"),
             ({"alpha": -1.0}, "alpha must not be negative"),
             ({"warmup_epochs": 3}, "got 3 of 3"),
             ({"batch_size": 1}, "batch_size must be at least 2, .*; got 1"),

@@ -245,6 +245,8 @@ class TestSurroundings:
         assert "PROTOKERNELS_DATA is not set" in printed(capsys)[1]
         monkeypatch.setenv("PROTOKERNELS_DATA", str(tmp_path))
         assert f"data           {tmp_path}  (PROTOKERNELS_DATA)\n" in printed(capsys)[1]
+        monkeypatch.setenv("PROTOKERNELS_DATA", "~nobody-here/x")
+        assert "names a folder that does not exist: ~nobody-here/x." in printed(capsys)[1]
         monkeypatch.setenv("PROTOKERNELS_DATA", str(tmp_path / "absent"))
         code, text = printed(capsys)
         assert code == 0

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,19 @@ def test_files_of_a_folder_are_one_array(run: Path, images: Path, tmp_path: Path
     assert (np.load(tmp_path.with_suffix(".npy")) == np.load(tmp_path / "whole.npy")).all()
 
 
+def test_a_folder_may_be_the_one_that_one_is_in(
+    run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "scans" / "sub"
+    folder.mkdir(parents=True)
+    for path in (folder / "a.npy", folder.parent / "a.npy"):
+        np.save(path, np.load(images)[:3])
+    monkeypatch.chdir(folder)
+    assert main(["embed", str(run), ".."]) == main(["embed", str(run), "."]) == 0
+    for path in (folder.parent / "sub-embeddings.npy", tmp_path / "scans-embeddings.npy"):
+        assert np.load(path).shape == (3, 3)
+
+
 def test_batches_span_files() -> None:
     shards = [np.full((n, 1, 1), n, np.uint8) for n in (3, 0, 4, 1)]
     found = list(batches(shards, 3))
@@ -137,6 +152,7 @@ def test_other_mistakes_are_named(run: Path, images: Path, tmp_path: Path, capsy
         ([tmp_path / "none.npy", "--out", out], "expected a .npy file of images or a folder"),
         ([images, "--out", cut], "exists; pass --overwrite"),
         ([images, "--out", tmp_path / "out.txt"], "end in .npy"),
+        ([images, "--out", tmp_path], "is a folder; pass the name of a file"),
         ([images, "--out", tmp_path / "out" / "e.npy"], "there is no folder"),
         ([images, "--out", out, "--clusters", cut / "c.npy"], "is a file; pass a name in a folder"),
         ([images, "--out", images, "--overwrite"], "holds the images"),
@@ -182,6 +198,18 @@ def test_the_number_of_channels_is_named_where_nothing_else_is_wrong(run: Path, 
     colour.checkpoints.save({"model": {}}, epoch=2)
     with pytest.raises(CheckpointError, match="does not fit this run"):  # whatever the images
         embed_files(colour.path, tmp_path / "x.npy", tmp_path / "out.npy")
+
+
+def test_a_damaged_checkpoint_is_one_line(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = RunFolder(shutil.copytree(run, tmp_path / "copy"))
+    copy.checkpoints.save(copy.checkpoint(), epoch=2).write_bytes(b"damaged")
+    with warnings.catch_warnings():  # puts back how they are shown
+        warnings.simplefilter("always")
+        assert main(["embed", str(copy.path), str(images), "--out", str(tmp_path / "out.npy")]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("warning: checkpoint ") and "is damaged" in error and error.count("\n") == 1
 
 
 def test_two_names_of_one_file_are_refused_and_the_file_stays(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 pytest.importorskip("accelerate", reason="training needs the extra protokernels[train]")
 
-from protokernels.commands import find_paper
+from protokernels.commands import BASELINES, find_paper
 from protokernels.data import ImageDataset, Split, load_dataset
-from protokernels.papers import local_contrast
+from protokernels.papers import PAPERS, local_contrast
 from protokernels.training import RunFolder, RunFolderError, Session
 from protokernels.training.checkpoints import CheckpointError
 from protokernels.training.configuration import RunConfig
@@ -35,6 +36,7 @@ class Config(RunConfig):
     selection: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_positive("epochs", "batch_size")
         self.check_not_negative("decay")
 
@@ -204,9 +206,28 @@ class TestRunConfig:
         ):
             Config.from_dict({"speed": 1, "pace": 2})
 
-    @pytest.mark.parametrize("value", [0, -1, float("nan")])
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_refuses_what_is_not_finite(self, value: float) -> None:
+        with pytest.raises(ValueError, match=f"Config: decay must be finite; got {value}"):
+            Config(decay=value)
+        with pytest.raises(ValueError, match=f"Config: widths must be finite; got {value}"):
+            Config(widths=(1, value))  # type: ignore[arg-type]
+
+    def test_refuses_what_int64_does_not_hold(self) -> None:
+        with pytest.raises(ValueError, match=f"Config: epochs must lie between .*; got {2**63}"):
+            Config(epochs=2**63)
+
+    @pytest.mark.parametrize("name", sorted({*PAPERS, *BASELINES} - {"random_init"}))
+    def test_no_number_of_any_configuration_may_be_infinite(self, name: str) -> None:
+        config = find_paper(name).CONFIG.preset("fair")
+        numbers = [name for name, value in vars(config).items() if isinstance(value, float)]
+        for field in numbers:
+            with pytest.raises(ValueError, match=f"{field} must be finite; got inf"):
+                replace(config, **{field: math.inf})  # random_init ignores what the others were told
+
+    @pytest.mark.parametrize("value", [0, -1])
     def test_refuses_what_is_no_size(self, value: Any) -> None:
         with pytest.raises(ValueError, match=f"Config: epochs must be positive; got {value}"):
             Config(epochs=value)
-        with pytest.raises(ValueError, match=r"Config: decay must not be negative; got (-1|nan)"):
+        with pytest.raises(ValueError, match=r"Config: decay must not be negative; got -1"):
             Config(decay=value or -1)

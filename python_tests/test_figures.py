@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib", reason="figures need the extra protokernels[tr
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.offsetbox import AnnotationBbox
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from protokernels.figures import (
@@ -27,6 +28,7 @@ from protokernels.figures import (
     save_figure,
     similarity_heatmap,
 )
+from protokernels.training import WriteError
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -60,6 +62,26 @@ class TestFiles:
         first = save_figure(figures[0], tmp_path / "new" / "a.png").read_bytes()
         assert save_figure(figures[1], tmp_path / "new" / "a.png").read_bytes() == first
         assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+    def test_a_file_in_the_folders_place_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "figures").write_bytes(b"mine")
+        with pytest.raises(WriteError, match=r"figures could not be written .* a file of that name is in the way"):
+            save_figure(similarity_heatmap(torch.eye(4), title="t"), tmp_path / "figures" / "a.png")
+
+    @pytest.mark.parametrize("name", ["$", "$x_{$", r"a $\frac$", "$x$ ^_b", "[lowercase]"])
+    def test_names_are_drawn_as_they_are_spelt(self, name: str, tmp_path: Path) -> None:
+        figure = image_grid(torch.rand(3, 1, 16, 16), title=name, captions=[f"{name} {index}" for index in range(3)])
+        pixels(save_figure(figure, tmp_path / "a.png"))
+        assert not any(text.get_parse_math() for text in figure.findobj(Text))
+        figure = embedding_pair(
+            np.random.default_rng(0).normal(size=(9, 2)),
+            np.arange(9) % 2,
+            np.arange(9) % 3,
+            title=name,
+            class_names=[name, "b"],
+        )
+        pixels(save_figure(figure, tmp_path / "b.png"))
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == [name, "b"]
 
 
 class TestGrids:

@@ -103,7 +103,7 @@ class TestConfig:
             ({"temperature": 0.0}, "temperature must be positive"),
             ({"local_batch_size": 0}, "local_batch_size must be positive"),
             ({"global_batch_size": 1}, "global_batch_size must be at least 2, .*; got 1"),
-            ({"fine_tune_learning_rate": math.nan}, "fine_tune_learning_rate must be positive"),
+            ({"fine_tune_learning_rate": math.nan}, "fine_tune_learning_rate must be finite"),
             ({"image_size": 30}, r"multiple of 2\*\*depth = 4"),
             ({"keep": "first"}, "keep must be one of best, last"),
             ({"global_head": "cls"}, "global_head must be one of linear, mlp"),

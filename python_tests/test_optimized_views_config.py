@@ -116,7 +116,7 @@ class TestConfig:
             ({"batch_size": 1, "strategy": "supervised-contrastive"}, "batch_size must be at least 2, .*; got 1"),
             ({"m_every": 0}, "m_every must be positive"),
             ({"m_learning_rate": 0.0}, "m_learning_rate must be positive or none"),
-            ({"temperature": math.nan}, "temperature must be positive"),
+            ({"temperature": math.nan}, "temperature must be finite"),
         ],
     )
     def test_refusals(self, changes: dict[str, Any], message: str) -> None:

@@ -144,6 +144,20 @@ class TestRun:
         assert one is not None and other is not None
         assert all(torch.equal(one["model"][name], value) for name, value in other["model"].items())
 
+    def test_images_of_one_class_have_no_area_and_the_table_says_so(self, tmp_path: Path) -> None:
+        dataset = optimized_views.load_presence("digits")
+        test = replace(dataset.test, labels=np.zeros_like(dataset.test.labels))
+        config = optimized_views.CONFIG.preset(
+            "fair", "digits", strategy="simclr", image_size=16, width=2, epochs=1, batch_size=300, evaluations=1
+        )
+        results = optimized_views.train(
+            config, tmp_path / "run", figures=False, quiet=True, dataset=replace(dataset, test=test)
+        )
+        (name,) = dataset.class_names[1:]
+        table = optimized_views.results_table(results, {})
+        assert all(list(column.cells) == [""] for column in table.columns[1:])
+        assert f"left out of the means in test, where no image has them or all: {name}" in str(table.caption)
+
     @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "self-supervised+supervision"])
     def test_every_strategy_trains(self, strategy: str, tmp_path: Path) -> None:
         words = ["--epochs", "1", "--evaluations", "1", "--batch-size", "256"]

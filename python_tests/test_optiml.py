@@ -256,7 +256,7 @@ class TestConfig:
             ({"epsilon": 0.0}, "epsilon must be positive"),
             ({"num_iters": 0}, "num_iters must be positive"),
             ({"beta": -1.0}, "beta must not be negative"),
-            ({"alpha": math.nan}, "alpha must not be negative"),
+            ({"alpha": math.nan}, "alpha must be finite"),
             ({"gradient": "envelope", "value": "transport"}, 'gradient "envelope" is that of value "entropic"'),
             ({"learning_rate": 0.0}, "learning_rate"),
         ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -241,6 +242,22 @@ class TestCommand:
             assert message in captured.err and name in captured.err and captured.err.count("\n") == 1
             assert captured.out == "" and not (tmp_path / "a_prediction.nii.gz").exists()
         assert stand_in == []
+
+    def test_a_warning_is_one_line(
+        self, tmp_path: Path, stand_in: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        paper = sys.modules["protokernels.papers.local_contrast"]
+        loads = paper.load_segmenter
+
+        def warns(path: Path) -> object:
+            warnings.warn("checkpoint is damaged", RuntimeWarning, stacklevel=1)
+            return loads(path)
+
+        monkeypatch.setattr(paper, "load_segmenter", warns)
+        with warnings.catch_warnings():  # puts back how they are shown
+            warnings.simplefilter("always")
+            assert main([*self.words, str(tmp_path), str(write_nifti(tmp_path / "a.nii", VALUES))]) == 0
+        assert "warning: checkpoint is damaged\n" in capsys.readouterr().err
 
     def test_odd_words(self, tmp_path: Path, stand_in: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
         path = write_nifti(tmp_path / "a.nii", VALUES)

@@ -21,8 +21,10 @@ from protokernels.baselines import resnet18_kmeans as kmeans
 from protokernels.baselines import resnet18_transfer as transfer
 from protokernels.baselines.resnet18_common import features
 from protokernels.data import Split
+from protokernels.embedding import embed_files
 from protokernels.evaluation import GradientProtocol, linear_probe
 from protokernels.models import ResNet18
+from protokernels.training import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ class TestParts:
         ("name", "changes", "message"),
         [
             ("resnet18_transfer", {"epochs": 0}, "must be positive"),
-            ("resnet18_transfer", {"learning_rate": float("nan")}, "must be positive"),
+            ("resnet18_transfer", {"learning_rate": float("nan")}, "must be finite"),
             ("resnet18_kmeans", {"most_clusters": 3}, "exceed least_clusters by 2"),
             ("resnet18_kmeans", {"subset": -1}, "must not be negative"),
         ],
@@ -126,7 +128,7 @@ class TestRuns:
             "cpu",
         ]
         assert cli.main([*words, *(["--most-clusters", "6"] if "kmeans" in name else [])]) == 0
-        shown = " ".join(capsys.readouterr().out.split())  # lines break where the folder's name ends
+        shown = " ".join(capsys.readouterr().out.split())
         assert "random weights" in shown and "(random)" in shown and "val+test (32)" in shown
         stored = json.loads((out / "results.json").read_text())
         assert stored["weights"] == stored["protocol"]["weights"] == "random" and stored["complete"] is True
@@ -136,6 +138,23 @@ class TestRuns:
         assert (out / "figures" / "elbow.png").exists() == ("kmeans" in name)
         assert cli.main(["evaluate", str(out)]) == 0
         assert json.loads((out / "results.json").read_text())["splits"] == stored["splits"]
+
+    @pytest.mark.parametrize("name", RESNET18_BASELINES)
+    def test_other_images_are_embedded_by_the_features_that_are_scored(
+        self, name: str, data: str, tmp_path: Path
+    ) -> None:
+        train(name, tmp_path / "run", data, **({"num_prototypes": 4} if "kmeans" in name else {"epochs": 1}))
+        images = np.load(data)["test_images"]
+        np.save(tmp_path / "x.npy", images)
+        clusters = tmp_path / "clusters.npy" if "kmeans" in name else None
+        embed_files(tmp_path / "run", tmp_path / "x.npy", tmp_path / "z.npy", clusters)
+        state = RunFolder(tmp_path / "run").checkpoint()
+        encoder = ResNet18(channels=3).eval()
+        encoder.load_state_dict(state["encoder"])
+        expected = features(encoder, Split(images, np.zeros(len(images), dtype=np.int64)), 32)
+        np.testing.assert_allclose(np.load(tmp_path / "z.npy"), expected.numpy(), rtol=1e-5, atol=1e-6)
+        if clusters is not None:
+            assert np.load(clusters).tolist() == kmeans.predict(state["fitted"], expected)[1].tolist()
 
     @pytest.mark.parametrize("name", RESNET18_BASELINES)
     def test_weights_come_from_the_file_and_name_it(self, name: str, data: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from protokernels.data import load_dataset
 from protokernels.papers import contrastive_autoencoder, vaesim
 from protokernels.papers.vaesim import VAESimConfig
 from protokernels.sweeps import SUMMARY, note
-from protokernels.training import RunFolderError, next_free_folder
+from protokernels.training import RunFolder, RunFolderError, next_free_folder
 from protokernels.training.report import results_table
 from protokernels.training.runs import RunSettings, load_runs, read_summary
 from python_tests.data_files import save
@@ -49,7 +49,41 @@ def results_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"runs": 0}, {"seed": 2**32}, {"runs": 2**70}])
+def test_seeds_are_numbers_that_a_generator_takes(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"runs must be at least 1, and every seed at least 0 and below 2\*\*32"):
+        RunSettings(**wrong)  # type: ignore[arg-type]
+
+
 class TestEvaluation:
+    @pytest.mark.parametrize(
+        ("file", "content", "message"),
+        [
+            (
+                "results.json",
+                '{"complete": tr',
+                r"results.json is not valid JSON: .*; remove it, and `protokernels evaluate`",
+            ),
+            ("results.json", "[1]", "results.json: expected an object with the results of a run; got list; remove it"),
+            ("results.json", "[" * 100_000, "results.json is not valid JSON"),
+            (
+                "environment.json",
+                "[1]",
+                "environment.json: expected an object with versions and data; got list; remove it",
+            ),
+            ("metrics.jsonl", "5\n", "metrics.jsonl, line 1: expected an object with an epoch; take the line out"),
+            ("metrics.jsonl", "{}\n", "metrics.jsonl, line 1: expected an object with an epoch; take the line out"),
+        ],
+    )
+    def test_a_broken_file_is_named(
+        self, file: str, content: str, message: str, config: VAESimConfig, tmp_path: Path
+    ) -> None:
+        run = RunFolder.create(tmp_path / "run", {"paper": "vaesim", "config": config.record(), "seed": 0})
+        run.checkpoints.save({"model": vaesim.VAESim(config, channels=1).state_dict(), "epoch": 1}, epoch=1)
+        (run.path / file).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            vaesim.evaluate(run.path)
+
     def test_scores_of_an_earlier_epoch_do_not_replace_those_of_the_last(
         self, config: VAESimConfig, tmp_path: Path
     ) -> None:

@@ -100,7 +100,7 @@ class TestConfig:
         ("changes", "message"),
         [
             ({"learning_rate": 0.0}, "learning_rate"),
-            ({"learning_rate": math.nan}, "learning_rate"),
+            ({"learning_rate": math.nan}, "learning_rate must be finite"),
             ({"weight_decay": -1.0}, "weight_decay"),
             ({"warmup_epochs": 3}, "between 0 and epochs; got 3 of 2"),
         ],

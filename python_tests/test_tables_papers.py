@@ -218,6 +218,14 @@ class TestOPTiML:
         assert order == ["simclr", "supervised (has seen all labels)", "**optiml**"]
         assert "| 1% (7) |" in text and text.endswith("Hernia.") and "Protocol: transfer fair" in text
 
+    def test_empty_cells_have_a_reason(self, tmp_path: Path) -> None:
+        row = {"images": 7, "auroc": {}, "left_out": ["Hernia", "Mass"]}
+        for name in ("optiml", "byol"):
+            splits = {"test": {"targets": {"probe": {"1%": row}, "fine_tune": {}}}}
+            write_run(tmp_path / name, name, {"epochs": 3}, splits, protocol={"transfer": "fair"})
+        text = markdown("optiml", collected("optiml", tmp_path))
+        assert "| byol | | | 1 | 3 |" in text and text.endswith("where no image has them or all: Hernia, Mass.")
+
     def test_the_note_says_what_was_chosen_for_each_row(self, tmp_path: Path) -> None:
         adamw = {"transfer": "sister", "probe": "adamw", "probe_adamw": {"weight_decay": 0.01}}
         for name, ways in (("optiml", adamw), ("byol", adamw), ("simclr", {"transfer": "fair", "probe": "lbfgs"})):

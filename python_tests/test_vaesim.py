@@ -186,7 +186,7 @@ class TestConfig:
             ({"num_prototypes": 300, "batch_size": 200}, "batch_size must be at least num_prototypes"),
             ({"prior_std": 0.0}, "prior_std must be positive"),
             ({"beta": -1.0}, "beta must not be negative"),
-            ({"learning_rate": math.nan}, "learning_rate must be positive"),
+            ({"learning_rate": math.nan}, "learning_rate must be finite"),
         ],
     )
     def test_refusals(self, changes: dict[str, Any], message: str) -> None:

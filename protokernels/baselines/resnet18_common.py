@@ -62,22 +62,32 @@ class FrozenResNet18Config(RunConfig):
         return encoder.eval().requires_grad_(False)
 
 
+def pooled_features(encoder: ResNet18, images: Tensor) -> Tensor:  # [B, 1 or 3, H, W] -> [B, 512] float32
+    """The output of the pooling layer, on the CPU."""
+    return pooled(encoder(images.expand(-1, 3, -1, -1))).cpu()
+
+
 @torch.no_grad()
 def features(encoder: ResNet18, split: Split, image_size: int) -> Tensor:  # -> [N, 512] float32
-    """The output of the pooling layer, on the CPU."""
+    """:func:`pooled_features` of all images of a split."""
     device = next(encoder.parameters()).device
-    parts = []
-    for images in torch.as_tensor(split.images).split(100):
-        x = to_tensor(images.numpy(), size=image_size).to(device)
-        parts.append(pooled(encoder(x.expand(-1, 3, -1, -1))).cpu())
-    return torch.cat(parts)
+    return torch.cat(
+        [
+            pooled_features(encoder, to_tensor(images.numpy(), size=image_size).to(device))
+            for images in torch.as_tensor(split.images).split(100)
+        ]
+    )
 
 
 class Fitted(NamedTuple):
-    """The frozen network, and what was fitted to its features."""
+    """The frozen network, and what was fitted to its features; the latter stays on the CPU, where features are."""
 
     encoder: ResNet18
     tensors: dict[str, Tensor]
+
+    def to(self, device: torch.device | str) -> Fitted:
+        """The same with the network on ``device``."""
+        return self._replace(encoder=self.encoder.to(device))
 
 
 class FrozenResNet18(Experiment[Any]):
@@ -133,6 +143,10 @@ class FrozenResNet18(Experiment[Any]):
         with fitting(run.checkpoints):
             encoder.load_state_dict(state["encoder"])
             return Fitted(encoder, state["fitted"])
+
+    def embed(self, model: Fitted, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = pooled_features(model.encoder, images)
+        return x, self.predict(model.tensors, x)[1]
 
     def draw_figures(
         self, folder: str | Path, *, data_root: str | Path | None = None, dataset: ImageDataset | None = None

@@ -87,11 +87,11 @@ def data_name(name: str) -> str:
 
 def data_root(root: str | Path | None) -> Path:
     chosen = root if root is not None else os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT
-    return Path(chosen).expanduser()
+    return Path(os.path.expanduser(chosen))
 
 
 def _existing_file(name: str, root: Path) -> Path:
-    candidates = [Path(name).expanduser(), root / name]
+    candidates = [Path(os.path.expanduser(name)), root / name]
     for path in candidates:
         if path.is_file():
             return path

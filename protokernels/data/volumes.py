@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -212,7 +213,7 @@ def _acdc(root: Path, size: int | None, fold: int) -> SegmentationDataset:
 
 
 def _describe(name: str, root: Path) -> nifti_folders.VolumeFolder:
-    candidates = [Path(name).expanduser(), root / name, root / name.lower()]
+    candidates = [Path(os.path.expanduser(name)), root / name, root / name.lower()]
     folder = next((path for path in candidates if path.is_dir()), None)
     if folder is None:
         raise DataError(

@@ -11,9 +11,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
-from ..training.files import write_bytes
+from ..training.files import make_folder, write_bytes
 
 DOTS_PER_INCH = 150
 
@@ -26,9 +27,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes ``figure`` as png; a reader never finds half a picture. The file does not depend on the time of day."""
+    """Writes ``figure`` as png; a reader never finds half a picture. The file does not depend on the time of day. Names of classes
+    and files are drawn as they are spelt: a dollar begins no formula. Logarithmic axes therefore need tick labels of their own, for
+    matplotlib's are formulas."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, parents=True)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     write_bytes(path, buffer.getvalue())

@@ -97,9 +97,7 @@ class ContrastiveAutoencoderConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
-        for key in ("temperature", "assignment_temperature", "learning_rate"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"{name}: {key} must be positive; got {getattr(self, key)}")
+        self.check_positive("temperature", "assignment_temperature", "learning_rate")
         if self.warmup_epochs:
             self.check_pairs()
         self.check_not_negative("alpha", "num_prototypes", "first_rate", "last_rate", "ramp_epochs", "subset")

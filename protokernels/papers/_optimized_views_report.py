@@ -14,6 +14,7 @@ from torch import Tensor
 from ..training import derived_generator
 from ..training.runs import load_runs
 from ..training.summary import unfinished_notes
+from ..training.transfer_scoring import left_out_notes
 from ._optimized_views_config import STRATEGIES, OptimizedViewsConfig
 from ._optimized_views_networks import load_model
 from ._optimized_views_scoring import example_views, examples, load_presence, scored_split
@@ -43,7 +44,8 @@ def results_table(results: Mapping[str, Any], paper: Mapping[str, Any]) -> Table
     ]
     if labelled := images.get("labelled"):
         notes.append(f"labelled images in training: {labelled} of {images['train']}")
-    notes += unfinished_notes(results, config["epochs"])
+    notes += left_out_notes(results)
+    notes += unfinished_notes(results)
     table = Table(
         title=f"{STRATEGIES[config['strategy']].title}, preset {config['preset_name']}, {config['data']}: AUC, runs: "
         f"{results['number_of_runs']}",
@@ -73,6 +75,7 @@ def ablation_tables(results: Mapping[str, Any]) -> list[Table]:
     for split in first["splits"]:
         table = Table(
             title=f"{first['config']['data']}, {split}: AUC, runs: {first['number_of_runs']}",
+            caption="\n".join(left_out_notes(first)),
             box=box.SIMPLE_HEAD,
             pad_edge=False,
         )

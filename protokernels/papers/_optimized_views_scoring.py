@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data import DataError, ImageDataset, Split, load_dataset, to_tensor
 from ..evaluation import Labelled, TransferConfig, evaluate_transfer, label_subsets, linear_evaluation
 from ..training.scoring import evaluation_splits
-from ..training.transfer_scoring import hold_out
+from ..training.transfer_scoring import hold_out, left_out
 from ._optimized_views_config import PARAMETERS, OptimizedViewsConfig
 from ._optimized_views_networks import OptimizedViews, drawn_parameters
 
@@ -112,7 +112,7 @@ def score(model: OptimizedViews, dataset: ImageDataset, config: OptimizedViewsCo
     Returns:
         ``"splits"``: scored set -> ``"hold_out"`` (see :func:`protokernels.evaluation.linear_evaluation`), ``"probe"``: label
         fraction -> row of :func:`protokernels.evaluation.evaluate_transfer`, fitted on training images, and for supervised strategies
-        ``"classifier"``: the AUC of p itself; ``"images"``; ``"protocol"``.
+        ``"classifier"``: the AUC of p itself; ``"images"``; ``"left_out"``; ``"protocol"``.
     """
     train, _ = evaluation_splits(dataset, config.selection)
     name, test = scored_split(dataset, config)
@@ -134,6 +134,7 @@ def score(model: OptimizedViews, dataset: ImageDataset, config: OptimizedViewsCo
     return {
         "splits": {name: scores},
         "images": {key: len(split) for key, split in splits.items()},
+        "left_out": left_out({name: {"labels": transfer}}),
         "protocol": {"hold_out": dict(HOLD_OUT), "probe": asdict(probe)},
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..baselines import BASELINES
 from ..results import FinishedRun, PaperTable, Recipe, ResultRow, ResultTable, Row, Score, Values, seconds_of
 from ..results.description import folder_of_data
+from ..training.transfer_scoring import left_out
 from .optiml import OPTiML
 
 DATA = "chest_nih"
@@ -40,43 +41,33 @@ def details(runs: Sequence[FinishedRun]) -> Values:
     }
 
 
-def left_out(splits: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Set -> classes that have no area there, because all of its images have them, or none."""
-    return {
-        split: sorted(
-            {
-                name
-                for ways in tasks.values()
-                for rows in ways.values()
-                for row in rows.values()
-                for name in row["left_out"]
-            }
-        )
-        for split, tasks in splits.items()
-    }
-
-
 def ranking(rows: Sequence[ResultRow], split: str, task: str, way: str) -> ResultTable | None:
-    """Method x label fraction, best mean over the fractions first, whichever that is."""
+    """Method x label fraction, best mean over the fractions first, whichever that is; none where nothing was scored. Cells are
+    empty where no class has an area."""
     scored = [(row, row["splits"].get(split, {}).get(task, {}).get(way, {})) for row in rows]
-    table = {row["method"]: (row, values) for row, values in scored if any("macro_auroc" in v for v in values.values())}
+    table = {row["method"]: (row, values) for row, values in scored if values}
     if not table:
         return None
     fractions = list(dict.fromkeys(fraction for _, values in table.values() for fraction in values))
 
-    def average(values: Mapping[str, Any]) -> float:
-        return statistics.fmean(value["macro_auroc"]["mean"] for value in values.values() if "macro_auroc" in value)
+    def average(values: Mapping[str, Any]) -> Score | None:
+        means = [value["macro_auroc"]["mean"] for value in values.values() if "macro_auroc" in value]
+        return Score(statistics.fmean(means)) if means else None
+
+    def rank(method: str) -> float:
+        mean = average(table[method][1])
+        return -mean.mean if mean is not None else 0.0
 
     images = [
         round(next(v[fraction]["images"]["mean"] for _, v in table.values() if fraction in v)) for fraction in fractions
     ]
     heads = [f"{fraction} ({count})" for fraction, count in zip(fractions, images, strict=True)]
     lines = []
-    for method in sorted(table, key=lambda method: -average(table[method][1])):
+    for method in sorted(table, key=rank):
         row, values = table[method]
         name = method + (" (has seen all labels)" if method == SEES_LABELS else "")
         scores = (Score.of(values.get(fraction, {}).get("macro_auroc")) for fraction in fractions)
-        cells = (*scores, Score(average(values)), len(row["seeds"]), row["config"]["epochs"])
+        cells = (*scores, average(values), len(row["seeds"]), row["config"]["epochs"])
         lines.append(Row(f"**{method}**" if row["paper"] == "optiml" else name, cells, row["protocol"]))
     return ResultTable(("", *heads, "mean", "seeds", "epochs"), tuple(lines), title=f"{split}: {TITLES[task, way]}")
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..training.files import read_json
+from ..training.files import read_object
 from ..training.run_folder import RunFolder
 
 REQUIRED = ("paper", "config", "seed", "splits")
@@ -57,14 +57,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     remedy = "remove it and continue the run, or leave the folder out"
-    try:
-        results = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; {remedy}") from error
-    if not isinstance(results, dict):
-        raise ValueError(
-            f"{path}: expected an object with the results of a run; got {type(results).__name__}; {remedy}"
-        )
+    results = read_object(path, "the results of a run", remedy)
     if not results.get("complete") or "seeds" in results:
         return results
     if missing := [key for key in REQUIRED if key not in results]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..training.files import exclusive
+from ..training.files import exclusive, make_folder
 from ..training.lost_processes import ProcessLostError
 from ..training.run_folder import RunFolder, RunFolderError
 from ..training.runs import RunSettings, read_summary
@@ -19,7 +19,8 @@ from ..training.session import Interrupted
 from .fields import as_record, completed
 from .finished import read_finished
 
-_STOPS_ONE = (ValueError, OSError, RuntimeError, FloatingPointError)  # a run; anything else is an error of ours
+_STOPS_ONE = (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError)
+"""A run; anything else is an error of ours."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def run_jobs(
     outcome = Outcome(again=again)
     loaded: tuple[Hashable, Any] | None = None
     for job in jobs:
-        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(job.folder.parent, parents=True)
         lock = job.folder.with_name(f"{job.folder.name}.lock")
         with exclusive(lock, wanted=not is_distributed(), wait=False) as free:
             if not free:

@@ -43,7 +43,7 @@ def results_table(results: Mapping[str, Any], paper: Mapping[str, Any]) -> Table
     notes.append(f"protocol: {', '.join(f'{name} {value}' for name, value in results['protocol'].items())}")
     if number := results.get("prototypes", {}).get("number"):
         notes.append(f"prototypes of the first run: {number}")
-    notes += unfinished_notes(results, config["epochs"])
+    notes += unfinished_notes(results)
     table = Table(
         title=f"{results['paper']}, preset {config['preset_name']}, {config['data']}{weights}, runs: {results['number_of_runs']}",
         caption="\n".join(notes),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -13,7 +14,7 @@ Config = TypeVar("Config", bound="RunConfig")
 @dataclass(frozen=True)
 class RunConfig:
     """Everything a result depends on, apart from seed, precision and hardware. A paper's dataclass inherits it and adds its own
-    fields; ``ValueError`` for a word that a field of type ``Literal`` does not know."""
+    fields; ``ValueError`` for a word that a field of type ``Literal`` does not know, NaN, infinity, and whole numbers beyond int64."""
 
     data: str = "digits"
     preset_name: str = "custom"  # where the values started from; kept with the results
@@ -24,6 +25,12 @@ class RunConfig:
             if getattr(self, name) not in words:
                 known = ", ".join(map(str, words))
                 raise ValueError(f"{type(self).__name__}: {name} must be one of {known}; got {getattr(self, name)!r}")
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError(f"{kind.__name__}: {name} must be finite; got {number}")
+                if isinstance(number, int) and abs(number) >= 2**63:
+                    raise ValueError(f"{kind.__name__}: {name} must lie between -2^63 and 2^63; got {number}")
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:

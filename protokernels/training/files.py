@@ -64,8 +64,19 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file; ``ValueError`` names the file when it does not parse."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_object(path: Path, content: str, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file; where there is none, a ``ValueError`` names the file, its ``content`` and the ``remedy``."""
+    try:
+        value = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected an object with {content}; got {type(value).__name__}; {remedy}")
+    return value
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
@@ -120,7 +131,9 @@ def exclusive(path: Path, *, wanted: bool = True, wait: bool = True) -> Iterator
         return
     import fcntl
 
-    with path.open("a") as file:  # whose closing, by whatever end, gives the lock back
+    with explained(path):
+        file = path.open("a")
+    with file:  # whose closing, by whatever end, gives the lock back
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -29,7 +29,7 @@ def results_table(results: Mapping[str, Any], paper: PaperResults) -> Table:
     config, runs = results["config"], results["number_of_runs"]
     protocol = ", ".join(f"{name} {value}" for name, value in results["protocol"].items())
     notes = [f"protocol: {protocol}"]
-    notes += unfinished_notes(results, config["epochs"])
+    notes += unfinished_notes(results)
     table = Table(
         title=f"{results['paper']}, preset {config['preset_name']}, {config['data']}: accuracy, runs: {runs}",
         caption="\n".join(notes),

@@ -34,6 +34,7 @@ from .files import (
     make_folder,
     read_json,
     read_json_lines,
+    read_object,
     remove_leftovers,
     write_json,
     write_json_lines,
@@ -162,16 +163,20 @@ class RunFolder:
     def environment(self) -> dict[str, Any]:
         """What :meth:`write_environment` wrote, or an empty dictionary."""
         path = self.path / "environment.json"
-        value: dict[str, Any] = read_json(path) if path.exists() else {}
-        return value
+        return read_object(path, "versions and data", "remove it") if path.exists() else {}
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Adds one line to ``metrics.jsonl``."""
         append_json_line(self.path / "metrics.jsonl", values)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of ``metrics.jsonl``."""
-        return read_json_lines(self.path / "metrics.jsonl")
+        """All lines of ``metrics.jsonl``; ``RunFolderError`` where one is not that of an epoch."""
+        path = self.path / "metrics.jsonl"
+        lines = read_json_lines(path)
+        for number, line in enumerate(lines, start=1):
+            if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):
+                raise RunFolderError(f"{path}, line {number}: expected an object with an epoch; take the line out")
+        return lines
 
     def rewind_metrics(self, epochs: int) -> None:
         """Drops the lines of epochs after the first ``epochs``: they were trained after the checkpoint that is being
@@ -185,8 +190,8 @@ class RunFolder:
     def results(self) -> dict[str, Any] | None:
         """What :meth:`write_results` wrote, or ``None``."""
         path = self.path / "results.json"
-        value: dict[str, Any] | None = read_json(path) if path.exists() else None
-        return value
+        remedy = "remove it, and `protokernels evaluate` scores the run again"
+        return read_object(path, "the results of a run", remedy) if path.exists() else None
 
     def _check_same(self, config: dict[str, Any]) -> None:
         before, now = _flat(self.config()), _flat(config)

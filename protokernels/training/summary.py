@@ -28,14 +28,14 @@ def summarize_runs(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def unfinished_notes(results: Mapping[str, Any], whole: object) -> list[str]:
+def unfinished_notes(results: Mapping[str, Any], whole: str = "") -> list[str]:
     """What a table says of results that are not complete: how far the one run is, or which seeds of several are missing.
 
     Args:
         results: what ``train`` and ``evaluate`` return.
-        whole: what the number of the last epoch is compared with: a number of epochs, or words.
+        whole: words for what the number of the last epoch is a part of; default: the configuration's number of epochs.
 
-    >>> unfinished_notes({"complete": False, "seeds": [0], "unfinished_seeds": [1]}, 5)
+    >>> unfinished_notes({"complete": False, "seeds": [0], "unfinished_seeds": [1]})
     ['NOT FINISHED: 1 of 2 runs: that of seed 1']
     """
     if results["complete"]:
@@ -43,4 +43,6 @@ def unfinished_notes(results: Mapping[str, Any], whole: object) -> list[str]:
     if left := results.get("unfinished_seeds"):
         which = f"that of seed {left[0]}" if len(left) == 1 else f"those of seeds {', '.join(map(str, left))}"
         return [f"NOT FINISHED: {len(left)} of {len({*results['seeds'], *left})} runs: {which}"]
-    return [f"NOT FINISHED: after epoch {results['last_epoch'].get('epoch', 0)} of {whole}"]
+    return [
+        f"NOT FINISHED: after epoch {results['last_epoch'].get('epoch', 0)} of {whole or results['config']['epochs']}"
+    ]

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from .summary import unfinished_notes
+from .transfer_scoring import left_out_notes
 
 _WAYS = (("probe", "linear probe"), ("fine_tune", "fine-tuning"))
 
@@ -22,7 +23,8 @@ def results_table(results: Mapping[str, Any], _paper: Any = None) -> Table:
     """
     config, runs = results["config"], results["number_of_runs"]
     notes = [f"protocol: {results['protocol']['transfer']}; in parentheses: labelled images"]
-    notes += unfinished_notes(results, config["epochs"])
+    notes += left_out_notes(results)
+    notes += unfinished_notes(results)
     rows = [
         (f"{split}, {task}\n{title}", scores[task][way])
         for split, scores in results["splits"].items()

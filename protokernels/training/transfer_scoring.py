@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def transfer_scores(encoder: nn.Module, dataset: ImageDataset, config: Pretraini
 
     Returns:
         ``"splits"``: scored set -> task -> what :func:`protokernels.evaluation.evaluate_transfer` returns; ``"images"``: set ->
-        number of images (``choosing``: those that chose, where ``val`` is scored); ``"protocol"``.
+        number of images (``choosing``: those that chose, where ``val`` is scored); ``"left_out"``: see :func:`left_out`; ``"protocol"``.
     """
     train, scored = evaluation_splits(dataset, config.selection)
     name, test = next(iter(scored.items()))  # the first is the test split, or what stands for it
@@ -62,8 +63,34 @@ def transfer_scores(encoder: nn.Module, dataset: ImageDataset, config: Pretraini
     return {
         "splits": {name: tasks},
         "images": {key: len(split) for key, split in splits.items()},
+        "left_out": left_out({name: tasks}),
         "protocol": {"transfer": config.transfer, **asdict(protocol)},
     }
+
+
+def left_out(splits: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Scored set -> classes that have no area there, because all of its images have them, or none."""
+    return {
+        split: sorted(
+            {
+                name
+                for ways in tasks.values()
+                for rows in ways.values()
+                for row in rows.values()
+                for name in row["left_out"]
+            }
+        )
+        for split, tasks in splits.items()
+    }
+
+
+def left_out_notes(results: Mapping[str, Any]) -> list[str]:
+    """A sentence for every scored set with such classes, from the results of a run or of several; older ones do not know."""
+    return [
+        f"left out of the means in {split}, where no image has them or all: {', '.join(names)}"
+        for split, names in results.get("left_out", {}).items()
+        if names
+    ]
 
 
 def hold_out(split: Split, num_classes: int, share: float = HELD_OUT) -> tuple[Split, Split]:
