@@ -151,6 +151,15 @@ class TestKMeans:
         assert torch.equal(distances.argmin(1), model.predict(new))
         assert torch.equal(KMeans(4).fit_predict(x), model.labels_)
 
+    def test_distances_to_float64_centers_that_float32_cannot_hold(self, place: Place) -> None:
+        x = 1e8 + torch.randn(60, 2, device=place.device, generator=place.seeded(0), dtype=torch.float64)
+        model, rows = KMeans(5).fit(x), x[:9].float()
+        distances = model.transform(rows)
+        expected = (rows.double()[:, None] - model.cluster_centers_).square().sum(2).sqrt()
+        assert distances.dtype == torch.float64
+        torch.testing.assert_close(distances, expected, rtol=1e-12, atol=0)
+        assert torch.equal(distances.argmin(1), model.predict(rows))
+
     def test_scikit_learns_tools_know_it(self, place: Place) -> None:
         x = torch.randn(20, 3, device=place.device, generator=place.seeded(0))
         model = KMeans(np.int64(3), n_init=2, random_state=np.int64(1))  # as a search over parameters hands them over

@@ -167,9 +167,10 @@ class KMeans:
         return -float(_total(found.distances))
 
     def transform(self, x: Tensor) -> Tensor:  # [N, D] -> [N, K]
-        """Euclidean distances to every center."""
-        x = self._against_centers("transform", x)
-        return torch.cdist(x, self.cluster_centers_.to(x.dtype), compute_mode="donot_use_mm_for_euclid_dist")
+        """Euclidean distances to every center; float64 if the rows or the centers are."""
+        x, centers = self._against_centers("transform", x), self.cluster_centers_
+        wide = torch.promote_types(x.dtype, centers.dtype)
+        return torch.cdist(x.to(wide), centers.to(wide), compute_mode="donot_use_mm_for_euclid_dist")
 
     def _checked(self, method: str, x: Tensor) -> Tensor:
         check_matrix(f"KMeans.{method}", "x", x, "[N, D]")
