@@ -162,7 +162,9 @@ class TestKMeans:
 
     def test_scikit_learns_tools_know_it(self, place: Place) -> None:
         x = torch.randn(20, 3, device=place.device, generator=place.seeded(0))
-        model = KMeans(np.int64(3), n_init=2, random_state=np.int64(1))  # as a search over parameters hands them over
+        model = KMeans(
+            np.int64(3), n_init=2, tol=np.float32(0.5), random_state=np.int64(1)
+        )  # as a search over parameters hands them over
         copy = sklearn.base.clone(model).set_params(n_clusters=4)
         assert copy.get_params() == {**model.get_params(), "n_clusters": 4}
         assert repr(copy).startswith("KMeans(n_clusters=4, init='k-means++'")
@@ -191,6 +193,8 @@ class TestKMeans:
             (lambda: KMeans(0), ValueError, "n_clusters must be a positive integer; got 0"),
             (lambda: KMeans(2, n_init=1.5), ValueError, "n_init must be"),  # type: ignore[arg-type]
             (lambda: KMeans(2, tol=-1.0), ValueError, "tol must be"),
+            (lambda: KMeans(2, tol=True), TypeError, "tol must be a number; got bool"),
+            (lambda: KMeans(2, tol=10**400), ValueError, "tol must be a number that float64 can hold"),
             (lambda: KMeans(2, random_state=0.5), TypeError, "random_state must be a whole number"),  # type: ignore[arg-type]
             (lambda: KMeans(2, random_state=2**64), ValueError, "random_state must be"),
             (lambda: KMeans(2).fit(torch.randn(9, 0)), ValueError, "at least one column; got float32 .9, 0."),
@@ -288,11 +292,12 @@ class TestElbow:
         assert isinstance(found, Elbow) and found.found and found.chosen == 5
         assert found.model.n_clusters == 5 and len(found.inertias) == len(found.n_clusters) == 10
 
-    def test_the_fallback(self) -> None:
+    @pytest.mark.parametrize("fallback", [2, np.int64(2)])
+    def test_the_fallback(self, fallback: int) -> None:
         x = torch.arange(64.0)[:, None].expand(64, 1)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found = choose_n_clusters(x[:3], [1, 2, 3], fallback=2)
+            found = choose_n_clusters(x[:3], [1, 2, 3], fallback=fallback)
         assert not found.found and found.chosen == 2 and found.model.n_clusters == 2
 
     @pytest.mark.parametrize(

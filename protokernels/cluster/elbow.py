@@ -121,8 +121,13 @@ def choose_n_clusters(
     for candidate in candidates:
         check_whole("choose_n_clusters", "every candidate", candidate)
     numbers = tuple(candidates)
-    if fallback is not None and (not isinstance(fallback, int) or fallback not in numbers):
-        raise ValueError(f"choose_n_clusters: the fallback must be a candidate, one of {list(numbers)}; got {fallback}")
+    if fallback is not None:
+        fallback = _listed(fallback)
+        check_whole("choose_n_clusters", "fallback", fallback)
+        if fallback not in numbers:
+            raise ValueError(
+                f"choose_n_clusters: the fallback must be a candidate, one of {list(numbers)}; got {fallback}"
+            )
     if len(numbers) < 3:
         raise ValueError(f"choose_n_clusters: expected at least three candidates; got {list(numbers)}")
     if any(b <= a for a, b in pairwise(numbers)):
@@ -139,5 +144,5 @@ def choose_n_clusters(
 
 
 def _listed(values: Any) -> Any:
-    """A NumPy array or a tensor as a list of Python's numbers; anything else as it is."""
+    """A NumPy array or a tensor as a list of Python's numbers, NumPy's number as Python's; anything else as it is."""
     return values.tolist() if hasattr(values, "tolist") else values

@@ -11,10 +11,11 @@ import warnings
 from numbers import Integral
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops._checks import check_matrix, check_same_device, check_whole, describe
+from ..ops._checks import check_matrix, check_real, check_same_device, check_whole, describe
 from ..ops.nearest import Assignment, assign, nearest
 from ..ops.prototypes import blend_prototypes, update_prototypes
 
@@ -84,7 +85,8 @@ class KMeans:
         for name, value in (("n_clusters", n_clusters), ("n_init", n_init), ("max_iter", max_iter)):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"KMeans: {name} must be a positive integer; got {value!r}")
-        if not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
+        check_real("KMeans", "tol", float(tol) if isinstance(tol, np.floating) else tol)
+        if not 0 <= tol < math.inf:
             raise ValueError(f"KMeans: tol must be a finite number, not negative; got {tol!r}")
         if not isinstance(init, Tensor) and not (isinstance(init, str) and init == "k-means++"):
             got = repr(init) if isinstance(init, str) else describe(init)
@@ -120,7 +122,7 @@ class KMeans:
         if len(x) < self.n_clusters:
             raise ValueError(f"KMeans: {self.n_clusters} clusters need as many rows; got {describe(x)}")
         generator = torch.Generator().manual_seed(int(self.random_state))
-        threshold = self.tol * _mean_variance(x) if self.tol > 0 else 0.0
+        threshold = float(self.tol) * _mean_variance(x) if self.tol > 0 else 0.0
         best: _Solution | None = None
         for _ in range(1 if isinstance(self.init, Tensor) else self.n_init):
             found = self._lloyd(x, self._start(x, generator), threshold)
