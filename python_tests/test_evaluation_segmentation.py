@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,21 @@ class TestDiceCounter:
         assert torch.equal(slices.counts, whole.counts) and whole.counts[2].sum() == two.size
         whole.sum_over_processes()  # one process: nothing changes
         assert torch.equal(slices.counts, whole.counts)
+
+    @pytest.mark.parametrize("kind", ["<u2", ">i2", ">u4", "<u8", ">i8"])
+    def test_whole_numbers_as_files_have_them(self, kind: str) -> None:
+        """Bytes in either order, without a sign, mirrored and read-only, as a turned volume of a NIfTI file is."""
+        one, two = labels(0), labels(1)
+        stored = np.flip(one, 1).astype(kind)[:, ::-1]
+        stored.flags.writeable = False
+        scores, expected = (segmentation_scores([guess], [volume(two)]) for guess in (stored, one))
+        assert scores == expected
+        counter, plain = DiceCounter(4), DiceCounter(4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            counter.add(stored, torch.from_numpy(two).to(torch.uint16))
+        plain.add(one, two)
+        assert torch.equal(counter.counts, plain.counts)
 
     def test_sum_over_processes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from protokernels.training import distributed

@@ -59,7 +59,7 @@ class DiceCounter:
         Raises:
             ValueError: different shapes, values that are no whole numbers or no classes.
         """
-        prediction, label = (torch.as_tensor(value) for value in (prediction, label))
+        prediction, label = (_native(value) for value in (prediction, label))
         if prediction.shape != label.shape:
             raise ValueError(
                 f"DiceCounter: prediction and label must have one shape; got {described(prediction)} and "
@@ -69,12 +69,13 @@ class DiceCounter:
         for name, value in (("prediction", prediction), ("label", label)):
             if value.is_floating_point() or value.is_complex():
                 raise ValueError(f"DiceCounter: {name} must be whole numbers, after argmax; got {described(value)}")
+            value = value.to(torch.int64)
             if value.numel() and (int(value.min()) < 0 or int(value.max()) >= self.num_classes):
                 raise ValueError(
                     f"DiceCounter: {name} must lie in 0..{self.num_classes - 1}; got {int(value.min())}.."
                     f"{int(value.max())}"
                 )
-            flat.append(value.reshape(-1).to(self.counts.device, torch.int64))
+            flat.append(value.reshape(-1).to(self.counts.device))
         predicted, true = flat
         for row, classes in enumerate((true[predicted == true], predicted, true)):
             self.counts[row] += torch.bincount(classes, minlength=self.num_classes)
@@ -200,6 +201,13 @@ def hausdorff95(
             )
         result.append(float(distance))
     return result
+
+
+def _native(values: Tensor | np.ndarray) -> Tensor:
+    """A tensor of the same numbers; torch takes no arrays that run backwards, are read-only or in another byte order."""
+    if isinstance(values, np.ndarray):
+        values = np.array(values, dtype=values.dtype.newbyteorder("="), order="C")
+    return torch.as_tensor(values)
 
 
 def _summary(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, Any]:  # [volumes, K - 1]
