@@ -117,6 +117,29 @@ class TestAuroc:
         assert selection_score(logits + offsets, labels) == pytest.approx(found.macro, abs=1e-12)
         assert auroc(probabilities.log(), labels, names).macro == pytest.approx(found.macro, abs=1e-12)
 
+    @pytest.mark.parametrize("classes", [2, 3])
+    def test_scores_in_half_precision_are_not_rounded_again(self, classes: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        labels, names = torch.arange(200) % classes, [str(index) for index in range(classes)]
+        logits = 10 * torch.randn(200, classes, generator=generator)
+        for scores in (logits.bfloat16(), 5000 * logits.half().clamp(-10, 10), logits + 1e6):
+            assert auroc(scores, labels, names) == auroc(scores.double(), labels, names)
+
+    @pytest.mark.parametrize("classes", [2, 3])
+    def test_minus_infinity_is_the_logit_of_probability_0(self, classes: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        labels, names = torch.arange(60) % classes, [str(index) for index in range(classes)]
+        logits = torch.randn(60, classes, generator=generator, dtype=torch.float64)
+        logits[torch.rand(60, classes, generator=generator) < 0.2] = -1e4  # a probability of 0, as float64 has it
+        logits[logits.amax(1) == -1e4] = 0.0
+        none = logits.masked_fill(logits == -1e4, -torch.inf)
+        shares = none.softmax(1)
+        for name, area in auroc(none, labels, names).per_class.items():
+            counted = by_counting(shares[:, int(name)], labels == int(name))
+            assert area == pytest.approx(counted, abs=1e-12)
+        both = F.one_hot(labels, classes).float()
+        assert auroc(none, both, names) == auroc(logits, both, names)
+
     def test_classes_without_both_labels_are_named(self) -> None:
         targets = torch.tensor([[1.0, 0, 1], [1, 0, 0]])
         found = auroc(torch.rand(2, 3), targets, ["always", "never", "mixed"])
@@ -127,6 +150,8 @@ class TestAuroc:
     def test_refusals(self) -> None:
         with pytest.raises(ValueError, match="one column per class name"):
             auroc(torch.rand(3, 2), torch.zeros(3, dtype=torch.int64), ["a"])
+        with pytest.raises(ValueError, match="class names must differ; got 'a', 'b', 'a'"):
+            auroc(torch.rand(3, 3), torch.arange(3), ["a", "b", "a"])
         with pytest.raises(ValueError, match="1 of 3 rows of scores hold NaN"):
             auroc(torch.tensor([[0.1], [float("nan")], [0.2]]), torch.zeros(3, 1), ["a"])
         with pytest.raises(ValueError, match="1 of 3 rows of logits have no softmax"):

@@ -43,10 +43,11 @@ def auroc(
 
     With one label per image ([N] targets) every class stands against the rest, and images are ranked by the probability of the class,
     the softmax over classes: a number added to all logits of an image changes nothing. Two such classes are one question, which
-    is asked once: of the second class, with ``scores[:, 1] - scores[:, 0]``.
+    is asked once: of the second class, with ``scores[:, 1] - scores[:, 0]``. All of it is float64, whatever type the scores have.
 
     Args:
         scores: logits. Probabilities serve too, but of three or more classes with one label per image only as their logarithms.
+            Minus infinity is the logarithm of probability 0.
         targets: class numbers, or a 0/1 matrix with any number of ones per row.
         class_names: K names.
 
@@ -54,7 +55,7 @@ def auroc(
         The areas; classes without both labels are left out and named.
 
     Raises:
-        ValueError: wrong shapes, no image, NaN scores, logits without probabilities (plus infinity), targets out of range.
+        ValueError: wrong shapes, no image, equal names, NaN scores, logits without probabilities (plus infinity), targets out of range.
         ImportError: scikit-learn is not installed.
 
     Example:
@@ -70,17 +71,22 @@ def auroc(
             f"{caller}: scores must be floating point of shape [N, {classes}] (one column per class name) with N at "
             f"least 1; got {described(scores)}"
         )
+    if len(set(class_names)) < classes:
+        raise ValueError(f"{caller}: class names must differ; got {', '.join(map(repr, class_names))}")
     if bool(scores.isnan().any()):
         raise ValueError(f"{caller}: {int(scores.isnan().any(1).sum())} of {len(scores)} rows of scores hold NaN")
     positive = as_multi_hot(caller, targets, len(scores), classes)
-    if targets.ndim == 1 and classes == 2:
-        scores, positive, class_names = scores[:, 1:] - scores[:, :1], positive[:, 1:], class_names[1:]
-    elif targets.ndim == 1 and classes > 2:
-        scores = scores.detach().double().log_softmax(dim=1)  # ranks as the softmax does, and small ones stay apart
-        if bool(scores.isnan().any()):
+    scores = scores.detach().double()  # before anything is subtracted: rounding makes ties
+    if targets.ndim == 1 and classes > 1:
+        logs = scores.log_softmax(dim=1)  # ranks as the softmax does, and small ones stay apart
+        if bool(logs.isnan().any()):
             raise ValueError(
-                f"{caller}: {int(scores.isnan().any(1).sum())} of {len(scores)} rows of logits have no softmax"
+                f"{caller}: {int(logs.isnan().any(1).sum())} of {len(scores)} rows of logits have no softmax"
             )
+        if classes == 2:
+            scores, positive, class_names = scores[:, 1:] - scores[:, :1], positive[:, 1:], class_names[1:]
+        else:
+            scores = logs
     try:
         from sklearn.metrics import roc_auc_score
     except ImportError as error:
@@ -90,7 +96,8 @@ def auroc(
     per_class: dict[str, float] = {}
     if any(scored):  # one call for all columns: most of a call's time are checks of what it is given
         columns = [index for index, usable in enumerate(scored) if usable]
-        truth, given = positive[:, columns].cpu().numpy(), scores[:, columns].detach().double().cpu().numpy()
+        truth = positive[:, columns].cpu().numpy()
+        given = scores[:, columns].clamp(-1e300, 1e300).cpu().numpy()  # scikit-learn takes no infinity
         areas = np.atleast_1d(roc_auc_score(truth, given, average=None))
         per_class = {class_names[index]: float(area) for index, area in zip(columns, areas, strict=True)}
     macro = sum(per_class.values()) / len(per_class) if per_class else None
