@@ -13,12 +13,20 @@ import pytest
 import torch
 
 from protokernels.data.augmentations import Augmentation, augment, draw, equalise
+from python_tests.places import default_dtype
 
 STILL = Augmentation(equalise=0, rotation=0, scale=0, translation=0)
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_the_default_type_makes_no_difference() -> None:
+    images = torch.rand(4, 1, 12, 10, generator=generator())
+    expected = augment(images, Augmentation(), generator(1))
+    with default_dtype(torch.float64):
+        assert torch.equal(augment(images, Augmentation(), generator(1)), expected)
 
 
 class TestEqualise:

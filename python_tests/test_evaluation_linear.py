@@ -19,6 +19,7 @@ from protokernels.evaluation import (
     linear_probe,
 )
 from python_tests.blobs import blobs
+from python_tests.places import default_dtype
 
 
 @pytest.fixture
@@ -136,3 +137,12 @@ class TestLinearProbe:
             linear_probe(x, y, num_classes=4, protocol="other")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"0\.\.2"):
             linear_probe(x, y, num_classes=3)
+
+    @pytest.mark.parametrize("protocol", ["paper", "official", "fair"])
+    def test_the_default_type_makes_no_difference(self, protocol: LinearProtocol) -> None:
+        x, y = blobs(60)
+        before = linear_probe(x, y, num_classes=4, protocol=protocol)
+        with default_dtype(torch.float64):
+            after = linear_probe(x, y, num_classes=4, protocol=protocol)
+            assert torch.equal(after.predict(x), before.predict(x))
+        assert torch.equal(after.weight, before.weight) and after.weight.dtype == before.weight.dtype

@@ -26,6 +26,7 @@ from protokernels.data.segmentation_views import (
     spatial_views,
     view_pair,
 )
+from python_tests.places import default_dtype
 
 STILL = SpatialConfig(0.0, 0.0, rotation_probability=0.0, scale_probability=0.0, centre_distance=None)
 SILENT = IntensityConfig(brightness_probability=0.0, gamma_probability=0.0, noise_probability=0.0)
@@ -277,3 +278,17 @@ class TestContract:
         for wrong in (labels[:2], labels.float(), labels[:, None]):
             with pytest.raises(ValueError, match=r"labels must be whole numbers of shape \[4, 12, 12\]"):
                 spatial_views(images, wrong, SpatialConfig(), generator())
+
+
+def test_the_default_type_makes_no_difference() -> None:
+    images, labels = torch.rand(3, 1, 16, 12), torch.randint(3, (3, 16, 12))
+
+    def views() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(4)
+        pair = view_pair(images, labels, IntensityConfig(), SpatialConfig(centre_distance=4.0), generator)
+        return [value for view in pair for value in view if value is not None]
+
+    expected = views()
+    with default_dtype(torch.float64):
+        found = views()
+    assert all(one.dtype == two.dtype and torch.equal(one, two) for one, two in zip(found, expected, strict=True))

@@ -28,6 +28,7 @@ from protokernels.evaluation import (
 )
 from protokernels.evaluation import transfer as transfer_module
 from protokernels.evaluation.classifier import fit_adamw, fit_logistic, label_loss, seeded_linear, selection_score
+from python_tests.places import default_dtype
 
 FAST = AdamWProtocol(learning_rate=3e-3, epochs=4, patience=4, batch_size=32)
 CONFIG = TransferConfig(
@@ -412,3 +413,14 @@ class TestTransfer:
         config = TRANSFER_PROTOCOLS["sister"]
         assert config.probe == "adamw" and config.probe_adamw.learning_rate == 3e-3
         assert (config.fine_tune.epochs, config.fine_tune.patience, config.fine_tune.batch_size) == (300, 10, 128)
+
+
+def test_the_default_type_makes_no_difference(encoder: Encoder) -> None:
+    parts = [made(40, seed) for seed in range(3)]
+    expected, found = [], []
+    for dtype, results in ((torch.float32, expected), (torch.float64, found)):
+        with default_dtype(dtype):
+            for probe in ("lbfgs", "adamw"):
+                config = replace(CONFIG, probe=probe, fine_tune=replace(FAST, flip=True, epochs=2))  # type: ignore[arg-type]
+                results.append(evaluate_transfer(encoder, *parts, class_names=["dark", "bright"], config=config))
+    assert found == expected

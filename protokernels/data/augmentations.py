@@ -76,7 +76,7 @@ def draw(
 ) -> tuple[Tensor, Tensor]:  # [count] bool, [count, 2, 3]
     """Which images are equalised, and the map from a pixel of the result to where it comes from, about the centre and in pixels
     (see :func:`protokernels.affine_warp`)."""
-    chance = torch.rand(count, 5, generator=generator)
+    chance = torch.rand(count, 5, generator=generator, dtype=torch.float32)
     signed = 2 * chance[:, 1:] - 1
     angle = signed[:, 0] * math.radians(strength.rotation)
     zoom = 1 + signed[:, 1] * strength.scale

@@ -246,9 +246,9 @@ def draw_intensity(
     config: IntensityConfig, count: int, height: int, width: int, generator: torch.Generator
 ) -> IntensityParameters:
     """Draws parameters for ``count`` images."""
-    chance = torch.rand(count, 6, generator=generator)
-    normal = torch.randn(count, generator=generator)
-    noise = torch.randn(count, height, width, generator=generator)
+    chance = torch.rand(count, 6, generator=generator, dtype=torch.float32)
+    normal = torch.randn(count, generator=generator, dtype=torch.float32)
+    noise = torch.randn(count, height, width, generator=generator, dtype=torch.float32)
     shift = config.brightness_mean + config.brightness_std * normal
     low, high = config.noise_std
     return IntensityParameters(
@@ -276,14 +276,16 @@ def draw_spatial(
     config: SpatialConfig, count: int, height: int, width: int, generator: torch.Generator
 ) -> SpatialParameters:
     """Draws parameters for ``count`` images of ``height`` x ``width`` pixels."""
-    chance = torch.rand(count, 11, generator=generator)
-    noise = 2 * torch.rand(count, 2, height, width, generator=generator) - 1
+    chance = torch.rand(count, 11, generator=generator, dtype=torch.float32)
+    noise = 2 * torch.rand(count, 2, height, width, generator=generator, dtype=torch.float32) - 1
 
     def uniform(column: int, limits: tuple[float, float]) -> Tensor:
         return limits[0] + (limits[1] - limits[0]) * chance[:, column]
 
     distance = config.centre_distance
-    room = torch.tensor([0.0 if distance is None else max(0.0, side / 2 - distance) for side in (height, width)])
+    room = torch.tensor(
+        [0.0 if distance is None else max(0.0, side / 2 - distance) for side in (height, width)], dtype=torch.float32
+    )
     return SpatialParameters(
         mirror=chance[:, 0] < config.mirror_probability,
         alpha=torch.where(chance[:, 1] < config.elastic_probability, uniform(2, config.elastic_alpha), 0),
@@ -322,8 +324,8 @@ def sampling_grid(parameters: SpatialParameters, device: torch.device) -> Tensor
             gaussian_matrix(sigma, height)[:, None] @ noise @ gaussian_matrix(sigma, width)[:, None].transpose(2, 3)
         )
     offset = alpha[:, None, None, None] * smooth
-    rows = torch.arange(height, device=device)[:, None] - (height - 1) / 2 + offset[:, 0]  # [B, H, W]
-    columns = torch.arange(width, device=device) - (width - 1) / 2 + offset[:, 1]
+    down, across = (torch.arange(side, device=device, dtype=offset.dtype) - (side - 1) / 2 for side in (height, width))
+    rows, columns = down[:, None] + offset[:, 0], across + offset[:, 1]  # [B, H, W]
     cos, sin = (scale * torch.cos(angle))[:, None, None], (scale * torch.sin(angle))[:, None, None]
     down = cos * rows - sin * columns + shift[:, 0, None, None]
     across = sin * rows + cos * columns + shift[:, 1, None, None]

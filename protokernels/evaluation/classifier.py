@@ -142,7 +142,7 @@ def _minimise(layer: Tensor, x: Tensor, targets: Tensor, decay: float) -> None: 
 
 
 def _linear(layer: Tensor) -> nn.Linear:  # [K, D + 1] -> features [N, D] -> logits [N, K]
-    linear = nn.Linear(layer.shape[1] - 1, len(layer), device=layer.device)
+    linear = nn.Linear(layer.shape[1] - 1, len(layer), device=layer.device, dtype=torch.float32)
     with torch.no_grad():
         linear.weight.copy_(layer[:, :-1])
         linear.bias.copy_(layer[:, -1])
@@ -151,11 +151,11 @@ def _linear(layer: Tensor) -> nn.Linear:  # [K, D + 1] -> features [N, D] -> log
 
 def seeded_linear(features: int, outputs: int, seed: int) -> nn.Linear:
     """A linear layer initialised as torch does it, from its own generator."""
-    linear = nn.Linear(features, outputs)
+    linear = nn.Linear(features, outputs, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     bound = 1.0 / math.sqrt(features)
     with torch.no_grad():
-        linear.weight.copy_((torch.rand(linear.weight.shape, generator=generator) * 2 - 1) * bound)
+        linear.weight.copy_((torch.rand(linear.weight.shape, generator=generator, dtype=torch.float32) * 2 - 1) * bound)
         linear.bias.zero_()
     return linear
 
@@ -196,7 +196,7 @@ def fit_adamw(
         for batch in _batches(len(train), protocol, generator):
             inputs, targets = train.inputs[batch.to(train.inputs.device)], train.targets[batch.to(train.targets.device)]
             if protocol.flip:
-                mirrored = torch.rand(len(batch), generator=generator) < 0.5
+                mirrored = torch.rand(len(batch), generator=generator, dtype=torch.float32) < 0.5
                 inputs = torch.where(mirrored.to(inputs.device)[:, None, None, None], inputs.flip(3), inputs)
             module.train(len(batch) > 1)  # one image has no batch statistics
             with _autocast(inputs.device, precision):

@@ -120,7 +120,8 @@ def _train_layer(
     generator = torch.Generator().manual_seed(seed)
     count, dim = x.shape
     bound = 1.0 / math.sqrt(dim)  # as torch.nn.Linear initialises
-    layer = (torch.rand(outputs, dim + 1, generator=generator) * 2.0 - 1.0) * bound  # the last column is the bias
+    drawn = torch.rand(outputs, dim + 1, generator=generator, dtype=torch.float32)
+    layer = (drawn * 2.0 - 1.0) * bound  # the last column is the bias
     layer = layer.to(x.device)
     x = torch.cat([x, x.new_ones(count, 1)], dim=1)
     optimizer = torch.optim.Adam([layer], lr=settings.learning_rate, foreach=False)
