@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,12 +17,17 @@ from torch import Tensor
 
 from protokernels.evaluation import (
     EvaluationConfig,
+    Labelled,
+    LinearProbe,
     LinearProtocol,
     Representation,
+    auroc,
     classification_scores,
     clustering_scores,
     evaluate_representation,
     knn_predict,
+    label_subsets,
+    linear_probe,
     statistical_mapping,
     tsne_embedding,
 )
@@ -291,3 +297,32 @@ class TestTsne:
             tsne_embedding(x, extra=x[:, :2])
         with pytest.raises(ValueError, match="must be positive"):
             tsne_embedding(x, perplexity=0)
+
+
+class TestNumPysArrays:
+    """Tensors are expected; an array is named, and how to pass it."""
+
+    @pytest.mark.parametrize(
+        "work",
+        [
+            lambda x, y: Representation(x, y),
+            lambda x, y: Representation(torch.from_numpy(x), y),
+            lambda x, y: knn_predict(x, torch.from_numpy(y), torch.from_numpy(x), num_classes=2),
+            lambda x, y: knn_predict(torch.from_numpy(x), y, torch.from_numpy(x), num_classes=2),
+            lambda x, y: knn_predict(torch.from_numpy(x), torch.from_numpy(y), x, k=1, num_classes=2),
+            lambda x, y: linear_probe(x, torch.from_numpy(y), num_classes=2),
+            lambda x, y: LinearProbe(torch.ones(2, 2), torch.ones(2), "fair").predict(x),
+            lambda x, y: classification_scores(y, torch.from_numpy(y), 2),
+            lambda x, y: classification_scores(torch.from_numpy(y), y, 2),
+            lambda x, y: clustering_scores(y, y),
+            lambda x, y: auroc(x, torch.from_numpy(y), ["a", "b"]),
+            lambda x, y: auroc(torch.from_numpy(x), y, ["a", "b"]),
+            lambda x, y: auroc(torch.from_numpy(x), np.eye(2)[y], ["a", "b"]),
+            lambda x, y: label_subsets(y, [1.0], num_classes=2),
+            lambda x, y: tsne_embedding(x),
+            lambda x, y: Labelled(torch.from_numpy(x), y),
+        ],
+    )
+    def test_they_are_refused_by_name(self, work: Callable[[np.ndarray, np.ndarray], object]) -> None:
+        with pytest.raises(ValueError, match=r"got a numpy.ndarray .*; pass torch.from_numpy\(...\) of it"):
+            work(np.zeros((4, 2), np.float32), np.arange(4) % 2)

@@ -37,8 +37,9 @@ class Labelled:
     targets: Tensor  # [N] int64, or [N, K] float with 0 and 1
 
     def __post_init__(self) -> None:
-        single = self.targets.ndim == 1 and self.targets.dtype == torch.int64
-        several = self.targets.ndim == 2 and self.targets.is_floating_point()
+        tensors = isinstance(self.inputs, Tensor) and isinstance(self.targets, Tensor)
+        single = tensors and self.targets.ndim == 1 and self.targets.dtype == torch.int64
+        several = tensors and self.targets.ndim == 2 and self.targets.is_floating_point()
         if not (single or several) or len(self.targets) != len(self.inputs) or len(self.inputs) == 0:
             raise ValueError(
                 f"Labelled: targets must be int64 of shape [N] or floating point of shape [N, K], with the N of the inputs, "

@@ -66,7 +66,8 @@ def auroc(
     """
     caller = "auroc"
     classes = len(class_names)
-    if scores.ndim != 2 or not scores.is_floating_point() or len(scores) == 0 or scores.shape[1] != classes:
+    fits = isinstance(scores, Tensor) and scores.ndim == 2 and scores.is_floating_point()
+    if not fits or len(scores) == 0 or scores.shape[1] != classes:
         raise ValueError(
             f"{caller}: scores must be floating point of shape [N, {classes}] (one column per class name) with N at "
             f"least 1; got {described(scores)}"
@@ -109,7 +110,8 @@ def as_multi_hot(caller: str, targets: Tensor, count: int, classes: int) -> Tens
     if targets.ndim == 1:
         check_labels(caller, "targets", targets, length=count, upper=classes)
         return F.one_hot(targets, classes).bool()
-    if targets.shape != (count, classes) or not bool(((targets == 0) | (targets == 1)).all()):
+    fits = isinstance(targets, Tensor) and targets.shape == (count, classes)
+    if not fits or not bool(((targets == 0) | (targets == 1)).all()):
         raise ValueError(
             f"{caller}: targets must be int64 class numbers of shape [{count}] or zeros and ones of shape "
             f"[{count}, {classes}]; got {described(targets)}"

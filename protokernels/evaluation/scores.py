@@ -38,7 +38,8 @@ def classification_scores(
     if len(target) == 0:
         raise ValueError(f"{caller}: at least one sample is needed; got none")
     check_labels(caller, "target", target, length=len(target), upper=num_classes)
-    if prediction.dtype != torch.int64 or prediction.shape != target.shape or int(prediction.min()) < 0:
+    fits = isinstance(prediction, Tensor) and prediction.dtype == torch.int64
+    if not fits or prediction.shape != target.shape or int(prediction.min()) < 0:
         raise ValueError(
             f"{caller}: prediction must be int64 of shape [{len(target)}] and not negative; got {described(prediction)}"
         )
@@ -86,7 +87,8 @@ def clustering_scores(
     """
     caller = "clustering_scores"
     for name, values in (("clusters", clusters), ("target", target)):
-        if values.dtype != torch.int64 or values.ndim != 1 or len(values) == 0 or len(values) != len(target):
+        fits = isinstance(values, Tensor) and values.dtype == torch.int64 and values.ndim == 1
+        if not fits or len(values) == 0 or len(values) != len(target):
             raise ValueError(
                 f"{caller}: {name} must be int64 of shape [N], the same N of at least 1 for both; got "
                 f"{described(values)}"

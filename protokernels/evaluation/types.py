@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops._checks import describe
+
 
 @dataclass(frozen=True, eq=False)
 class Representation:
@@ -22,14 +24,22 @@ class Representation:
     clusters: Tensor | None = None  # [N] int64, 0..num_clusters - 1
 
     def __post_init__(self) -> None:
-        if self.embeddings.ndim != 2 or not self.embeddings.is_floating_point():
+        if (
+            not isinstance(self.embeddings, Tensor)
+            or self.embeddings.ndim != 2
+            or not self.embeddings.is_floating_point()
+        ):
             raise ValueError(
                 f"Representation: embeddings must be floating point of shape [N, D]; got {described(self.embeddings)}"
             )
         for name, values in (("labels", self.labels), ("clusters", self.clusters)):
             if values is None:
                 continue
-            if values.dtype != torch.int64 or values.shape != self.embeddings.shape[:1]:
+            if (
+                not isinstance(values, Tensor)
+                or values.dtype != torch.int64
+                or values.shape != self.embeddings.shape[:1]
+            ):
                 raise ValueError(
                     f"Representation: {name} must be int64 of shape [{len(self.embeddings)}]; got {described(values)}"
                 )
@@ -40,14 +50,21 @@ class Representation:
         return len(self.labels)
 
 
-def described(tensor: Tensor) -> str:
-    """dtype and shape for a message."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def described(value: object) -> str:
+    """dtype and shape of a tensor for a message; of anything else its type, and what to do about NumPy's."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return describe(value)
 
 
 def check_embeddings(caller: str, name: str, embeddings: Tensor) -> None:
     """Refuses what is not a finite [N, D] with at least one row and one column."""
-    if embeddings.ndim != 2 or not embeddings.is_floating_point() or 0 in embeddings.shape:
+    if (
+        not isinstance(embeddings, Tensor)
+        or embeddings.ndim != 2
+        or not embeddings.is_floating_point()
+        or 0 in embeddings.shape
+    ):
         raise ValueError(
             f"{caller}: {name} must be floating point of shape [N, D] with N and D at least 1; got "
             f"{described(embeddings)}"
@@ -62,7 +79,7 @@ def check_embeddings(caller: str, name: str, embeddings: Tensor) -> None:
 
 def check_labels(caller: str, name: str, labels: Tensor, *, length: int, upper: int) -> None:
     """Refuses what is not int64 [length] in 0..upper - 1."""
-    if labels.dtype != torch.int64 or labels.shape != (length,):
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (length,):
         raise ValueError(f"{caller}: {name} must be int64 of shape [{length}]; got {described(labels)}")
     if length and not (int(labels.min()) >= 0 and int(labels.max()) < upper):
         raise ValueError(f"{caller}: {name} must lie in 0..{upper - 1}; got {int(labels.min())}..{int(labels.max())}")
