@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,13 @@ class TestHoldOut:
         assert result["auc"] == pytest.approx(np.mean(means)) and result["auc_std"] == pytest.approx(
             np.std(means, ddof=1)
         )
+
+    @pytest.mark.parametrize("kind", [np.uint8, np.int32, bool, torch.tensor, list])
+    def test_labels_are_whole_numbers_of_any_type(self, kind: Any) -> None:
+        features, labels, groups = made()
+        given = labels.astype(kind) if isinstance(kind, type) and kind is not list else kind(labels)
+        assert linear_evaluation(features, given, list(groups)) == linear_evaluation(features, labels, groups)
+        assert cross_validated_auc(features, given, list(groups)) == cross_validated_auc(features, labels, groups)
 
     def test_sets_share_no_group_and_hold_everything(self) -> None:
         _, labels, groups = made()

@@ -81,6 +81,9 @@ def cross_validated_auc(
     from sklearn.preprocessing import StandardScaler
 
     check_embeddings("cross_validated_auc", "features", features)
+    labels = np.asarray(labels)
+    if labels.dtype.kind in "biu":  # whole numbers of any width, or True and False
+        labels = labels.astype(np.int64)
     check_labels("cross_validated_auc", "labels", torch.as_tensor(labels), length=len(features), upper=2)
     x, areas = features.detach().cpu().double().numpy(), []
     parts = hold_out_sets(labels, groups, sets=folds, seed=seed)
@@ -123,6 +126,7 @@ def linear_evaluation(
         ValueError: see :func:`cross_validated_auc`.
     """
     rows: dict[str, dict[str, Any]] = {}
+    labels, groups = np.asarray(labels), None if groups is None else np.asarray(groups)
     for number, part in enumerate(hold_out_sets(labels, groups, sets=sets, seed=seed), start=1):
         own = None if groups is None else groups[part]
         areas = cross_validated_auc(features[torch.as_tensor(part)], labels[part], own, folds=folds, seed=seed)
