@@ -34,6 +34,12 @@ class TestTypes:
         with pytest.raises(DataError, match="2 images and 1 labels"):
             Split(images, labels[:1])
 
+    def test_dataset_refuses_classes_of_one_name(self) -> None:
+        split = Split(np.zeros((2, 4, 4), np.uint8), np.array([0, 2]), np.zeros((2, 2), np.uint8))
+        for classes, findings in (("aba", "xy"), ("abc", "yy")):
+            with pytest.raises(DataError, match=r"x: names of classes must differ; '[ay]' occurs 2 times"):
+                ImageDataset("x", split, None, split, tuple(classes), {}, tuple(findings))
+
     def test_dataset_refuses_labels_without_a_class(self) -> None:
         images = np.zeros((2, 4, 4), np.uint8)
         split = Split(images, np.array([0, 2]))

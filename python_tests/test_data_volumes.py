@@ -71,6 +71,8 @@ class TestTypes:
         high, wide = np.full((3, 4, 4), 2, np.uint8), (np.zeros((3, 4, 5), np.float32), np.zeros((3, 4, 5), np.uint8))
         with pytest.raises(DataError, match=r"labels of c must lie in 0\.\.1 \(2 classes\); got 2"):
             SegmentationDataset("x", (volume("a"),), (volume("b"),), (volume("c", label=high),), ("p", "q"))
+        with pytest.raises(DataError, match="x: names of classes must differ; 'q' occurs 2 times"):
+            SegmentationDataset("x", (volume("a"),), (volume("b"),), (volume("c"),), ("p", "q", "q"))
         with pytest.raises(DataError, match=r"a has \[4, 4\], b has \[4, 5\]"):
             other = volume("b", image=wide[0], label=wide[1])
             SegmentationDataset("x", (volume("a"),), (other,), (volume("c"),), ("p", "q"))

@@ -193,6 +193,7 @@ class TestScores:
             ([labels(0)[1:]], None, r"whole numbers of shape \[5, 8, 8\]; got uint8 \[4, 8, 8\]"),
             ([labels(0).astype(np.float32)], None, "whole numbers of shape"),
             ([labels(0)], ("0", "1"), r"must lie in 0\.\.1"),
+            ([labels(0)], ("0", "a", "b", "a"), "class names must differ; got '0', 'a', 'b', 'a'"),
         ],
     )
     def test_refusals(self, predictions: list[np.ndarray], names: tuple[str, ...] | None, message: str) -> None:

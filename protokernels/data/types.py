@@ -14,6 +14,13 @@ class DataError(ValueError):
     """A data set is unknown, missing, damaged or not supported; the message says which, and what to do."""
 
 
+def check_names_differ(dataset: str, names: tuple[str, ...]) -> None:
+    """``DataError`` where two classes have one name: scores by class go by the name, and one would take the other's place."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{dataset}: names of classes must differ; {twice!r} occurs {names.count(twice)} times")
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """The images and labels of one split.
@@ -92,8 +99,8 @@ class ImageDataset:
             any result.
 
     Raises:
-        DataError: when a split is empty, a label has no class name, the splits differ in image shape, or targets do not
-            fit ``target_names``.
+        DataError: when a split is empty, a label has no class name, two classes have one name, the splits differ in image
+            shape, or targets do not fit ``target_names``.
     """
 
     name: str
@@ -105,6 +112,8 @@ class ImageDataset:
     target_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_names_differ(self.name, self.class_names)
+        check_names_differ(self.name, self.target_names)
         for split_name, split in self.splits.items():
             if len(split) == 0:
                 raise DataError(f"{self.name}: the {split_name} split is empty; at least one image is needed")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .types import DataError
+from .types import DataError, check_names_differ
 
 MAX_CLASSES = 256  # labels are uint8
 
@@ -73,7 +73,7 @@ class SegmentationDataset:
             ``files``, ``md5`` or ``md5s``, ``slice_axis``, ``split``, and ``warnings``, a list of sentences to be kept with any result.
 
     Raises:
-        DataError: an empty split, a patient in two splits, a name that occurs twice, a label without a class name,
+        DataError: an empty split, a patient in two splits, a name of a volume or class that occurs twice, a label without a class name,
             slices of different sizes.
     """
 
@@ -89,6 +89,7 @@ class SegmentationDataset:
             raise DataError(
                 f"{self.name}: 2 to {MAX_CLASSES} classes are expected, the background counted; got {self.num_classes}"
             )
+        check_names_differ(self.name, self.class_names)
         owner: dict[str, str] = {}
         names: set[str] = set()
         for split, volumes in self.splits.items():

@@ -125,7 +125,7 @@ def segmentation_scores(
         each by class, None where there is none; and ``unit``.
 
     Raises:
-        ValueError: numbers or shapes that do not fit, no volume.
+        ValueError: numbers or shapes that do not fit, no volume, equal class names.
         ImportError: MONAI is not installed.
 
     Example:
@@ -149,6 +149,8 @@ def segmentation_scores(
             )
     highest = max(int(value.max()) for value in (*maps, *(volume.label for volume in volumes)))
     names = list(class_names or ("background", *(f"class {index}" for index in range(1, max(highest, 1) + 1))))
+    if len(set(names)) < len(names):
+        raise ValueError(f"{caller}: class names must differ; got {', '.join(map(repr, names))}")
     pooled = DiceCounter(len(names))
     known = all(volume.spacing_known for volume in volumes)
     dice, distances = [], []
