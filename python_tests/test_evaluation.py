@@ -274,6 +274,12 @@ class TestTsne:
         nearest = knn_predict(result.points, labels, result.extra_points, k=5, num_classes=3)
         assert torch.equal(nearest, y[:3])  # rows embedded jointly land among their class
 
+    def test_far_from_0_the_neighbours_are_the_same(self) -> None:
+        """float32 holds multiples of 64 there."""
+        x, y = blobs(60, classes=2)
+        points = tsne_embedding(x.double() + 1e9, perplexity=10).points
+        assert torch.equal(y[torch.cdist(points, points).topk(2, largest=False).indices[:, 1]], y)
+
     def test_same_seed_same_map(self) -> None:
         x, _ = blobs(80)
         first, second, other = (tsne_embedding(x, seed=seed, max_samples=60) for seed in (1, 1, 2))

@@ -64,9 +64,12 @@ def tsne_embedding(
     generator = torch.Generator().manual_seed(seed)
     count = min(len(embeddings), max_samples)
     indices = torch.randperm(len(embeddings), generator=generator)[:count].sort().values
-    rows = embeddings.detach().cpu().float()[indices]
+    rows = embeddings.detach().cpu()[indices]
     if extra is not None:
-        rows = torch.cat([rows, extra.detach().cpu().float()])
+        rows = torch.cat([rows, extra.detach().cpu()])
+    if rows.dtype == torch.float64:
+        rows = rows - rows.mean(dim=0)  # distances stay, and float32 holds them however far from 0 the rows are
+    rows = rows.float()
     positions, used = _positions(rows, perplexity, seed)
     return TsneMap(positions[:count], indices, positions[count:] if extra is not None else None, used)
 
