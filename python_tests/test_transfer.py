@@ -28,6 +28,7 @@ from protokernels.evaluation import (
 )
 from protokernels.evaluation import transfer as transfer_module
 from protokernels.evaluation.classifier import fit_adamw, fit_logistic, label_loss, seeded_linear, selection_score
+from protokernels.models import GaussianEncoder
 from python_tests.places import default_dtype
 
 FAST = AdamWProtocol(learning_rate=3e-3, epochs=4, patience=4, batch_size=32)
@@ -424,3 +425,23 @@ def test_the_default_type_makes_no_difference(encoder: Encoder) -> None:
                 config = replace(CONFIG, probe=probe, fine_tune=replace(FAST, flip=True, epochs=2))  # type: ignore[arg-type]
                 results.append(evaluate_transfer(encoder, *parts, class_names=["dark", "bright"], config=config))
     assert found == expected
+
+
+def test_what_does_not_fit_is_named(encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match="probe must be 'lbfgs' or 'adamw'; got 'L-BFGS'"):
+        TransferConfig(probe="L-BFGS")  # type: ignore[arg-type]
+    parts, names = [made(20, seed) for seed in range(3)], ["dark", "bright"]
+    with pytest.raises(ValueError, match="precision must be 'fp32' or 'bf16'; got 'fp16'"):
+        evaluate_transfer(encoder, *parts, class_names=names, precision="fp16")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"must give features \[B, D\] .*; got float32 \[20, 1, 64\] for images \[20, 1"
+    ):
+        evaluate_transfer(nn.Flatten(2), *parts, class_names=names)
+    with pytest.raises(ValueError, match=r"must give features \[B, D\] .*; got tuple for images"):
+        evaluate_transfer(GaussianEncoder(1, 8, 4, widths=(2,), activated=True), *parts, class_names=names)
+    damaged = replace(parts[2], inputs=parts[2].inputs.index_fill(0, torch.tensor([3]), torch.inf))
+    with pytest.raises(ValueError, match="gives test features that are not finite"):
+        evaluate_transfer(nn.Flatten(), parts[0], parts[1], damaged, class_names=names)
+    features = [Labelled(part.inputs.flatten(1), part.targets) for part in parts]
+    with pytest.raises(ValueError, match=r"flip needs images \[N, C, H, W\]; got inputs float32 \[20, 64\]"):
+        fine_tune(nn.Linear(64, 4), features[0], features[1], 2, replace(FAST, flip=True))

@@ -182,10 +182,13 @@ def fit_adamw(
         precision: of the forward pass.
 
     Raises:
-        ValueError: nothing to train, or epochs, patience, batch_size or least_steps below 1.
+        ValueError: nothing to train, epochs, patience, batch_size or least_steps below 1, another precision, flips of what
+            are no images.
     """
     if min(protocol.epochs, protocol.patience, protocol.batch_size, protocol.least_steps) < 1:
         raise ValueError(f"fit_adamw: epochs, patience, batch_size and least_steps must be at least 1; got {protocol}")
+    if protocol.flip and train.inputs.ndim != 4:
+        raise ValueError(f"fit_adamw: flip needs images [N, C, H, W]; got inputs {described(train.inputs)}")
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("fit_adamw: the module has no parameter that requires a gradient")
@@ -240,4 +243,6 @@ def predict(
 
 
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision must be 'fp32' or 'bf16'; got {precision!r}")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .classifier import AdamWProtocol, Fitted, Labelled, fit_adamw, fit_logistic, predict, seeded_linear
 from .fractions import label_subsets
 from .roc import auroc
+from .types import described
 
 Precision = Literal["fp32", "bf16"]
 TransferProtocol = Literal["fair", "sister", "probe"]
@@ -44,6 +45,9 @@ class TransferConfig:
         probe_adamw: for ``adamw``.
         fine_tune_fractions: shares of the training labels, each a fine-tuning of the whole encoder; empty for none.
         fine_tune: how.
+
+    Raises:
+        ValueError: another probe.
     """
 
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.3, 1.0)
@@ -52,6 +56,10 @@ class TransferConfig:
     probe_adamw: AdamWProtocol = PROBE_ADAMW
     fine_tune_fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.3, 1.0)
     fine_tune: AdamWProtocol = FINE_TUNE
+
+    def __post_init__(self) -> None:
+        if self.probe not in ("lbfgs", "adamw"):
+            raise ValueError(f"TransferConfig: probe must be 'lbfgs' or 'adamw'; got {self.probe!r}")
 
 
 TRANSFER_PROTOCOLS: dict[TransferProtocol, TransferConfig] = {
@@ -65,6 +73,9 @@ class PooledEncoder(nn.Module):
     """An encoder's output as one vector per image: a dense map is averaged over its positions.
 
     Shape: [B, C, H, W] -> [B, D].
+
+    Raises:
+        ValueError: the encoder gives something else.
     """
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -73,6 +84,11 @@ class PooledEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.encoder(images)
+        if not isinstance(features, Tensor) or features.ndim not in (2, 4):
+            raise ValueError(
+                f"the encoder must give features [B, D] or a dense map [B, D, h, w]; got {described(features)} for images "
+                f"{list(images.shape)}"
+            )
         return features.float().mean(dim=(2, 3)) if features.ndim == 4 else features.float()
 
 
@@ -105,7 +121,8 @@ def evaluate_transfer(
         image, ``images`` trained on, ``val_score``, and the chosen ``weight_decay`` and ``epoch``.
 
     Raises:
-        ValueError: features that are not finite, targets and class names that do not fit, or of two kinds.
+        ValueError: features of another shape or not finite, targets and class names that do not fit or are of two kinds,
+            another precision.
     """
     config = config or TransferConfig()
     classes = len(class_names)
@@ -116,10 +133,16 @@ def evaluate_transfer(
     )
     pooled = PooledEncoder(encoder)
 
-    def features(part: Labelled) -> Labelled:
-        return Labelled(predict(pooled, part.inputs, precision=precision), part.targets)
+    def features(name: str, part: Labelled) -> Labelled:
+        vectors = predict(pooled, part.inputs, precision=precision)
+        if not bool(torch.isfinite(vectors).all()):
+            raise ValueError(
+                f"evaluate_transfer: the encoder gives {name} features that are not finite; it has diverged"
+            )
+        return Labelled(vectors, part.targets)
 
-    fit_probe, test_features = _probe(features(train), features(val), classes, config, seed), features(test)
+    fit_probe = _probe(features("training", train), features("validation", val), classes, config, seed)
+    test_features = features("test", test)
     results: dict[str, dict[str, Any]] = {"probe": {}, "fine_tune": {}}
     for fraction in config.fractions:
         fitted = fit_probe(subsets[fraction])
@@ -154,11 +177,6 @@ def _probe(
 ) -> Callable[[Tensor], Fitted]:
     """How a probe is fitted on the training features at given indices: by AdamW on the features as they are, as in the released code;
     by L-BFGS on standardised ones. Their scale and mean come from all training features: they need no labels."""
-    for name, part in (("training", train), ("validation", val)):
-        if not bool(torch.isfinite(part.inputs).all()):
-            raise ValueError(
-                f"evaluate_transfer: the encoder gives {name} features that are not finite; it has diverged"
-            )
     if config.probe == "adamw":
 
         def fit_plain(indices: Tensor) -> Fitted:
