@@ -151,6 +151,7 @@ class TestMedmnistFlag:
             ("organmnist3d_64", "volumes"),
             ("lungmnist", "unknown MedMNIST set"),
             ("cifar10", "unknown data set"),
+            ("Hippocampus", "holds labelled volumes; load them with protokernels.data.load_segmentation"),
             ("pneumoniamnist_32", "unknown data set"),
             ("", "unknown data set"),
         ):
@@ -180,7 +181,7 @@ class TestNpzFile:
     def test_without_val_and_without_names(self, tmp_path: Path) -> None:
         arrays = {key: value for key, value in make_arrays(classes=3).items() if not key.startswith("val")}
         arrays["patient_ids"] = np.array(["a", "b"])
-        dataset = load_dataset(str(save(tmp_path / "mine.npz", arrays)))
+        dataset = load_dataset(save(tmp_path / "mine.npz", arrays))
         assert dataset.name == "mine" and dataset.val is None
         assert dataset.class_names == ("class 0", "class 1", "class 2")
         assert dataset.provenance["warnings"] == []

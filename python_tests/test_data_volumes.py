@@ -233,7 +233,7 @@ class TestDecathlon:
     @pytest.mark.parametrize("by_path", [True, False])
     def test_folder(self, tmp_path: Path, by_path: bool) -> None:
         maps = write_decathlon(tmp_path / "Task99_Organ")
-        name = str(tmp_path / "Task99_Organ") if by_path else "Task99_Organ"
+        name = tmp_path / "Task99_Organ" if by_path else "Task99_Organ"
         data = load_segmentation(name, tmp_path, image_size=16, split="paper")
         assert data.class_names == ("background", "front", "back") and data.image_size == (16, 16)
         everyone = [v for part in data.splits.values() for v in part]

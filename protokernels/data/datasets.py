@@ -15,7 +15,7 @@ _VOLUMES = ("hippocampus", "mmwhs", "acdc", "phantoms")  # of load_segmentation
 _NAMES = ("digits", "mnist", *chest.NAMES, *brain.NAMES, *brats.NAMES)
 
 
-def load_dataset(name: str, root: str | Path | None = None, *, download: bool = False) -> ImageDataset:
+def load_dataset(name: str | Path, root: str | Path | None = None, *, download: bool = False) -> ImageDataset:
     """Loads a data set into memory.
 
     Args:
@@ -25,7 +25,7 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
             ``"chest_kermany"`` or ``"chest_kermany_subtype"`` (chest X-rays, see :mod:`protokernels.data.chest`);
             ``"brain_tumor"`` or ``"brain_tumor_types"`` (slices of brain MRI, see :mod:`protokernels.data.brain`);
             ``"brats"`` (see :mod:`protokernels.data.brats`); or the path of an ``.npz`` file with MedMNIST's arrays
-            ``{train,val,test}_{images,labels}`` (``val`` may be absent), taken as it stands or below ``root``.
+            ``{train,val,test}_{images,labels}`` (``val`` may be absent), as text or ``Path``, taken as it stands or below ``root``.
         root: folder of the files; default: the environment variable ``PROTOKERNELS_DATA``, else
             ``~/.cache/protokernels``. Files are looked for in ``root`` itself and in its folders ``mnist``,
             ``medmnist``, ``MNIST/raw``, ``chest_nih``, ``chest_kermany`` and ``brain_tumor_4class``.
@@ -45,7 +45,7 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
         >>> load_dataset("digits").num_classes
         10
     """
-    folder = data_root(root)
+    folder, name = data_root(root), os.fspath(name)
     if name.lower().endswith(".npz"):
         return medmnist.load_file(_existing_file(name, folder))
     key = name.lower()
@@ -61,6 +61,8 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
         return brats.load(folder)
     if medmnist.is_flag(key):
         return medmnist.load_flag(key, folder, download=download)
+    if key in _VOLUMES:
+        raise DataError(f"{name} holds labelled volumes; load them with protokernels.data.load_segmentation")
     raise DataError(
         f"unknown data set {name!r}; expected one of {', '.join(available_datasets())}, or the path of an .npz file"
     )

@@ -53,7 +53,7 @@ class Slices(NamedTuple):
 
 
 def load_segmentation(
-    name: str,
+    name: str | Path,
     root: str | Path | None = None,
     *,
     image_size: int | None = None,
@@ -90,6 +90,7 @@ def load_segmentation(
         >>> len(phantoms.train), len(phantoms.val), len(phantoms.test), phantoms.num_classes
         (10, 5, 5, 3)
     """
+    name = os.fspath(name)
     if split not in ("paper", "official"):
         raise DataError(f'{name}: split must be "paper" or "official"; got {split!r}')
     if not 0 <= fold < folds:
