@@ -27,6 +27,16 @@ def give_gradients(weights: list[nn.Parameter], step: int) -> None:
 
 
 class TestLars:
+    @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+    def test_sparse_gradients_are_refused_before_anything_changes(self, weight_decay: float) -> None:
+        table, other = nn.Embedding(5, 3, sparse=True), nn.Parameter(torch.ones(2, 2))
+        before = table.weight.detach().clone()
+        optimizer = LARS([{"params": [other]}, {"params": [table.weight]}], lr=1.0, weight_decay=weight_decay)
+        (table(torch.tensor([1, 4])).sum() + other.sum()).backward()
+        with pytest.raises(TypeError, match=r"that of a parameter \[5, 3\] is sparse: take sparse=False"):
+            optimizer.step()
+        assert torch.equal(table.weight, before) and torch.equal(other, torch.ones(2, 2))
+
     def test_two_steps_by_hand_with_all_tensors_scaled_and_the_rate_inside(self) -> None:
         """The released code's form: v <- 0.9 v + lr eta |w| / |g| g, w <- w - v, for a matrix and a bias, with a rate that changes."""
         weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.tensor([2.0]))

@@ -25,7 +25,8 @@ class LARS(Optimizer):
     Tensors with one dimension (biases, normalisation) get neither decay nor scaling. Where w or g has no length, the ratio
     is 1. With ``lr_in_momentum`` the velocity holds steps, as in that paper: v <- momentum v + lr g, w <- w - v. The two
     differ where the learning rate changes: the first applies a new one to all of v at once. Parameters without a gradient stay as they are,
-    with their velocity. All tensors of a group are updated together (``torch._foreach_*``), without a read-back from the device.
+    with their velocity; gradients must be dense. All tensors of a group are updated together (``torch._foreach_*``), without a
+    read-back from the device.
 
     Args:
         params: parameters or groups of them; every option may differ between groups.
@@ -85,11 +86,17 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; ``closure`` is called first, with gradients, and its value returned."""
+        """One step; ``closure`` is called first, with gradients, and its value returned. ``TypeError`` for sparse gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for weight in (weight for group in self.param_groups for weight in group["params"]):
+            if weight.grad is not None and weight.grad.is_sparse:
+                raise TypeError(
+                    f"LARS: gradients must be dense; that of a parameter {list(weight.shape)} is sparse: take sparse=False in "
+                    "its embedding, or another optimiser for it"
+                )
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if weights:
