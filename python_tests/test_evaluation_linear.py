@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from protokernels.evaluation import (
+    GradientProtocol,
     LinearProtocol,
     classification_scores,
     linear_probe,
@@ -135,6 +136,13 @@ class TestLinearProbe:
             linear_probe(x * torch.nan, y, num_classes=4)
         with pytest.raises(ValueError, match="protocol must be"):
             linear_probe(x, y, num_classes=4, protocol="other")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="'fair' or a GradientProtocol; got None"):
+            linear_probe(x, y, num_classes=4, protocol=None)  # type: ignore[arg-type]
+        for values in ((1e-3, 0), (1e-3, 1, 0), (-0.1, 1), (math.nan, 1)):
+            with pytest.raises(
+                ValueError, match="epochs and batch_size must be at least 1, learning_rate finite and not"
+            ):
+                GradientProtocol(*values)
         with pytest.raises(ValueError, match=r"0\.\.2"):
             linear_probe(x, y, num_classes=3)
 

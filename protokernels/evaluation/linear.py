@@ -20,12 +20,23 @@ LinearProtocol = Literal["paper", "official", "fair"]
 
 @dataclass(frozen=True)
 class GradientProtocol:
-    """One linear layer, Adam on the cross-entropy, no weight decay, embeddings not standardised."""
+    """One linear layer, Adam on the cross-entropy, no weight decay, embeddings not standardised.
+
+    Raises:
+        ValueError: epochs or batch_size below 1, a learning rate that is negative or not finite.
+    """
 
     learning_rate: float
     epochs: int
     batch_size: int = 512
     least_outputs: int = 0  # outputs beyond the number of classes can be predicted and are then wrong
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch_size) < 1 or not 0 <= self.learning_rate < math.inf:
+            raise ValueError(
+                "GradientProtocol: epochs and batch_size must be at least 1, learning_rate finite and not negative; got "
+                f"{self.epochs}, {self.batch_size} and {self.learning_rate}"
+            )
 
 
 GRADIENT_PROTOCOLS = {
@@ -99,9 +110,11 @@ def linear_probe(
     check_labels(caller, "train_labels", train_labels, length=len(train_embeddings), upper=num_classes)
     if protocol == "fair":
         return _logistic_regression(train_embeddings.detach(), train_labels, num_classes)
-    if isinstance(protocol, str) and protocol not in GRADIENT_PROTOCOLS:
-        raise ValueError(f"{caller}: protocol must be 'paper', 'official' or 'fair'; got {protocol!r}")
-    settings = GRADIENT_PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
+    settings = GRADIENT_PROTOCOLS.get(protocol) if isinstance(protocol, str) else protocol
+    if not isinstance(settings, GradientProtocol):
+        raise ValueError(
+            f"{caller}: protocol must be 'paper', 'official', 'fair' or a GradientProtocol; got {protocol!r}"
+        )
     device = train_embeddings.device
     outputs = max(num_classes, settings.least_outputs)
     with one_thread():
