@@ -169,6 +169,10 @@ class TestSplit:
     def test_too_few_patients(self) -> None:
         with pytest.raises(DataError, match="5 parts needs at least 5 patients; got 4"):
             patient_split(["a", "b", "c", "d", "d"], 0, split="paper")
+        with pytest.raises(DataError, match=r"split must be .* got 'papers'"):
+            patient_split(self.groups, 0, split="papers")  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=r"ratio must be \(a, 1, 1\) .*; got \(3, 2, 1\)"):
+            patient_split(self.groups, 0, split="paper", ratio=(3, 2, 1))
 
     def test_labelled_subset(self) -> None:
         volumes = [volume(f"v{index}") for index in range(156)]

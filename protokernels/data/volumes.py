@@ -148,8 +148,12 @@ def patient_split(
         ratio: of the paper's split.
 
     Raises:
-        DataError: fewer patients than parts.
+        DataError: fewer patients than parts, another split or ratio.
     """
+    if split not in ("paper", "official"):
+        raise DataError(f'split must be "paper" or "official"; got {split!r}')
+    if ratio[0] < 1 or tuple(ratio[1:]) != (1, 1):
+        raise DataError(f"ratio must be (a, 1, 1) with a at least 1: a part validates and a part tests; got {ratio}")
     patients = sorted(set(groups))
     parts = sum(ratio) if split == "paper" else 4
     if len(patients) < parts:
