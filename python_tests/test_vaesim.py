@@ -60,6 +60,8 @@ class TestNetworks:
     def test_condition_reaches_the_image(self) -> None:
         for name in NETWORKS:
             _, decoder = build_networks(name, channels=1, image_size=32, latent_dim=6, condition_dim=5)  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match=r"a condition \[B, 5\] is needed; got none"):
+                decoder(torch.zeros(2, 6))
             decoder.eval()
             first, second = decoder(torch.zeros(2, 6), torch.eye(5)[:2])
             assert not torch.equal(first, second), name

@@ -66,7 +66,10 @@ class ConditionalDecoder(nn.Module):
         widths: output channels of the 4x4 stride-2 transposed convolutions.
         activated: ConvTranspose -> BatchNorm -> GELU; ``False``: bare transposed convolutions.
 
-    Shape: latent [B, D], condition [B, K] or None -> images [B, C, H, W] in (0, 1).
+    Shape: latent [B, D], condition [B, K], or None where K is 0 -> images [B, C, H, W] in (0, 1).
+
+    Raises:
+        ValueError: no condition where K is not 0.
     """
 
     def __init__(
@@ -96,6 +99,10 @@ class ConditionalDecoder(nn.Module):
     def forward(self, latent: Tensor, condition: Tensor | None = None) -> Tensor:  # [B, D], [B, K] -> [B, C, H, W]
         seed = self.latent(latent).unflatten(1, (self.seed_channels, self.side, self.side))
         if self.condition is not None:
+            if condition is None:
+                raise ValueError(
+                    f"ConditionalDecoder: a condition [B, {self.condition.in_features}] is needed; got none"
+                )
             condition_map = self.condition(condition).unflatten(1, (1, self.side, self.side))
             seed = torch.cat([seed, condition_map], dim=1)
         return torch.sigmoid(self.layers(seed).float())
