@@ -23,7 +23,7 @@ from .results.jobs import differing, is_main_process
 from .results.scores import main_scores
 from .tables import papers_with_a_table, table_of
 from .training import RunFolderError
-from .training.files import exclusive, read_json, write_json
+from .training.files import exclusive, make_folder, read_json, write_json
 from .training.runs import RunSettings, resuming
 
 SUMMARY = "sweep.json"
@@ -218,7 +218,7 @@ def run_sweep(
         place = folder / point.folder
         own = replace(shared, **point.values)
         jobs.setdefault(point.folder, Job(point.folder, name, paper, own, place, settings))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, parents=True)
     seeds = settings.seeds
     note(folder, paper.CONFIG, head, seeds, [])  # another configuration is noticed before anything is trained
 

@@ -37,7 +37,7 @@ from .results.finished import find_finished
 from .results.jobs import is_finished, is_main_process
 from .results.tables import is_rendered
 from .training import RunFolderError
-from .training.files import check_target, exclusive, read_json, write_bytes, write_json
+from .training.files import check_target, exclusive, make_folder, read_json, write_bytes, write_json
 from .training.runs import RunSettings
 from .training.session import Precision
 
@@ -169,7 +169,7 @@ def run_table(described: PaperTable, options: TableOptions) -> int:
     if options.out is None:
         sys.stdout.write(text)
     else:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out.parent, parents=True)
         write_bytes(options.out, text.encode())
     if options.figures is not None:
         for path in draw(described, folders, chosen, options.figures, options.data_root):
@@ -339,7 +339,7 @@ def train_missing(
             compute = described.computed.get(values.get("preset", ""))
             path = folder / COMPUTED / f"{Path(values['data']).stem}-{values.get('preset')}.json"
             if compute is not None and not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent, parents=True)
                 with exclusive(path.with_suffix(".lock")):
                     if not path.exists():
                         write_json(path, compute(values["data"], options.data_root, options.download))
