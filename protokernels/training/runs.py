@@ -210,10 +210,14 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     Returns:
         The first run's results with ``"splits"`` replaced by the summary (see :func:`summarize_runs`), ``"seeds"``,
         ``"number_of_runs"`` and, with several seeds, ``"unfinished_seeds"``.
+
+    Raises:
+        FileNotFoundError: none has.
+        RunFolderError: those of one are incomplete.
     """
     runs = load_runs(folder)
     asked = RunFolder(folder).config().get("seeds")
-    results = [(run.config()["seed"], result) for run in runs if (result := run.results()) is not None]
+    results = [(run.config()["seed"], result) for run in runs if (result := _summed_up(run)) is not None]
     if not results:
         raise FileNotFoundError(f"{folder} has no results yet; continue the run with --resume")
     first = {
@@ -229,6 +233,20 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
         **({"unfinished_seeds": unfinished} if asked else {}),
         "splits": summarize_runs([result["splits"] for _, result in results]),
     }
+
+
+def _summed_up(run: RunFolder) -> dict[str, Any] | None:
+    """The results of a run that are to be summed up, if there are any."""
+    results = run.results()
+    if results is None:
+        return None
+    missing = [key for key in ("paper", "config", "splits", "complete") if key not in results]
+    if missing or not isinstance(results["splits"], dict):
+        raise RunFolderError(
+            f"{run.path / 'results.json'}: expected the results of a run, with its splits; got {', '.join(results) or 'nothing'}; "
+            "remove it, and `protokernels evaluate` scores the run again"
+        )
+    return results
 
 
 def write_summary(folder: str | Path) -> dict[str, Any]:
