@@ -21,6 +21,7 @@ from .results import Format, Job, Outcome, ResultTable, Row, Score, rendered, ru
 from .results.fields import as_record, changed, completed, field_name, field_value, named_values
 from .results.jobs import differing, is_main_process
 from .results.scores import main_scores
+from .results.tables import literal
 from .tables import papers_with_a_table, table_of
 from .training import RunFolderError
 from .training.files import exclusive, make_folder, read_json, write_json
@@ -307,11 +308,11 @@ def sweep_tables(content: Mapping[str, Any], scores: Scores) -> list[ResultTable
             titles = list(dict.fromkeys(title for _, values in found for title in values))
             rows = []
             for point, values in found:
-                name, *others = (str(value) for value in point["values"].values())
+                name, *others = (literal(value) for value in point["values"].values())
                 cells = (*others, *(Score.of(values.get(title)) for title in titles), len(point["seeds"]))
                 bold = f"**{name}**" if point["folder"] == BASE else name
                 rows.append(Row(bold, cells, point.get("protocol", {})))
-            group = f"{content['paper']}, {Path(content['data']).stem}, preset `{content['preset']}`, {split}"
+            group = f"{content['paper']}, {literal(Path(content['data']).stem)}, preset `{content['preset']}`, {split}"
             made.append(ResultTable((*names, *titles, "seeds"), tuple(rows), group=group))
     return made
 
