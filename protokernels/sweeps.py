@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from .ablations import new_folder, with_shared_stages
-from .commands import BASELINES, TrainOptions, find_paper, leave_processes, parse_options, with_underscores
+from .commands import (
+    BASELINES,
+    TrainOptions,
+    find_paper,
+    leave_processes,
+    name_unknown,
+    parse_options,
+    with_underscores,
+)
 from .papers import PAPERS
 from .results import Format, Job, Outcome, ResultTable, Row, Score, rendered, run_jobs
 from .results.fields import as_record, changed, completed, field_name, field_value, named_values
@@ -60,15 +68,13 @@ def sweep(words: list[str]) -> int:
     """``protokernels sweep PAPER [--over FIELD=VALUE,VALUE ...] [options]``; a baseline's name sweeps the baseline."""
     words = with_underscores(words)
     if not words or words[0] not in (*PAPERS, *BASELINES):
-        asked = bool(words) and words[0] in ("-h", "--help")
-        if words and not asked:
-            print(f"protokernels sweep: unknown paper {words[0]!r}", file=sys.stderr)
+        name_unknown("sweep", words, "paper or baseline", (*PAPERS, *BASELINES))
         print(
             "protokernels sweep PAPER [--over FIELD=VALUE,VALUE ...] [--grid] [options]\n\n"
             f"papers: {', '.join(PAPERS)}\nbaselines: {', '.join(BASELINES)}\n"
             "`protokernels sweep PAPER --help` lists the options and the fields."
         )
-        return 0 if asked else 2
+        return 0 if words and words[0] in ("-h", "--help") else 2
     name = words[0]
     paper = find_paper(name)
     described = table_of(name) if name in papers_with_a_table() else None

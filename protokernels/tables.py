@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .ablations import with_shared_stages
-from .commands import find_paper, leave_processes, plain_warnings, with_repeats_joined, with_underscores
+from .commands import find_paper, leave_processes, name_unknown, plain_warnings, with_repeats_joined, with_underscores
 from .data.datasets import data_name
 from .papers import PAPERS
 from .results import (
@@ -94,14 +94,12 @@ def table(words: list[str]) -> int:
     words = with_underscores(words)
     papers = papers_with_a_table()
     if not words or words[0] in ("-h", "--help") or words[0] not in papers:
-        asked = bool(words) and words[0] in ("-h", "--help")
-        if words and not asked:
-            print(f"protokernels table: unknown paper {words[0]!r}", file=sys.stderr)
+        name_unknown("table", words, "paper", papers)
         print(
             f"protokernels table PAPER [SOURCE ...] [options]\n\npapers: {', '.join(papers)}\n"
             "`protokernels table PAPER --help` lists the options."
         )
-        return 0 if asked else 2
+        return 0 if words and words[0] in ("-h", "--help") else 2
     described = table_of(words[0])
     axes = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in described.axes.items())
     for data, others in described.axes_of_data.items():

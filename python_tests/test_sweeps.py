@@ -167,7 +167,8 @@ class TestPoints:
             asked_values(config, [word])
 
     def test_words(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["sweep", "fly"]) == 2 and "unknown paper 'fly'" in capsys.readouterr().err
+        assert main(["sweep", "fly"]) == 2
+        assert "unknown paper or baseline 'fly'; expected one of vaesim, " in capsys.readouterr().err
         assert main(["sweep"]) == 2 and main(["sweep", "--help"]) == 0
         with pytest.raises(SystemExit):
             main(["sweep", "vaesim", "--help"])
