@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from protokernels.training import RunFolder, RunFolderError, Session
 from protokernels.training.checkpoints import CheckpointError
 from protokernels.training.configuration import RunConfig
 from protokernels.training.experiment import Experiment, training_images
+from python_tests.places import default_dtype
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,24 @@ class TestExperiment:
         experiment, dataset = Brightness(), load_dataset("digits")
         experiment.train(Config(epochs=1), tmp_path / "run", dataset=dataset, quiet=True, device="cpu")
         assert experiment.loaded == 0 and len(list((tmp_path / "run" / "figures").iterdir())) == 1
+
+    def test_what_the_caller_has_set_neither_matters_nor_changes(self, tmp_path: Path) -> None:
+        """As in a search that draws the next configuration after every training, in float64 and without gradients."""
+        experiment = Brightness()
+        expected = experiment.train(Config(), tmp_path / "first", quiet=True, device="cpu")
+        random.seed(1)
+        torch.manual_seed(2)
+        flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+        states = random.getstate(), torch.get_rng_state()
+        for mode in (torch.no_grad, torch.inference_mode):
+            with default_dtype(torch.float64), mode():
+                results = experiment.train(Config(), tmp_path / mode.__name__, quiet=True, device="cpu")
+                experiment.evaluate(results["folder"])
+                experiment.draw_figures(results["folder"])
+                assert torch.get_default_dtype() == torch.float64 and not torch.is_grad_enabled()
+            assert results["splits"] == expected["splits"]
+        assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+        assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == flags
 
     def test_what_does_not_fit_is_noticed_before_there_is_a_folder(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

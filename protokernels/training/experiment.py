@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..data import Split, load_dataset, to_tensor
 from .checkpoints import fitting
 from .configuration import Config
-from .randomness import seed_everything
+from .randomness import own_settings, seed_everything
 from .run_folder import RunFolder, RunFolderError
 from .runs import RunSettings, Trial, check_same_data, load_runs, train_runs, update_results, write_summary
 from .scoring import check_neighbours, evaluation_splits
@@ -49,6 +49,7 @@ class Experiment(Generic[Config]):
     def __init__(self, name: str, config: type[Config]) -> None:
         self.name, self.CONFIG = name, config
 
+    @own_settings()
     def train(
         self,
         config: Config,
@@ -95,6 +96,7 @@ class Experiment(Generic[Config]):
             self.draw_figures(results["folder"], data_root=data_root, dataset=dataset)
         return results
 
+    @own_settings()
     def evaluate(self, folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
         """Scores the newest checkpoints of a run, or of each of its seeds that has one, again and rewrites its ``results.json``.
 
@@ -118,6 +120,7 @@ class Experiment(Generic[Config]):
             update_results(run, scores, provenance, epochs=epochs, trained=run.loaded_epoch)
         return write_summary(folder)
 
+    @own_settings()
     def draw_figures(
         self, folder: str | Path, *, data_root: str | Path | None = None, dataset: Any = None
     ) -> list[Path]:
