@@ -80,8 +80,11 @@ class Experiment(Generic[Config]):
         """
         if download and self.no_download:
             raise ValueError(f"{self.name}: {self.no_download}")
+        for value, kind in ((config, self.CONFIG), (settings := settings or RunSettings(), RunSettings)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{self.name}: expected a {kind.__name__}; got {type(value).__name__}")
+        settings = replace(settings, **more)
         dataset = dataset or self.load(config, data_root, download=download)
-        settings = replace(settings or RunSettings(), **more)
         self.check(config, dataset)
         results = train_runs(
             self.folder_name(config),

@@ -13,8 +13,9 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -42,6 +43,14 @@ class RunSettings:
     quiet: bool = False  # no progress output
 
     def __post_init__(self) -> None:
+        for name, words in (("precision", get_args(Precision)), ("device", ("auto", "cpu"))):
+            if getattr(self, name) not in words:
+                raise ValueError(f"RunSettings: {name} must be one of {', '.join(words)}; got {getattr(self, name)!r}")
+        for name in ("seed", "runs"):
+            try:
+                object.__setattr__(self, name, index(getattr(self, name)))  # also of numpy's numbers
+            except TypeError:
+                raise ValueError(f"RunSettings: {name} must be a whole number; got {getattr(self, name)!r}") from None
         if self.runs < 1 or self.seed < 0 or self.seed + self.runs > 2**32:  # more than scikit-learn takes
             raise ValueError(
                 "RunSettings: runs must be at least 1, and every seed at least 0 and below 2**32; got "
