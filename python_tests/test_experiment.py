@@ -107,7 +107,8 @@ class TestExperiment:
 
     def test_data_at_hand_is_not_loaded(self, tmp_path: Path) -> None:
         experiment, dataset = Brightness(), load_dataset("digits")
-        experiment.train(Config(epochs=1), tmp_path / "run", dataset=dataset, quiet=True, device="cpu")
+        results = experiment.train(Config(epochs=1), tmp_path / "run", dataset=dataset, quiet=True, device="cpu")
+        assert experiment.evaluate(tmp_path / "run", dataset=dataset)["splits"] == results["splits"]
         assert experiment.loaded == 0 and len(list((tmp_path / "run" / "figures").iterdir())) == 1
 
     def test_what_the_caller_has_set_neither_matters_nor_changes(self, tmp_path: Path) -> None:

@@ -100,8 +100,11 @@ class Experiment(Generic[Config]):
         return results
 
     @own_settings()
-    def evaluate(self, folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, folder: str | Path, *, data_root: str | Path | None = None, dataset: Any = None
+    ) -> dict[str, Any]:
         """Scores the newest checkpoints of a run, or of each of its seeds that has one, again and rewrites its ``results.json``.
+        ``dataset``: see :meth:`train`.
 
         Raises:
             RunFolderError: the data are not those of the run, or its results are of a later epoch than the checkpoints that can be read.
@@ -109,17 +112,17 @@ class Experiment(Generic[Config]):
         runs = load_runs(folder)
         for run in [run for run in runs if run.metrics() or run.results()] or runs:
             config = self.config_of(run)
-            dataset = self.load(config, data_root)
-            provenance = self.provenance(config, dataset)
+            data = dataset or self.load(config, data_root)
+            provenance = self.provenance(config, data)
             check_same_data(run, provenance)
-            scores = self.score_again(run, config, dataset)
+            scores = self.score_again(run, config, data)
             done = ((run.results() or {}).get("last_epoch") or {}).get("epoch")
             if run.loaded_epoch is not None and done is not None and run.loaded_epoch < done:
                 raise RunFolderError(
                     f"{run.path}: its results are of epoch {done}, and the newest checkpoint that can be read is of epoch "
                     f"{run.loaded_epoch}; the results stay as they are"
                 )
-            epochs = self.epochs(config, dataset)
+            epochs = self.epochs(config, data)
             update_results(run, scores, provenance, epochs=epochs, trained=run.loaded_epoch)
         return write_summary(folder)
 
