@@ -132,9 +132,10 @@ class TestExperiment:
     def test_values_of_numpy_and_paths_are_read_back(self, tmp_path: Path) -> None:
         """As a search hands them over; written as text, the run could not be read again."""
         save(tmp_path / "mine.npz", make_arrays())
-        config = Config(data=tmp_path / "mine.npz", epochs=np.int64(1), decay=np.float32(0.5), widths=[np.int64(2), 3])  # type: ignore[arg-type]
+        changes: dict[str, Any] = {"epochs": np.int64(1), "decay": np.float32(0.5), "widths": [np.int64(2), 3]}
+        config = Config(data=tmp_path / "mine.npz", batch_size=6, **changes)  # type: ignore[arg-type]
         results = Brightness().train(config, tmp_path / "run", seed=np.int64(3), quiet=True, device="cpu")
-        assert config == Config(str(tmp_path / "mine.npz"), epochs=1, decay=0.5, widths=(2, 3))
+        assert config == Config(str(tmp_path / "mine.npz"), epochs=1, batch_size=6, decay=0.5, widths=(2, 3))
         assert RunFolder.open(tmp_path / "run").config_as(Config) == config and results["seeds"] == [3]
         assert Brightness().evaluate(tmp_path / "run")["splits"] == results["splits"]
         preset = find_paper("vaesim").CONFIG.preset("fair", data=tmp_path / "mine.npz")
