@@ -14,9 +14,12 @@ says what is missing; ``reference`` never touches native code. The environment v
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 
@@ -29,13 +32,25 @@ class NativeUnavailableError(RuntimeError):
     """The native backend was asked for and cannot serve this call."""
 
 
-def _checked(name: str) -> str:
+def _checked(name: str, where: str = "backend") -> str:
     if name not in NAMES:
-        raise ValueError(f"backend: expected one of {', '.join(NAMES)}; got {name!r}")
+        raise ValueError(f"{where}: expected one of {', '.join(NAMES)}; got {name!r}")
     return name
 
 
-_current = _checked(os.environ.get("PROTOKERNELS_BACKEND", "auto"))
+def _start_value() -> str:
+    """Of the environment. A wrong one ends the command ``protokernels`` here: its ``main`` is not imported yet, and cannot
+    report it."""
+    try:
+        return _checked(os.environ.get("PROTOKERNELS_BACKEND", "auto"), "PROTOKERNELS_BACKEND")
+    except ValueError as error:
+        script, words = "".join(sys.argv[:1]), sys.orig_argv
+        if Path(script).name == "protokernels" or ("-m", "protokernels") in pairwise(words):
+            raise SystemExit(f"protokernels: {error}") from None
+        raise
+
+
+_current = _start_value()
 _cuda_built: bool | None = None
 
 

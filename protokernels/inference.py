@@ -105,7 +105,7 @@ def segment_file(
         DataError: the input is missing, damaged, a series, not a NIfTI file; the output has another suffix or is the
             input.
     """
-    from .training.files import write_bytes  # here: it brings accelerate along
+    from .training.files import make_folder, write_bytes  # here: it brings accelerate along
 
     path_in, path_out = Path(path_in), Path(path_out)
     if not path_out.name.endswith(SUFFIXES):
@@ -118,6 +118,6 @@ def segment_file(
     except DataError as error:
         raise DataError(f"{path_in}: {error}") from error
     content = volume.label_file(label)
-    path_out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path_out.parent, parents=True)
     write_bytes(path_out, gzip.compress(content, mtime=0) if path_out.name.endswith(".gz") else content)
     return path_out

@@ -15,15 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from .ablations import new_folder, with_shared_stages
-from .commands import BASELINES, TrainOptions, find_paper, leave_processes, parse_options, with_underscores
+from .commands import (
+    BASELINES,
+    TrainOptions,
+    find_paper,
+    leave_processes,
+    name_unknown,
+    parse_options,
+    with_underscores,
+)
 from .papers import PAPERS
 from .results import Format, Job, Outcome, ResultTable, Row, Score, rendered, run_jobs
 from .results.fields import as_record, changed, completed, field_name, field_value, named_values
 from .results.jobs import differing, is_main_process
 from .results.scores import main_scores
+from .results.tables import literal
 from .tables import papers_with_a_table, table_of
 from .training import RunFolderError
-from .training.files import exclusive, read_json, write_json
+from .training.files import exclusive, make_folder, read_json, write_json
 from .training.runs import RunSettings, resuming
 
 SUMMARY = "sweep.json"
@@ -59,15 +68,13 @@ def sweep(words: list[str]) -> int:
     """``protokernels sweep PAPER [--over FIELD=VALUE,VALUE ...] [options]``; a baseline's name sweeps the baseline."""
     words = with_underscores(words)
     if not words or words[0] not in (*PAPERS, *BASELINES):
-        asked = bool(words) and words[0] in ("-h", "--help")
-        if words and not asked:
-            print(f"protokernels sweep: unknown paper {words[0]!r}", file=sys.stderr)
+        name_unknown("sweep", words, "paper or baseline", (*PAPERS, *BASELINES))
         print(
             "protokernels sweep PAPER [--over FIELD=VALUE,VALUE ...] [--grid] [options]\n\n"
             f"papers: {', '.join(PAPERS)}\nbaselines: {', '.join(BASELINES)}\n"
             "`protokernels sweep PAPER --help` lists the options and the fields."
         )
-        return 0 if asked else 2
+        return 0 if words and words[0] in ("-h", "--help") else 2
     name = words[0]
     paper = find_paper(name)
     described = table_of(name) if name in papers_with_a_table() else None
@@ -218,7 +225,7 @@ def run_sweep(
         place = folder / point.folder
         own = replace(shared, **point.values)
         jobs.setdefault(point.folder, Job(point.folder, name, paper, own, place, settings))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, parents=True)
     seeds = settings.seeds
     note(folder, paper.CONFIG, head, seeds, [])  # another configuration is noticed before anything is trained
 
@@ -307,11 +314,11 @@ def sweep_tables(content: Mapping[str, Any], scores: Scores) -> list[ResultTable
             titles = list(dict.fromkeys(title for _, values in found for title in values))
             rows = []
             for point, values in found:
-                name, *others = (str(value) for value in point["values"].values())
+                name, *others = (literal(value) for value in point["values"].values())
                 cells = (*others, *(Score.of(values.get(title)) for title in titles), len(point["seeds"]))
                 bold = f"**{name}**" if point["folder"] == BASE else name
                 rows.append(Row(bold, cells, point.get("protocol", {})))
-            group = f"{content['paper']}, {Path(content['data']).stem}, preset `{content['preset']}`, {split}"
+            group = f"{content['paper']}, {literal(Path(content['data']).stem)}, preset `{content['preset']}`, {split}"
             made.append(ResultTable((*names, *titles, "seeds"), tuple(rows), group=group))
     return made
 

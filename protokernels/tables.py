@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .ablations import with_shared_stages
-from .commands import find_paper, leave_processes, plain_warnings, with_repeats_joined, with_underscores
+from .commands import find_paper, leave_processes, name_unknown, plain_warnings, with_repeats_joined, with_underscores
 from .data.datasets import data_name
 from .papers import PAPERS
 from .results import (
@@ -37,7 +37,7 @@ from .results.finished import find_finished
 from .results.jobs import is_finished, is_main_process
 from .results.tables import is_rendered
 from .training import RunFolderError
-from .training.files import check_target, exclusive, read_json, write_bytes, write_json
+from .training.files import check_target, exclusive, make_folder, read_json, write_bytes, write_json
 from .training.runs import RunSettings
 from .training.session import Precision
 
@@ -94,14 +94,12 @@ def table(words: list[str]) -> int:
     words = with_underscores(words)
     papers = papers_with_a_table()
     if not words or words[0] in ("-h", "--help") or words[0] not in papers:
-        asked = bool(words) and words[0] in ("-h", "--help")
-        if words and not asked:
-            print(f"protokernels table: unknown paper {words[0]!r}", file=sys.stderr)
+        name_unknown("table", words, "paper", papers)
         print(
             f"protokernels table PAPER [SOURCE ...] [options]\n\npapers: {', '.join(papers)}\n"
             "`protokernels table PAPER --help` lists the options."
         )
-        return 0 if asked else 2
+        return 0 if words and words[0] in ("-h", "--help") else 2
     described = table_of(words[0])
     axes = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in described.axes.items())
     for data, others in described.axes_of_data.items():
@@ -169,7 +167,7 @@ def run_table(described: PaperTable, options: TableOptions) -> int:
     if options.out is None:
         sys.stdout.write(text)
     else:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out.parent, parents=True)
         write_bytes(options.out, text.encode())
     if options.figures is not None:
         for path in draw(described, folders, chosen, options.figures, options.data_root):
@@ -339,7 +337,7 @@ def train_missing(
             compute = described.computed.get(values.get("preset", ""))
             path = folder / COMPUTED / f"{Path(values['data']).stem}-{values.get('preset')}.json"
             if compute is not None and not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent, parents=True)
                 with exclusive(path.with_suffix(".lock")):
                     if not path.exists():
                         write_json(path, compute(values["data"], options.data_root, options.download))

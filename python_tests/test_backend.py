@@ -170,7 +170,7 @@ class TestEnvironment:
     def test_an_unknown_name_stops_the_import(self, copied: Run) -> None:
         done = copied("", PROTOKERNELS_BACKEND="gpu")
         assert done.returncode != 0
-        assert "expected one of auto, native, reference; got 'gpu'" in done.stderr
+        assert "ValueError: PROTOKERNELS_BACKEND: expected one of auto, native, reference; got 'gpu'" in done.stderr
 
 
 CALLS = """

@@ -209,6 +209,11 @@ class TestWords:
         [
             ("PROTOKERNELS_CPU_LEVEL", "foo", "protokernels: PROTOKERNELS_CPU_LEVEL must be "),
             ("PROTOKERNELS_DATA", "~nobody-here/x", "protokernels: mnist: no file train-images"),
+            (
+                "PROTOKERNELS_BACKEND",
+                "foo",
+                "protokernels: PROTOKERNELS_BACKEND: expected one of auto, native, reference; got",
+            ),
         ],
     )
     def test_a_wrong_variable_is_one_line(self, name: str, value: str, message: str, tmp_path: Path) -> None:
@@ -224,6 +229,16 @@ class TestWords:
             timeout=120,
         )
         assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+    def test_the_installed_script_names_a_wrong_backend_in_one_line(self, tmp_path: Path) -> None:
+        script = tmp_path / "protokernels"
+        script.write_text("import sys\nfrom protokernels.cli import main\nsys.exit(main())\n")
+        environment = {**os.environ, "PROTOKERNELS_BACKEND": "foo"}
+        done = subprocess.run(
+            [sys.executable, str(script), "doctor"], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr == "protokernels: PROTOKERNELS_BACKEND: expected one of auto, native, reference; got 'foo'\n"
 
     def test_doctor_needs_no_extra_and_a_missing_extra_is_named(self, tmp_path: Path) -> None:
         """In a Python where nothing of the extra can be imported."""

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,6 +25,8 @@ from protokernels.training import RunFolder, RunFolderError, Session
 from protokernels.training.checkpoints import CheckpointError
 from protokernels.training.configuration import RunConfig
 from protokernels.training.experiment import Experiment, training_images
+from python_tests.data_files import make_arrays, save
+from python_tests.places import default_dtype
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,56 @@ class TestExperiment:
 
     def test_data_at_hand_is_not_loaded(self, tmp_path: Path) -> None:
         experiment, dataset = Brightness(), load_dataset("digits")
-        experiment.train(Config(epochs=1), tmp_path / "run", dataset=dataset, quiet=True, device="cpu")
+        results = experiment.train(Config(epochs=1), tmp_path / "run", dataset=dataset, quiet=True, device="cpu")
+        assert experiment.evaluate(tmp_path / "run", dataset=dataset)["splits"] == results["splits"]
         assert experiment.loaded == 0 and len(list((tmp_path / "run" / "figures").iterdir())) == 1
+
+    def test_what_the_caller_has_set_neither_matters_nor_changes(self, tmp_path: Path) -> None:
+        """As in a search that draws the next configuration after every training, in float64 and without gradients."""
+        experiment = Brightness()
+        expected = experiment.train(Config(), tmp_path / "first", quiet=True, device="cpu")
+        random.seed(1)
+        torch.manual_seed(2)
+        flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+        states = random.getstate(), torch.get_rng_state()
+        for mode in (torch.no_grad, torch.inference_mode):
+            with default_dtype(torch.float64), mode():
+                results = experiment.train(Config(), tmp_path / mode.__name__, quiet=True, device="cpu")
+                experiment.evaluate(results["folder"])
+                experiment.draw_figures(results["folder"])
+                assert torch.get_default_dtype() == torch.float64 and not torch.is_grad_enabled()
+            assert results["splits"] == expected["splits"]
+        assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+        assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == flags
+
+    def test_values_of_numpy_and_paths_are_read_back(self, tmp_path: Path) -> None:
+        """As a search hands them over; written as text, the run could not be read again."""
+        save(tmp_path / "mine.npz", make_arrays())
+        changes: dict[str, Any] = {"epochs": np.int64(1), "decay": np.float32(0.5), "widths": [np.int64(2), 3]}
+        config = Config(data=tmp_path / "mine.npz", batch_size=6, **changes)  # type: ignore[arg-type]
+        results = Brightness().train(config, tmp_path / "run", seed=np.int64(3), quiet=True, device="cpu")
+        assert config == Config(str(tmp_path / "mine.npz"), epochs=1, batch_size=6, decay=0.5, widths=(2, 3))
+        assert RunFolder.open(tmp_path / "run").config_as(Config) == config and results["seeds"] == [3]
+        assert Brightness().evaluate(tmp_path / "run")["splits"] == results["splits"]
+        preset = find_paper("vaesim").CONFIG.preset("fair", data=tmp_path / "mine.npz")
+        assert preset.data == str(tmp_path / "mine.npz")
+
+    def test_arguments_of_another_kind_are_named(self, tmp_path: Path) -> None:
+        for config, more, message in (
+            ("digits", {}, "brightness: expected a Config; got str"),
+            (Config(), {"settings": {"seed": 1}}, "brightness: expected a RunSettings; got dict"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                Brightness().train(config, tmp_path / "run", **more)  # type: ignore[arg-type]
+        for wrong, message in (
+            ({"seed": 1.5}, "seed must be a whole number; got 1.5"),
+            ({"runs": "2"}, "runs must be a whole number; got '2'"),
+            ({"device": "cuda"}, "device must be one of auto, cpu; got 'cuda'"),
+            ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16; got 'fp8'"),
+        ):
+            with pytest.raises(ValueError, match=f"RunSettings: {message}"):
+                Brightness().train(Config(), tmp_path / "run", **wrong)  # type: ignore[arg-type]
+        assert not (tmp_path / "run").exists()
 
     def test_what_does_not_fit_is_noticed_before_there_is_a_folder(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -205,6 +257,19 @@ class TestRunConfig:
             ValueError, match="Config: unknown fields pace, speed; the run was written by another version"
         ):
             Config.from_dict({"speed": 1, "pace": 2})
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"epochs": "3"}, "epochs takes a value of type int; got '3'"),
+            ({"epochs": 1.5}, "epochs takes a value of type int; got 1.5"),
+            ({"selection": "no"}, "selection takes a value of type bool; got 'no'"),
+            ({"decay": None}, "decay takes a value of type float; got None"),
+        ],
+    )
+    def test_refuses_values_of_another_type(self, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=f"Config: {message}"):
+            Config(**changes)
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_refuses_what_is_not_finite(self, value: float) -> None:

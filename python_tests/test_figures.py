@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib", reason="figures need the extra protokernels[tr
 
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.legend import Legend
 from matplotlib.offsetbox import AnnotationBbox
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -28,6 +29,10 @@ from protokernels.figures import (
     save_figure,
     similarity_heatmap,
 )
+from protokernels.figures.fractions import label_fraction_curves
+from protokernels.figures.optimized_views import auc_curves
+from protokernels.figures.segmentation import draw_pixel_tsne
+from protokernels.figures.sweeps import Panel, sweep_figure
 from protokernels.training import WriteError
 
 
@@ -82,6 +87,32 @@ class TestFiles:
         )
         pixels(save_figure(figure, tmp_path / "b.png"))
         assert [text.get_text() for text in figure.legends[0].get_texts()] == [name, "b"]
+
+
+class TestLegends:
+    """matplotlib leaves labels that begin with an underscore out of a legend."""
+
+    NAMES = ("_one", "two")
+
+    def test_lines(self) -> None:
+        row = {"probe": {"1%": {"macro_auroc": 0.5}}}
+        line = {name: [0.5, 0.6] for name in self.NAMES}
+        figures = [
+            label_fraction_curves(dict.fromkeys(self.NAMES, row), title="t"),
+            sweep_figure([Panel("x", "y", [1, 2], line, {"_one": [0.1, 0.1]})], title="t"),
+            auc_curves({name: [[(1, 0.5)]] for name in self.NAMES}, title="t", flat=self.NAMES[:1]),
+        ]
+        for figure in figures:
+            (legend,) = figure.findobj(Legend)
+            assert [text.get_text().strip() for text in legend.get_texts()] == list(self.NAMES)
+
+    def test_dots(self) -> None:
+        figure = embedding_pair(np.eye(2), np.arange(2), np.arange(2), title="t", class_names=self.NAMES)
+        assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == list(self.NAMES)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("protokernels.figures.segmentation.save_figure", lambda figure, path: figure)
+            figure = draw_pixel_tsne("a.png", np.eye(2), np.arange(2), class_names=self.NAMES)  # type: ignore[assignment]
+        assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == list(self.NAMES)
 
 
 class TestGrids:

@@ -178,6 +178,18 @@ class TestWhatCannotBeLoaded:
         with pytest.raises(CheckpointError, match=r"can be used .*train anew, into another folder"):
             load_segmenter(run.path)
 
+    def test_weights_that_lack_their_configuration(self, tmp_path: Path) -> None:
+        """In a file whose digest is right."""
+        run = RunFolder.create(tmp_path / "run", {"paper": "local_contrast", "config": TINY.record(), "seed": 0})
+        state = {"model": new_segmenter(TINY, 2).state_dict(), "config": TINY.record(), "class_names": ["a", "b"]}
+        for name in state:
+            lacking = {key: value for key, value in state.items() if key != name}
+            CheckpointStore(run.path / "weights").save(lacking, epoch=1)
+            with pytest.raises(ValueError, match="weights holds no segmentation network with its configuration; give"):
+                load_segmenter(run.path)
+        CheckpointStore(run.path / "weights").save(state, epoch=1)
+        assert load_segmenter(run.path)[1] == TINY
+
     def test_a_run_of_another_paper(self, tmp_path: Path) -> None:
         run = RunFolder.create(tmp_path / "run", {"paper": "vaesim", "config": {}, "seed": 0})
         run.write_results({"complete": True})

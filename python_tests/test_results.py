@@ -29,6 +29,7 @@ from protokernels.results.fields import as_record, changed, field_name, field_va
 from protokernels.results.jobs import check_folders, is_finished
 from protokernels.results.rows import common_row, grouped, merged
 from protokernels.results.scores import main_scores
+from protokernels.results.tables import literal
 from protokernels.training import RunFolder, RunFolderError
 from protokernels.training.files import exclusive
 from protokernels.training.runs import RunSettings, update_results
@@ -72,6 +73,21 @@ class TestTables:
             "protocol": {"k": 5},
         }
         assert table["rows"][1]["cells"]["majority"] == "0.6"
+
+    def test_names_are_shown_as_they_are_spelt(self) -> None:
+        name = r"a*b|`c`\d"
+        shown = literal(name)
+        row = Row(f"**{shown}**", (shown, None))
+        table = ResultTable((shown, "x|y", "z"), (row,), title=shown, group=shown, notes=(f"A note on {shown}.",))
+        text, (read,) = rendered([table], "text"), json.loads(rendered([table], "json"))
+        assert text.count(name) == 6 and "\\*" not in text
+        assert [read[key] for key in ("title", "group")] == [name, name] and read["columns"] == [name, "x|y", "z"]
+        assert read["rows"] == [{"name": name, "cells": {"x|y": name, "z": None}, "protocol": {}}]
+        assert rendered([table], "markdown").splitlines()[4:7] == [
+            r"| a\*b\|\`c\`\\d | x\|y | z |",
+            "|---|---|---|",
+            r"| **a\*b\|\`c\`\\d** | a\*b\|\`c\`\\d | |",
+        ]
 
     def test_scores(self) -> None:
         assert str(Score.over([0.1, -0.1], signed=True)) == "+0.000 ± 0.141" and Score.over([]) is None

@@ -84,6 +84,20 @@ class TestEvaluation:
         with pytest.raises(ValueError, match=message):
             vaesim.evaluate(run.path)
 
+    @pytest.mark.parametrize(
+        "content", [{"complete": True}, {"complete": True, "paper": "", "config": {}, "splits": 1}]
+    )
+    def test_results_that_lack_something_are_named(
+        self, content: dict[str, Any], config: VAESimConfig, tmp_path: Path
+    ) -> None:
+        config = replace(config, epochs=1)
+        before = vaesim.train(config, tmp_path / "run", figures=False, settings=SETTINGS)
+        (tmp_path / "run" / "results.json").write_text(json.dumps(content))
+        with pytest.raises(RunFolderError, match=r"results\.json: expected the .* got complete.*; remove it, and "):
+            vaesim.train(config, tmp_path / "run", figures=False, settings=replace(SETTINGS, resume=True))
+        (tmp_path / "run" / "results.json").unlink()  # as it says
+        assert vaesim.evaluate(tmp_path / "run")["splits"] == before["splits"]
+
     def test_scores_of_an_earlier_epoch_do_not_replace_those_of_the_last(
         self, config: VAESimConfig, tmp_path: Path
     ) -> None:

@@ -23,6 +23,7 @@ from protokernels.papers import vaesim
 from protokernels.papers.contrastive_autoencoder import ContrastiveAutoencoderConfig
 from protokernels.papers.optimized_views import OptimizedViewsConfig
 from protokernels.papers.vaesim import VAESimConfig
+from protokernels.results import rendered
 from protokernels.results.scores import main_scores
 from protokernels.sweeps import (
     SweepOptions,
@@ -166,7 +167,8 @@ class TestPoints:
             asked_values(config, [word])
 
     def test_words(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["sweep", "fly"]) == 2 and "unknown paper 'fly'" in capsys.readouterr().err
+        assert main(["sweep", "fly"]) == 2
+        assert "unknown paper or baseline 'fly'; expected one of vaesim, " in capsys.readouterr().err
         assert main(["sweep"]) == 2 and main(["sweep", "--help"]) == 0
         with pytest.raises(SystemExit):
             main(["sweep", "vaesim", "--help"])
@@ -292,6 +294,10 @@ class TestTablesAndFigures:
         assert [row.name for row in by_name.rows] == ["cosine", "dot"] and str(
             by_name.rows[1].cells[0]
         ) == "0.300 ± 0.100"
+
+    def test_values_are_shown_as_they_are_spelt(self) -> None:
+        (table,) = sweep_tables(content(({"path": "my*weights.pt", "k": 2}, 0.5, None)), main_scores)
+        assert rendered([table], "text").splitlines()[-1].split()[0] == "my*weights.pt"
 
     def test_a_grid_has_one_table(self) -> None:
         swept = content(*(({"k": k, "d": d}, k / 10, None) for k in (2, 1) for d in (3, 4)))

@@ -24,9 +24,10 @@ from protokernels.papers._optimized_views_table import OURS
 from protokernels.papers._vaesim_published import PAPER, PUBLISHED
 from protokernels.papers._vaesim_table import PRESETS, PROTOCOLS, joined, summary
 from protokernels.papers.optimized_views import STRATEGIES
-from protokernels.results import FinishedRun, Job, Outcome, ResultRow
+from protokernels.results import FinishedRun, Job, Outcome, ResultRow, rendered
 from protokernels.results.fields import as_record
 from protokernels.results.jobs import check_folders
+from protokernels.results.tables import as_json
 from protokernels.tables import TableOptions, chosen_values, job_of, table_of, train_missing
 from protokernels.training.report import results_table
 from protokernels.training.summary import summarize_runs
@@ -45,8 +46,6 @@ def collected(paper: str, *folders: Path) -> list[ResultRow]:
 
 
 def markdown(paper: str, rows: list[ResultRow]) -> str:
-    from protokernels.results import rendered
-
     return rendered(table_of(paper).tables(rows), "markdown")
 
 
@@ -274,6 +273,14 @@ class TestOptimizedViews:
         ours = next(row for row in rows if row["name"] == OURS)
         assert ours["curves"] == [[[2, 0.8]], [[2, 0.7]]] and ours["by_seed"] == {"0": 0.8, "1": 0.7}
         assert ours["pretraining_seconds"] == [4.0, 4.0]
+
+    def test_names_of_folders_and_data_are_shown_as_they_are_spelt(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "my*run|`", OURS, 0.8, data="my*data.npz")
+        (table,) = table_of("optimized_views").tables(collected("optimized_views", tmp_path))
+        text, read = rendered([table], "text"), as_json(table)
+        assert "my*run|` " in text and "my*data.npz, preset fair, test: AUC" in text
+        assert read["rows"][0]["name"] == "my*run|`" and read["group"] == "my*data.npz, preset fair, test: AUC"
+        assert r"| my\*run\|\` | 7 | 0.800 |" in rendered([table], "markdown")
 
     def test_the_papers_numbers_stand_below(self, tmp_path: Path) -> None:
         self.write(tmp_path / OURS, OURS, 0.8, data="brats")

@@ -76,13 +76,14 @@ def available_datasets() -> tuple[str, ...]:
     return (*_NAMES, *medmnist.available_flags())
 
 
-def data_name(name: str) -> str:
+def data_name(name: str | Path) -> str:
     """``name`` as presets and results have it, whose capitals make no difference here: a known name in small letters, anything else
     (the path of a file or folder) as it is.
 
     >>> data_name("PneumoniaMNIST"), data_name("Data/Mine.npz")
     ('pneumoniamnist', 'Data/Mine.npz')
     """
+    name = str(name)
     small = name.lower()
     return small if small in (*_NAMES, *_VOLUMES) or medmnist.is_flag(small) else name
 

@@ -56,6 +56,11 @@ def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
         axes.set_title(title, fontsize=7, pad=2)
 
 
+def legend_name(name: str) -> str:
+    """``name`` as a label that stands in a legend: matplotlib leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def class_colours(count: int) -> np.ndarray:  # [count, 4]
     """Colours that can be told apart: the ten of tab10, then the twenty of tab20, then evenly spaced hues."""
     if count <= 10:

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 
-from .canvas import as_pixels, class_colours, new_figure
+from .canvas import as_pixels, class_colours, legend_name, new_figure
 
 _THUMBNAIL_SHARE = 0.065  # side of a prototype's picture as a share of the axes
 _LEGEND_LIMIT = 20
@@ -39,7 +39,7 @@ def embedding_pair(
     colours = class_colours(len(class_names))
     _scatter(left, points, colours[labels], "true labels")
     handles = [
-        Line2D([], [], marker="o", linestyle="", markersize=5, color=colours[index], label=name)
+        Line2D([], [], marker="o", linestyle="", markersize=5, color=colours[index], label=legend_name(name))
         for index, name in enumerate(class_names)
     ]
     if len(class_names) <= _LEGEND_LIMIT:
@@ -91,7 +91,7 @@ def embedding_triptych(
     )
     right.scatter(*points[wrong].T, c=colours[predictions[wrong]], s=11, linewidths=0.5, edgecolors="black")
     handles = [
-        Line2D([], [], marker="o", linestyle="", markersize=5, color=colours[index], label=name)
+        Line2D([], [], marker="o", linestyle="", markersize=5, color=colours[index], label=legend_name(name))
         for index, name in enumerate(class_names)
     ]
     if len(class_names) <= _LEGEND_LIMIT:

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from .canvas import class_colours, new_figure
+from .canvas import class_colours, legend_name, new_figure
 
 _TITLES = {"probe": "linear probe", "fine_tune": "fine-tuning"}
 
@@ -45,7 +45,9 @@ def label_fraction_curves(
                 continue
             shares, means, deviations = zip(*points, strict=True)
             ticks.update(shares)
-            axes.errorbar(shares, means, deviations, color=colour, label=name, marker="o", markersize=3, capsize=2)
+            axes.errorbar(
+                shares, means, deviations, color=colour, label=legend_name(name), marker="o", markersize=3, capsize=2
+            )
         axes.set_xscale("log")
         axes.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.volumes import LabelledVolume
 from ..evaluation import tsne_embedding
 from ..training import RunFolder
-from .canvas import class_colours, new_figure, save_figure
+from .canvas import class_colours, legend_name, new_figure, save_figure
 from .curves import loss_curves
 from .segmentation import draw_overlays, draw_pixel_tsne
 
@@ -67,7 +67,13 @@ def draw_validation(path: Path, runs: Mapping[str, Sequence[RunFolder]], *, titl
         means = [sum(curve[step] for curve in curves) / len(curves) for step in common]
         if common:
             axes.plot(
-                common, means, color=colour, label=f"{name} ({len(curves)})", marker="o", markersize=2.5, linewidth=1.2
+                common,
+                means,
+                color=colour,
+                label=legend_name(f"{name} ({len(curves)})"),
+                marker="o",
+                markersize=2.5,
+                linewidth=1.2,
             )
     if not axes.lines:
         raise ValueError("draw_validation: no run has a validation score in its metrics.jsonl")

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..training import RunFolder
-from .canvas import class_colours, new_figure, save_figure
+from .canvas import class_colours, legend_name, new_figure, save_figure
 from .curves import loss_curves
 from .grids import labelled_rows
 
@@ -90,10 +90,10 @@ def auc_curves(
         epochs = sorted(by_epoch)
         means = np.array([statistics.fmean(by_epoch[epoch]) for epoch in epochs])
         if name in flat:
-            axes.axhline(means[-1], color=colour, linestyle="--", linewidth=1.2, label=name)
+            axes.axhline(means[-1], color=colour, linestyle="--", linewidth=1.2, label=legend_name(name))
             continue
         spread = np.array([statistics.stdev(by_epoch[epoch]) if len(by_epoch[epoch]) > 1 else 0.0 for epoch in epochs])
-        axes.plot(epochs, means, color=colour, marker="o", markersize=3, linewidth=1.4, label=name)
+        axes.plot(epochs, means, color=colour, marker="o", markersize=3, linewidth=1.4, label=legend_name(name))
         axes.fill_between(epochs, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("epoch", fontsize=8)
     axes.set_ylabel("AUC", fontsize=8)

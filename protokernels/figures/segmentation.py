@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from ..evaluation.segmentation import DiceCounter
-from .canvas import class_colours, new_figure, save_figure
+from .canvas import class_colours, legend_name, new_figure, save_figure
 
 TRUTH_COLOUR = "white"
 CELL = 1.35  # inches per slice
@@ -79,7 +79,9 @@ def draw_overlays(
             if column > 1:
                 _outline(axes, maps["ground truth"][row], colours, truth=True)
                 axes.set_xlabel(_dice(maps[name][row], maps["ground truth"][row], len(names)), fontsize=6, labelpad=2)
-    handles = [Line2D([], [], color=colour, label=name) for colour, name in zip(colours, names[1:], strict=False)]
+    handles = [
+        Line2D([], [], color=colour, label=legend_name(name)) for colour, name in zip(colours, names[1:], strict=False)
+    ]
     if predictions:
         handles.append(Line2D([], [], color="grey", linestyle=":", label="ground truth"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=7, frameon=False)
@@ -124,7 +126,9 @@ def draw_pixel_tsne(
     for index, name in enumerate(names):
         chosen = places[classes == index]
         if len(chosen):
-            axes.scatter(chosen[:, 0], chosen[:, 1], s=POINTS, color=colours[index], linewidths=0, label=name)
+            axes.scatter(
+                chosen[:, 0], chosen[:, 1], s=POINTS, color=colours[index], linewidths=0, label=legend_name(name)
+            )
     axes.set_xticks([])
     axes.set_yticks([])
     axes.margins(0.05)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .canvas import class_colours, new_figure
+from .canvas import class_colours, legend_name, new_figure
 
 COLUMNS = 3
 
@@ -72,7 +72,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
             np.asarray(line, float)[order],
             spread,
             color=colour,
-            label=name,
+            label=legend_name(name),
             marker="o",
             markersize=3,
             capsize=2,

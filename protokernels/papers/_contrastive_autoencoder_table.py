@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..results import FinishedRun, PaperTable, Recipe, ResultRow, ResultTable, Row, Score, Values
+from ..results.tables import literal
 from ..training.classification_report import METHODS, digits
 from ._contrastive_autoencoder_config import PAPER_RESULTS
 from .contrastive_autoencoder import ContrastiveAutoencoder, ContrastiveAutoencoderConfig
@@ -54,7 +55,7 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
                     lines.append(_line(f"{METHODS[method]}, {name}", row, split, method, show=show))
             title = f"{split} ({here[0]['images'][split]} images)"
             notes = ("Precision and recall are means over classes; the recall weighted by class is the accuracy.",)
-            made.append(ResultTable(COLUMNS, tuple(lines), title=title, group=str(data), notes=notes))
+            made.append(ResultTable(COLUMNS, tuple(lines), title=title, group=literal(data), notes=notes))
     return made
 
 

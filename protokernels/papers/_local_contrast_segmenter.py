@@ -118,7 +118,7 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, LocalContrastConfig]:
     """
     path = Path(path)
     if path.is_file():
-        state = read_weights(path)
+        state = load_untrusted(path, str(path))  # it cannot run code
     else:
         run = load_runs(path)[0]
         if (paper := run.config().get("paper")) != PAPER:
@@ -126,6 +126,12 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, LocalContrastConfig]:
                 f"{path} is {f'a run of {paper}' if paper else 'no run of a paper'}; expected the folder of a run of {PAPER}"
             )
         state = run.newest(CheckpointStore(run.path / "weights"), "weights")
+        path = run.path / "weights"
+    if not isinstance(state, dict) or not {"model", "config", "class_names"} <= state.keys():
+        raise ValueError(
+            f"{path} holds no segmentation network with its configuration; give the run's folder, or a file in its folder "
+            "weights (those in checkpoints belong to the optimisation)"
+        )
     try:
         config = LocalContrastConfig.from_dict(state["config"])
         with torch.device("meta"):  # compares shapes; a file that claims a huge network gets no memory for it
@@ -137,17 +143,6 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, LocalContrastConfig]:
     model = new_segmenter(config, len(state["class_names"]))
     load_part(model, state["model"])
     return model.eval(), config
-
-
-def read_weights(path: Path) -> dict[str, Any]:
-    """What :class:`Keeper` wrote; the file is opened with ``weights_only=True``: it cannot run code."""
-    state = load_untrusted(path, str(path))
-    if not isinstance(state, dict) or not {"model", "config", "class_names"} <= state.keys():
-        raise ValueError(
-            f"{path} holds no segmentation network with its configuration; give the run's folder, or a file in its folder "
-            "weights (those in checkpoints belong to the optimisation)"
-        )
-    return state
 
 
 def load_volumes(config: LocalContrastConfig, data_root: str | Path | None = None) -> SegmentationDataset:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..results import Cell, FinishedRun, PaperTable, ResultRow, ResultTable, Row, Score, Values
 from ..results.description import folder_of_data
+from ..results.tables import literal
 from ..training import RunFolder
 from ._local_contrast_config import METHODS, PAPER_RESULTS, LocalContrastConfig
 from ._local_contrast_report import percent
@@ -72,7 +73,7 @@ def one_table(rows: Sequence[ResultRow], data: str, preset: str, share: float, s
     """The methods that were run, at one share of labelled volumes, beside the paper's Dice on the test set."""
     published = PAPER_RESULTS.get(data, {}).get(percent(share), {}) if split == "test" else {}
     units = ", ".join(sorted({row["splits"][split]["unit"] for row in rows if split in row["splits"]}))
-    columns = [f"{data}, {100 * share:.4g} % labelled", "Dice", *(["paper (4 folds)"] if published else [])]
+    columns = [f"{literal(data)}, {100 * share:.4g} % labelled", "Dice", *(["paper (4 folds)"] if published else [])]
     columns += ["Dice per volume", f"HD95 ({units})"]
     unit = varied(rows)
     columns += ["folds"] if unit == "fold" else ["folds", "seeds"]
@@ -96,9 +97,9 @@ def one_table(rows: Sequence[ResultRow], data: str, preset: str, share: float, s
     if absent:
         listed = ", ".join(f"{METHODS[name].title} {score:.3f}" for name, score in absent.items())
         notes.append(f"Not run here; the paper has: {listed}.")
-    notes += sorted({warning for row in rows for warning in row["data_warnings"]})
+    notes += sorted({literal(warning) for row in rows for warning in row["data_warnings"]})
     over = {"fold": "folds", "seed": "seeds", "run": "folds and seeds"}[unit]
-    group = f"{data}, preset `{preset}`: mean ± standard deviation over {over}"
+    group = f"{literal(data)}, preset `{preset}`: mean ± standard deviation over {over}"
     return ResultTable(tuple(columns), tuple(lines), title=split, group=group, notes=tuple(notes))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..results import FinishedRun, PaperTable, ResultRow, ResultTable, Row, Score, Values, seconds_of
 from ..results.description import folder_of_data
+from ..results.tables import literal
 from ._optimized_views_config import PAPER_RESULTS, STRATEGIES
 from ._optimized_views_networks import new_model
 
@@ -83,7 +84,8 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
                 hold_out = Score.of(scores["hold_out"]["auc"])
                 classifier = (Score.of(scores.get("classifier", {}).get("auc")),) if own else ()
                 cells = (row["images"]["labelled"], hold_out, *probes, *classifier, len(row["seeds"]), seconds)
-                lines.append(Row(f"**{row['name']}**" if row["name"] == OURS else row["name"], cells, row["protocol"]))
+                name = f"**{OURS}**" if row["name"] == OURS else literal(row["name"])
+                lines.append(Row(name, cells, row["protocol"]))
             notes = [*dict.fromkeys(protocol(row) for row in scored)]
             if scored:
                 untrained = Score.of(scored[0]["splits"][split]["untrained"].get("auc"))
@@ -103,7 +105,7 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
                 ResultTable(
                     columns,
                     tuple(lines),
-                    group=f"{data}, preset `{preset}`, {split}: AUC",
+                    group=f"{literal(data)}, preset `{preset}`, {split}: AUC",
                     notes=(*notes, *differences(scored), *published(data)),
                 )
             )

@@ -10,6 +10,7 @@ from typing import Any
 from ..baselines import BASELINES
 from ..results import FinishedRun, PaperTable, Recipe, ResultRow, ResultTable, Row, Score, Values, seconds_of
 from ..results.description import folder_of_data
+from ..results.tables import literal
 from ..training.transfer_scoring import left_out
 from .optiml import OPTiML
 
@@ -104,7 +105,9 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
             found = [table for task, way in TITLES if (table := ranking(group, split, task, way)) is not None]
             notes = protocols(group)
             if missing := sorted({name for row in group for name in row["left_out"].get(split, [])}):
-                notes.append(f"Left out of the mean in {split}, where no image has them or all: {', '.join(missing)}.")
+                notes.append(
+                    f"Left out of the mean in {split}, where no image has them or all: {', '.join(map(literal, missing))}."
+                )
             for table in found:
                 last = table is found[-1]
                 made.append(
@@ -112,7 +115,7 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
                         table.columns,
                         table.rows,
                         title=table.title,
-                        group=f"{data}, preset `{preset}`, macro AUROC",
+                        group=f"{literal(data)}, preset `{preset}`, macro AUROC",
                         notes=tuple(notes) if last else (),
                     )
                 )

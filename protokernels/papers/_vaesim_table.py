@@ -20,6 +20,7 @@ from ..data import load_dataset, to_tensor
 from ..evaluation import classification_scores, knn_predict, linear_probe
 from ..results import Cell, FinishedRun, PaperTable, Recipe, ResultRow, ResultTable, Row, Score, Values
 from ..results.fields import completed
+from ..results.tables import literal
 from ._vaesim_published import PUBLISHED
 from .vaesim import VAESim, VAESimConfig
 
@@ -182,7 +183,7 @@ def tables(rows: Sequence[ResultRow]) -> list[ResultTable]:
         for method in methods:
             own = [row for row in chosen if row.get("method", "vaesim") == method]
             lines += published_lines(data, method) + [line for row in own for line in lines_of(row)]
-        made.append(ResultTable(COLUMNS, tuple(lines), title=data, notes=tuple(protocols(chosen))))
+        made.append(ResultTable(COLUMNS, tuple(lines), title=literal(data), notes=tuple(protocols(chosen))))
     return made
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.files import exclusive, read_json, write_bytes
+from ..training.files import exclusive, make_folder, read_json, write_bytes
 from ..training.summary import summarize_runs
 from .finished import FinishedRun
 
@@ -117,7 +117,7 @@ def update_rows(
     """
     if path.exists():
         read_rows(path, check)  # one that is refused gets no lock file
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, parents=True)
     with exclusive(path.with_name(f"{path.name}.lock")):
         rows = change(read_rows(path, check) if path.exists() else [])
         short = [_without_repetition(row, rows) for row in rows]

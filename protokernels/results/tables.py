@@ -143,14 +143,15 @@ def as_text(table: ResultTable) -> str:
 
 def as_json(table: ResultTable) -> dict[str, Any]:
     """Numbers as numbers: a score is an object with mean, std and runs."""
+    columns = [plain(name) for name in table.columns]
     return {
         "group": plain(table.group),
         "title": plain(table.title),
-        "columns": list(table.columns),
+        "columns": columns,
         "rows": [
             {
                 "name": plain(row.name),
-                "cells": {column: _value(cell) for column, cell in zip(table.columns[1:], row.cells, strict=True)},
+                "cells": {column: _value(cell) for column, cell in zip(columns[1:], row.cells, strict=True)},
                 "protocol": dict(row.protocol),
             }
             for row in table.rows
@@ -164,13 +165,23 @@ def shown(cell: Cell) -> str:
     return "" if cell is None else str(cell)
 
 
+def literal(name: Any) -> str:
+    """A name that somebody chose, as Markdown that shows it as it is spelt.
+
+    >>> literal("a*b.npz"), plain(literal("a*b.npz"))
+    ('a\\\\*b.npz', 'a*b.npz')
+    """
+    return re.sub(r"[\\*`]", r"\\\g<0>", str(name))
+
+
 def plain(text: str) -> str:
-    """Without the marks of bold, italic and code."""
-    return text.replace("*", "").replace("`", "")
+    """Without the marks of bold, italic and code, and with the signs of :func:`literal` as they are."""
+    return re.sub(r"\\([\\*`])|[*`]", lambda found: found[1] or "", text)
 
 
 def _markdown_line(cells: Sequence[str]) -> str:
-    return "|" + "".join(f" {text} |" if text else " |" for text in cells)
+    escaped = (text.replace("|", r"\|") for text in cells)
+    return "|" + "".join(f" {text} |" if text else " |" for text in escaped)
 
 
 def _value(cell: Cell) -> Any:

@@ -6,21 +6,35 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 Config = TypeVar("Config", bound="RunConfig")
+_TYPES: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Everything a result depends on, apart from seed, precision and hardware. A paper's dataclass inherits it and adds its own
-    fields; ``ValueError`` for a word that a field of type ``Literal`` does not know, NaN, infinity, and whole numbers beyond int64."""
+    fields. Numbers of numpy become Python's, paths text, lists tuples: what a run's ``config.json`` gives back.
+
+    Raises:
+        ValueError: a word that a field of type ``Literal`` does not know, a value of another type than the field's, NaN, infinity,
+            and whole numbers beyond int64.
+    """
 
     data: str = "digits"
     preset_name: str = "custom"  # where the values started from; kept with the results
 
     def __post_init__(self) -> None:
         kind: type = type(self)
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _plain(value))
+        for name, expected in _simple(kind).items():
+            if not isinstance(value := getattr(self, name), _TYPES[expected]):
+                raise ValueError(f"{kind.__name__}: {name} takes a value of type {expected.__name__}; got {value!r}")
         for name, words in _choices(kind).items():
             if getattr(self, name) not in words:
                 known = ", ".join(map(str, words))
@@ -40,8 +54,7 @@ class RunConfig:
                 f"{cls.__name__}: unknown fields {', '.join(unknown)}; "
                 "the run was written by another version of protokernels"
             )
-        restored: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**restored)
+        return cls(**values)
 
     def record(self) -> dict[str, Any]:
         """What goes into a run's ``config.json``."""
@@ -66,6 +79,19 @@ class RunConfig:
                 f"{type(self).__name__}: {name} must be at least 2, images are told from others of their batch; got "
                 f"{getattr(self, name)}"
             )
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as a file of JSON gives it back, but for tuples."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
+
+
+@cache
+def _simple(kind: type) -> dict[str, type]:
+    """The fields of a plain type."""
+    return {name: hint for name, hint in get_type_hints(kind).items() if hint in _TYPES}
 
 
 @cache

@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..data import Split, load_dataset, to_tensor
 from .checkpoints import fitting
 from .configuration import Config
-from .randomness import seed_everything
+from .randomness import own_settings, seed_everything
 from .run_folder import RunFolder, RunFolderError
 from .runs import RunSettings, Trial, check_same_data, load_runs, train_runs, update_results, write_summary
 from .scoring import check_neighbours, evaluation_splits
@@ -49,6 +49,7 @@ class Experiment(Generic[Config]):
     def __init__(self, name: str, config: type[Config]) -> None:
         self.name, self.CONFIG = name, config
 
+    @own_settings()
     def train(
         self,
         config: Config,
@@ -79,8 +80,11 @@ class Experiment(Generic[Config]):
         """
         if download and self.no_download:
             raise ValueError(f"{self.name}: {self.no_download}")
+        for value, kind in ((config, self.CONFIG), (settings := settings or RunSettings(), RunSettings)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{self.name}: expected a {kind.__name__}; got {type(value).__name__}")
+        settings = replace(settings, **more)
         dataset = dataset or self.load(config, data_root, download=download)
-        settings = replace(settings or RunSettings(), **more)
         self.check(config, dataset)
         results = train_runs(
             self.folder_name(config),
@@ -95,8 +99,12 @@ class Experiment(Generic[Config]):
             self.draw_figures(results["folder"], data_root=data_root, dataset=dataset)
         return results
 
-    def evaluate(self, folder: str | Path, *, data_root: str | Path | None = None) -> dict[str, Any]:
+    @own_settings()
+    def evaluate(
+        self, folder: str | Path, *, data_root: str | Path | None = None, dataset: Any = None
+    ) -> dict[str, Any]:
         """Scores the newest checkpoints of a run, or of each of its seeds that has one, again and rewrites its ``results.json``.
+        ``dataset``: see :meth:`train`.
 
         Raises:
             RunFolderError: the data are not those of the run, or its results are of a later epoch than the checkpoints that can be read.
@@ -104,20 +112,21 @@ class Experiment(Generic[Config]):
         runs = load_runs(folder)
         for run in [run for run in runs if run.metrics() or run.results()] or runs:
             config = self.config_of(run)
-            dataset = self.load(config, data_root)
-            provenance = self.provenance(config, dataset)
+            data = dataset or self.load(config, data_root)
+            provenance = self.provenance(config, data)
             check_same_data(run, provenance)
-            scores = self.score_again(run, config, dataset)
+            scores = self.score_again(run, config, data)
             done = ((run.results() or {}).get("last_epoch") or {}).get("epoch")
             if run.loaded_epoch is not None and done is not None and run.loaded_epoch < done:
                 raise RunFolderError(
                     f"{run.path}: its results are of epoch {done}, and the newest checkpoint that can be read is of epoch "
                     f"{run.loaded_epoch}; the results stay as they are"
                 )
-            epochs = self.epochs(config, dataset)
+            epochs = self.epochs(config, data)
             update_results(run, scores, provenance, epochs=epochs, trained=run.loaded_epoch)
         return write_summary(folder)
 
+    @own_settings()
     def draw_figures(
         self, folder: str | Path, *, data_root: str | Path | None = None, dataset: Any = None
     ) -> list[Path]:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 
@@ -39,9 +39,6 @@ from .files import (
     write_json,
     write_json_lines,
 )
-
-_NUMBER = (int, float)
-_TYPES: dict[Any, tuple[type, ...]] = {int: _NUMBER, float: _NUMBER, bool: _NUMBER, str: (str,)}
 
 
 class RunFolderError(ValueError):
@@ -148,9 +145,6 @@ class RunFolder:
                 f"{path} is incomplete: expected an object with paper, config and seed; got {', '.join(record) or 'nothing'}"
             )
         values: dict[str, Any] = record["config"]
-        for name, type_ in get_type_hints(kind).items():
-            if name in values and type_ in _TYPES and not isinstance(values[name], _TYPES[type_]):
-                raise RunFolderError(f"{path}: {name} takes a value of type {type_.__name__}; got {values[name]!r}")
         try:
             return kind.from_dict(values)
         except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:

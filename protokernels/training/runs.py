@@ -13,8 +13,9 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -42,6 +43,14 @@ class RunSettings:
     quiet: bool = False  # no progress output
 
     def __post_init__(self) -> None:
+        for name, words in (("precision", get_args(Precision)), ("device", ("auto", "cpu"))):
+            if getattr(self, name) not in words:
+                raise ValueError(f"RunSettings: {name} must be one of {', '.join(words)}; got {getattr(self, name)!r}")
+        for name in ("seed", "runs"):
+            try:
+                object.__setattr__(self, name, index(getattr(self, name)))  # also of numpy's numbers
+            except TypeError:
+                raise ValueError(f"RunSettings: {name} must be a whole number; got {getattr(self, name)!r}") from None
         if self.runs < 1 or self.seed < 0 or self.seed + self.runs > 2**32:  # more than scikit-learn takes
             raise ValueError(
                 "RunSettings: runs must be at least 1, and every seed at least 0 and below 2**32; got "
@@ -210,10 +219,14 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     Returns:
         The first run's results with ``"splits"`` replaced by the summary (see :func:`summarize_runs`), ``"seeds"``,
         ``"number_of_runs"`` and, with several seeds, ``"unfinished_seeds"``.
+
+    Raises:
+        FileNotFoundError: none has.
+        RunFolderError: those of one are incomplete.
     """
     runs = load_runs(folder)
     asked = RunFolder(folder).config().get("seeds")
-    results = [(run.config()["seed"], result) for run in runs if (result := run.results()) is not None]
+    results = [(run.config()["seed"], result) for run in runs if (result := _summed_up(run)) is not None]
     if not results:
         raise FileNotFoundError(f"{folder} has no results yet; continue the run with --resume")
     first = {
@@ -229,6 +242,20 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
         **({"unfinished_seeds": unfinished} if asked else {}),
         "splits": summarize_runs([result["splits"] for _, result in results]),
     }
+
+
+def _summed_up(run: RunFolder) -> dict[str, Any] | None:
+    """The results of a run that are to be summed up, if there are any."""
+    results = run.results()
+    if results is None:
+        return None
+    missing = [key for key in ("paper", "config", "splits", "complete") if key not in results]
+    if missing or not isinstance(results["splits"], dict):
+        raise RunFolderError(
+            f"{run.path / 'results.json'}: expected the results of a run, with its splits; got {', '.join(results) or 'nothing'}; "
+            "remove it, and `protokernels evaluate` scores the run again"
+        )
+    return results
 
 
 def write_summary(folder: str | Path) -> dict[str, Any]:

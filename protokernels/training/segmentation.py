@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.volumes import LabelledVolume
 from .distributed import summed
-from .files import exclusive
+from .files import exclusive, make_folder
 from .optimizers import warmup_cosine
 from .randomness import derived_seed
 from .run_folder import RunFolder
@@ -168,7 +168,7 @@ class Stages:
         run = RunFolder(self.folder / f"{name}-{digest}")
         main = self.accelerator.is_main_process
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder, parents=True)
         with exclusive(run.path.with_suffix(".lock"), wanted=main):
             if main:
                 RunFolder.create(run.path, record, resume=True)
