@@ -209,7 +209,7 @@ class TestImport:
         code = "import sys, torch, numpy; old = set(sys.modules); import protokernels; print(*set(sys.modules) - old)"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
         added = {name.split(".")[0] for name in done.stdout.split()}
-        assert added - set(sys.stdlib_module_names) == {"protokernels"}
+        assert added - set(sys.stdlib_module_names) == {"protokernels"}  # of torch neither: its compilers take seconds
         everything = "import sys, protokernels, protokernels.doctor; protokernels.doctor.report(); print(*sys.modules)"
         done = subprocess.run(
             [sys.executable, "-c", everything], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -227,20 +227,6 @@ class TestImport:
             "nibabel",
         }
         assert upstairs & {name.split(".")[0] for name in done.stdout.split()} == set()
-
-    def test_takes_less_than_0_3_s_beyond_torch(self, tmp_path: Path) -> None:
-        code = (
-            "import time, torch, numpy; start = time.perf_counter(); import protokernels; "
-            "print(time.perf_counter() - start)"
-        )
-        command = [sys.executable, "-c", code]
-        seconds = []
-        for _ in range(5):  # the best of several: other processes can only make it longer
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-            seconds.append(float(done.stdout))
-            if seconds[-1] < 0.3:
-                break
-        assert min(seconds) < 0.3, seconds
 
 
 class TestInstalled:
