@@ -105,7 +105,7 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "warp_backward(Tensor grad, Tensor images, Tensor params, Tensor? enabled, Tensor? seed, int[] order, int[] radius, float sigma_max, "
       "float noise_std, float[] crop_half, float sharpness, int padding, bool need_images, bool need_params) "
       "-> (Tensor grad_images, Tensor grad_params)");
-  library.def("warp_affine_forward(Tensor images, Tensor matrix, int[] size, int padding) -> Tensor");
+  library.def("warp_affine_forward(Tensor images, Tensor matrix, SymInt[] size, int padding) -> Tensor");
   library.def(
       "warp_affine_backward(Tensor grad, Tensor images, Tensor matrix, int padding, bool need_images, bool need_matrix) "
       "-> (Tensor grad_images, Tensor grad_matrix)");

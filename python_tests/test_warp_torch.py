@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from protokernels import (
     affine_warp,
@@ -135,6 +136,22 @@ class TestCompile:
     def test_with_other_sizes(self, place: Place) -> None:
         with place.selected():
             compiled(place, "aot_eager", (2, 2, 9, 12), (3, 2, 9, 12), (5, 1, 16, 8), dynamic=True)
+
+    @pytest.mark.parametrize("place", NATIVE_PLACES)
+    def test_affine_maps_are_compiled_once_for_all_sizes(self, place: Place) -> None:
+        torch.compiler.reset()
+        counter = CompileCounter()
+
+        def warped(x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+            return affine_warp(x, matrix), affine_warp(x, matrix, size=(x.shape[3] + 1, x.shape[2]))
+
+        function = torch.compile(warped, fullgraph=True, backend=counter)
+        for height, width in ((5, 7), (8, 9), (11, 6), (17, 23)):
+            shape = (2, 1, height, width)
+            images, matrix = on(place, draw(shape, seed=17)[0], draw_matrices(shape, seed=18))
+            for actual, expected in zip(function(images, matrix), warped(images, matrix), strict=True):
+                assert torch.equal(actual, expected)
+        assert counter.frame_count == 2  # of the first size, then of any
 
     @pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
     @pytest.mark.parametrize("place", NATIVE_PLACES)
