@@ -13,6 +13,7 @@ slope of 1 means that twice as many rows take twice as long; memory must not gro
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -51,6 +52,7 @@ def private_memory() -> int:
 
 def measured(work: Callable[[], object]) -> dict[str, float]:
     """Processor seconds of ``work``, and how far private memory rose meanwhile, in MB."""
+    gc.collect()  # what is freed meanwhile would be taken off
     before, over = private_memory(), threading.Event()
     seen: list[int] = []
 

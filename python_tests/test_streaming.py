@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import time
 from pathlib import Path
@@ -14,15 +15,37 @@ pytest.importorskip("accelerate", reason="the benchmark trains; that needs the e
 from benchmarks import streaming
 
 
-def test_memory_that_is_taken_is_seen() -> None:
-    def hold() -> None:
-        with mmap.mmap(
-            -1, 32_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        ) as held:  # from the system: malloc may have pages left
-            held.write(bytes(1_000_000) * 32)
-            time.sleep(0.3)  # many looks
+def held(size: int) -> mmap.mmap:
+    """Memory from the system: malloc may have pages left."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for _ in range(size // 1_000_000):
+        memory.write(bytes(1_000_000))
+    return memory
 
+
+def hold() -> None:
+    with held(32_000_000):
+        time.sleep(0.3)  # many looks
+
+
+def test_memory_that_is_taken_is_seen() -> None:
     assert 25 < streaming.measured(hold)["memory_mb"] < 60
+
+
+def test_what_is_freed_meanwhile_is_not_taken_off() -> None:
+    def free_and_hold() -> None:
+        gc.collect()
+        hold()
+
+    gc.collect()
+    gc.disable()
+    try:
+        circle: list[object] = [held(100_000_000)]
+        circle.append(circle)
+        del circle
+        assert 25 < streaming.measured(free_and_hold)["memory_mb"] < 60
+    finally:
+        gc.enable()
 
 
 def test_search_takes_no_memory_for_its_rows(tmp_path: Path) -> None:
