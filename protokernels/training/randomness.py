@@ -40,8 +40,8 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def own_settings() -> Iterator[None]:
-    """Around what a run does: with gradients and float32 as torch's defaults, whatever the caller has set; afterwards his
-    random numbers and settings are as they were."""
+    """Around what a run does: with gradients and float32 as torch's defaults, whatever the caller has set; afterwards the
+    caller's random numbers and settings are as they were."""
     state, dtype = random_state(), torch.get_default_dtype()
     deterministic, benchmark = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     torch.set_default_dtype(torch.float32)
