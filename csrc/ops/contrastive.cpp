@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numbers>
 #include <thread>
 #include <tuple>
 
@@ -26,7 +27,6 @@ PK_DECLARE_LEVELS(ContrastiveBackwardCpu, contrastive_backward_cpu);
 namespace {
 
 constexpr double SERIAL_WORK = 2.5e6;       // about 50 microseconds, in multiply-adds: below it a second thread costs more than it brings
-constexpr double LN_2 = 0.6931471805599453;
 constexpr double SERIAL_NUMBERS = 1 << 18;  // numbers to move, likewise
 
 // ------------------------------------------------------------------------------------------------------------ threads
@@ -186,7 +186,7 @@ void coefficients_of_group(const ContrastiveCoefficients& c, const ContrastiveGr
     T g = c.grad_losses ? static_cast<const T*>(c.grad_losses)[r] : T(0);
     if (c.grad_total) g += static_cast<T>(static_cast<double>(*static_cast<const T*>(c.grad_total)) * c.weights[r]);
     const auto of_row = [&](int64_t k) { return static_cast<double>(statistics[k * c.R + r]); };
-    const double above = (of_row(0) - of_row(1)) + (of_row(3) - of_row(4)) * LN_2;
+    const double above = (of_row(0) - of_row(1)) + (of_row(3) - of_row(4)) * std::numbers::ln2;
     const auto [dp, dn, dl] = derivatives(c.form, g, above, static_cast<double>(positives));
     out[r] = static_cast<T>(dp), out[c.R + r] = static_cast<T>(dn), out[2 * c.R + r] = static_cast<T>(dl);
   }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Images in rows and columns: one picture of all of them, since a hundred axes take seconds to draw."""
+"""Images in rows and columns: one picture of all of them, since axes for each take longest of all to draw."""
 
 from __future__ import annotations
 
@@ -91,9 +91,8 @@ def _draw_tiles(
     """Tiles in rows of ``columns``, framed, the first ones with captions of ``size`` points above them. The frames, in units of pixels."""
     height, width = tiles[0].shape[:2]
     gap = max(1, round(_GAP * width))
-    above = (
-        round(_CAPTION * width) if len(captions) > columns else 0
-    )  # those of the first row stand outside of the picture
+    # captions of the first row stand outside of the picture
+    above = round(_CAPTION * width) if len(captions) > columns else 0
     down, right = height + gap + above, width + gap
     rows = -(-len(tiles) // columns)
     picture = np.ones((rows * down - gap - above, columns * right - gap, 3), dtype=np.float32)
@@ -102,7 +101,7 @@ def _draw_tiles(
         y, x = index // columns * down, index % columns * right
         picture[y : y + height, x : x + width] = tile if tile.ndim == 3 else tile[..., None]
         frames.append(Rectangle((x - 0.5, y - 0.5), width, height))
-    axes.imshow(picture, vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(picture, interpolation="nearest")
     axes.add_collection(
         PatchCollection(frames, facecolor="none", edgecolor="black", linewidth=0.6, clip_on=False), autolim=False
     )
