@@ -111,11 +111,12 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "-> (Tensor grad_images, Tensor grad_matrix)");
 
   // Nearest (ops/nearest.h): the k nearest rows of a bank for every query, with their distances; the nearest center of every row with the sums and
-  // counts of the clusters and the rows' distances, each empty unless asked for.
+  // counts of the clusters and the rows' distances, each empty unless asked for; the rows' distances if a candidate became a center, and their sum.
   library.def("nearest_search(Tensor queries, Tensor bank, int k, bool cosine) -> (Tensor distances, Tensor indices)");
   library.def(
       "nearest_assign(Tensor x, Tensor centers, bool with_sums, bool with_distances) "
       "-> (Tensor labels, Tensor sums, Tensor counts, Tensor distances)");
+  library.def("nearest_seed(Tensor x, Tensor candidates, Tensor closest) -> (Tensor closer, Tensor totals)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(protokernels, CompositeExplicitAutograd, library) { library.impl("build_info", TORCH_BOX(&build_info)); }

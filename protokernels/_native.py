@@ -39,6 +39,7 @@ OPERATORS = (
     "warp_affine_backward",
     "nearest_search",
     "nearest_assign",
+    "nearest_seed",
 )
 """What the library must hold; the schemas stand in csrc/library.cpp."""
 

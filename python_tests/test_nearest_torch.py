@@ -77,5 +77,5 @@ class TestContract:
 class TestInstructionSets(AtEveryLevel):
     """All values: the same bits at every level, since they are compared with the definition's."""
 
-    FILES = ("test_nearest", "test_nearest_assign")
+    FILES = ("test_nearest", "test_nearest_assign", "test_nearest_seed")
     CHOSEN = "TestValue"

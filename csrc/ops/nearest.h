@@ -99,6 +99,26 @@ struct NearestAssignCpu {
 };
 const NearestAssignCpu& nearest_assign_cpu();
 
+// A round of k-means++: how far every row would be from its closest center if candidate k became one,
+//   closer[k, i] = min(closest[i], sum_j (x_ij - candidate_kj)^2),  totals[k] = sum_i closer[k, i] in float64.
+// The sum over j = 0, 1, ... is taken in T, every product rounded before it is added; totals are sums over chunks of rows, in order. So the same
+// bits come out on every processor and for any number of threads, and k-means++ draws the same rows. Cost: 3 N K D flop; rows are read once.
+constexpr int64_t NEAREST_SEED_ROWS = 1024;  // of a chunk
+struct NearestSeed {
+  int64_t N, K, D;
+  const void* x;  // T [N, D]
+  int64_t x_stride;
+  const void* candidates;  // T [K, D]
+  const void* closest;     // T [N]; infinity where there is no center yet
+  bool double_compute;
+  void* closer;  // T [K, N]
+};
+
+struct NearestSeedCpu {
+  void (*seed)(const NearestSeed&, double* partial, int64_t begin, int64_t end);  // chunks [begin, end); partial [chunks, K]
+};
+const NearestSeedCpu& nearest_seed_cpu();
+
 // ---------------------------------------------------------------------------------------------- CUDA (csrc/ops/cuda)
 
 constexpr int64_t NEAREST_MOST_CUDA = 64;  // the largest k of the CUDA kernels; protokernels/ops/nearest.py sends larger ones to the reference

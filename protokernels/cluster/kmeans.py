@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from ..ops._checks import check_matrix, check_real, check_same_device, check_whole, describe
-from ..ops.nearest import Assignment, assign, nearest
+from ..ops.nearest import Assignment, assign, closer_to_candidates, nearest
 from ..ops.prototypes import blend_prototypes, update_prototypes
 
 PARAMETERS = ("n_clusters", "init", "n_init", "max_iter", "tol", "random_state")
-BLOCK_ENTRIES = 1 << 21
-"""Differences held at a time while seeding."""
 
 
 class _Solution(NamedTuple):
@@ -265,22 +263,17 @@ def _k_means_plus_plus(x: Tensor, count: int, generator: torch.Generator) -> Ten
     """Rows drawn in proportion to their squared distance from those drawn before; of a few draws the one that lowers the sum most."""
     trials = 2 + int(math.log(count))
     chosen = [int(torch.randint(len(x), (1,), generator=generator, device="cpu"))]
-    closest = _squared_distances(x, x[chosen[0]])
+    closest = closer_to_candidates(x, x[chosen], x.new_full((len(x),), math.inf))[0][0]
     for _ in range(count - 1):
-        cumulative = closest.cumsum(0)
+        cumulative = closest.cumsum(0, dtype=torch.float64)
         shares = torch.rand(trials, generator=generator, dtype=torch.float64, device="cpu")
         draws = shares.to(x.device) * cumulative[-1]
         candidates = torch.searchsorted(cumulative, draws, right=True).clamp(max=len(x) - 1)
-        options = [torch.minimum(closest, _squared_distances(x, x[candidate])) for candidate in candidates]
-        best = int(torch.stack([_total(option) for option in options]).argmin())
-        closest = options[best]
+        closer, totals = closer_to_candidates(x, x[candidates], closest)
+        best = int(totals.argmin())
+        closest = closer[best]
         chosen.append(int(candidates[best]))
     return x[chosen]
-
-
-def _squared_distances(x: Tensor, center: Tensor) -> Tensor:  # [N, D], [D] -> [N] float64
-    blocks = x.split(max(1, BLOCK_ENTRIES // max(1, x.shape[1])))
-    return torch.cat([(block - center).square().sum(1, dtype=torch.float64) for block in blocks])
 
 
 def _total(values: Tensor) -> Tensor:

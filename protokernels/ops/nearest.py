@@ -144,6 +144,26 @@ def assign(
     return Assignment(labels, sums, counts, found.distances[:, 0])
 
 
+def closer_to_candidates(
+    x: Tensor,  # [N, D]
+    candidates: Tensor,  # [K, D]
+    closest: Tensor,  # [N]
+) -> tuple[Tensor, Tensor]:
+    """A round of k-means++: ``closer[k, i] = min(closest[i], |x_i - candidates_k|^2)``, [K, N], and its sums over i, [K] float64.
+
+    The CPU's kernel gives the same bits on every processor; on CUDA the operator is the reference.
+
+    Args:
+        x: rows, float32 or float64, any strides, at least one column.
+        candidates: rows that may become the next center, of the same type.
+        closest: squared distance of each row to the closest center so far, infinity where there is none.
+    """
+    if backend.native_serves(x.device):
+        closer, totals = _calls.call("nearest_seed", x, candidates, closest)
+        return closer, totals
+    return reference.closer_to_candidates(x, candidates, closest)
+
+
 def _assign_in_torch(
     x: Tensor, centers: Tensor, with_sums: bool, with_distances: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -173,7 +193,13 @@ def _fake_assign(
     return labels, sums, counts, x.new_empty(N if with_distances else 0)
 
 
+def _fake_seed(x: Tensor, candidates: Tensor, closest: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(candidates), len(x)), x.new_empty(len(candidates), dtype=torch.float64)
+
+
 if _native.LIBRARY is not None:
     torch.library.impl("protokernels::nearest_assign", "CUDA")(_assign_in_torch)
+    torch.library.impl("protokernels::nearest_seed", "CUDA")(reference.closer_to_candidates)
 _calls.register("nearest_search", _fake_search)
 _calls.register("nearest_assign", _fake_assign)
+_calls.register("nearest_seed", _fake_seed)

@@ -40,6 +40,18 @@ def nearest(
     return distances, indices
 
 
+def closer_to_candidates(
+    x: Tensor,  # [N, D]
+    candidates: Tensor,  # [K, D]
+    closest: Tensor,  # [N] squared distances to the closest center so far
+) -> tuple[Tensor, Tensor]:  # the same if candidate k became a center [K, N], and their sums [K] float64
+    apart = torch.cdist(candidates, x, compute_mode="donot_use_mm_for_euclid_dist").square()  # equal rows are at 0
+    closer = torch.minimum(closest, apart)
+    # Threads share parts of a row, not the sum of a part: no number of them changes it.
+    parts = torch.nn.functional.pad(closer.double(), (0, -closer.shape[1] % 1024)).unflatten(1, (-1, 1024)).sum(2)
+    return closer, parts.cumsum(1)[:, -1] if parts.shape[1] else parts.sum(1)
+
+
 def _distances(queries: Tensor, columns: Tensor, metric: str) -> Tensor:  # [n, D], [D, M] -> [n, M]
     total = queries.new_zeros(queries.shape[0], columns.shape[1])
     for query, column in zip(queries.unbind(1), columns, strict=True):
