@@ -7,6 +7,7 @@ pytest benchmarks/bench_nearest.py --device cuda --results FILE.json
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +168,33 @@ def test_kmeans(benchmark: Any, contest: Any, N: int, D: int, K: int, iterations
         (2.0 * N * K * D * (iterations + 1), 4.0 * N * D * (iterations + 1)) if name == OURS else None
     )  # rows read once
     contest(benchmark, contender, ours, limit=limit, contender=name, **about)
+
+
+@pytest.mark.parametrize(("N", "D", "K", "iterations"), KMEANS, ids=lambda value: str(value))
+@pytest.mark.parametrize("name", [OURS, "scikit-learn"])
+def test_kmeans_fit(benchmark: Any, contest: Any, N: int, D: int, K: int, iterations: int, name: str) -> None:
+    """What a user calls: one start by k-means++ and as many iterations for both. faiss draws its start at random."""
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+
+    def ours() -> float:
+        return KMeans(K, n_init=1, max_iter=iterations, tol=0.0).fit(x).inertia_
+
+    def sklearn() -> float:
+        from sklearn.cluster import KMeans as Theirs
+
+        model = Theirs(K, n_init=1, max_iter=iterations, tol=0.0, algorithm="lloyd", random_state=0)
+        return float(model.fit(x.numpy()).inertia_)
+
+    contender = {OURS: ours, "scikit-learn": sklearn}[name]
+    assert contender() == pytest.approx(ours(), rel=0.01)  # they draw different rows
+    about = {"what": "k-means++ and k-means", "case": f"{N}x{D}, K = {K}, {iterations} iterations"}
+    trials, rows = 2 + int(math.log(K)), N * D
+    limit = (
+        (rows * (2.0 * K * (iterations + 1) + 3.0 * trials * (K - 1)), 4.0 * rows * (iterations + K))
+        if name == OURS
+        else None
+    )  # rows read once in an iteration and for every center of the start
+    contest(benchmark, contender, ours, limit=limit, contender=name, sizes="rows x D", order=K, **about)
 
 
 @pytest.mark.cuda

@@ -208,7 +208,12 @@ HEADLINES = (  # what it is called, kind of measurement, case: the same on both 
     ("blur, noise, crop, flips, rotation \\*: 32 x 1 x 128 x 128", both("chain"), "32x1x128x128"),
     ("rotation \\*: 32 x 1 x 128 x 128", both("rotation"), "32x1x128x128"),
     ("5 nearest of 10,000 rows: 60,000 x 32", "search", "60000x10000x32, k = 5"),
-    ("k-means, 5 iterations: 60,000 x 32, K = 256", "k-means", "60000x32, K = 256, 5 iterations"),
+    (
+        "k-means++ and 5 iterations of k-means: 60,000 x 32, K = 256",
+        "k-means++ and k-means",
+        "60000x32, K = 256, 5 iterations",
+    ),
+    ("k-means, 5 iterations from a given start: 60,000 x 32, K = 256", "k-means", "60000x32, K = 256, 5 iterations"),
 )
 
 
