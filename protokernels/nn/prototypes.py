@@ -167,7 +167,7 @@ class Prototypes(nn.Module):
         step = ops.prototype_step(
             z,
             current,
-            temperature=self._given_temperature(),
+            temperature=self.temperature,
             new_weight=self.new_weight,
             similarity=self.similarity,
             sample=self.sample,
@@ -224,16 +224,9 @@ class Prototypes(nn.Module):
             f"new_weight={self.new_weight}, sample={self.sample}"
         )
 
-    def _given_temperature(self) -> float | Tensor:
-        """What the operators get. They hold a number as a constant, so a schedule would be compiled anew at every ``progress``; the product
-        of a tensor and a number is compiled once for all numbers."""
-        if callable(self.schedule) and torch.compiler.is_compiling():
-            return torch.ones((), dtype=torch.float64, device=self.prototypes.device) * self.temperature
-        return self.temperature
-
     def _soft_assign(self, z: Tensor) -> ops.SoftAssignment:
         return ops.soft_assign(
-            z, self.prototypes, temperature=self._given_temperature(), similarity=self.similarity, return_labels=True
+            z, self.prototypes, temperature=self.temperature, similarity=self.similarity, return_labels=True
         )
 
     @torch.no_grad()

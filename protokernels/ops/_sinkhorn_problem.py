@@ -237,7 +237,7 @@ def _epsilon(op: str, value: object, like: Tensor, B: int, dtype: torch.dtype) -
             f"{op}: epsilon must be positive and finite; got {value} for {str(dtype).removeprefix('torch.')}; the smallest cost that "
             "matters is a start"
         )
-    return torch.full((B,), value, dtype=dtype, device=like.device)  # type: ignore[arg-type]
+    return _calls.filled(like, (B,), value, dtype)  # type: ignore[arg-type]
 
 
 def penalties(op: str, value: object) -> tuple[float, float]:
