@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from protokernels import backend
 from protokernels.nn import LinearTemperature, Prototypes
 from python_tests.places import PLACES, Place
 from python_tests.prototypes_oracle import draw
@@ -63,6 +64,15 @@ class TestState:
             module.load_state_dict(Prototypes(8, 5).state_dict())
         module.load_state_dict(started(Place("cpu", "reference"), 8, 5).state_dict(), assign=True)
         assert module.eval()(torch.randn(3, 5)).shape == (3, 8)
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_shapes_without_values(self, training: bool) -> None:
+        with backend.use("auto"), torch.device("meta"):
+            module = Prototypes(8, 5, revive_after=3).train(training)
+            z = torch.empty(20, 5, requires_grad=True)
+            c = module(z)
+            c.sum().backward()
+        assert c.is_meta and c.shape == (20, 8) and z.grad is not None and z.grad.shape == (20, 5)
 
     def test_what_is_known_belongs_to_the_buffer(self, place: Place) -> None:
         z = draw(129, 8, 5)[0].to(place.device)

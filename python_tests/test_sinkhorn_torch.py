@@ -155,6 +155,23 @@ class TestContract:
             cost = draw(B, N, M, dtype=torch.float32)[0].to(place.device)
             torch.testing.assert_close(compiled(cost), sinkhorn(cost, num_iters=1).plan, rtol=1e-5, atol=1e-8)
 
+    @pytest.mark.parametrize("place", NATIVE_PLACES)
+    def test_compile_with_a_mask_that_comes_with_another_batch(self, place: Place) -> None:
+        """Then torch knows the batch of the costs as a symbol, that of the mask as a number."""
+        torch.compiler.reset()
+
+        def values(cost: Tensor, mask: Tensor | None) -> Tensor:
+            return sinkhorn(cost, row_mask=mask, num_iters=2).transport_cost
+
+        compiled = torch.compile(values, fullgraph=True, backend="aot_eager")
+        with place.selected():
+            for B, masked in ((4, False), (3, True), (2, True), (5, False), (1, True)):
+                cost = draw(B, 9, 12, dtype=torch.float32)[0].to(place.device)
+                mask = torch.arange(9, device=place.device).expand(B, 9) < 7 if masked else None
+                torch.testing.assert_close(compiled(cost, mask), values(cost, mask), rtol=1e-5, atol=1e-6)
+            with pytest.raises(Exception, match=r"row_mask must be a bool tensor of shape \[B, N\] = \[5, 9\]"):
+                compiled(draw(5, 9, 12, dtype=torch.float32)[0].to(place.device), mask.new_ones(3, 9))
+
     def test_a_result_may_leave_the_compiled_function(self, place: Place) -> None:
         torch.compiler.reset()
         cost = draw(2, 9, 12, dtype=torch.float32)[0].to(place.device)

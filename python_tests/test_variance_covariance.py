@@ -77,6 +77,11 @@ class TestContract:
             mixed = variance_covariance_loss(z)
         assert all(torch.equal(one, other) for one, other in zip(plain, mixed, strict=True))
 
+    def test_shapes_without_values(self) -> None:
+        z = torch.empty(7, 5, device="meta", requires_grad=True)
+        sum(variance_covariance_loss(z), z.new_zeros(())).backward()
+        assert z.grad is not None and z.grad.is_meta
+
     def test_refusals(self) -> None:
         for bad in (torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 0)):
             with pytest.raises(ValueError, match=r"shape \[N, D\]"):

@@ -61,6 +61,9 @@ class Prototypes(nn.Module):
     have moved and move them again. A training pass within a backward pass is therefore refused; in code that ``torch.compile`` compiled
     it goes unnoticed, and its gradients are wrong.
 
+    For averages of a whole model (``torch.optim.swa_utils.AveragedModel``) leave ``use_buffers`` at False: the prototypes are copied then,
+    not averaged again, and one of the buffers is bool, which torch's plain average does not take.
+
     Args:
         num_prototypes: K.
         dim: D, the length of an embedding.
@@ -167,7 +170,7 @@ class Prototypes(nn.Module):
         step = ops.prototype_step(
             z,
             current,
-            temperature=self._given_temperature(),
+            temperature=self.temperature,
             new_weight=self.new_weight,
             similarity=self.similarity,
             sample=self.sample,
@@ -224,16 +227,9 @@ class Prototypes(nn.Module):
             f"new_weight={self.new_weight}, sample={self.sample}"
         )
 
-    def _given_temperature(self) -> float | Tensor:
-        """What the operators get. They hold a number as a constant, so a schedule would be compiled anew at every ``progress``; the product
-        of a tensor and a number is compiled once for all numbers."""
-        if callable(self.schedule) and torch.compiler.is_compiling():
-            return torch.ones((), dtype=torch.float64, device=self.prototypes.device) * self.temperature
-        return self.temperature
-
     def _soft_assign(self, z: Tensor) -> ops.SoftAssignment:
         return ops.soft_assign(
-            z, self.prototypes, temperature=self._given_temperature(), similarity=self.similarity, return_labels=True
+            z, self.prototypes, temperature=self.temperature, similarity=self.similarity, return_labels=True
         )
 
     @torch.no_grad()
@@ -268,6 +264,8 @@ class Prototypes(nn.Module):
         where that costs little, where it has been written to (elsewhere it is what DistributedDataParallel does at every step)."""
         buffer, known = self._buffers["initialized"], self._known_of
         assert buffer is not None
+        if buffer.is_meta:  # shapes are asked for, and there is no value
+            return True
         compiling = torch.compiler.is_compiling()
         same = not compiling and known is not None and known[0] is buffer
         if same and known is not None and (known[1] is None or known[1] == buffer._version):

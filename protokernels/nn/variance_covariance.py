@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops._checks import FLOATING, describe
+from ..reference._precision import without_autocast
 
 Branch = Literal["auto", "gram", "covariance"]
 VARIANCE_FLOOR = 1e-4  # added to the variance under the root
@@ -67,7 +68,7 @@ def variance_covariance_loss(
     if N < 2:
         nothing = z[:0].sum()
         return nothing, nothing
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device.type):
         c = z - z.mean(dim=0)
         squares = c.square().sum(dim=0)  # (N - 1) Var
         variance = F.relu(1 - (squares / (N - 1) + VARIANCE_FLOOR).sqrt()).mean()

@@ -9,7 +9,7 @@ tensors, ``torch.func``, tensor subclasses, modes) sees the registered operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,14 @@ def call(name: str, *arguments: Any) -> Any:
                 return _FUNCTIONS[name].apply(*arguments)
     with _below_autograd():
         return _kernel(name)(*arguments)
+
+
+def filled(like: Tensor, shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:
+    """A tensor of this number on the device of ``like``. ``torch.compile`` holds a number that it fills a tensor with, or gives to an
+    operator, as a constant and compiles anew for the next one; the product of a tensor and a number it compiles once for all."""
+    if torch.compiler.is_compiling():
+        return (like.new_ones(shape, dtype=torch.float64) * value).to(dtype)
+    return like.new_full(shape, value, dtype=dtype)
 
 
 def is_transformed() -> bool:

@@ -190,7 +190,8 @@ def _check_vector(
         advice = "; True marks what is present" if kind == "bool" else ""
         raise TypeError(f"{op}: {name} must be {expected}; got {_checks.describe(value)}{advice}")
     _checks.check_dense(op, name, value)
-    if value.shape not in ((B, n), (1, n), (n,)):
+    # One by one: torch.compile finds a shape [3, n] not to be `in` shapes of which one is [B, n], B a symbol that may be 3.
+    if value.shape != (B, n) and value.shape != (1, n) and value.shape != (n,):
         raise ValueError(f"{op}: {name} must be {expected}; got {_checks.describe(value)}")
     if value.device != like.device:
         raise ValueError(
@@ -236,7 +237,7 @@ def _epsilon(op: str, value: object, like: Tensor, B: int, dtype: torch.dtype) -
             f"{op}: epsilon must be positive and finite; got {value} for {str(dtype).removeprefix('torch.')}; the smallest cost that "
             "matters is a start"
         )
-    return torch.full((B,), value, dtype=dtype, device=like.device)  # type: ignore[arg-type]
+    return _calls.filled(like, (B,), value, dtype)  # type: ignore[arg-type]
 
 
 def penalties(op: str, value: object) -> tuple[float, float]:

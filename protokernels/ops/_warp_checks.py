@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference.prototypes import compute_dtype
 from ..reference.warp import STAGES
-from . import _checks
+from . import _calls, _checks
 
 Stage = Literal["blur", "noise", "crop", "hflip", "vflip", "rotate"]
 Padding = Literal["reflect", "replicate", "zeros"]
@@ -71,7 +71,7 @@ def column(op: str, images: Tensor, name: str, value: object) -> Tensor:  # [B, 
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         dtype = compute_dtype(images)
         check_range(op, name, value, dtype)
-        return images.new_full((images.shape[0], COLUMNS), value, dtype=dtype)
+        return _calls.filled(images, (images.shape[0], COLUMNS), value, dtype)
     return per_sample(op, images, name, value).unsqueeze(1).expand(images.shape[0], COLUMNS)
 
 
@@ -81,7 +81,7 @@ def per_sample(op: str, images: Tensor, name: str, value: object) -> Tensor:  # 
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         dtype = compute_dtype(images)
         check_range(op, name, value, dtype)
-        return images.new_full((B,), float(value), dtype=dtype)
+        return _calls.filled(images, (B,), value, dtype)
     if isinstance(value, Tensor) and value.dim() == 0:
         return beside(op, images, name, value, (), "[B] or []").expand(B)
     if not isinstance(value, Tensor):
@@ -104,7 +104,7 @@ def positions(op: str, images: Tensor, value: object) -> Tensor:  # [B, 2] or [B
         for number in value:
             check_range(op, "center", number, compute_dtype(images))
         numbers = [
-            images.new_full((), float(number), dtype=compute_dtype(images)) for number in value
+            _calls.filled(images, (), number, compute_dtype(images)) for number in value
         ]  # no copy to the device
         value = torch.stack(numbers) if numbers else images.new_empty(0)
     if isinstance(value, Tensor) and value.dim() == 1:

@@ -219,7 +219,7 @@ def rotate(
         # Whole turns go before float32 takes digits of the turns for those of the angle. A compiled function may get a symbol here,
         # which math.isfinite and math.remainder do not take.
         if torch.compiler.is_compiling():
-            scalar = images.new_full((), number, dtype=torch.float64)
+            scalar = _calls.filled(images, (), number, torch.float64)
             turns: float | Tensor = (scalar - scalar.round()).to(checks.compute_dtype(images))
         else:
             turns = math.remainder(number, 1.0) if math.isfinite(number) else number

@@ -118,7 +118,7 @@ def soft_assign(
     _checks.check_flag("soft_assign", "return_entropy", return_entropy)
     dtype = torch.promote_types(z.dtype, prototypes.dtype)
     if backend.native_serves(z.device):
-        number, tensor = _split_temperature(temperature, reference.compute_dtype(z, prototypes))
+        number, tensor = _split_temperature(temperature, z, reference.compute_dtype(z, prototypes))
         outputs: tuple[Tensor, ...] = _calls.call(
             "prototypes_forward",
             z,
@@ -283,7 +283,7 @@ def prototype_step(
     dtype = torch.promote_types(z.dtype, prototypes.dtype)
     uniform = _uniform(z.shape[0], z.device, generator) if sample else None
     if backend.native_serves(z.device):
-        number, tensor = _split_temperature(temperature, reference.compute_dtype(z, prototypes))
+        number, tensor = _split_temperature(temperature, z, reference.compute_dtype(z, prototypes))
         c, labels, entropy, sums, counts, updated = _calls.call(
             "prototypes_forward",
             z,
@@ -350,9 +350,11 @@ def revive_prototypes(
 # ------------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+def _split_temperature(temperature: float | Tensor, like: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
     if isinstance(temperature, Tensor):
         return 1.0, temperature.to(dtype)
+    if torch.compiler.is_compiling():
+        return 1.0, _calls.filled(like, (), temperature, dtype)
     return temperature, None
 
 
