@@ -60,7 +60,7 @@ Reproducibility
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,12 +252,16 @@ def fine_tune(
 class _LocalContrast(Experiment[LocalContrastConfig]):
     """The three stages, and what else the commands need to know of local contrast."""
 
+    dataset_type = SegmentationDataset
     no_download = "nothing can be downloaded; put the data below --data-root, or use phantoms"
 
     def load(
         self, config: LocalContrastConfig, data_root: str | Path | None = None, *, download: bool = False
     ) -> SegmentationDataset:
         return load_volumes(config, data_root)
+
+    def data_key(self, config: LocalContrastConfig) -> Hashable:
+        return config.data, config.fold, config.split, config.image_size
 
     def folder_name(self, config: LocalContrastConfig) -> str:
         return f"{self.name}-{Path(config.data).stem}-{config.method}-{config.preset_name}"
