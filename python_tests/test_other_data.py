@@ -19,6 +19,7 @@ from protokernels.papers import local_contrast, optimized_views, vaesim
 from protokernels.results import Job, run_jobs
 from protokernels.training import RunFolder, RunFolderError
 from protokernels.training.runs import RunSettings, check_same_data
+from protokernels.training.scoring import evaluation_splits
 from python_tests.nifti_files import write_decathlon
 from python_tests.test_experiment import Brightness, Config
 from python_tests.test_training_segmentation import SETTINGS as STAGE
@@ -138,6 +139,36 @@ class TestRuns:
         second.run.write_environment(data={"md5": "2"})
         with pytest.raises(RunFolderError, match=r"stages/global-\w+ was begun with other data"):
             second.before("global", {"width": 2}, model(), 8, STAGE, fit)
+
+
+def test_classes_that_training_does_not_show_are_warned_of() -> None:
+    unseen = dataset(labels=np.zeros(6, np.int64))
+    paper, config = Brightness(), Config(batch_size=2)
+    assert paper.provenance(config, dataset()) == {}
+    assert paper.provenance(config, unseen)["warnings"] == [
+        "no training image has the class yes: nothing can be learned of it, and its scores say nothing"
+    ]
+    nowhere = ImageDataset("mine", images(), None, images(1), ("no", "yes", "of nobody"))
+    assert paper.provenance(config, nowhere) == {}
+
+
+def test_classes_that_no_labelled_volume_has_are_warned_of() -> None:
+    config = local_contrast.CONFIG.preset("fair")
+    provenance = local_contrast.EXPERIMENT.provenance
+    assert provenance(config, volumes({}))["warnings"] == []
+    unseen = volumes({}, label=np.zeros((2, 4, 4), np.uint8))
+    assert provenance(config, unseen)["warnings"] == [
+        "no labelled volume has the class yes: nothing can be learned of it, and its scores say nothing"
+    ]
+
+
+def test_what_chooses_shares_no_patient_with_training() -> None:
+    patients = np.array(["a", "b", "c"] * 2)  # the last sixth would be of c, who is in training as well
+    train, scored = evaluation_splits(dataset(groups=patients), selection=True)
+    held = scored["held-out"]
+    assert train.groups is not None and held.groups is not None and len(train) + len(held) == 6
+    assert set(train.groups).isdisjoint(held.groups) and len(held) == 2
+    assert evaluation_splits(dataset(groups=None), selection=True)[1]["held-out"].images.shape == (1, 8, 8)
 
 
 class TestJobs:

@@ -33,7 +33,7 @@ from .configuration import Config
 from .randomness import own_settings, seed_everything
 from .run_folder import RunFolder, RunFolderError
 from .runs import RunSettings, Trial, check_same_data, load_runs, train_runs, update_results, write_summary
-from .scoring import check_neighbours, evaluation_splits
+from .scoring import check_neighbours, evaluation_splits, unknown_classes_warning
 from .session import Plan, Session, batch_warning, preferred_layout
 
 
@@ -226,12 +226,15 @@ class Experiment(Generic[Config]):
         return count
 
     def provenance(self, config: Any, dataset: Any) -> dict[str, Any]:
-        """Where the data came from, and ``"warnings"``: also of a batch that the training images cannot fill."""
+        """Where the data came from, and ``"warnings"``: also of classes that no training image has, and of a batch that the training
+        images cannot fill."""
         found: dict[str, Any] = dataset.provenance
-        if not self.epochs(config, dataset):
-            return found
-        message = batch_warning(config.batch_size, len(self.training_split(dataset, config)))
-        return found if message is None else {**found, "warnings": [*found.get("warnings", []), message]}
+        split = self.training_split(dataset, config)
+        messages = [unknown_classes_warning(dataset, split)]
+        if self.epochs(config, dataset):
+            messages.append(batch_warning(config.batch_size, len(split)))
+        more = [message for message in messages if message is not None]
+        return {**found, "warnings": [*found.get("warnings", []), *more]} if more else found
 
     def training_split(self, dataset: Any, config: Any) -> Split:
         """The images that are trained on."""
