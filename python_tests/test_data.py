@@ -31,6 +31,14 @@ class TestTypes:
         for bad_labels in (labels.astype(np.int32), labels[:, None]):
             with pytest.raises(DataError, match="int64"):
                 Split(images, bad_labels)
+        for values in (
+            (list(images), labels),
+            (images, [0, 1]),
+            (images, labels, [[1]]),
+            (images, labels, None, ["a"]),
+        ):
+            with pytest.raises(DataError, match="must be a numpy array; got list"):
+                Split(*values)  # type: ignore[arg-type]
         with pytest.raises(DataError, match="2 images and 1 labels"):
             Split(images, labels[:1])
 

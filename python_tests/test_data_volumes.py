@@ -335,7 +335,9 @@ class TestDecathlon:
         with pytest.raises(DataError, match=r"no data set 'liver': no folder .*phantoms"):
             load_segmentation("liver", tmp_path, split="paper")
         (tmp_path / "images.npz").touch()
-        with pytest.raises(DataError, match=r"images.npz is a file; labelled volumes lie in a folder, .* load_dataset's"):
+        with pytest.raises(
+            DataError, match=r"images.npz is a file; labelled volumes lie in a folder, .* load_dataset's"
+        ):
             load_segmentation("images.npz", tmp_path, split="paper")
         (tmp_path / "liver").mkdir()
         with pytest.raises(DataError, match="neither imagesTr and labelsTr"):
