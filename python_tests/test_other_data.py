@@ -154,7 +154,9 @@ def test_classes_that_training_does_not_show_are_warned_of() -> None:
 
 def test_slices_of_another_size_than_predictions_would_have_are_refused(tmp_path: Path) -> None:
     config = local_contrast.CONFIG.preset("fair", image_size=16)
-    with pytest.raises(ValueError, match="slices of the data set are 4 x 4 pixels and image_size is 16, to which predictions"):
+    with pytest.raises(
+        ValueError, match="slices of the data set are 4 x 4 pixels and image_size is 16, to which predictions"
+    ):
         local_contrast.train(config, tmp_path / "run", dataset=volumes({}), **QUIET)
     assert not (tmp_path / "run").exists()
 

@@ -271,8 +271,8 @@ class _LocalContrast(Experiment[LocalContrastConfig]):
         if dataset.image_size != (size, size):
             height, width = dataset.image_size
             raise ValueError(
-                f"{self.name}: the slices of the data set are {height} x {width} pixels and image_size is {size}, to which predictions would "
-                "resize theirs; resize the slices, or pass their side as image_size"
+                f"{self.name}: the slices of the data set are {height} x {width} pixels and image_size is {size}, to which predictions "
+                "would resize theirs; resize the slices, or pass their side as image_size"
             )
         segmenter = new_segmenter(config, dataset.num_classes)
         GlobalContrast(segmenter.backbone.encoder, config)
