@@ -321,9 +321,9 @@ class _OptimizedViews(Experiment[OptimizedViewsConfig]):
         return load_presence(config.data, data_root, download=download)
 
     def check(self, config: OptimizedViewsConfig, dataset: ImageDataset) -> None:
+        super().check(config, dataset)
         check_presence(dataset)
         check_hold_out(dataset, config)
-        super().check(config, dataset)
 
     def new_model(self, config: OptimizedViewsConfig, dataset: ImageDataset) -> OptimizedViews:
         return new_model(config, dataset.channels)
