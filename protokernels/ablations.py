@@ -12,6 +12,8 @@ from rich import box
 from rich.table import Table
 
 from .results import Job, Outcome, run_jobs
+from .results.fields import as_record, completed
+from .results.jobs import differing
 from .training import RunFolderError, next_free_folder
 from .training.files import exclusive, read_json, write_json
 from .training.runs import RunSettings, resuming
@@ -55,6 +57,7 @@ def run_ablations(
         raise ValueError(f"unknown ablations {', '.join(unknown)}; expected some of {', '.join(paper.ABLATIONS)}")
     folder = new_folder(out, name, config, "ablations", SUMMARY, resume=settings.resume)
     config = with_shared_stages(config, folder)
+    check_summary(paper, config, folder, settings)
     changes = {ablation: replace(config, **paper.ABLATIONS[ablation]) for ablation in only or paper.ABLATIONS}
     if not only:  # of several names for one configuration, the first
         changes = {ablation: changed for ablation, changed in changes.items() if first_of(changes, changed) == ablation}
@@ -65,6 +68,7 @@ def run_ablations(
         with exclusive(folder / f"{SUMMARY}.lock"):
             before = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
             entry = {key: done[key] for key in ("splits", "seeds", "complete")}
+            entry |= {"config": as_record(job.config), "precision": settings.precision}
             write_json(folder / SUMMARY, {**before, job.name: entry})
 
     jobs = [Job(ablation, name, paper, changed, folder / ablation, settings) for ablation, changed in changes.items()]
@@ -74,6 +78,24 @@ def run_ablations(
     if figures and results:
         getattr(paper, "draw_ablations", draw_ablations)(results, folder)
     return results, folder, outcome
+
+
+def check_summary(paper: Any, config: Any, folder: Path, settings: RunSettings) -> None:
+    """``RunFolderError`` where ``ablations.json`` holds ablations that started from another configuration, or of other seeds: the
+    table and the pictures would put them beside those of ``config``. Older entries tell their configuration by their run."""
+    path = folder / SUMMARY
+    for name, entry in (read_json(path) if path.exists() else {}).items():
+        run = folder / name / "config.json"
+        record = entry if "config" in entry else read_json(run) if run.exists() else {}
+        if name not in paper.ABLATIONS or "config" not in record:
+            continue
+        then = {**completed(type(config), record["config"]), "precision": record["precision"], "seeds": entry["seeds"]}
+        now = {**as_record(replace(config, **paper.ABLATIONS[name])), "precision": settings.precision}
+        if pairs := differing(then, {**now, "seeds": settings.seeds}):
+            raise RunFolderError(
+                f"{path} holds {name} of another configuration ({', '.join(pairs)}); choose another --out, or give the options "
+                "that it was started with"
+            )
 
 
 def new_folder(out: Path | None, name: str, config: Any, kind: str, summary: str, *, resume: bool) -> Path:

@@ -76,7 +76,7 @@ class TableOptions:
     folder: Path | None = None
     """Where runs are kept and continued; default: runs/PAPER-table."""
     keep: bool = False
-    """Take finished runs in --folder as they are, also those of another configuration."""
+    """Take finished runs in --folder as they are, also those of another configuration or other data."""
     data_root: Path | None = None
     """Folder of the data; default: the environment variable PROTOKERNELS_DATA."""
     download: bool = False
@@ -321,15 +321,7 @@ def train_missing(
                 done += is_finished(job)
         print(f"{len(jobs)} runs below {folder}, {done} of them finished", file=sys.stderr, flush=True)
     try:
-        outcome = run_jobs(
-            jobs,
-            data_root=options.data_root,
-            download=options.download,
-            keep_finished=options.keep,
-            dataset_of=None
-            if described.dataset_of is None
-            else lambda config: described.dataset_of(config, options.data_root),  # type: ignore[misc]
-        )
+        outcome = run_jobs(jobs, data_root=options.data_root, download=options.download, keep_finished=options.keep)
     except RunFolderError as error:
         raise RunFolderError(f"{error}; --keep takes finished runs as they are") from error
     if is_main_process():
@@ -387,10 +379,20 @@ def draw(
     out: Path,
     data_root: Path | None,
 ) -> list[Path]:
-    """Pictures of several rows side by side, from the runs below the folders."""
+    """Pictures of several rows side by side, from the runs below the folders: those of one data set and preset, in a folder of
+    their own where there are several."""
     runs = find_finished(folders, described.modules or (described.paper,))
     runs = [run for run in runs if matching(described, [axes_of(run.config, chosen) | described.identity(run)], chosen)]
-    return described.compare(runs, out, data_root) if described.compare is not None and runs else []
+    groups: dict[tuple[str, str], list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault((run.config["data"], run.config["preset_name"]), []).append(run)
+    names = [f"{Path(data).stem}-{preset}" for data, preset in groups]
+    paths = []
+    for index, (name, members) in enumerate(zip(names, groups.values(), strict=True)):
+        number = names[:index].count(name)  # files in two folders can have one name
+        place = out / (f"{name}-{number + 1}" if number else name) if len(groups) > 1 else out
+        paths += described.compare(members, place, data_root) if described.compare is not None else []
+    return paths
 
 
 def axes_of(config: Mapping[str, Any], chosen: Mapping[str, Sequence[Any]]) -> Values:

@@ -31,6 +31,14 @@ class TestTypes:
         for bad_labels in (labels.astype(np.int32), labels[:, None]):
             with pytest.raises(DataError, match="int64"):
                 Split(images, bad_labels)
+        for values in (
+            (list(images), labels),
+            (images, [0, 1]),
+            (images, labels, [[1]]),
+            (images, labels, None, ["a"]),
+        ):
+            with pytest.raises(DataError, match="must be a numpy array; got list"):
+                Split(*values)  # type: ignore[arg-type]
         with pytest.raises(DataError, match="2 images and 1 labels"):
             Split(images, labels[:1])
 
@@ -185,6 +193,35 @@ class TestNpzFile:
         assert dataset.name == "mine" and dataset.val is None
         assert dataset.class_names == ("class 0", "class 1", "class 2")
         assert dataset.provenance["warnings"] == []
+
+    def test_patients_from_the_file(self, tmp_path: Path) -> None:
+        arrays = make_arrays() | {
+            "train_patient_ids": np.array(list("aabbcc")),
+            "test_patient_ids": np.array(list("xcax")),
+        }
+        with pytest.warns(UserWarning, match="2 patients occur in train and in test"):
+            dataset = load_dataset(save(tmp_path / "x.npz", arrays))
+        assert dataset.train.groups is not None and dataset.train.groups.tolist() == list("aabbcc")
+        assert dataset.val is not None and dataset.val.groups is None
+        assert dataset.provenance["warnings"] == ["x.npz: 2 patients occur in train and in test"]
+        arrays["train_patient_ids"] = np.arange(6)
+        with pytest.raises(
+            DataError, match=r"train_patient_ids must be text of shape \[6\]; got int64 \[6\]; save ids.astype"
+        ):
+            load_dataset(save(tmp_path / "y.npz", arrays))
+
+    def test_what_to_do_about_other_values_is_said(self, tmp_path: Path) -> None:
+        arrays = make_arrays()
+        deep = save(tmp_path / "x.npz", arrays | {"train_images": arrays["train_images"].astype(np.uint16)})
+        with pytest.raises(
+            DataError, match=r"must be uint8, 0\.\.255; got uint16 .*; scale all images of the file alike"
+        ):
+            load_dataset(deep)
+        words = save(tmp_path / "y.npz", arrays | {"train_labels": np.array(["no", "yes"] * 3)})
+        with pytest.raises(
+            DataError, match=r"whole numbers; got <U3 \[6\]; number the classes from 0 on, their names are class_names"
+        ):
+            load_dataset(words)
 
     def test_class_names_from_the_file(self, tmp_path: Path) -> None:
         arrays = make_arrays() | {"class_names": np.array(["healthy", "ill", "unclear"])}

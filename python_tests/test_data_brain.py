@@ -136,7 +136,7 @@ class TestBrats:
         write_nifti(
             tmp_path / "brats" / "imagesTr" / "BRATS_001.nii.gz", np.full((*BRATS_SHAPE, 4), np.nan, np.float32)
         )
-        with pytest.raises(DataError, match="NaN or infinite"):
+        with pytest.raises(DataError, match=r"BRATS_001: .* voxels of a volume are NaN or infinite"):
             load_dataset("brats", tmp_path)
 
 

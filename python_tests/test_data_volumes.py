@@ -334,6 +334,11 @@ class TestDecathlon:
     def test_no_such_folder(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"no data set 'liver': no folder .*phantoms"):
             load_segmentation("liver", tmp_path, split="paper")
+        (tmp_path / "images.npz").touch()
+        with pytest.raises(
+            DataError, match=r"images.npz is a file; labelled volumes lie in a folder, .* load_dataset's"
+        ):
+            load_segmentation("images.npz", tmp_path, split="paper")
         (tmp_path / "liver").mkdir()
         with pytest.raises(DataError, match="neither imagesTr and labelsTr"):
             load_segmentation("liver", tmp_path, split="paper")

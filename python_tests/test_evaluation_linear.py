@@ -19,6 +19,7 @@ from protokernels.evaluation import (
     classification_scores,
     linear_probe,
 )
+from protokernels.evaluation.classifier import Labelled, fit_logistic, seeded_linear
 from python_tests.blobs import blobs
 from python_tests.places import default_dtype
 
@@ -154,3 +155,11 @@ class TestLinearProbe:
             after = linear_probe(x, y, num_classes=4, protocol=protocol)
             assert torch.equal(after.predict(x), before.predict(x))
         assert torch.equal(after.weight, before.weight) and after.weight.dtype == before.weight.dtype
+
+
+def test_heads_and_probes_of_transfer_leave_the_global_generator_alone() -> None:
+    state, data = torch.get_rng_state(), Labelled(torch.arange(8.0).view(4, 2), torch.arange(4) % 2)
+    head = seeded_linear(2, 3, seed=0)
+    assert torch.equal(head.weight, seeded_linear(2, 3, seed=0).weight) and not head.bias.any()
+    assert fit_logistic(data, data, num_classes=2, weight_decays=(0.1,)).module.weight.isfinite().all()
+    assert torch.equal(torch.get_rng_state(), state)

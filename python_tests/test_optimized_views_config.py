@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 pytest.importorskip("accelerate", reason="optimized views need the extra protokernels[train]")
 
-from protokernels.data import DataError, Split
+from protokernels.data import DataError, ImageDataset, Split
 from protokernels.papers import optimized_views as paper
 from protokernels.papers._optimized_views_networks import drawn_parameters
 from protokernels.papers._optimized_views_scoring import hidden_labels, labelled_images
@@ -149,3 +150,41 @@ class TestConfig:
             paper.load_presence(str(path))
         digits = paper.load_presence("digits")
         assert digits.class_names == ("even", "odd") and set(digits.test.labels.tolist()) == {0, 1}
+
+
+class TestOwnData:
+    """What cannot be trained or scored is named before there is a folder."""
+
+    def own(self, count: int, classes: int = 2, groups: np.ndarray | None = None) -> ImageDataset:
+        split = Split(np.zeros((count, 16, 16), np.uint8), np.arange(count) % classes, groups=groups)
+        return ImageDataset("mine", split, None, split, tuple("abc"[:classes]))
+
+    @pytest.mark.parametrize(
+        ("count", "classes", "patients", "message"),
+        [
+            (60, 3, None, "asks for the presence of one thing, with two classes; mine has 3: a, b, c"),
+            (
+                16,
+                2,
+                None,
+                r"cuts the test set into 3 parts and each of them into 3 folds, for which at least 9 images of every class",
+            ),
+            (
+                18,
+                2,
+                6,
+                r"and as many patients where these are known, are needed \(hold_out_sets: 3 parts need at least 3 groups",
+            ),
+        ],
+    )
+    def test_refusals(self, count: int, classes: int, patients: int | None, message: str, tmp_path: Path) -> None:
+        groups = None if patients is None else (np.arange(count) % patients).astype(str)
+        config = OptimizedViewsConfig.preset("fair", image_size=16, width=2, batch_size=8)
+        with pytest.raises(DataError, match=message):
+            paper.train(config, tmp_path / "run", dataset=self.own(count, classes, groups), quiet=True, device="cpu")
+        assert not (tmp_path / "run").exists()
+
+    def test_enough_is_enough(self) -> None:
+        config = OptimizedViewsConfig.preset("fair", image_size=16, width=2, batch_size=8)
+        for dataset in (self.own(18), self.own(36, groups=(np.arange(36) // 2).astype(str))):
+            paper.EXPERIMENT.check(config, dataset)

@@ -300,6 +300,17 @@ class Paper:
 
     def __init__(self) -> None:
         self.trained: list[str] = []
+        self.loaded: list[float] = []
+
+    def data_key(self, config: Config) -> int:
+        return config.num_things
+
+    def load(self, config: Config, data_root: Path | None, *, download: bool) -> str:
+        self.loaded.append(config.rate)
+        return f"data {config.rate}"
+
+    def check_data(self, folder: Path, config: Config, dataset: str) -> None:
+        pass
 
     def train(self, config: Config, out: Path, *, settings: RunSettings, **more: Any) -> dict[str, Any]:
         self.trained.append(out.name)
@@ -400,13 +411,9 @@ class TestJobs:
         assert paper.trained == ["a", "b"]
 
     def test_data_of_one_key_is_loaded_once(self, tmp_path: Path) -> None:
-        loaded: list[float] = []
-
-        def dataset_of(config: Config) -> tuple[float, Any]:
-            return config.num_things, lambda: loaded.append(config.rate) or f"data {config.rate}"
-
-        run_jobs(jobs(Paper(), tmp_path, a=0.1, b=0.2), dataset_of=dataset_of)
-        assert loaded == [0.1] and json.loads((tmp_path / "b" / "results.json").read_text())["data"] == "data 0.1"
+        paper = Paper()
+        run_jobs(jobs(paper, tmp_path, a=0.1, b=0.2))
+        assert paper.loaded == [0.1] and json.loads((tmp_path / "b" / "results.json").read_text())["data"] == "data 0.1"
 
     def test_several_seeds_are_finished_together(self, tmp_path: Path) -> None:
         job = Job("a", "made", Paper(), Config(), tmp_path, RunSettings(seed=3, runs=2, resume=True))

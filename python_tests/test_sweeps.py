@@ -36,6 +36,7 @@ from protokernels.sweeps import (
     sweep_tables,
 )
 from protokernels.tables import table_of
+from protokernels.training import RunFolderError
 from protokernels.training.files import exclusive
 from protokernels.training.runs import RunSettings
 
@@ -251,21 +252,51 @@ class TestRuns:
         monkeypatch.undo()
         assert main([*words, "--resume"]) == 0 and "\n 2 " in capsys.readouterr().out
 
-    def test_ablations_go_on_after_a_failure(self, tmp_path: Path) -> None:
-        class Paper:
-            ABLATIONS = {"wide": {"latent_dim": 64}, "bad": {"beta": 9.0}, "full": {}}  # noqa: RUF012
 
-            def train(self, config: VAESimConfig, out: Path, **_: Any) -> dict[str, Any]:
-                if config.beta == 9:
-                    raise FloatingPointError("the loss is nan")
-                return {"splits": {}, "seeds": [0], "complete": True, "latent_dim": config.latent_dim}
+class TestAblations:
+    class Paper:
+        """Trains nothing, or fails where the configuration says so."""
 
+        ABLATIONS = {"wide": {"latent_dim": 64}, "bad": {"beta": 9.0}, "full": {}}  # noqa: RUF012
+        EXPERIMENT = vaesim.EXPERIMENT
+
+        def train(self, config: VAESimConfig, out: Path, **_: Any) -> dict[str, Any]:
+            if config.beta == 9:
+                raise FloatingPointError("the loss is nan")
+            return {"splits": {}, "seeds": [0], "complete": True, "latent_dim": config.latent_dim}
+
+    def test_they_go_on_after_a_failure(self, tmp_path: Path) -> None:
         results, folder, outcome = run_ablations(
-            Paper(), "vaesim", CONFIG, tmp_path, figures=False, settings=RunSettings()
+            self.Paper(), "vaesim", CONFIG, tmp_path, figures=False, settings=RunSettings()
         )
         assert {name: result["latent_dim"] for name, result in results.items()} == {"wide": 64, "full": 32}
         assert outcome.failed == {"bad": "the loss is nan"}
         assert set(json.loads((folder / "ablations.json").read_text())) == {"wide", "full"}
+
+    @pytest.mark.parametrize("older", [False, True])
+    def test_those_of_another_configuration_are_not_joined(self, older: bool, tmp_path: Path) -> None:
+        def ablate(config: VAESimConfig, only: str, **more: Any) -> None:
+            settings = RunSettings(resume=True, **more)
+            run_ablations(self.Paper(), "vaesim", config, tmp_path, only=[only], figures=False, settings=settings)
+
+        ablate(CONFIG, "full")
+        path = tmp_path / "ablations.json"
+        if older:  # the run alone tells its configuration
+            entry = json.loads(path.read_text())["full"]
+            (tmp_path / "full").mkdir()
+            (tmp_path / "full" / "config.json").write_text(json.dumps({**entry, "paper": "vaesim", "seed": 0}))
+            path.write_text(json.dumps({"full": {key: entry[key] for key in ("splits", "seeds", "complete")}}))
+        before = path.read_bytes()
+        for changes, more, message in (
+            ({"epochs": 7}, {}, "epochs: 40 there, 7 now"),
+            ({}, {"runs": 2}, r"seeds: \[0\] there, \[0, 1\] now"),
+            ({}, {"precision": "bf16"}, "precision: 'fp32' there, 'bf16' now"),
+        ):
+            with pytest.raises(RunFolderError, match=rf"ablations.json holds full of another .*\({message}\)"):
+                ablate(replace(CONFIG, **changes), "wide", **more)
+        assert path.read_bytes() == before
+        ablate(CONFIG, "wide")
+        assert set(json.loads(path.read_text())) == {"full", "wide"}
 
 
 def score(mean: float, std: float | None = None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ pytest.importorskip("tyro", reason="the commands need the extra protokernels[tra
 from protokernels.papers import PAPERS
 from protokernels.results import update_rows
 from protokernels.results.tables import is_rendered
-from protokernels.tables import TableOptions, chosen_values, job_of, papers_with_a_table, table_of, train_missing
+from protokernels.tables import TableOptions, chosen_values, draw, job_of, papers_with_a_table, table_of, train_missing
 from protokernels.training.files import exclusive
 
 from .run_folders import Run, table_command, vaesim_splits, write_run
@@ -344,3 +344,24 @@ class TestTraining:
     def lock(self, folder: Path, seed: int) -> Path:
         (folder / "vaesim-digits-fair").mkdir(parents=True)
         return folder / "vaesim-digits-fair" / f"seed-{seed}.lock"
+
+
+def test_pictures_put_runs_of_one_data_set_side_by_side(tmp_path: Path) -> None:
+    runs = [("digits", "fair"), ("a/mine.npz", "fair"), ("b/mine.npz", "fair"), ("digits", "paper"), ("digits", "fair")]
+    for index, (data, preset) in enumerate(runs):
+        config = {"data": data, "preset_name": preset, "strategy": "simclr"}
+        write_run(tmp_path / "runs" / f"{index}" / "simclr", "optimized_views", config, {}, seed=index)
+    drawn: dict[str, list[int]] = {}
+
+    def compare(members: Any, out: Path, data_root: Path | None) -> list[Path]:
+        drawn[str(out.relative_to(tmp_path))] = [run.seed for run in members]
+        return [out / "auc.png"]
+
+    described = replace(table_of("optimized_views"), compare=compare)
+    assert len(draw(described, [tmp_path / "runs"], {}, tmp_path / "out", None)) == 4
+    assert drawn == {
+        "out/digits-fair": [0, 4], "out/mine-fair": [1], "out/mine-fair-2": [2], "out/digits-paper": [3],
+    }  # fmt: skip
+    drawn.clear()
+    draw(described, [tmp_path / "runs"], {"data": ["digits"], "preset": ["fair"]}, tmp_path / "out", None)
+    assert drawn == {"out": [0, 4]}

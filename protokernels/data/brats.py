@@ -48,7 +48,10 @@ def load(root: Path) -> ImageDataset:
     for (_, split), pair in zip(assigned(described), described.pairs, strict=True):
         image, label = read_nifti(pair.image, channel=channel), read_nifti(pair.label)
         same_place(image, label)
-        slices, shown = kept_slices(image.values, whole_labels(label))
+        try:
+            slices, shown = kept_slices(image.values, whole_labels(label))
+        except DataError as error:
+            raise DataError(f"{pair.name}: {error}") from error
         parts[split].append(Split(slices, shown, groups=np.full(len(shown), pair.group)))
     sizes = sorted({one.images.shape[1:] for split in parts.values() for one in split})
     if len(sizes) > 1:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from .download import file_md5, find_file, searched
-from .medmnist import check_headers
+from .medmnist import check_headers, read_patients, shared_patients
 from .npz import NpzFile
 from .types import DataError, ImageDataset, Split
 
@@ -57,7 +57,7 @@ def load(name: str, root: Path) -> ImageDataset:
         "files": [filename],
         "md5s": {filename: file_md5(path)},
         "published_md5s": {},
-        "warnings": _shared_patients(filename, splits),
+        "warnings": shared_patients(filename, splits),
     }
     for message in provenance["warnings"]:
         warnings.warn(message, UserWarning, stacklevel=3)
@@ -80,14 +80,7 @@ def _read_split(archive: NpzFile, split: str, labels: str, targets: int) -> Spli
     findings = _integers(archive, f"{split}_labels14", (count, targets)) if targets else None
     if findings is not None and findings.max(initial=0) > 1:
         raise DataError(f"{archive.path}: {split}_labels14 must be 0 or 1; got {int(findings.max())}")
-    patients = None
-    if (name := f"{split}_patient_ids") in archive:
-        header = archive.header(name)
-        if header.dtype.kind != "U" or header.shape != (count,):
-            raise DataError(
-                f"{archive.path}: {name} must be text of shape [{count}]; got {header.dtype} {list(header.shape)}"
-            )
-        patients = archive.read(name)
+    patients = read_patients(archive, split, count)
     images = archive.read(f"{split}_images")
     try:
         return Split(images, classes, None if findings is None else findings.astype(np.uint8), patients)
@@ -117,15 +110,3 @@ def _target_names(archive: NpzFile) -> tuple[str, ...]:
             f"{archive.path}: class_names_14 must be text of shape [L]; got {header.dtype} {list(header.shape)}"
         )
     return tuple(str(name) for name in archive.read("class_names_14"))
-
-
-def _shared_patients(filename: str, splits: dict[str, Split]) -> list[str]:
-    messages = []
-    names = list(splits)
-    for index, first in enumerate(names):
-        for second in names[index + 1 :]:
-            one, two = splits[first].groups, splits[second].groups
-            shared = 0 if one is None or two is None else len(np.intersect1d(one, two))
-            if shared:
-                messages.append(f"{filename}: {shared} patients occur in {first} and in {second}")
-    return messages

@@ -25,7 +25,8 @@ def load_dataset(name: str | Path, root: str | Path | None = None, *, download: 
             ``"chest_kermany"`` or ``"chest_kermany_subtype"`` (chest X-rays, see :mod:`protokernels.data.chest`);
             ``"brain_tumor"`` or ``"brain_tumor_types"`` (slices of brain MRI, see :mod:`protokernels.data.brain`);
             ``"brats"`` (see :mod:`protokernels.data.brats`); or the path of an ``.npz`` file with MedMNIST's arrays
-            ``{train,val,test}_{images,labels}`` (``val`` may be absent), as text or ``Path``, taken as it stands or below ``root``.
+            ``{train,val,test}_{images,labels}`` (``val`` may be absent), as text or ``Path``, taken as it stands or below ``root``;
+            ``class_names`` and ``{train,val,test}_patient_ids``, both text, are read where they are there.
         root: folder of the files; default: the environment variable ``PROTOKERNELS_DATA``, else
             ``~/.cache/protokernels``. Files are looked for in ``root`` itself and in its folders ``mnist``,
             ``medmnist``, ``MNIST/raw``, ``chest_nih``, ``chest_kermany`` and ``brain_tumor_4class``.

@@ -93,7 +93,8 @@ def load_file(path: Path) -> ImageDataset:
     """Loads any ``.npz`` with MedMNIST's arrays; works without medmnist.
 
     Class names come from an array ``class_names`` where there is one; otherwise the classes are 0 to the largest label
-    and are named ``"class 0"``, ``"class 1"``, ...
+    and are named ``"class 0"``, ``"class 1"``, ... ``{train,val,test}_patient_ids``, text [N], say whose image it is; patients
+    who occur in two splits are counted in a warning.
     """
     splits, class_names = _read_splits(path)
     if class_names is None:
@@ -104,6 +105,9 @@ def load_file(path: Path) -> ImageDataset:
             )
         class_names = tuple(f"class {label}" for label in range(highest + 1))
     provenance = _provenance(path, file_md5(path))
+    provenance["warnings"] += shared_patients(path.name, splits)
+    for message in provenance["warnings"]:
+        warnings.warn(message, UserWarning, stacklevel=3)
     return _dataset(path, path.name.removesuffix(".npz"), splits, class_names, provenance)
 
 
@@ -152,7 +156,7 @@ def _read_splits(path: Path, *, targets: int = 0) -> tuple[dict[str, Split], tup
             raise DataError(
                 f"{path}: {split}_labels must not be negative; got {int(labels.min())}..{int(labels.max())}"
             )
-        splits[split] = Split(images, labels.astype(np.int64))
+        splits[split] = Split(images, labels.astype(np.int64), groups=read_patients(archive, split, len(images)))
     return splits, _class_names(archive)
 
 
@@ -171,7 +175,7 @@ def check_headers(archive: NpzFile, split: str, *, targets: int = 0) -> None:
     where = f"{archive.path}: {split}_images"
     got = f"got {images.dtype} {list(images.shape)}"
     if images.dtype != np.uint8:
-        raise DataError(f"{where} must be uint8, 0..255; {got}")
+        raise DataError(f"{where} must be uint8, 0..255; {got}; scale all images of the file alike and round them")
     if len(images.shape) == 4 and images.shape[3] not in (1, 3):
         hint = "; move the channels to the end" if images.shape[1] in (1, 3) else "; volumes are not supported"
         raise DataError(f"{where} must have the shape [N, H, W] or [N, H, W, 3]; {got}{hint}")
@@ -181,7 +185,9 @@ def check_headers(archive: NpzFile, split: str, *, targets: int = 0) -> None:
         raise DataError(f"{where} must have sides of 1 to {MAX_SIDE} pixels; {got}")
     where, got = f"{archive.path}: {split}_labels", f"got {labels.dtype} {list(labels.shape)}"
     if labels.dtype.kind not in "iu":
-        raise DataError(f"{where} must be whole numbers; {got}")
+        raise DataError(
+            f"{where} must be whole numbers; {got}; number the classes from 0 on, their names are class_names, text [K]"
+        )
     if targets:
         if labels.shape != (images.shape[0], targets) or 0 in labels.shape:
             raise DataError(
@@ -194,6 +200,32 @@ def check_headers(archive: NpzFile, split: str, *, targets: int = 0) -> None:
         raise DataError(
             f"{where} must have the shape [N] or [N, 1] with N = {images.shape[0]} as the images, at least one; {got}"
         )
+
+
+def read_patients(archive: NpzFile, split: str, count: int) -> np.ndarray | None:  # [count] text
+    """Whose the images of a split are, where the file tells."""
+    if (name := f"{split}_patient_ids") not in archive:
+        return None
+    header = archive.header(name)
+    if header.dtype.kind != "U" or header.shape != (count,):
+        raise DataError(
+            f"{archive.path}: {name} must be text of shape [{count}]; got {header.dtype} {list(header.shape)}; save "
+            "ids.astype(str)"
+        )
+    return archive.read(name)
+
+
+def shared_patients(filename: str, splits: dict[str, Split]) -> list[str]:
+    """A sentence for every two splits that have patients in common."""
+    messages = []
+    names = list(splits)
+    for index, first in enumerate(names):
+        for second in names[index + 1 :]:
+            one, two = splits[first].groups, splits[second].groups
+            shared = 0 if one is None or two is None else len(np.intersect1d(one, two))
+            if shared:
+                messages.append(f"{filename}: {shared} patients occur in {first} and in {second}")
+    return messages
 
 
 def _class_names(archive: NpzFile) -> tuple[str, ...] | None:

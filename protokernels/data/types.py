@@ -41,6 +41,9 @@ class Split:
     groups: np.ndarray | None = None  # [N] text
 
     def __post_init__(self) -> None:
+        for name, value in zip(("images", "labels", "targets", "groups"), self._values(), strict=True):
+            if not isinstance(value, np.ndarray) and (value is not None or name in ("images", "labels")):
+                raise DataError(f"{name} must be a numpy array; got {type(value).__name__}")
         images, labels = self.images, self.labels
         if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
             raise DataError(

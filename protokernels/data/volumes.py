@@ -220,6 +220,11 @@ def _acdc(root: Path, size: int | None, fold: int) -> SegmentationDataset:
 def _describe(name: str, root: Path) -> nifti_folders.VolumeFolder:
     candidates = [Path(os.path.expanduser(name)), root / name, root / name.lower()]
     folder = next((path for path in candidates if path.is_dir()), None)
+    if folder is None and (file := next((path for path in candidates if path.is_file()), None)) is not None:
+        raise DataError(
+            f"{file} is a file; labelled volumes lie in a folder, in the layout of the Medical Segmentation Decathlon (imagesTr, "
+            "labelsTr) or as MMWHS has them; images with one label each are load_dataset's"
+        )
     if folder is None:
         raise DataError(
             f"no data set {name!r}: no folder {candidates[0]}, nor {candidates[1]}; name the folder that holds it by --data-root "

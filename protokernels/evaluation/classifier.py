@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from .roc import auroc
@@ -143,16 +144,22 @@ def _minimise(layer: Tensor, x: Tensor, targets: Tensor, decay: float) -> None: 
 
 
 def _linear(layer: Tensor) -> nn.Linear:  # [K, D + 1] -> features [N, D] -> logits [N, K]
-    linear = nn.Linear(layer.shape[1] - 1, len(layer), device=layer.device, dtype=torch.float32)
+    linear = _unset_linear(layer.shape[1] - 1, len(layer), layer.device)
     with torch.no_grad():
         linear.weight.copy_(layer[:, :-1])
         linear.bias.copy_(layer[:, -1])
     return linear
 
 
+def _unset_linear(features: int, outputs: int, device: torch.device | str = "cpu") -> nn.Linear:
+    """A linear layer whose values are to be written: torch's own would be drawn from its global generator."""
+    linear: nn.Linear = skip_init(nn.Linear, features, outputs, device=device, dtype=torch.float32)
+    return linear
+
+
 def seeded_linear(features: int, outputs: int, seed: int) -> nn.Linear:
     """A linear layer initialised as torch does it, from its own generator."""
-    linear = nn.Linear(features, outputs, dtype=torch.float32)
+    linear = _unset_linear(features, outputs)
     generator = torch.Generator().manual_seed(seed)
     bound = 1.0 / math.sqrt(features)
     with torch.no_grad():

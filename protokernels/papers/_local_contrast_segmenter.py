@@ -5,9 +5,11 @@ are loaded and scored."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -151,8 +153,21 @@ def load_volumes(config: LocalContrastConfig, data_root: str | Path | None = Non
 
 
 def provenance(dataset: SegmentationDataset, config: LocalContrastConfig) -> dict[str, Any]:
-    """Where the data came from; its warnings and those of the configuration."""
-    return {**dataset.provenance, "warnings": [*dataset.provenance.get("warnings", []), *config.warnings()]}
+    """Where the data came from; its warnings, those of the configuration, and one of classes that no labelled volume has."""
+    warnings = [*dataset.provenance.get("warnings", []), *config.warnings()]
+    everywhere = {label for volumes in dataset.splits.values() for label in classes_of(volumes)}
+    unknown = sorted(everywhere - classes_of(stage_volumes(dataset, config)["fine_tune"]))
+    if unknown:
+        names = ", ".join(dataset.class_names[label] for label in unknown)
+        warnings.append(
+            f"no labelled volume has the class {names}: nothing can be learned of it, and its scores say nothing"
+        )
+    return {**dataset.provenance, "warnings": warnings}
+
+
+def classes_of(volumes: Sequence[LabelledVolume]) -> set[int]:
+    """Those that occur."""
+    return {int(label) for volume in volumes for label in np.flatnonzero(np.bincount(volume.label.reshape(-1)))}
 
 
 def score(model: nn.Module, dataset: SegmentationDataset, config: LocalContrastConfig) -> dict[str, Any]:

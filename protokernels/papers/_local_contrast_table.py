@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,12 +165,6 @@ def folder(values: Values, seed: int) -> Path:
     return folder_of_data(values, DATA) / f"fold-{values['fold']}" / percent(values["labelled"]) / name
 
 
-def dataset_of(config: Any, data_root: Path | None) -> tuple[Hashable, Callable[[], Any]]:
-    """A fold's volumes are loaded once for all shares and methods."""
-    key = (config.data, config.fold, config.split, config.image_size)
-    return key, lambda: load_volumes(config, data_root)
-
-
 def compare(runs: Sequence[FinishedRun], out: Path, data_root: Path | None) -> list[Path]:
     """By share: validation curves over all folds; and for the first fold, predictions and pixel features of the methods."""
     from ..figures.local_contrast import draw_features, draw_predictions, draw_validation  # not needed for the table
@@ -224,7 +218,6 @@ TABLE = PaperTable(
     tables=tables,
     folder=folder,
     order=order,
-    dataset_of=dataset_of,
     compare=compare,
     main_scores=main_scores,
     check=lambda config: new_segmenter(config, num_classes=2),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data import DataError, ImageDataset, Split, load_dataset, to_tensor
 from ..evaluation import Labelled, TransferConfig, evaluate_transfer, label_subsets, linear_evaluation
+from ..evaluation.hold_out import hold_out_sets
 from ..training.scoring import evaluation_splits
 from ..training.transfer_scoring import hold_out, left_out
 from ._optimized_views_config import PARAMETERS, OptimizedViewsConfig
@@ -33,12 +34,32 @@ def load_presence(name: str, root: str | Path | None = None, *, download: bool =
     if name == "digits":
         parts: dict[str, Any] = {key: replace(split, labels=split.labels % 2) for key, split in dataset.splits.items()}
         return replace(dataset, **parts, class_names=("even", "odd"))
+    check_presence(dataset)
+    return dataset
+
+
+def check_presence(dataset: ImageDataset) -> None:
+    """``DataError`` for more or fewer than two classes."""
     if dataset.num_classes != 2:
         raise DataError(
-            f"optimized_views asks for the presence of one thing, with two classes; {name} has {dataset.num_classes}: "
+            f"optimized_views asks for the presence of one thing, with two classes; {dataset.name} has {dataset.num_classes}: "
             f"{', '.join(dataset.class_names[:5])}. Take brain_tumor, chest_nih, chest_kermany, brats or digits"
         )
-    return dataset
+
+
+def check_hold_out(dataset: ImageDataset, config: OptimizedViewsConfig) -> None:
+    """``DataError`` where the scored set is too small for the paper's linear evaluation: cut into sets, and these into folds."""
+    name, split = scored_split(dataset, config)
+    try:
+        for part in hold_out_sets(split.labels, split.groups, sets=HOLD_OUT["sets"], seed=HOLD_OUT["seed"]):
+            own = None if split.groups is None else split.groups[part]
+            hold_out_sets(split.labels[part], own, sets=HOLD_OUT["folds"], seed=HOLD_OUT["seed"])
+    except ValueError as error:
+        sets, folds = HOLD_OUT["sets"], HOLD_OUT["folds"]
+        raise DataError(
+            f"{dataset.name}: the paper's evaluation cuts the {name} set into {sets} parts and each of them into {folds} folds, for which "
+            f"at least {sets * folds} images of every class, and as many patients where these are known, are needed ({error})"
+        ) from error
 
 
 def labelled_images(split: Split, config: OptimizedViewsConfig, seed: int) -> np.ndarray:  # [n] int64, ascending

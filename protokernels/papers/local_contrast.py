@@ -60,7 +60,7 @@ Reproducibility
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,6 +252,7 @@ def fine_tune(
 class _LocalContrast(Experiment[LocalContrastConfig]):
     """The three stages, and what else the commands need to know of local contrast."""
 
+    dataset_type = SegmentationDataset
     no_download = "nothing can be downloaded; put the data below --data-root, or use phantoms"
 
     def load(
@@ -259,10 +260,20 @@ class _LocalContrast(Experiment[LocalContrastConfig]):
     ) -> SegmentationDataset:
         return load_volumes(config, data_root)
 
+    def data_key(self, config: LocalContrastConfig) -> Hashable:
+        return config.data, config.fold, config.split, config.image_size
+
     def folder_name(self, config: LocalContrastConfig) -> str:
         return f"{self.name}-{Path(config.data).stem}-{config.method}-{config.preset_name}"
 
     def check(self, config: LocalContrastConfig, dataset: SegmentationDataset) -> None:
+        size = config.image_size
+        if dataset.image_size != (size, size):
+            height, width = dataset.image_size
+            raise ValueError(
+                f"{self.name}: the slices of the data set are {height} x {width} pixels and image_size is {size}, to which predictions "
+                "would resize theirs; resize the slices, or pass their side as image_size"
+            )
         segmenter = new_segmenter(config, dataset.num_classes)
         GlobalContrast(segmenter.backbone.encoder, config)
         LocalContrast(segmenter.backbone, config)

@@ -92,6 +92,8 @@ from ._optimized_views_config import ABLATIONS, PAPER_RESULTS, PARAMETERS, STRAT
 from ._optimized_views_networks import Latents, OptimizedViews, drawn_parameters, frozen, load_model, new_model, still
 from ._optimized_views_report import ablation_tables, compare_views, draw_ablations, results_table
 from ._optimized_views_scoring import (
+    check_hold_out,
+    check_presence,
     example_views,
     examples,
     hidden_labels,
@@ -317,6 +319,11 @@ class _OptimizedViews(Experiment[OptimizedViewsConfig]):
         self, config: OptimizedViewsConfig, data_root: str | Path | None = None, *, download: bool = False
     ) -> ImageDataset:
         return load_presence(config.data, data_root, download=download)
+
+    def check(self, config: OptimizedViewsConfig, dataset: ImageDataset) -> None:
+        super().check(config, dataset)
+        check_presence(dataset)
+        check_hold_out(dataset, config)
 
     def new_model(self, config: OptimizedViewsConfig, dataset: ImageDataset) -> OptimizedViews:
         return new_model(config, dataset.channels)

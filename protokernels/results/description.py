@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -68,7 +68,6 @@ class PaperTable:
     # preset -> (data, data root, download) -> a row that needs no training, such as raw pixels
     order: Callable[[ResultRow], Any] | None = None  # sorts the rows of the file; none: new ones at the end
     join: Callable[[ResultRow, ResultRow], ResultRow] | None = None  # adds the seeds of the second row to the first's
-    dataset_of: Callable[[Any, Path | None], tuple[Hashable, Callable[[], Any]]] | None = None  # see run_jobs
     compare: Callable[[Sequence[FinishedRun], Path, Path | None], list[Path]] | None = None
     # runs, folder, data root -> pictures of several rows side by side
     main_scores: Callable[[Mapping[str, Any]], Mapping[str, Any]] = main_scores

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data import DataError
 from ..training.files import exclusive, make_folder
 from ..training.lost_processes import ProcessLostError
 from ..training.run_folder import RunFolder, RunFolderError
@@ -64,23 +65,21 @@ def run_jobs(
     figures: bool = False,
     keep_finished: bool = False,
     again: str = Outcome.again,
-    dataset_of: Callable[[Any], tuple[Hashable, Callable[[], Any]]] | None = None,
     after: Callable[[Job, dict[str, Any]], None] = lambda job, results: None,
 ) -> Outcome:
-    """Trains every job that is not finished, in their order.
+    """Trains every job that is not finished, in their order. Data that several in a row have in common is loaded once.
 
     The same command may run several times at once, on one machine or over a shared file system with locks: every job is
     done by one of them. A job that fails is named in the outcome, and the next one begins; only an interruption stops all.
+    So is one that was begun with other data, also where it is finished, unless the data is not here to be looked at.
 
     Args:
         jobs: see :class:`Job`.
         data_root: where the data lies.
         download: fetch data that is not there.
         figures: draw pictures of every run.
-        keep_finished: take finished runs as they are, also those of another configuration.
+        keep_finished: take finished runs as they are, also those of another configuration or other data.
         again: how the command that these are the jobs of is continued.
-        dataset_of: configuration -> what its data depends on, and how it is loaded; data of equal keys is loaded once
-            and given to ``train`` as ``dataset``. Default: every run loads its own.
         after: called with every job that is finished now, and what its ``train`` returns.
 
     Raises:
@@ -88,7 +87,7 @@ def run_jobs(
     """
     check_folders(jobs, keep_finished=keep_finished)
     outcome = Outcome(again=again)
-    loaded: tuple[Hashable, Any] | None = None
+    data = _Data(data_root)
     for job in jobs:
         make_folder(job.folder.parent, parents=True)
         lock = job.folder.with_name(f"{job.folder.name}.lock")
@@ -98,16 +97,12 @@ def run_jobs(
                 continue
             try:
                 if is_finished(job):
+                    if is_main_process() and not keep_finished:
+                        data.check(job)
                     results = {**read_summary(job.folder), "folder": str(job.folder)} if is_main_process() else {}
                 else:
                     if is_main_process():
                         print(job.folder, file=sys.stderr, flush=True)
-                    more = {}
-                    if dataset_of is not None:
-                        key, load = dataset_of(job.config)
-                        if loaded is None or loaded[0] != key:
-                            loaded = (key, load())
-                        more = {"dataset": loaded[1]}
                     results = job.module.train(
                         job.config,
                         job.folder,
@@ -115,7 +110,7 @@ def run_jobs(
                         download=download,
                         figures=figures,
                         settings=job.settings,
-                        **more,
+                        dataset=data.of(job, download=download),
                     )
             except ProcessLostError:  # stops all
                 raise
@@ -127,6 +122,39 @@ def run_jobs(
             if results:  # the main process
                 after(job, results)
     return outcome
+
+
+class _Data:
+    """The data of one job after the other; equal data is loaded once."""
+
+    def __init__(self, data_root: Path | None) -> None:
+        self.data_root = data_root
+        self.key: Hashable = None
+        self.dataset: Any = None
+
+    def of(self, job: Job, *, download: bool = False) -> Any:
+        """What the job's ``train`` would load."""
+        experiment = _experiment(job)
+        key = (job.paper, experiment.data_key(job.config))
+        if key != self.key:
+            self.key = self.dataset = None  # not two at a time
+            self.dataset = experiment.load(job.config, self.data_root, download=download)
+            self.key = key
+        return self.dataset
+
+    def check(self, job: Job) -> None:
+        """``RunFolderError`` where the job, which is finished, was begun with other data. Its results can be used where the data is
+        not, or not any more."""
+        try:
+            dataset = self.of(job)
+        except (DataError, ImportError, OSError):
+            return
+        _experiment(job).check_data(job.folder, job.config, dataset)
+
+
+def _experiment(job: Job) -> Any:
+    """The :class:`~protokernels.training.experiment.Experiment` of a paper's module; a baseline is one."""
+    return getattr(job.module, "EXPERIMENT", job.module)
 
 
 def check_folders(jobs: Sequence[Job], *, keep_finished: bool = False) -> None:

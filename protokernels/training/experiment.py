@@ -17,6 +17,7 @@ under its own name:
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic
@@ -25,13 +26,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..data import Split, load_dataset, to_tensor
+from ..data import ImageDataset, Split, load_dataset, to_tensor
+from ..data.content import content_md5
 from .checkpoints import fitting
 from .configuration import Config
 from .randomness import own_settings, seed_everything
 from .run_folder import RunFolder, RunFolderError
 from .runs import RunSettings, Trial, check_same_data, load_runs, train_runs, update_results, write_summary
-from .scoring import check_neighbours, evaluation_splits
+from .scoring import check_neighbours, evaluation_splits, unknown_classes_warning
 from .session import Plan, Session, batch_warning, preferred_layout
 
 
@@ -43,6 +45,7 @@ class Experiment(Generic[Config]):
         config: its dataclass.
     """
 
+    dataset_type: type = ImageDataset  # what it is trained on
     drop_last = False  # leave out a last batch that is smaller than the others
     no_download = ""  # why data cannot be fetched, where it cannot
 
@@ -72,11 +75,15 @@ class Experiment(Generic[Config]):
             download: fetch data that is not there.
             figures: draw pictures of the first run.
             settings: seed, runs, resume, precision, device, quiet; or give these as keywords.
-            dataset: the data of ``config``, to save loading it again.
+            dataset: the data of ``config``, to save loading it again, or your own: a :class:`protokernels.data.ImageDataset`, or for
+                local contrast a :class:`protokernels.data.SegmentationDataset`.
 
         Returns:
             The content of ``results.json``, and the run's folder as ``"folder"``; on processes other than the main one an empty
             dictionary.
+
+        Raises:
+            TypeError: a configuration, settings or a data set of another class.
         """
         if download and self.no_download:
             raise ValueError(f"{self.name}: {self.no_download}")
@@ -84,7 +91,7 @@ class Experiment(Generic[Config]):
             if not isinstance(value, kind):
                 raise TypeError(f"{self.name}: expected a {kind.__name__}; got {type(value).__name__}")
         settings = replace(settings, **more)
-        dataset = dataset or self.load(config, data_root, download=download)
+        dataset = self._data(config, dataset, data_root, download=download)
         self.check(config, dataset)
         results = train_runs(
             self.folder_name(config),
@@ -92,7 +99,7 @@ class Experiment(Generic[Config]):
             lambda trial: self.run(trial, config, dataset),
             out=out,
             settings=settings,
-            provenance=self.provenance(config, dataset),
+            provenance=self._provenance(config, dataset),
             epochs=self.epochs(config, dataset),
         )
         if figures and results:
@@ -112,8 +119,8 @@ class Experiment(Generic[Config]):
         runs = load_runs(folder)
         for run in [run for run in runs if run.metrics() or run.results()] or runs:
             config = self.config_of(run)
-            data = dataset or self.load(config, data_root)
-            provenance = self.provenance(config, data)
+            data = self._data(config, dataset, data_root)
+            provenance = self._provenance(config, data)
             check_same_data(run, provenance)
             scores = self.score_again(run, config, data)
             done = ((run.results() or {}).get("last_epoch") or {}).get("epoch")
@@ -134,9 +141,28 @@ class Experiment(Generic[Config]):
         are not those of the run."""
         run = load_runs(folder)[0]
         config = self.config_of(run)
-        dataset = dataset or self.load(config, data_root)
-        check_same_data(run, self.provenance(config, dataset))
+        dataset = self._data(config, dataset, data_root)
+        check_same_data(run, self._provenance(config, dataset))
         return self.draw(Path(folder), run, config, dataset)
+
+    def check_data(self, folder: str | Path, config: Any, dataset: Any) -> None:
+        """``RunFolderError`` where the runs in a folder were begun with other data."""
+        provenance = self._provenance(config, dataset)
+        for run in load_runs(folder):
+            check_same_data(run, provenance)
+
+    def _data(self, config: Any, dataset: Any, data_root: str | Path | None, *, download: bool = False) -> Any:
+        """``dataset``, or what the configuration names."""
+        if dataset is None:
+            return self.load(config, data_root, download=download)
+        if not isinstance(dataset, self.dataset_type):
+            raise TypeError(
+                f"{self.name}: dataset must be a protokernels.data.{self.dataset_type.__name__}; got {type(dataset).__name__}"
+            )
+        return dataset
+
+    def _provenance(self, config: Any, dataset: Any) -> dict[str, Any]:
+        return {**self.provenance(config, dataset), "content_md5": content_md5(dataset)}
 
     # What a paper says of itself. These have to be given:
 
@@ -170,6 +196,10 @@ class Experiment(Generic[Config]):
         """The data of a configuration."""
         return load_dataset(config.data, data_root, download=download)
 
+    def data_key(self, config: Any) -> Hashable:
+        """What :meth:`load` looks at: configurations with one key have the same data."""
+        return str(config.data)
+
     def check(self, config: Any, dataset: Any) -> None:
         """Raises for what does not fit or is missing (a file of weights), before a folder is made: what a run starts
         with is built once for that alone."""
@@ -196,12 +226,15 @@ class Experiment(Generic[Config]):
         return count
 
     def provenance(self, config: Any, dataset: Any) -> dict[str, Any]:
-        """Where the data came from, and ``"warnings"``: also of a batch that the training images cannot fill."""
+        """Where the data came from, and ``"warnings"``: also of classes that no training image has, and of a batch that the training
+        images cannot fill."""
         found: dict[str, Any] = dataset.provenance
-        if not self.epochs(config, dataset):
-            return found
-        message = batch_warning(config.batch_size, len(self.training_split(dataset, config)))
-        return found if message is None else {**found, "warnings": [*found.get("warnings", []), message]}
+        split = self.training_split(dataset, config)
+        messages = [unknown_classes_warning(dataset, split)]
+        if self.epochs(config, dataset):
+            messages.append(batch_warning(config.batch_size, len(split)))
+        more = [message for message in messages if message is not None]
+        return {**found, "warnings": [*found.get("warnings", []), *more]} if more else found
 
     def training_split(self, dataset: Any, config: Any) -> Split:
         """The images that are trained on."""

@@ -173,13 +173,20 @@ def _train_seeds(
 
 
 def check_same_data(run: RunFolder, provenance: dict[str, Any]) -> None:
-    """``RunFolderError`` where files that the run began with have other contents now."""
-    before = (run.environment().get("data") or {}).get("md5s") or {}
-    now = provenance.get("md5s") or {}
-    if changed := sorted(name for name in before.keys() & now.keys() if before[name] != now[name]):
+    """``RunFolderError`` where the files or the values that the run began with are others now. What an older version has not
+    written down is not compared."""
+    before, now = run.environment().get("data") or {}, provenance
+    then, new = before.get("md5s") or {}, now.get("md5s") or {}
+    changed = {name: (new[name], then[name]) for name in sorted(then.keys() & new.keys())}
+    for name, key in (("the folder of volumes", "md5"), ("the data set in memory", "content_md5")):
+        if before.get(key) and now.get(key):
+            changed[name] = (now[key], before[key])
+    changed = {name: pair for name, pair in changed.items() if len(set(pair)) == 2}
+    if changed:
+        files = [name for name in changed if name in new] or list(changed)[:1]
         raise RunFolderError(
-            f"{run.path} was begun with other data: {', '.join(f'{name} has md5 {now[name]}, then {before[name]}' for name in changed)}; "
-            "put the files back, or train anew in another folder"
+            f"{run.path} was begun with other data: {', '.join('{} has md5 {}, then {}'.format(name, *changed[name]) for name in files)}; "
+            "put the data back, or train anew in another folder"
         )
 
 

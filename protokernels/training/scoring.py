@@ -7,8 +7,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+import torch
+
 from ..data import ImageDataset, Split
-from ..evaluation import EvaluationConfig, Representation, evaluate_representation
+from ..evaluation import EvaluationConfig, Representation, evaluate_representation, label_subsets
+
+HELD_OUT = 1 / 6  # of the training images, where the data has no validation split to choose on
 
 
 def evaluation_splits(dataset: ImageDataset, selection: bool = False) -> tuple[Split, dict[str, Split]]:
@@ -19,9 +24,13 @@ def evaluation_splits(dataset: ImageDataset, selection: bool = False) -> tuple[S
     Args:
         dataset: the data.
         selection: for choosing hyper-parameters: the only set scored is the data set's own validation data or, where it
-            has none, the last sixth of its training images, which are then not trained on.
+            has none, the last sixth of its training images, which are then not trained on; where it knows whose images they are,
+            a sixth of whole groups.
     """
     train, val, test = dataset.train, dataset.val, dataset.test
+    if selection and val is None and train.groups is not None:
+        train, held = hold_out(train, dataset.num_classes)
+        return train, {"held-out": held}
     if selection and val is None:
         cut = len(train) - len(train) // 6
         return train.take(slice(0, cut)), {"held-out": train.take(slice(cut, None))}
@@ -30,6 +39,33 @@ def evaluation_splits(dataset: ImageDataset, selection: bool = False) -> tuple[S
     if selection:
         return train, {"val": val}
     return train, {"test": test, "val": val, "val+test": val.join(test)}
+
+
+def hold_out(split: Split, num_classes: int, share: float = HELD_OUT) -> tuple[Split, Split]:
+    """``split`` without, and only, about ``share`` of its images: whole groups where there are groups, else stratified by
+    class. Always the same ones."""
+    if split.groups is None:
+        chosen = label_subsets(torch.as_tensor(split.labels), [share], num_classes=num_classes)[share].numpy()
+        held = np.isin(np.arange(len(split)), chosen)
+    else:
+        names, group, sizes = np.unique(split.groups, return_inverse=True, return_counts=True)
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).numpy()
+        before = np.cumsum(sizes[order]) - sizes[order]
+        held = np.isin(group, order[before < share * len(split)])
+    if bool(held.all()):
+        raise ValueError(
+            f"hold_out: {len(split)} images in {'one group' if split.groups is not None else 'all'} leave nothing to train on"
+        )
+    return split.take(np.flatnonzero(~held)), split.take(np.flatnonzero(held))
+
+
+def unknown_classes_warning(dataset: ImageDataset, train: Split) -> str | None:
+    """What to say of classes that images outside ``train`` have and none in it; None where there are none."""
+    present = np.unique(np.concatenate([split.labels for split in dataset.splits.values()]))
+    unknown = [dataset.class_names[label] for label in np.setdiff1d(present, train.labels)]
+    if not unknown:
+        return None
+    return f"no training image has the class {', '.join(unknown)}: nothing can be learned of it, and its scores say nothing"
 
 
 def check_neighbours(knn_k: int, bank: int) -> None:

@@ -25,7 +25,7 @@ from .files import exclusive, make_folder
 from .optimizers import warmup_cosine
 from .randomness import derived_seed
 from .run_folder import RunFolder
-from .runs import RunSettings
+from .runs import RunSettings, check_same_data
 from .session import Plan, Session
 
 
@@ -172,8 +172,12 @@ class Stages:
         with exclusive(run.path.with_suffix(".lock"), wanted=main):
             if main:
                 RunFolder.create(run.path, record, resume=True)
+                data = self.run.environment().get("data") or {}
+                check_same_data(run, data)  # the record has the name of the data, not what was in it
                 if not run.environment():
-                    run.write_environment(device=str(self.accelerator.device), precision=self.settings.precision)
+                    run.write_environment(
+                        device=str(self.accelerator.device), precision=self.settings.precision, data=data
+                    )
             self.accelerator.wait_for_everyone()
             session = self._session(run, name, model, count, stage, resume=True)
             loop(session)

@@ -8,19 +8,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..data import ImageDataset, Split, to_tensor
-from ..evaluation import TRANSFER_PROTOCOLS, Labelled, evaluate_transfer, label_subsets
+from ..evaluation import TRANSFER_PROTOCOLS, Labelled, evaluate_transfer
 from .distributed import ordinary_batch_norm
-from .scoring import evaluation_splits
+from .scoring import evaluation_splits, hold_out
 
 if TYPE_CHECKING:
     from .self_supervised import PretrainingConfig
-
-HELD_OUT = 1 / 6  # of the training images, where the data has no validation split to choose on
 
 
 def transfer_scores(encoder: nn.Module, dataset: ImageDataset, config: PretrainingConfig, seed: int) -> dict[str, Any]:
@@ -91,24 +88,6 @@ def left_out_notes(results: Mapping[str, Any]) -> list[str]:
         for split, names in results.get("left_out", {}).items()
         if names
     ]
-
-
-def hold_out(split: Split, num_classes: int, share: float = HELD_OUT) -> tuple[Split, Split]:
-    """``split`` without, and only, about ``share`` of its images: whole groups where there are groups, else stratified by
-    class. Always the same ones."""
-    if split.groups is None:
-        chosen = label_subsets(torch.as_tensor(split.labels), [share], num_classes=num_classes)[share].numpy()
-        held = np.isin(np.arange(len(split)), chosen)
-    else:
-        names, group, sizes = np.unique(split.groups, return_inverse=True, return_counts=True)
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).numpy()
-        before = np.cumsum(sizes[order]) - sizes[order]
-        held = np.isin(group, order[before < share * len(split)])
-    if bool(held.all()):
-        raise ValueError(
-            f"hold_out: {len(split)} images in {'one group' if split.groups is not None else 'all'} leave nothing to train on"
-        )
-    return split.take(np.flatnonzero(~held)), split.take(np.flatnonzero(held))
 
 
 def _labelled(images: torch.Tensor, split: Split, task: str) -> Labelled:
