@@ -100,10 +100,10 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
   // images and volumes.
   library.def(
       "warp_forward(Tensor images, Tensor params, Tensor? enabled, Tensor? seed, int[] order, int[] radius, float sigma_max, float "
-      "noise_std, float[] crop_half, float sharpness, int padding) -> Tensor");
+      "noise_std, float crop_size, float sharpness, int padding) -> Tensor");
   library.def(
       "warp_backward(Tensor grad, Tensor images, Tensor params, Tensor? enabled, Tensor? seed, int[] order, int[] radius, float sigma_max, "
-      "float noise_std, float[] crop_half, float sharpness, int padding, bool need_images, bool need_params) "
+      "float noise_std, float crop_size, float sharpness, int padding, bool need_images, bool need_params) "
       "-> (Tensor grad_images, Tensor grad_params)");
   library.def("warp_affine_forward(Tensor images, Tensor matrix, SymInt[] size, int padding) -> Tensor");
   library.def(

@@ -72,7 +72,7 @@ class TestContract:
     def _chain(place: Place, dtype: torch.dtype, order: list[int]) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         images, params, seed = on(place, *draw((3, 2, 9, 7), seed=1, dtype=dtype))
         enabled = torch.tensor([63, 0, 37], dtype=torch.int32, device=place.device)
-        return images, params, (enabled, seed, order, [3, 0], 2.0, 0.1, [2.0, 1.5], 1.0, 1)
+        return images, params, (enabled, seed, order, [3, 0], 2.0, 0.1, 0.4, 1.0, 1)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("shape", "size"), [((3, 2, 9, 7), [4, 8]), ((2, 1, 3, 4, 5), [2, 6, 3])])

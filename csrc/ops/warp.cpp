@@ -16,13 +16,13 @@ PK_DECLARE_LEVELS(WarpCpu, warp_cpu);
 namespace {
 
 Tensor forward_cpu(Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed, std::vector<int64_t> order, std::vector<int64_t> radius,
-                   double sigma_max, double noise_std, std::vector<double> crop_half, double sharpness, int64_t padding) {
+                   double sigma_max, double noise_std, double crop_size, double sharpness, int64_t padding) {
   const auto run = [&](const WarpForward& f) {
     const WarpCpu& cpu = PK_CHOOSE_LEVEL(warp_cpu);
     for_planes(f.B * f.C, f.H * f.W, cpu.scratch_bytes(f, false), images,
                [&](int64_t first, int64_t last, void* scratch) { cpu.forward(f, first, last, scratch); });
   };
-  return forward_by(run, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_half, sharpness, padding);
+  return forward_by(run, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_size, sharpness, padding);
 }
 
 template <class T>
@@ -37,7 +37,7 @@ void add_up(const WarpBackward& b, const std::vector<double>& partials) {
 }
 
 std::tuple<Tensor, Tensor> backward_cpu(Tensor grad, Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed, std::vector<int64_t> order,
-                                        std::vector<int64_t> radius, double sigma_max, double noise_std, std::vector<double> crop_half,
+                                        std::vector<int64_t> radius, double sigma_max, double noise_std, double crop_size,
                                         double sharpness, int64_t padding, bool need_images, bool need_params) {
   const auto run = [&](const WarpBackward& b) {
     const WarpCpu& cpu = PK_CHOOSE_LEVEL(warp_cpu);
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> backward_cpu(Tensor grad, Tensor images, Tensor param
     });
     if (b.grad_params) b.double_compute ? add_up<double>(b, partials) : add_up<float>(b, partials);
   };
-  return backward_by(run, grad, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_half, sharpness, padding,
+  return backward_by(run, grad, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_size, sharpness, padding,
                      need_images, need_params);
 }
 

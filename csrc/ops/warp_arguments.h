@@ -35,7 +35,7 @@ inline bool is_empty(const WarpProblem& p) { return p.B == 0 || p.C == 0 || p.H 
 
 inline void fill_problem(WarpProblem& p, const Tensor& images, const Tensor& params, const OptionalTensor& enabled,
                          const OptionalTensor& seed, const std::vector<int64_t>& order, const std::vector<int64_t>& radius,
-                         double sigma_max, double noise_std, const std::vector<double>& crop_half, double sharpness, int64_t padding) {
+                         double sigma_max, double noise_std, double crop_size, double sharpness, int64_t padding) {
   STD_TORCH_CHECK(images.dim() == 4 && images.is_contiguous(), "warp: images must be contiguous [B, C, H, W]");
   p.B = images.size(0), p.C = images.size(1), p.H = images.size(2), p.W = images.size(3);
   STD_TORCH_CHECK(p.W == 0 || p.H < MOST_PIXELS / p.W, "warp: a plane must have fewer than 2^30 pixels");
@@ -51,10 +51,11 @@ inline void fill_problem(WarpProblem& p, const Tensor& images, const Tensor& par
     p.order[p.stages++] = static_cast<WarpStage>(stage);
   }
   const bool reach = radius.size() == 2 && std::min(radius[0], radius[1]) >= 0 && std::max(radius[0], radius[1]) <= WARP_MOST_RADIUS;
-  STD_TORCH_CHECK(reach && crop_half.size() == 2 && padding >= 0 && padding <= 2,
-                  "warp: radius must be two of 0 to 64, crop_half two numbers and padding 0 to 2");
+  STD_TORCH_CHECK(reach && padding >= 0 && padding <= 2,
+                  "warp: radius must be two of 0 to 64 and padding 0 to 2");
   p.radius_y = radius[0], p.radius_x = radius[1], p.sigma_max = sigma_max, p.noise_std = noise_std;
-  p.crop_half_y = crop_half[0], p.crop_half_x = crop_half[1], p.sharpness = sharpness;
+  p.crop_half_y = static_cast<double>(p.H) * crop_size / 2, p.crop_half_x = static_cast<double>(p.W) * crop_size / 2;
+  p.sharpness = sharpness;
   p.padding = static_cast<WarpBlurPadding>(padding);
 }
 
@@ -71,11 +72,11 @@ OptionalTensor of_samples(const OptionalTensor& given, const Tensor& images, Sca
 template <class Run>
 Tensor forward_by(const Run& run, const Tensor& images, const Tensor& params, const OptionalTensor& enabled, const OptionalTensor& seed,
                   const std::vector<int64_t>& order, const std::vector<int64_t>& radius, double sigma_max, double noise_std,
-                  const std::vector<double>& crop_half, double sharpness, int64_t padding) {
+                  double crop_size, double sharpness, int64_t padding) {
   WarpForward f{};
   const OptionalTensor on = of_samples(enabled, images, ScalarType::Int, ALL_STAGES),
                        keys = of_samples(seed, images, ScalarType::Long, int64_t{0});
-  fill_problem(f, images, params, on, keys, order, radius, sigma_max, noise_std, crop_half, sharpness, padding);
+  fill_problem(f, images, params, on, keys, order, radius, sigma_max, noise_std, crop_size, sharpness, padding);
   const Tensor output = empty_beside(images, {f.B, f.C, f.H, f.W}, images.scalar_type());
   f.output = output.data_ptr();
   if (!is_empty(f)) run(f);
@@ -86,12 +87,12 @@ template <class Run>
 std::tuple<Tensor, Tensor> backward_by(const Run& run, const Tensor& grad, const Tensor& images, const Tensor& params,
                                        const OptionalTensor& enabled, const OptionalTensor& seed, const std::vector<int64_t>& order,
                                        const std::vector<int64_t>& radius, double sigma_max, double noise_std,
-                                       const std::vector<double>& crop_half, double sharpness, int64_t padding, bool need_images,
+                                       double crop_size, double sharpness, int64_t padding, bool need_images,
                                        bool need_params) {
   WarpBackward b{};
   const OptionalTensor on = of_samples(enabled, images, ScalarType::Int, ALL_STAGES),
                        keys = of_samples(seed, images, ScalarType::Long, int64_t{0});
-  fill_problem(b, images, params, on, keys, order, radius, sigma_max, noise_std, crop_half, sharpness, padding);
+  fill_problem(b, images, params, on, keys, order, radius, sigma_max, noise_std, crop_size, sharpness, padding);
   b.grad = checked(grad, "the gradient", images.scalar_type(), {b.B, b.C, b.H, b.W});
   Tensor grad_images =
              need_images ? empty_beside(images, {b.B, b.C, b.H, b.W}, images.scalar_type()) : nothing_beside(images, images.scalar_type()),

@@ -17,19 +17,19 @@ void launch_on(const Tensor& like, const Problem& problem, const Bytes& bytes, c
 }
 
 Tensor forward_cuda(Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed, std::vector<int64_t> order, std::vector<int64_t> radius,
-                    double sigma_max, double noise_std, std::vector<double> crop_half, double sharpness, int64_t padding) {
+                    double sigma_max, double noise_std, double crop_size, double sharpness, int64_t padding) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const auto run = [&](const WarpForward& f) { launch_on(images, f, warp_forward_workspace, launch_warp_forward, "warp_forward"); };
-  return forward_by(run, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_half, sharpness, padding);
+  return forward_by(run, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_size, sharpness, padding);
 }
 
 std::tuple<Tensor, Tensor> backward_cuda(Tensor grad, Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed,
                                          std::vector<int64_t> order, std::vector<int64_t> radius, double sigma_max, double noise_std,
-                                         std::vector<double> crop_half, double sharpness, int64_t padding, bool need_images,
+                                         double crop_size, double sharpness, int64_t padding, bool need_images,
                                          bool need_params) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const auto run = [&](const WarpBackward& b) { launch_on(images, b, warp_backward_workspace, launch_warp_backward, "warp_backward"); };
-  return backward_by(run, grad, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_half, sharpness, padding,
+  return backward_by(run, grad, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_size, sharpness, padding,
                      need_images, need_params);
 }
 

@@ -25,7 +25,7 @@ def _fake_backward(
     radius: Sequence[int],
     sigma_max: float,
     noise_std: float,
-    crop_half: Sequence[float],
+    crop_size: float,
     sharpness: float,
     padding: int,
     need_images: bool,

@@ -135,13 +135,14 @@ def soft_crop(
     checks.check_images(op, images)
     place = checks.positions(op, images, center)
     share = checks.check_number(op, "size", size)
-    half = [side * share / 2 for side in images.shape[2:]]
     sharpness = checks.check_number(op, "sharpness", sharpness, positive=True)
     if images.dim() == 4:
-        return run_stages(images, F.pad(place, (2, 3)), [2], crop_half=half, sharpness=sharpness)
+        return run_stages(images, F.pad(place, (2, 3)), [2], crop_size=share, sharpness=sharpness)
     place = torch.where(place.isfinite(), place, math.nan)
     dtype = compute_dtype(images)
-    return reference.crop(images.to(dtype), place, half, sharpness).to(images.dtype)  # one product: nothing to fuse
+    return reference.crop(images.to(dtype), place, _halves(images, share), sharpness).to(
+        images.dtype
+    )  # one product: nothing to fuse
 
 
 def blend_flip(
@@ -257,11 +258,11 @@ def run_stages(
     radius: Sequence[int] = (0, 0),
     sigma_max: float = 0.0,
     noise_std: float = 0.0,
-    crop_half: Sequence[float] = (0.0, 0.0),
+    crop_size: float = 0.0,
     sharpness: float = 1.0,
     padding: Padding = "reflect",
 ) -> Tensor:  # [B, C, H, W]
-    rest = (order, list(radius), sigma_max, noise_std, list(crop_half), sharpness, reference.PADDINGS.index(padding))
+    before, after = (order, list(radius), sigma_max, noise_std), (sharpness, reference.PADDINGS.index(padding))
     if backend.native_serves(images.device):
         done: Tensor = _calls.call(
             "warp_forward",
@@ -269,7 +270,9 @@ def run_stages(
             params.contiguous(),
             bits,
             None if seed is None else seed.contiguous(),
-            *rest,
+            *before,
+            crop_size,
+            *after,
         )
         return done
     B = images.shape[0]
@@ -277,7 +280,7 @@ def run_stages(
         bits = torch.full((B,), checks.ALL_STAGES, dtype=torch.int32, device=images.device)
     if seed is None:
         seed = torch.zeros(B, dtype=torch.int64, device=images.device)
-    return reference.transform(images, params, bits, seed, *rest)
+    return reference.transform(images, params, bits, seed, *before, _halves(images, crop_size), *after)
 
 
 def run_affine(
@@ -290,6 +293,11 @@ def run_affine(
         warped: Tensor = _calls.call("warp_affine_forward", images.contiguous(), matrix.contiguous(), size, padding)
         return warped
     return reference.affine_warp(images, matrix, size, padding)
+
+
+def _halves(images: Tensor, size: float) -> list[float]:
+    """Half the crop's window along each side, in pixels."""
+    return [side * size / 2 for side in images.shape[2:]]
 
 
 def _like(images: Tensor, planes: Tensor) -> Tensor:  # the shape of images

@@ -100,9 +100,6 @@ def transform(
     stages = checks.stage_numbers(op, order)
     bits = checks.enabled_bits(op, images, enabled)
     noisy = 1 in stages and (enabled is None or isinstance(enabled, Tensor) or "noise" in enabled)
-    crop_size = checks.check_number(op, "crop_size", crop_size)
-    # Without a crop no number depends on the sides, which torch.compile would hold as a constant for each size.
-    half = (images.shape[2] * crop_size / 2, images.shape[3] * crop_size / 2) if 2 in stages else (0.0, 0.0)
     reach = checks.check_radius(op, radius)
     _checks.check_choice(op, "blur_padding", blur_padding, reference.PADDINGS)
     return run_stages(
@@ -114,7 +111,7 @@ def transform(
         radius=(reach, reach),
         sigma_max=checks.check_number(op, "sigma_max", sigma_max),
         noise_std=checks.check_number(op, "noise_std", noise_std),
-        crop_half=half,
+        crop_size=checks.check_number(op, "crop_size", crop_size),
         sharpness=checks.check_number(op, "sharpness", sharpness, positive=True),
         padding=blur_padding,
     )
