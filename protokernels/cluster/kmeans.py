@@ -41,8 +41,9 @@ class KMeans:
     its own. The result depends on ``random_state`` only: not on the number of threads, nor on the order in which sums are
     taken.
 
-    Names and meanings are those of ``sklearn.cluster.KMeans`` as far as they are here (``sklearn.base.clone`` copies a model); there are no
-    weights of rows, no ``n_init="auto"`` and no ``init="random"``. Data are tensors, on any device.
+    Names and meanings are those of ``sklearn.cluster.KMeans`` as far as they are here; there are no weights of rows, no ``n_init="auto"``
+    and no ``init="random"``. Data are tensors, on any device. scikit-learn's tools (``clone``, ``Pipeline``, ``cross_val_score``,
+    ``GridSearchCV``) take a model as they take their own; behind a step that gives arrays stands ``FunctionTransformer(torch.from_numpy)``.
 
     Args:
         n_clusters: K.
@@ -106,6 +107,12 @@ class KMeans:
         for name, value in KMeans(**{**self.get_params(), **params}).get_params().items():
             setattr(self, name, value)
         return self
+
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn, from 1.6 on, wants to know before it fits, scores or searches."""
+        from sklearn.utils import Tags, TargetTags, TransformerTags
+
+        return Tags("clusterer", TargetTags(required=False), TransformerTags(preserves_dtype=["float32", "float64"]))
 
     def __repr__(self) -> str:
         init = self.init if isinstance(self.init, str) else describe(self.init)
