@@ -98,6 +98,15 @@ class TestValue:
             expected = brute_force(x[..., None], labels[:, None], background=None, reduction="anchor", **options)
             check_close(supcon_loss(x, labels, **options), expected, 3e-6 / temperature)
 
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32])
+    def test_labels_of_every_whole_type(self, place: Place, dtype: torch.dtype) -> None:
+        features, labels = (x.to(place.device) for x in draw_maps((2, 3, 4, 5), seed=2))
+        assert torch.equal(local_contrastive_loss(features, labels.to(dtype)), local_contrastive_loss(features, labels))
+        x, classes = features[0].flatten(1).T, labels[0].flatten()
+        assert torch.equal(supcon_loss(x, classes.to(dtype)), supcon_loss(x, classes))
+        with pytest.raises(TypeError, match=r"labels must be an integer tensor .* that int64 can hold; got uint64"):
+            supcon_loss(x, classes.to(torch.uint64))
+
     def test_a_zero_vector_is_at_right_angles_to_all(self, place: Place) -> None:
         x = torch.randn(6, 4, device=place.device)
         x[2] = 0
