@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,10 +66,17 @@ def test_ours_and_the_contender_take_turns(tmp_path: Path, monkeypatch: pytest.M
     calls: list[str] = []
     results = tmp_path / "rows.json"
     contest = Contest(0.0, RUN, results, 1e9, frozenset())
-    contest(Benchmark(), lambda: calls.append("peer"), lambda: calls.append("ours"), limit=(1e6, 8.0), **FACTS)
+    collects: list[bool] = []
+
+    def ours() -> None:
+        calls.append("ours")
+        collects.append(gc.isenabled())
+
+    contest(Benchmark(), lambda: calls.append("peer"), ours, limit=(1e6, 8.0), **FACTS)
     assert (
         calls[-14:] == ["ours", "peer"] * 7 and len(calls) > 14
     )  # seven rounds at least, after calls that do not count
+    assert collects[-7:] == [False] * 7 and gc.isenabled()  # pytest-benchmark times the peer so
     (row,) = read(results)["rows"]
     assert row["rounds"] == 7 and row["median_ms"] == 1.0 and row["ratio"] == 1.0 / row["ours"]["median_ms"]
     assert row["limit_ms"] == 1.0 and row["share_of_limit"] == 1.0 and row["run"] == "now"
