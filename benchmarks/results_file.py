@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The JSON file that the benchmarks of ops add to with --results, row by row."""
+"""Files of results: the JSON that the benchmarks of ops add to with --results, row by row, and what a script may write with --out."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -16,26 +17,34 @@ class ResultsError(Exception):
     """A results file cannot be read, written, or added to by this run; the message says why and what to do."""
 
 
+def json_of(path: Path) -> Any:
+    """What a JSON file holds; None where there is no file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ResultsError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise ResultsError(f"{path} cannot be read as JSON: {error}") from None
+
+
 def read(path: Path) -> dict[str, Any]:
     """A results file: facts of every run, and rows that name their run. Empty where there is none.
 
     Raises:
         ResultsError: the file cannot be read, or holds something else.
     """
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
+    found = json_of(path)
+    if found is None:
         return {"runs": {}, "rows": []}
-    except OSError as error:
-        raise ResultsError(f"{path} cannot be read: {error}") from None
-    except ValueError as error:
-        raise ResultsError(f"{path} cannot be read as JSON: {error}") from None
     rows = found.get("rows") if isinstance(found, dict) and isinstance(found.get("runs"), dict) else None
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and {*IDENTITY, "run"} <= row.keys() for row in rows
     ):
         raise ResultsError(f"{path} was not written by a benchmark with --results")
-    return found
+    results: dict[str, Any] = found
+    return results
 
 
 def machine(run: dict[str, Any]) -> dict[str, Any]:
@@ -63,12 +72,27 @@ def check_target(path: Path, run: dict[str, Any]) -> None:
         if apart := [key for key in {**here, **there} if here.get(key) != there.get(key)]:
             differences = "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in apart)
             raise ResultsError(f"{path} holds the run {name} of something else ({differences}); name another file")
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise ResultsError(f"{path} cannot be written: {error}") from None
+
+
+def target(text: str) -> Path:
+    """The JSON file of an option --out, as argparse's type: refused with the command line, not when all is measured."""
+    path = Path(text)
+    try:
+        json_of(path)
+        _check_writable(path)
+    except ResultsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path
 
 
 def identity(row: dict[str, Any]) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import table
-from benchmarks.results_file import ResultsError, check_target, machine, read, write
+from benchmarks.results_file import ResultsError, check_target, machine, read, target, write
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 WRITTEN = [path for path in sorted(RESULTS.glob("*.json")) if '"contender"' in path.read_text()]
@@ -100,3 +102,38 @@ def test_an_interrupted_write_leaves_the_file(path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No space"):
         write(path, a_run("second"), ROW)
     assert json.loads(path.read_text()) == before
+
+
+@pytest.mark.parametrize("text", ["{", "not JSON at all"])
+def test_an_out_that_is_something_else_is_refused_with_the_command_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(text)
+    for path in (tmp_path / "README.md", tmp_path, tmp_path / "README.md" / "x.json"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"cannot be (read|written)"):
+            target(str(path))
+    assert (tmp_path / "README.md").read_text() == text
+    assert target(str(tmp_path / "new" / "x.json")) == tmp_path / "new" / "x.json"
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "part"),
+    [
+        ("trainer_steps", "fair", ["--lines", "vaesim"]),
+        ("trainer_steps", "fair", ["--ways", "ours"]),
+        ("local_contrast_steps", "fair, hippocampus", ["--lines", "global"]),
+    ],
+)
+def test_a_part_does_not_take_the_place_of_the_whole(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+    kind: str,
+    part: list[str],
+) -> None:
+    pytest.importorskip("accelerate", reason="the scripts need the extra protokernels[train]")
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps({kind: {"rows": []}}))
+    monkeypatch.setattr("sys.argv", [script, *part, "--out", str(path)])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"benchmarks.{script}").main()
+    assert f"steps.json holds '{kind}', and a part would take the place of the whole" in capsys.readouterr().err
