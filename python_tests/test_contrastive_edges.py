@@ -160,6 +160,7 @@ class TestContract:
             ({"features": torch.zeros(2, 3, 4)}, ValueError, r"must have shape \[N, C, H, W\]"),
             ({"features": torch.zeros(2, 0, 4, 4)}, ValueError, "at least one channel"),
             ({"labels": torch.zeros(2, 4, 4)}, TypeError, "labels must be an integer tensor"),
+            ({"temperature": "cold"}, TypeError, "temperature must be a positive number; got str"),
             ({"labels": torch.zeros(2, 4, 5, dtype=torch.int64)}, ValueError, r"labels must have shape \[2, 4, 4\]"),
             ({"temperature": 0.0}, ValueError, "temperature must be positive"),
             ({"temperature": torch.tensor(0.1)}, TypeError, "to learn it"),

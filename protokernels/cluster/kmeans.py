@@ -7,6 +7,7 @@ S. Lloyd, Least squares quantization in PCM (1982). D. Arthur and S. Vassilvitsk
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -110,9 +111,9 @@ class KMeans:
 
     def __sklearn_tags__(self) -> Any:
         """What scikit-learn, from 1.6 on, wants to know before it fits, scores or searches."""
-        from sklearn.utils import Tags, TargetTags, TransformerTags
-
-        return Tags("clusterer", TargetTags(required=False), TransformerTags(preserves_dtype=["float32", "float64"]))
+        sklearn = sys.modules["sklearn.utils"]  # that asks; nothing here needs it otherwise
+        transforms = sklearn.TransformerTags(preserves_dtype=["float32", "float64"])
+        return sklearn.Tags("clusterer", sklearn.TargetTags(required=False), transforms)
 
     def __repr__(self) -> str:
         init = self.init if isinstance(self.init, str) else describe(self.init)

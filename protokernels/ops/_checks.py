@@ -131,10 +131,13 @@ def check_temperature(op: str, value: object, device: torch.device) -> None:
         if value.device != device:
             raise ValueError(f"{op}: temperature is on {value.device} and z on {device}; pass temperature.to(z.device)")
         return
+    check_temperature_number(op, value, " or a one-element float tensor")
+
+
+def check_temperature_number(op: str, value: object, otherwise: str = "") -> None:
+    """A positive finite number; ``otherwise``: what else the function takes."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
-        raise TypeError(
-            f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}"
-        )
+        raise TypeError(f"{op}: temperature must be a positive number{otherwise}; got {describe(value)}")
     if isinstance(value, (int, float)) and not 0 < value <= LARGEST:
         raise ValueError(f"{op}: temperature must be positive and finite; got {value}")
     if isinstance(value, (int, float)) and value < LEAST_TEMPERATURE:

@@ -40,7 +40,7 @@ def check_choices(op: str, temperature: object, form: object, precision: object,
             f"{op}: temperature must be a number; got {_checks.describe(temperature)}; to learn it, multiply the vectors by its "
             "inverse's root and pass normalize=False, temperature=1"
         )
-    _checks.check_temperature(op, temperature, torch.device("cpu"))
+    _checks.check_temperature_number(op, temperature)
     _checks.check_choice(op, "form", form, FORMS)
     _checks.check_choice(op, "precision", precision, PRECISIONS)
     _checks.check_choice(op, "gather", gather, (False, True, "ring"))
