@@ -37,7 +37,8 @@ from benchmarks.contrastive_cases import (
     our_views,
 )
 from benchmarks.contrastive_peers import Call
-from benchmarks.measure import ROOT, identity, peak_mb
+from benchmarks.measure import ROOT, peak_mb
+from benchmarks.results_file import identity
 
 MEMORY_GB = 16  # of a process in which a peer is tried that is likely to need more
 

@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a file, it f
 
 import protokernels
 from benchmarks.measure import describe_run
+from benchmarks.results_file import target
 from protokernels.nn import Prototypes, SinkhornAssignment
 from protokernels.training import synchronize_batch_norm
 
@@ -199,7 +200,7 @@ def cells(found: dict[str, Any]) -> list[list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=target)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker is not None:

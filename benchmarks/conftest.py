@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from threadpoolctl import threadpool_limits  # type: ignore[import-not-found, unused-ignore]
 
-from benchmarks import measure, measure_cuda
+from benchmarks import measure, measure_cuda, results_file
 
 UNSTEADY = 1.5
 """A row is not kept if the median of either side is more than this many times its minimum."""
@@ -74,8 +75,9 @@ class Contest:
             rounds: at least two, for calls of many seconds, which are warm after the first; default: as many as there is time for.
             facts: `case`, `what`, `contender`, `order` and anything else the row should say.
         """
-        if measure.identity(facts) in self.held:
+        if results_file.identity(facts) in self.held:
             pytest.skip("the results file holds this row")
+        threadpool_limits(torch.get_num_threads())  # libraries of peers have pools of their own, one for every core
         first_call = measure.seconds(function)  # with torch.compile: the compilation
         if rounds is None:
             for _ in range(2):
@@ -84,7 +86,15 @@ class Contest:
         own: list[float] = []
         gc.collect()
         start, others = time.perf_counter(), measure.others_cpu_seconds()
-        benchmark.pedantic(function, setup=lambda: own.append(measure.seconds(ours)), rounds=rounds, iterations=1)
+
+        def time_ours() -> None:
+            gc.disable()  # as pytest-benchmark does for the contender
+            try:
+                own.append(measure.seconds(ours))
+            finally:
+                gc.enable()
+
+        benchmark.pedantic(function, setup=time_ours, rounds=rounds, iterations=1)
         disturbance = (measure.others_cpu_seconds() - others) / (time.perf_counter() - start)
         row = {**facts, **measure.quartiles(t / calls for t in benchmark.stats.stats.data)}
         row["first_call_ms"] = 1e3 * first_call / calls
@@ -101,7 +111,7 @@ class Contest:
         if max(times["median_ms"] / times["min_ms"] for times in (row, row["ours"])) > UNSTEADY:
             pytest.skip("a median is far from its minimum: something else interfered; the row is not kept")
         if self.results is not None:
-            measure.write(self.results, self.run, row)
+            results_file.write(self.results, self.run, row)
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +127,18 @@ def contest(request: pytest.FixtureRequest) -> Contest:
     option = request.config.getoption
     if option("--results") is not None and busy > option("--disturbance"):
         pytest.exit(f"other processes use {busy:.2f} cores: measure when they are done", returncode=3)
+    check_results(request.config, run)
     return Contest(option("--seconds"), run, option("--results"), option("--disturbance"), rows_held(request.config))
+
+
+def check_results(config: pytest.Config, run: dict[str, Any]) -> None:
+    """Ends the session where its rows cannot go into the file of results."""
+    results = config.getoption("--results")
+    try:
+        if results is not None:
+            results_file.check_target(results, run)
+    except results_file.ResultsError as error:
+        pytest.exit(str(error), returncode=3)
 
 
 def rows_held(config: pytest.Config) -> frozenset[tuple[str, ...]]:
@@ -125,7 +146,7 @@ def rows_held(config: pytest.Config) -> frozenset[tuple[str, ...]]:
     results = config.getoption("--results")
     if not config.getoption("--missing") or results is None:
         return frozenset()
-    return frozenset(measure.identity(row) for row in measure.read(results)["rows"])
+    return frozenset(results_file.identity(row) for row in results_file.read(results)["rows"])
 
 
 class SkippingCudaContest(measure_cuda.CudaContest):
@@ -147,4 +168,5 @@ def cuda_contest(request: pytest.FixtureRequest) -> measure_cuda.CudaContest:
     gpu, option = measure_cuda.Gpu(), request.config.getoption
     run = measure_cuda.describe_run(gpu)
     print(f"\n{run['device']['name']}, driver {run['device']['driver']}, {run['device']['measured']}")
+    check_results(request.config, run)
     return SkippingCudaContest(gpu, option("--seconds"), run, option("--results"), rows_held(request.config))

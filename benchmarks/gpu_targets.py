@@ -25,6 +25,7 @@ import protokernels as pk
 from benchmarks import measure_cuda
 from benchmarks.bench_warp import Case as WarpCase
 from benchmarks.contrastive_cases import Embeddings, Local
+from benchmarks.results_file import target
 
 Call = Callable[[], Any]
 ROUNDS = 5
@@ -143,7 +144,7 @@ def measure_case(gpu: measure_cuda.Gpu, call: Call) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=target, required=True)
     parser.add_argument("--only", nargs="*", default=[""], help="cases whose name holds one of these")
     options = parser.parse_args()
     gpu = measure_cuda.Gpu()

@@ -29,6 +29,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a file, it finds the other benchmarks
 
 from benchmarks.measure import describe_run
+from benchmarks.results_file import json_of, target
 from protokernels.data.segmentation_views import IntensityConfig, SpatialConfig, spatial_views, view_pair
 from protokernels.papers import local_contrast as paper
 from protokernels.papers.local_contrast import LocalContrastConfig
@@ -155,13 +156,17 @@ def main() -> int:
     parser.add_argument("--data", default="hippocampus")
     parser.add_argument("--lines", nargs="+", default=LINES, choices=LINES)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=target)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     config = LocalContrastConfig.preset(arguments.preset, data=arguments.data)
     if arguments.alone:
         print(json.dumps(measure(arguments.lines[0], config, arguments.rounds)))
         return 0
+    rows = {} if arguments.out is None else json_of(arguments.out) or {}
+    kind = f"{arguments.preset}, {arguments.data}"
+    if kind in rows and {*arguments.lines} != {*LINES}:
+        parser.error(f"{arguments.out} holds {kind!r}, and a part would take the place of the whole; name another file")
     lines = []
     for line in arguments.lines:  # a process each, for its memory
         words = [sys.executable, __file__, "--alone", "--lines", line, "--preset", arguments.preset]
@@ -170,9 +175,8 @@ def main() -> int:
         lines.append(json.loads(done.stdout.splitlines()[-1]))
     print(table(lines))
     if arguments.out is not None:
-        rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         run = {"run": describe_run(), "config": config.record(), "lines": lines}
-        rows[f"{arguments.preset}, {arguments.data}"] = run
+        rows[kind] = run
         arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every benchmark shares: facts of the machine, its ceilings, statistics, and the JSON file they go into."""
+"""What every benchmark shares: facts of the machine, its ceilings and statistics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import ctypes
 import datetime
 import gc
 import importlib.metadata
-import json
 import os
 import platform
 import resource
@@ -198,26 +197,3 @@ def describe_run() -> dict[str, Any]:
         "library": _native.build_info(),
         "ceilings": {name: round(value, 2) for name, value in ceilings().items()},
     }
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A results file: facts of every run, and rows that name their run."""
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}, "rows": []}
-    return results
-
-
-def identity(row: dict[str, Any]) -> tuple[str, ...]:
-    return row["what"], row["case"], row["contender"]
-
-
-def write(path: Path, run: dict[str, Any], row: dict[str, Any]) -> None:
-    """Adds a row to a results file in place of the one of the same case and contender; runs without rows go."""
-    old = read(path)
-    rows = [other for other in old["rows"] if identity(other) != identity(row)] + [{**row, "run": run["date"]}]
-    rows.sort(key=lambda row: (row["what"], row["order"], row["median_ms"]))
-    used = {row["run"] for row in rows}
-    runs = {name: facts for name, facts in {**old["runs"], run["date"]: run}.items() if name in used}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"runs": runs, "rows": rows}, indent=1) + "\n")
-    temporary.replace(path)

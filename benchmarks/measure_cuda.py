@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import measure, results_file
 
 Call = Callable[[], object]
 Bind = Callable[..., Call]
@@ -246,7 +246,7 @@ class CudaContest:
     held: frozenset[tuple[str, ...]] = frozenset()
 
     def holds(self, mode: str, facts: dict[str, Any]) -> bool:
-        return measure.identity(self._labelled(mode, facts)) in self.held
+        return results_file.identity(self._labelled(mode, facts)) in self.held
 
     def __call__(
         self,
@@ -307,7 +307,7 @@ class CudaContest:
             row["share_of_limit"] = row["limit_ms"] / row["median_ms"]
         row = {**self._labelled(mode, facts), **row}
         if self.results is not None:
-            measure.write(self.results, self.run, row)
+            results_file.write(self.results, self.run, row)
         return row
 
     def _sweep(self, function: Bind, inputs: Sequence[Sequence[Tensor]], mode: str) -> Call:

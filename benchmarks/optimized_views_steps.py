@@ -28,6 +28,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a file, it finds the other benchmarks
 
 from benchmarks.measure import describe_run
+from benchmarks.results_file import target
 from protokernels import backend
 from protokernels.papers import optimized_views as paper
 from protokernels.papers.optimized_views import Draws, OptimizedViewsConfig
@@ -131,7 +132,7 @@ def main() -> int:
     parser.add_argument("--data", default="brain_tumor")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=target)
     arguments = parser.parse_args()
     config = OptimizedViewsConfig.preset(arguments.preset, data=arguments.data)
     run = {

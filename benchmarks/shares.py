@@ -29,6 +29,7 @@ import protokernels
 from benchmarks import bench_warp
 from benchmarks.contrastive_cases import Embeddings, Local
 from benchmarks.measure import describe_run
+from benchmarks.results_file import target
 
 CONTRASTIVE = {
     "products": r"::product<",
@@ -112,7 +113,7 @@ def measure(name: str, seconds: float, folder: Path) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=8, help="of every case")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "shares_cpu.json")
+    parser.add_argument("--out", type=target)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -125,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in CASES:
             rows.append({"case": name, "shares": measure(name, options.seconds, Path(folder))})
             print(name, *(f"  {share:6.1%}  {part}" for part, share in rows[-1]["shares"].items()), sep="\n")
-    options.out.write_text(json.dumps({"run": describe_run(), "rows": rows}, indent=1) + "\n")
+    if options.out is not None:
+        options.out.write_text(json.dumps({"run": describe_run(), "rows": rows}, indent=1) + "\n")
     return 0
 
 

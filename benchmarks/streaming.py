@@ -33,6 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a file, it f
 
 import protokernels
 from benchmarks.measure import describe_run
+from benchmarks.results_file import target
 from protokernels.embedding import embed_files
 from protokernels.papers import vaesim
 
@@ -168,7 +169,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--folder", type=Path, help="for the files: 1 GB for a million rows; default: a temporary one")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=target)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -7,12 +7,16 @@ python benchmarks/table.py benchmarks/results/prototypes_cpu.json
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a file, it finds the other benchmarks
+
+from benchmarks import results_file
 
 Row = dict[str, Any]
 HEADER = "| {case} | contender | median ms | min | quartiles | ours in the same rounds | times ours (minima) | of the limit |"
@@ -114,11 +118,19 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(parts + [about(name, run) for name, run in results["runs"].items()])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("results", type=Path, help="JSON file written by a benchmark with --results")
-    print(table(json.loads(parser.parse_args(arguments).results.read_text())))
+    path = parser.parse_args(arguments).results
+    try:
+        if not path.exists():
+            raise results_file.ResultsError(f"there is no {path}")
+        print(table(results_file.read(path)))
+    except results_file.ResultsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

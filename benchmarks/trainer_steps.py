@@ -36,6 +36,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a file, it f
 
 import protokernels
 from benchmarks.measure import describe_run
+from benchmarks.results_file import json_of, target
 from protokernels import backend
 from protokernels.data import ImageDataset, Split, load_segmentation
 from protokernels.nn import RandomViews
@@ -248,7 +249,7 @@ def main() -> int:
     parser.add_argument("--lines", nargs="+", default=list(LINES), choices=list(LINES))
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--steps", type=int, default=8, help=f"with the {UNCOUNTED} that are not counted")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=target)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -257,6 +258,11 @@ def main() -> int:
     if given.alone:
         print(json.dumps(measure(given.lines[0], given.ways[0], given.preset, given.steps, given.profiled)))
         return 0
+    held = {} if given.out is None else json_of(given.out) or {}
+    if given.preset in held and ({*given.lines}, {*given.ways}) != ({*LINES}, {*WAYS}):
+        parser.error(
+            f"{given.out} holds {given.preset!r}, and a part would take the place of the whole; name another file"
+        )
     rows: list[dict[str, Any]] = []
     for name in given.lines:
         for way in given.ways:
@@ -269,7 +275,6 @@ def main() -> int:
             print(json.dumps(rows[-1]), flush=True)
     print("\n".join(" | ".join(line) for line in cells(rows)))
     if given.out is not None:
-        held = json.loads(given.out.read_text()) if given.out.exists() else {}
         held[given.preset] = {"run": describe_run(), "rows": rows}
         given.out.write_text(json.dumps(held, indent=1) + "\n")
     return 0

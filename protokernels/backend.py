@@ -2,8 +2,8 @@
 """Which implementation runs: the compiled kernels or the same equations in plain PyTorch.
 
 ``auto`` (the default) takes the native kernels where they are built for the tensor's device and the reference
-elsewhere; ``native`` insists and
-says what is missing; ``reference`` never touches native code. The environment variable ``PROTOKERNELS_BACKEND`` sets the start value.
+elsewhere; ``native`` insists and says what is missing; ``reference`` never touches native code. The environment variable
+``PROTOKERNELS_BACKEND`` sets the start value, which is checked where it is used first.
 
     >>> import protokernels
     >>> with protokernels.backend.use("reference"):
@@ -14,12 +14,9 @@ says what is missing; ``reference`` never touches native code. The environment v
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
-from pathlib import Path
 
 import torch
 
@@ -32,37 +29,23 @@ class NativeUnavailableError(RuntimeError):
     """The native backend was asked for and cannot serve this call."""
 
 
-def _checked(name: str, where: str = "backend") -> str:
-    if name not in NAMES:
-        raise ValueError(f"{where}: expected one of {', '.join(NAMES)}; got {name!r}")
-    return name
-
-
-def _start_value() -> str:
-    """Of the environment. A wrong one ends the command ``protokernels`` here: its ``main`` is not imported yet, and cannot
-    report it."""
-    try:
-        return _checked(os.environ.get("PROTOKERNELS_BACKEND", "auto"), "PROTOKERNELS_BACKEND")
-    except ValueError as error:
-        script, words = "".join(sys.argv[:1]), sys.orig_argv
-        if Path(script).name == "protokernels" or ("-m", "protokernels") in pairwise(words):
-            raise SystemExit(f"protokernels: {error}") from None
-        raise
-
-
-_current = _start_value()
+_current = os.environ.get("PROTOKERNELS_BACKEND", "auto")
 _cuda_built: bool | None = None
 
 
 def get() -> str:
-    """The backend selected: ``auto``, ``native`` or ``reference``."""
+    """The backend selected: ``auto``, ``native`` or ``reference``; ``ValueError`` where ``PROTOKERNELS_BACKEND`` says something else."""
+    if _current not in NAMES:
+        raise ValueError(f"PROTOKERNELS_BACKEND: expected one of {', '.join(NAMES)}; got {_current!r}")
     return _current
 
 
 def set(name: str) -> None:  # reads as backend.set("reference")
     """Selects the backend for the whole process; ``ValueError`` for an unknown name."""
     global _current
-    _current = _checked(name)
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}; got {name!r}")
+    _current = name
 
 
 @contextmanager
@@ -97,15 +80,17 @@ def native_serves(device: torch.device) -> bool:
 
     Raises:
         NativeUnavailableError: the backend is ``native`` and cannot serve this device; the message says why.
+        ValueError: the environment names no backend.
     """
-    if _current == "reference":
+    selected = get()
+    if selected == "reference":
         return False
     if device.type == "cpu" and _native.LIBRARY is not None:
         return True
     reason = unavailable_reason(device.type)
     if reason is None:
         return True
-    if _current == "native":
+    if selected == "native":
         raise NativeUnavailableError(f"backend 'native' cannot serve {device}: {reason}")
     if device.type == "cuda" and not torch.compiler.is_compiling():
         warnings.warn(

@@ -23,6 +23,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from . import backend
 from ._version import __version__
 
 _TRAIN_MODULES = ("accelerate", "matplotlib", "medmnist", "monai", "nibabel", "rich", "scipy", "sklearn", "tyro")
@@ -91,6 +92,7 @@ def _run(words: list[str]) -> int:
     if words[0] == "--version":
         print(__version__)
         return 0
+    backend.get()  # of the environment: a wrong one is named before anything is loaded or made
     return _command(words[0])(words[1:])
 
 

@@ -167,10 +167,27 @@ class TestEnvironment:
         done = copied("print(protokernels.backend.get())", PROTOKERNELS_BACKEND=name)
         assert done.stdout == f"{name}\n", done.stderr
 
-    def test_an_unknown_name_stops_the_import(self, copied: Run) -> None:
-        done = copied("", PROTOKERNELS_BACKEND="gpu")
-        assert done.returncode != 0
-        assert "ValueError: PROTOKERNELS_BACKEND: expected one of auto, native, reference; got 'gpu'" in done.stderr
+    def test_an_unknown_name_is_refused_where_it_is_used_first(self, copied: Run) -> None:
+        done = copied(
+            """
+            import sys, torch
+            sys.argv[0] = "protokernels"  # whatever the program is called
+            for use in (
+                protokernels.backend.get,
+                lambda: protokernels.soft_assign(torch.eye(2), torch.eye(2), temperature=1.0),
+                lambda: protokernels.backend.use("native").__enter__(),
+            ):
+                try:
+                    use()
+                except ValueError as error:
+                    print(error)
+            protokernels.backend.set("reference")
+            print(protokernels.backend.get())
+            """,
+            PROTOKERNELS_BACKEND="gpu",
+        )
+        refused = "PROTOKERNELS_BACKEND: expected one of auto, native, reference; got 'gpu'\n"
+        assert done.stdout == 3 * refused + "reference\n", done.stderr
 
 
 CALLS = """

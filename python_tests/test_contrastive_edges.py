@@ -98,6 +98,15 @@ class TestValue:
             expected = brute_force(x[..., None], labels[:, None], background=None, reduction="anchor", **options)
             check_close(supcon_loss(x, labels, **options), expected, 3e-6 / temperature)
 
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32])
+    def test_labels_of_every_whole_type(self, place: Place, dtype: torch.dtype) -> None:
+        features, labels = (x.to(place.device) for x in draw_maps((2, 3, 4, 5), seed=2))
+        assert torch.equal(local_contrastive_loss(features, labels.to(dtype)), local_contrastive_loss(features, labels))
+        x, classes = features[0].flatten(1).T, labels[0].flatten()
+        assert torch.equal(supcon_loss(x, classes.to(dtype)), supcon_loss(x, classes))
+        with pytest.raises(TypeError, match=r"labels must be an integer tensor .* that int64 can hold; got uint64"):
+            supcon_loss(x, classes.to(torch.uint64))
+
     def test_a_zero_vector_is_at_right_angles_to_all(self, place: Place) -> None:
         x = torch.randn(6, 4, device=place.device)
         x[2] = 0
@@ -151,6 +160,7 @@ class TestContract:
             ({"features": torch.zeros(2, 3, 4)}, ValueError, r"must have shape \[N, C, H, W\]"),
             ({"features": torch.zeros(2, 0, 4, 4)}, ValueError, "at least one channel"),
             ({"labels": torch.zeros(2, 4, 4)}, TypeError, "labels must be an integer tensor"),
+            ({"temperature": "cold"}, TypeError, "temperature must be a positive number; got str"),
             ({"labels": torch.zeros(2, 4, 5, dtype=torch.int64)}, ValueError, r"labels must have shape \[2, 4, 4\]"),
             ({"temperature": 0.0}, ValueError, "temperature must be positive"),
             ({"temperature": torch.tensor(0.1)}, TypeError, "to learn it"),

@@ -15,6 +15,11 @@ import sklearn.base
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from protokernels.cluster import Elbow, KMeans, choose_n_clusters, find_elbow
@@ -174,6 +179,22 @@ class TestKMeans:
             copy.set_params(clusters=3)
         with pytest.raises(ValueError, match="n_clusters must be a positive integer; got 0"):
             copy.set_params(n_clusters=0)
+
+    def test_scikit_learn_fits_scores_and_searches_it(self) -> None:
+        x = blobs(3, 2, 12)[0][torch.randperm(36, generator=torch.Generator().manual_seed(0))]
+        steps = StandardScaler(), FunctionTransformer(torch.from_numpy), KMeans(3, n_init=1)
+        pipeline = make_pipeline(*steps).fit(x.numpy())
+        apart = torch.from_numpy(StandardScaler().fit_transform(x.numpy()))
+        assert torch.equal(pipeline.predict(x.numpy()), KMeans(3, n_init=1).fit(apart).predict(apart))
+        assert pipeline.transform(x.numpy()).shape == (len(x), 3) and sklearn.base.is_clusterer(pipeline)
+        assert "KMeans" in pipeline._repr_html_()
+        scores = cross_val_score(KMeans(3, n_init=1), x, cv=3, error_score="raise")
+        assert scores.shape == (3,) and (scores < 0).all()
+        search = GridSearchCV(pipeline, {"kmeans__n_clusters": [1, 3]}, cv=3, error_score="raise").fit(x.numpy())
+        assert search.best_params_ == {"kmeans__n_clusters": 3}
+        check_is_fitted(search.best_estimator_[-1])
+        with pytest.raises(NotFittedError):
+            check_is_fitted(KMeans(3))
 
     def test_rows_too_large_for_their_type_are_refused(self, place: Place) -> None:
         x = torch.randn(9, 2, device=place.device, generator=place.seeded(0)) * 1e25

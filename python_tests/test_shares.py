@@ -49,3 +49,17 @@ def test_the_record_is_of_these_cases() -> None:
     for row in record["rows"]:
         assert list(row["shares"]) == [*shares.CASES[row["case"]][1], "other"]
         assert abs(sum(row["shares"].values()) - 1) < 0.01
+
+
+def test_without_out_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = Path(shares.__file__).parent / "results" / "shares_cpu.json"
+    before = record.read_text()
+    monkeypatch.setattr(shares.shutil, "which", lambda name: name)
+    monkeypatch.setattr(shares, "measure", lambda *_: {"other": 1.0})
+    try:
+        assert shares.main([]) == 0
+        assert record.read_text() == before
+    finally:
+        record.write_text(before)
+    assert shares.main(["--out", str(tmp_path / "mine.json")]) == 0
+    assert [row["case"] for row in json.loads((tmp_path / "mine.json").read_text())["rows"]] == list(shares.CASES)

@@ -7,6 +7,7 @@ S. Lloyd, Least squares quantization in PCM (1982). D. Arthur and S. Vassilvitsk
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -39,8 +40,9 @@ class KMeans:
     its own. The result depends on ``random_state`` only: not on the number of threads, nor on the order in which sums are
     taken.
 
-    Names and meanings are those of ``sklearn.cluster.KMeans`` as far as they are here (``sklearn.base.clone`` copies a model); there are no
-    weights of rows, no ``n_init="auto"`` and no ``init="random"``. Data are tensors, on any device.
+    Names and meanings are those of ``sklearn.cluster.KMeans`` as far as they are here; there are no weights of rows, no ``n_init="auto"``
+    and no ``init="random"``. Data are tensors, on any device. scikit-learn's tools (``clone``, ``Pipeline``, ``cross_val_score``,
+    ``GridSearchCV``) take a model as they take their own; behind a step that gives arrays stands ``FunctionTransformer(torch.from_numpy)``.
 
     Args:
         n_clusters: K.
@@ -104,6 +106,12 @@ class KMeans:
         for name, value in KMeans(**{**self.get_params(), **params}).get_params().items():
             setattr(self, name, value)
         return self
+
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn, from 1.6 on, wants to know before it fits, scores or searches."""
+        sklearn = sys.modules["sklearn.utils"]  # that asks; nothing here needs it otherwise
+        transforms = sklearn.TransformerTags(preserves_dtype=["float32", "float64"])
+        return sklearn.Tags("clusterer", sklearn.TargetTags(required=False), transforms)
 
     def __repr__(self) -> str:
         init = self.init if isinstance(self.init, str) else describe(self.init)

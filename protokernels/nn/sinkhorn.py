@@ -231,7 +231,7 @@ class SinkhornAssignment(nn.Module):
 
     @torch.no_grad()
     def forward(self, scores: Tensor) -> Tensor:  # [B, K] -> [B, K]
-        if not isinstance(scores, Tensor) or scores.dtype not in _checks.FLOATING or scores.layout is not torch.strided:
+        if not isinstance(scores, Tensor) or scores.dtype not in _checks.FLOATING or not _checks.is_dense(scores):
             raise TypeError(
                 f"SinkhornAssignment: scores must be a dense floating-point tensor [B, K]; got {_checks.describe(scores)}"
             )

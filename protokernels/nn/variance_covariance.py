@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops._checks import FLOATING, describe
+from ..ops._checks import FLOATING, describe, is_dense
 from ..reference._precision import without_autocast
 
 Branch = Literal["auto", "gram", "covariance"]
@@ -50,7 +50,7 @@ def variance_covariance_loss(
         >>> variance.item(), covariance.item()  # Var = Cov = 2; 2 * 2^2 / 2
         (0.0, 4.0)
     """
-    if not isinstance(embeddings, Tensor) or embeddings.layout is not torch.strided or embeddings.dtype not in FLOATING:
+    if not isinstance(embeddings, Tensor) or not is_dense(embeddings) or embeddings.dtype not in FLOATING:
         raise ValueError(
             f"variance_covariance_loss: embeddings must be a dense floating-point tensor of shape [N, D]; got {describe(embeddings)}"
         )

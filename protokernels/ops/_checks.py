@@ -18,6 +18,8 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def describe(value: object) -> str:
     """``float32 [8, 32] on cpu`` for a tensor, the type's name for anything else; what to do about NumPy's."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return "a nested tensor"
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
     if isinstance(value, np.generic):
@@ -27,10 +29,17 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
+def is_dense(value: Tensor) -> bool:
+    """Elements lie in memory by strides and have one shape, unlike those of a sparse or a nested tensor."""
+    return value.layout is torch.strided and not value.is_nested
+
+
 def check_dense(op: str, name: str, value: Tensor) -> None:
-    """Elements that lie in memory by strides, unlike those of a sparse tensor."""
-    if value.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor; got the layout {value.layout}; pass {name}.to_dense()")
+    if is_dense(value):
+        return
+    if value.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense tensor; got a nested one; pass {name}.to_padded_tensor(0.0)")
+    raise TypeError(f"{op}: {name} must be a dense tensor; got the layout {value.layout}; pass {name}.to_dense()")
 
 
 def check_matrix(op: str, name: str, value: object, shape: str) -> None:
@@ -114,18 +123,21 @@ def check_choice(op: str, name: str, value: object, choices: tuple[object, ...])
 def check_temperature(op: str, value: object, device: torch.device) -> None:
     """A positive finite number, or a one-element floating-point tensor (whose value is not read: that would wait for the device)."""
     if isinstance(value, Tensor):
+        check_dense(op, "temperature", value)
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
                 f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}"
             )
-        check_dense(op, "temperature", value)
         if value.device != device:
             raise ValueError(f"{op}: temperature is on {value.device} and z on {device}; pass temperature.to(z.device)")
         return
+    check_temperature_number(op, value, " or a one-element float tensor")
+
+
+def check_temperature_number(op: str, value: object, otherwise: str = "") -> None:
+    """A positive finite number; ``otherwise``: what else the function takes."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
-        raise TypeError(
-            f"{op}: temperature must be a positive number or a one-element float tensor; got {describe(value)}"
-        )
+        raise TypeError(f"{op}: temperature must be a positive number{otherwise}; got {describe(value)}")
     if isinstance(value, (int, float)) and not 0 < value <= LARGEST:
         raise ValueError(f"{op}: temperature must be positive and finite; got {value}")
     if isinstance(value, (int, float)) and value < LEAST_TEMPERATURE:

@@ -24,7 +24,7 @@ FORMS, DENOMINATORS, PRECISIONS = get_args(Form), get_args(Denominator), get_arg
 SCOPES, REDUCTIONS = get_args(Scope), get_args(Reduction)
 LONGEST_AXIS = 2**31 - 1
 """A plan counts rows in int32; larger blocks and strides are the same as this."""
-_INT64 = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_INT64 = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.int64)
 
 
 def form_of(op: str, denominator: Denominator) -> Form:
@@ -40,7 +40,7 @@ def check_choices(op: str, temperature: object, form: object, precision: object,
             f"{op}: temperature must be a number; got {_checks.describe(temperature)}; to learn it, multiply the vectors by its "
             "inverse's root and pass normalize=False, temperature=1"
         )
-    _checks.check_temperature(op, temperature, torch.device("cpu"))
+    _checks.check_temperature_number(op, temperature)
     _checks.check_choice(op, "form", form, FORMS)
     _checks.check_choice(op, "precision", precision, PRECISIONS)
     _checks.check_choice(op, "gather", gather, (False, True, "ring"))
@@ -91,7 +91,9 @@ def check_views(op: str, first: object, second: object) -> int:
 def class_labels(op: str, labels: object, shape: Sequence[int], expected: str, name: str, beside: Tensor) -> Tensor:
     """The labels as int64; they lie where ``beside``, the argument ``name``, does."""
     if not isinstance(labels, Tensor) or labels.dtype not in _INT64:
-        raise TypeError(f"{op}: labels must be an integer tensor {expected}; got {_checks.describe(labels)}")
+        raise TypeError(
+            f"{op}: labels must be an integer tensor {expected} that int64 can hold; got {_checks.describe(labels)}"
+        )
     _checks.check_dense(op, "labels", labels)
     if labels.shape != torch.Size(shape):
         raise ValueError(f"{op}: labels must have shape {list(shape)}; got {_checks.describe(labels)}")

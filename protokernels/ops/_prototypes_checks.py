@@ -31,7 +31,7 @@ def check_pair(op: str, z: object, prototypes: object, similarity: str) -> None:
 
 def check_written(op: str, prototypes: object) -> None:
     """No elements that share their memory, as an expanded tensor has them, or one of overlapping windows."""
-    if not isinstance(prototypes, Tensor) or prototypes.layout is not torch.strided:
+    if not isinstance(prototypes, Tensor) or not _checks.is_dense(prototypes):
         return
     if _overlaps(prototypes.shape, prototypes.stride()):
         raise ValueError(
@@ -94,12 +94,13 @@ def check_weights(op: str, z: Tensor, probabilities: Tensor, skip_nonfinite: boo
 
 
 def check_revive(op: str, z: Tensor, prototypes: Tensor, revive: object) -> None:
+    if isinstance(revive, Tensor):
+        _checks.check_dense(op, "revive", revive)
     if not isinstance(revive, Tensor) or revive.dtype != torch.bool or revive.shape != prototypes.shape[:1]:
         raise ValueError(
             f"{op}: revive must be a bool tensor of shape [{prototypes.shape[0]}]; got {_checks.describe(revive)}"
         )
     _checks.check_same_device(op, "z", z, "revive", revive)
-    _checks.check_dense(op, "revive", revive)
 
 
 def check_sums(op: str, prototypes: object, sums: object, counts: object) -> None:

@@ -212,12 +212,12 @@ def _check_totals(op: str, a: Tensor, b: Tensor) -> None:
 
 def _epsilon(op: str, value: object, like: Tensor, B: int, dtype: torch.dtype) -> Tensor:  # [B]
     if isinstance(value, Tensor):
+        _checks.check_dense(op, "epsilon", value)
         if not value.is_floating_point() or (value.numel() != 1 and value.shape != (B,)):
             raise ValueError(
                 f"{op}: epsilon must be a positive number or a floating-point tensor with one element or of shape "
                 f"[B] = [{B}]; got {_checks.describe(value)}"
             )
-        _checks.check_dense(op, "epsilon", value)
         if value.device != like.device:
             raise ValueError(
                 f"{op}: epsilon is on {value.device} and the problem on {like.device}; pass epsilon.to({str(like.device)!r})"

@@ -53,12 +53,12 @@ def beside(op: str, images: Tensor, name: str, value: object, shape: Sequence[in
         raise TypeError(
             f"{op}: {name} must be a floating-point tensor of shape {expected}; got {_checks.describe(value)}"
         )
+    _checks.check_dense(op, name, value)
     if value.shape != torch.Size(shape):
         raise ValueError(
             f"{op}: {name} must have shape {expected} = {list(shape)} for images {list(images.shape)}; got {_checks.describe(value)}"
         )
     _checks.check_same_device(op, "images", images, name, value)
-    _checks.check_dense(op, name, value)
     dtype = compute_dtype(images)
     return value if value.dtype == dtype else value.to(dtype)
 
@@ -146,13 +146,13 @@ def enabled_bits(op: str, images: Tensor, enabled: object) -> Tensor | None:  # 
     if enabled is None:
         return None
     if isinstance(enabled, Tensor):
+        _checks.check_dense(op, "enabled", enabled)
         if enabled.dtype != torch.bool or enabled.shape != (B, len(STAGES)):
             raise ValueError(
                 f"{op}: enabled must be a bool tensor of shape [B, {len(STAGES)}] = {[B, len(STAGES)]}, in the order "
                 f"{', '.join(STAGES)}; got {_checks.describe(enabled)}"
             )
         _checks.check_same_device(op, "images", images, "enabled", enabled)
-        _checks.check_dense(op, "enabled", enabled)
         powers = 1 << torch.arange(len(STAGES), dtype=torch.int32, device=images.device)
         return (enabled * powers).sum(1, dtype=torch.int32)
     if isinstance(enabled, str) or not isinstance(enabled, Sequence) or any(stage not in STAGES for stage in enabled):
@@ -174,10 +174,10 @@ def seeds(op: str, images: Tensor, generator: object, seed: object, *, used: boo
             raise TypeError(
                 f"{op}: seed must be an int64 tensor [B], a key for every sample; got {_checks.describe(seed)}"
             )
+        _checks.check_dense(op, "seed", seed)
         if seed.shape != (B,):
             raise ValueError(f"{op}: seed must have shape [B] = [{B}]; got {_checks.describe(seed)}")
         _checks.check_same_device(op, "images", images, "seed", seed)
-        _checks.check_dense(op, "seed", seed)
         return seed
     if generator is not None:
         if not isinstance(generator, torch.Generator):

@@ -64,7 +64,8 @@ def nearest(
 
     Returns:
         ``distances`` [N, k], squared for ``sqeuclidean``, ascending, and ``indices`` [N, k]. A distance that is NaN, because of NaN or
-        infinity in a row, comes after all others.
+        infinity in a row, comes after all others. Sums of squares are float64: rows of float32, bfloat16 and float16 never leave its range,
+        float64 rows longer than 1.3e154 do. Their squared distances are infinite and tie, their cosine distances NaN or 1; scale such data.
 
     Raises:
         TypeError: no floating-point tensors, or k is no integer.
