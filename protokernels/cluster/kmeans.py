@@ -19,6 +19,7 @@ from torch import Tensor
 from ..ops._checks import check_matrix, check_real, check_same_device, check_whole, describe
 from ..ops.nearest import Assignment, assign, closer_to_candidates, nearest
 from ..ops.prototypes import blend_prototypes, update_prototypes
+from ..reference.nearest import row_sums
 
 PARAMETERS = ("n_clusters", "init", "n_init", "max_iter", "tol", "random_state")
 
@@ -172,7 +173,7 @@ class KMeans:
         """Minus the inertia of ``x``, so that more is better."""
         found = assign(self._against_centers("score", x), self.cluster_centers_, with_distances=True)
         assert found.distances is not None
-        return -float(_total(found.distances))
+        return -float(row_sums(found.distances[None]))
 
     def transform(self, x: Tensor) -> Tensor:  # [N, D] -> [N, K]
         """Euclidean distances to every center; float64 if the rows or the centers are."""
@@ -238,12 +239,12 @@ def _mean_variance(x: Tensor) -> float:
         return 0.0
     everything = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     mean = update_prototypes(torch.zeros_like(x[:1]), x, everything, new_weight=1.0).prototypes
-    return float(_total(nearest(x, mean, 1).distances)) / x.numel()
+    return float(row_sums(nearest(x, mean, 1).distances.T)) / x.numel()
 
 
 def _solution(x: Tensor, centers: Tensor, found: Assignment, iterations: int) -> _Solution:
     empty = len(centers) - int((torch.bincount(found.labels, minlength=len(centers)) > 0).sum())
-    return _Solution(centers, found.labels, float(_total(_distances(x, centers, found))), iterations, empty)
+    return _Solution(centers, found.labels, float(row_sums(_distances(x, centers, found)[None])), iterations, empty)
 
 
 def _distances(x: Tensor, centers: Tensor, found: Assignment) -> Tensor:  # [N]
@@ -282,9 +283,3 @@ def _k_means_plus_plus(x: Tensor, count: int, generator: torch.Generator) -> Ten
         closest = closer[best]
         chosen.append(int(candidates[best]))
     return x[chosen]
-
-
-def _total(values: Tensor) -> Tensor:
-    """The sum in float64, in an order that no number of threads changes: threads share rows, not a row."""
-    padded = torch.nn.functional.pad(values.double().flatten(), (0, -values.numel() % 1024))
-    return padded.reshape(-1, 1024).sum(1).cumsum(0)[-1] if padded.numel() else padded.sum()

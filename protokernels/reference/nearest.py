@@ -47,9 +47,14 @@ def closer_to_candidates(
 ) -> tuple[Tensor, Tensor]:  # the same if candidate k became a center [K, N], and their sums [K] float64
     apart = torch.cdist(candidates, x, compute_mode="donot_use_mm_for_euclid_dist").square()  # equal rows are at 0
     closer = torch.minimum(closest, apart)
-    # Threads share parts of a row, not the sum of a part: no number of them changes it.
-    parts = torch.nn.functional.pad(closer.double(), (0, -closer.shape[1] % 1024)).unflatten(1, (-1, 1024)).sum(2)
-    return closer, parts.cumsum(1)[:, -1] if parts.shape[1] else parts.sum(1)
+    return closer, row_sums(closer)
+
+
+def row_sums(rows: Tensor) -> Tensor:  # [K, N] -> [K] float64
+    """In an order that no number of threads changes: they share parts of a row, not the sum of a part."""
+    padded = torch.nn.functional.pad(rows.double(), (0, -rows.shape[1] % 1024))
+    parts = padded.reshape(len(rows), -1, 1024).sum(2) if rows.numel() else padded
+    return parts.cumsum(1)[:, -1] if parts.shape[1] else parts.sum(1)
 
 
 def _distances(queries: Tensor, columns: Tensor, metric: str) -> Tensor:  # [n, D], [D, M] -> [n, M]

@@ -19,7 +19,6 @@ using namespace protokernels;
 template <class T>
 constexpr int WIDTH = 2 * LANES<T>;  // rows side by side; they divide NEAREST_SEED_ROWS
 constexpr int64_t DEPTH = 128;       // columns at a time: the transposed rows stay in the first-level cache
-constexpr int CANDIDATES = TILE_ROWS == 8 ? 8 : TILE_ROWS == 4 && LANES<float> == 8 ? 5 : 4;  // of a register tile
 
 // Columns [first, last) of WIDTH rows, of which the last may stand for others behind it, transposed: [columns, WIDTH].
 template <class T>
@@ -64,8 +63,8 @@ template <class T>
 PK_INLINE void add_all(const NearestSeed& p, const T* columns, int64_t first, int64_t count, T* sums) {
   const T* const candidates = static_cast<const T*>(p.candidates) + first;
   int64_t k = 0;
-  for (; k + CANDIDATES <= p.K; k += CANDIDATES)
-    add_squares<CANDIDATES>(columns, count, candidates + k * p.D, p.D, first == 0, sums + k * WIDTH<T>);
+  for (; k + TILE_ROWS <= p.K; k += TILE_ROWS)
+    add_squares<TILE_ROWS>(columns, count, candidates + k * p.D, p.D, first == 0, sums + k * WIDTH<T>);
   for (; k + 2 <= p.K; k += 2) add_squares<2>(columns, count, candidates + k * p.D, p.D, first == 0, sums + k * WIDTH<T>);
   if (k < p.K) add_squares<1>(columns, count, candidates + k * p.D, p.D, first == 0, sums + k * WIDTH<T>);
 }
