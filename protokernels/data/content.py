@@ -15,10 +15,11 @@ from .volume_types import LabelledVolume, SegmentationDataset
 def content_md5(dataset: ImageDataset | SegmentationDataset) -> str:
     """One md5 over the values of all splits: pixels, labels, targets and groups, in their order.
 
-    Pixels that were computed from the volumes of a folder are left out: their last bits depend on the processor, and the
-    ``"md5"`` of the files stands for them.
+    Pixels that were computed, from volumes of files or by the phantoms' formula, are left out: their last bits depend on the
+    processor, and the files' ``"md5"`` or ``"md5s"`` stand for them.
     """
-    pixels = "md5" not in dataset.provenance
+    files = {"md5"} if isinstance(dataset, ImageDataset) else {"md5", "md5s"}  # images with md5s are a file's own bytes
+    pixels = files.isdisjoint(dataset.provenance)
     digest = hashlib.md5(usedforsecurity=False)
     for name, split in dataset.splits.items():
         digest.update(f"{name}, {len(split)}\n".encode())

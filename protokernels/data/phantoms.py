@@ -29,6 +29,7 @@ def provenance() -> dict[str, Any]:
     return {
         "source": "phantoms made by protokernels.data.phantoms",
         "files": [],
+        "md5s": {},
         "slice_axis": "third axis",
         "warnings": [WARNING],
     }
