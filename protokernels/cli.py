@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import backend
+from ._memory import keep_memory
 from ._version import __version__
 
 _TRAIN_MODULES = ("accelerate", "matplotlib", "medmnist", "monai", "nibabel", "rich", "scipy", "sklearn", "tyro")
@@ -50,6 +51,8 @@ _SAID = ("ProcessLostError",)  # those whose message is on stderr already
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, 1 for a problem that was reported, 2 for a wrong command line,
     130 after Ctrl-C."""
+    if arguments is None:  # the process is this command's own
+        keep_memory()
     words = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
