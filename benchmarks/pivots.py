@@ -158,6 +158,7 @@ WARP = Pivot(
     (
         Column("ours (of the limit)", both("{kind}"), shows="limit"),
         Column("torch", both("{kind}"), "torch"),
+        Column("torch.compile", both("{kind}"), "torch.compile"),
         Column("kornia", both("{kind}"), "kornia"),
         Column("forward: ours", "{kind}, forward", shows="limit"),
         Column("torch", "{kind}, forward", "torch"),
