@@ -17,7 +17,7 @@ def keep_memory() -> bool:
     A training step on the CPU frees hundreds of megabytes of activations and asks for as many a moment later. glibc gives
     every block of more than 32 MB back at once, so each step gets its pages anew, and the system has to find, clear and map
     them one by one: in a virtual machine that can take as long as the arithmetic. With this the blocks stay in the heap. The
-    process then holds what it needed at its peak until it ends; the peak itself is about the same. Results do not change.
+    process then holds what it needed at its peak until it ends, and the peak is somewhat higher. Results do not change.
 
     ``protokernels train`` and the other commands call this first. Call it in a training program of your own, once, before
     its first large tensor; it is a property of the whole process.
@@ -33,7 +33,7 @@ def keep_memory() -> bool:
     Source:
         ``mallopt(3)`` of the GNU C library: ``M_MMAP_THRESHOLD``, ``M_TRIM_THRESHOLD``.
     """
-    if sys.platform != "linux" or any(name.startswith(_SET_BY_USER) for name in os.environ):
+    if sys.platform != "linux" or any(value and name.startswith(_SET_BY_USER) for name, value in os.environ.items()):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):

@@ -75,6 +75,25 @@ class TestValue:
         found = nearest(*on(place, queries, bank.expand(2000, 7)), k)
         assert (found.indices.cpu() == torch.arange(k)).all()
 
+    @pytest.mark.parametrize("metric", METRICS)
+    @pytest.mark.parametrize("order", ["as drawn", "nearest last", "nearest first"])
+    def test_one_of_many_rows_in_any_order(self, place: Place, order: str, metric: str) -> None:
+        """For k = 1 tiles of later rows are passed over where no row can count: here all of them count to some queries, or none."""
+        queries, bank = draw(70, 4000, 9, seed=11)
+        if order != "as drawn":
+            bank = bank[(bank - queries[0]).norm(dim=1).argsort(descending=order == "nearest last")].contiguous()
+            queries[1:] = queries[0] + 0.05 * queries[1:]
+        check(*on(place, queries, bank), 1, metric)
+
+    @pytest.mark.parametrize("k", [1, 2])
+    def test_a_late_row_that_float32_takes_for_the_second(self, place: Place, k: int) -> None:
+        """Every query has two rows beside it, an early one and a late one that is nearer by less than the filter can tell."""
+        queries, bank = 10 * draw(40, 1, 16, seed=12)[0], 10 * draw(1, 4000, 16, seed=13)[1]
+        ahead = draw(1, 40, 16, seed=14)[1]
+        bank[100:140] = queries + ahead
+        bank[1000:2480:37] = queries + (1 - 1e-6) * ahead
+        check(*on(place, queries, bank), k, "sqeuclidean")
+
     @pytest.mark.parametrize("k", [1, 5])
     def test_neighbours_closer_than_float32_can_tell(self, place: Place, k: int) -> None:
         """|b|^2 - 2 q.b of rows 1e-7 apart at length 100: all of them the same number in float32."""

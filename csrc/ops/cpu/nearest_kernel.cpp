@@ -144,6 +144,10 @@ void scan(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t first_qu
   }
 }
 
+// From this row on a tile seldom holds one of the two smallest s of any of its lanes so far: at row r, 2 MOST_ROWS WIDTH / r are expected.
+template <class T>
+constexpr int64_t FEW_CHANGES = 2 * MOST_ROWS * WIDTH<T>;
+
 // The same for k = 1: the smallest and second smallest s stay in registers.
 template <class T>
 void scan_one(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t first_query, Block<T>& block) {
@@ -162,6 +166,13 @@ void scan_one(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t firs
     Vec<T> s[MOST_ROWS][2];
     scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, column, block.p.D,
            tile.partial.data + i0 * WIDTH<T>, s);
+    if (first_row + i0 >= FEW_CHANGES<T>) {
+      Vec<T> least[2] = {second[0], second[1]};
+#pragma GCC unroll 16
+      for (int i = 0; i < MOST_ROWS; ++i)
+        for (int half = 0; half < 2; ++half) least[half] = smaller<T>(s[i][half], least[half]);
+      if (!any_lane((least[0] < second[0]) | (least[1] < second[1]))) continue;
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < MOST_ROWS; ++i)
 #pragma GCC unroll 2
