@@ -24,8 +24,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import backend
-from ._memory import keep_memory
 from ._version import __version__
+from .memory import keep_memory
 
 _TRAIN_MODULES = ("accelerate", "matplotlib", "medmnist", "monai", "nibabel", "rich", "scipy", "sklearn", "tyro")
 _COMMANDS = {  # by the module that has a function of the command's name

@@ -4,7 +4,7 @@
 python python_tests/public_api.py          # prints it
 python python_tests/public_api.py --write  # after a change that is meant, named in CHANGELOG.md
 
-Public is: what `__all__` of `protokernels`, its `nn` and `cluster` and the functions of `backend` say, with parameters,
+Public is: what `__all__` of `protokernels`, its `nn`, `cluster` and `memory` and the functions of `backend` say, with parameters,
 annotations and defaults; fields of what they return; commands, and the options, values and presets of every paper and baseline (their
 defaults belong to the preset, and may improve). What is not here may change without notice.
 """
@@ -27,13 +27,14 @@ INHERITED = frozenset({"forward", "extra_repr"})
 
 def functions_and_classes() -> Iterator[str]:
     import protokernels
-    from protokernels import backend, cluster, nn
+    from protokernels import backend, cluster, memory, nn
 
     backend_names = [name for name, value in vars(backend).items() if is_function_of(backend, name, value)]
     for module, names in (
         (protokernels, protokernels.__all__),
         (nn, nn.__all__),
         (cluster, cluster.__all__),
+        (memory, memory.__all__),
         (backend, backend_names),
     ):
         for name in sorted(names):

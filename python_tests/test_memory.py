@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 STEPS = """
 import resource, sys, torch
-from protokernels.training import keep_memory
+from protokernels.memory import keep_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     print(keep_memory())
@@ -57,7 +57,7 @@ def test_a_choice_of_the_environment_stays() -> None:
 
 @pytest.mark.parametrize("name", ["GLIBC_TUNABLES", "MALLOC_ARENA_MAX"])
 def test_any_choice_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from protokernels.training import keep_memory
+    from protokernels.memory import keep_memory
 
     monkeypatch.setenv(name, "1")
     assert keep_memory() is False

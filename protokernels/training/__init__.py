@@ -2,7 +2,6 @@
 """What the papers' training loops share: run folders, checkpoints, randomness, devices and processes, progress,
 summaries over runs."""
 
-from .._memory import keep_memory
 from .checkpoints import CheckpointError, CheckpointStore
 from .distributed import gather_batch, own_rows, process_count, synchronize_batch_norm, whole_batch
 from .files import WriteError
@@ -26,7 +25,6 @@ __all__ = [
     "derived_generator",
     "epoch_order",
     "gather_batch",
-    "keep_memory",
     "make_accelerator",
     "next_free_folder",
     "own_rows",

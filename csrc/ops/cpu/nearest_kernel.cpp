@@ -63,6 +63,15 @@ PK_INLINE void keep_scores(const Vec<T> (&s)[MOST_ROWS][2], T* out) {
   }
 }
 
+// The smallest s of every lane.
+template <class T>
+PK_INLINE void smallest(const Vec<T> (&s)[MOST_ROWS][2], Vec<T> (&least)[2]) {
+  for (int half = 0; half < 2; ++half) least[half] = s[0][half];
+#pragma GCC unroll 16
+  for (int i = 1; i < MOST_ROWS; ++i)
+    for (int half = 0; half < 2; ++half) least[half] = smaller<T>(s[i][half], least[half]);
+}
+
 // The scores of a tile against a panel but for the last DEPTH columns or fewer, which begin at the column returned.
 template <class T>
 PK_INLINE int64_t partial_scores(const Tile<T>& tile, int64_t rows, const T* panel, T* partial) {
@@ -128,10 +137,8 @@ void scan(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t first_qu
     scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, column, block.p.D,
            tile.partial.data + i0 * WIDTH<T>, s);
     const Vec<T> limits[2] = {load(limit), load(limit + LANES<T>)};
-    Vec<T> least[2] = {s[0][0], s[0][1]};
-#pragma GCC unroll 16
-    for (int i = 1; i < MOST_ROWS; ++i)
-      for (int half = 0; half < 2; ++half) least[half] = smaller<T>(s[i][half], least[half]);
+    Vec<T> least[2];
+    smallest<T>(s, least);
     if (!any_lane((least[0] <= limits[0]) | (least[1] <= limits[1]))) continue;
     alignas(64) T found[MOST_ROWS][WIDTH<T>];
     keep_scores(s, found[0]);
@@ -167,10 +174,8 @@ void scan_one(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t firs
     scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, column, block.p.D,
            tile.partial.data + i0 * WIDTH<T>, s);
     if (first_row + i0 >= FEW_CHANGES<T>) {
-      Vec<T> least[2] = {second[0], second[1]};
-#pragma GCC unroll 16
-      for (int i = 0; i < MOST_ROWS; ++i)
-        for (int half = 0; half < 2; ++half) least[half] = smaller<T>(s[i][half], least[half]);
+      Vec<T> least[2];
+      smallest<T>(s, least);
       if (!any_lane((least[0] < second[0]) | (least[1] < second[1]))) continue;
     }
 #pragma GCC unroll 16

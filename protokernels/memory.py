@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Memory between the steps of a training loop: see :func:`protokernels.training.keep_memory`."""
+"""Memory between the steps of a training loop on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+
+__all__ = ["keep_memory"]
 
 _SET_BY_USER = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # beginnings of variables that already choose an allocator
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
@@ -27,8 +29,8 @@ def keep_memory() -> bool:
         and where the C library is not glibc. CUDA memory is not concerned: torch keeps it anyway.
 
     Example:
-        >>> from protokernels.training import keep_memory
-        >>> kept = keep_memory()
+        >>> from protokernels import memory
+        >>> kept = memory.keep_memory()
 
     Source:
         ``mallopt(3)`` of the GNU C library: ``M_MMAP_THRESHOLD``, ``M_TRIM_THRESHOLD``.
