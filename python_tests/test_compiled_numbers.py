@@ -12,8 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from protokernels import (
     blend_flip,
+    cross_view_loss,
     gaussian_blur,
     gaussian_noise,
+    nt_xent_loss,
     prototype_step,
     rotate,
     sinkhorn,
@@ -21,6 +23,7 @@ from protokernels import (
     soft_assign,
     soft_crop,
     transform,
+    update_prototypes,
 )
 from protokernels.ops.warp import Stage
 from python_tests.places import NATIVE_PLACES, Place
@@ -42,10 +45,24 @@ def seed(x: Tensor) -> Tensor:
     return torch.arange(len(x), device=x.device)
 
 
+def _views_at(loss: Callable[..., Tensor], x: Tensor, temperature: float) -> Tensor:
+    """What the README advises for the contrastive losses, which hold their temperature as a constant."""
+    first, second = (torch.nn.functional.normalize(view, dim=1) * temperature**-0.5 for view in (x, x.flip(0)))
+    return loss(first, second, normalize=False, temperature=1.0)
+
+
 VECTORS: dict[str, Function] = {
     "softmax, of torch": lambda x, t: torch.softmax(x / t, -1),
     "soft_assign": lambda x, t: soft_assign(x, x[:4], temperature=t),
     "prototype_step": lambda x, t: prototype_step(x, x[:4].detach(), temperature=t, new_weight=0.9).assignment,
+    "prototype_step, new_weight": lambda x, t: (
+        x[:4] + prototype_step(x, x[:4].detach(), temperature=0.5, new_weight=t).prototypes
+    ),
+    "update_prototypes, new_weight": lambda x, t: (
+        x[:4] + update_prototypes(x[:4], x, torch.arange(9, device=x.device) % 3, new_weight=t).prototypes
+    ),
+    "scaled, nt_xent_loss": lambda x, t: _views_at(nt_xent_loss, x, t),
+    "scaled, cross_view_loss": lambda x, t: _views_at(cross_view_loss, x, t),
     "sinkhorn": lambda x, t: sinkhorn(x.abs(), epsilon=t, num_iters=1).transport_cost,
     "sinkhorn_features": lambda x, t: sinkhorn_features(x, 2 * x[:5], epsilon=t, num_iters=1).entropic_value,
 }

@@ -295,9 +295,11 @@ def prototype_step(
             True,
             return_entropy,
             True,
-            new_weight,
+            0.0 if torch.compiler.is_compiling() else new_weight,
             skip_nonfinite,
         )
+        if torch.compiler.is_compiling():  # the operator would hold the weight as a constant
+            updated = _blend(prototypes, sums, counts, new_weight)
     else:
         c, labels, entropy = reference.soft_assign(z, prototypes, temperature, similarity)
         if uniform is not None:
@@ -389,7 +391,8 @@ def _accumulate(z: Tensor, labels: Tensor, num_prototypes: int, skip_nonfinite: 
 
 
 def _blend(prototypes: Tensor, sums: Tensor, counts: Tensor, new_weight: float) -> Tensor:
-    if backend.native_serves(prototypes.device):
+    """Compiled, the operator would hold the weight as a constant: see ``_calls.filled``."""
+    if backend.native_serves(prototypes.device) and not torch.compiler.is_compiling():
         updated: Tensor = _calls.call("prototypes_blend", prototypes.detach(), sums, counts, new_weight)
         return updated
     return reference.blend(prototypes, sums, counts, new_weight)
