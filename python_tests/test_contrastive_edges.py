@@ -163,7 +163,11 @@ class TestContract:
             ({"temperature": "cold"}, TypeError, "temperature must be a positive number; got str"),
             ({"labels": torch.zeros(2, 4, 5, dtype=torch.int64)}, ValueError, r"labels must have shape \[2, 4, 4\]"),
             ({"temperature": 0.0}, ValueError, "temperature must be positive"),
-            ({"temperature": torch.tensor(0.1)}, TypeError, "to learn it"),
+            (
+                {"temperature": torch.tensor(0.1)},
+                TypeError,
+                "to learn it, multiply the vectors, for cosines those of length 1, by",
+            ),
             ({"block_size": 0}, ValueError, "block_size must be a positive integer"),
             ({"block_size": np.int64(2)}, ValueError, r"got numpy.int64; pass int\(...\)"),
             ({"stride": (1, np.int64(2))}, ValueError, r"got numpy.int64; pass int\(...\)"),

@@ -37,8 +37,8 @@ def check_choices(op: str, temperature: object, form: object, precision: object,
     """What all losses take by name."""
     if isinstance(temperature, Tensor):
         raise TypeError(
-            f"{op}: temperature must be a number; got {_checks.describe(temperature)}; to learn it, multiply the vectors by its "
-            "inverse's root and pass normalize=False, temperature=1"
+            f"{op}: temperature must be a number; got {_checks.describe(temperature)}; to learn it, multiply the vectors, for cosines "
+            "those of length 1, by its inverse's root and pass normalize=False, temperature=1"
         )
     _checks.check_temperature_number(op, temperature)
     _checks.check_choice(op, "form", form, FORMS)
