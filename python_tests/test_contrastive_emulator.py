@@ -43,6 +43,19 @@ class TestForward:
         problem = Problem([Group([40, 33], 20)], C=C, unit=unit, precision=precision, form="in")
         problem.check_forward(problem.forward(emulator))
 
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    @pytest.mark.parametrize("unit", [True, False])
+    @pytest.mark.parametrize("C", [20, 70, 130])
+    def test_where_a_block_has_little_shared_memory(self, C: int, unit: bool, precision: str) -> None:
+        emulator = load("contrastive")
+        emulator.configure(seed=1, architecture="sm_89")
+        problem = Problem([Group([40, 33], 20)], C=C, unit=unit, precision=precision, form="in")
+        out = problem.forward(emulator)
+        gradient = problem.backward(emulator, problem.losses(emulator))
+        emulator.configure()
+        problem.check_forward(out)
+        check_gradient(problem, gradient, problem, problem)
+
     @pytest.mark.parametrize("rows", [1, 2, 31, 33, 129])
     def test_odd_sizes(self, rows: int) -> None:
         emulator = load("contrastive")

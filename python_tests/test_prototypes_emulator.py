@@ -153,6 +153,15 @@ class TestForward:
         case = Case("f32", shape, "cosine")
         case.check(case.run(emulator))
 
+    @pytest.mark.parametrize(("kind", "K"), [("f32", 300), ("f64", 150)])
+    def test_where_a_block_has_little_shared_memory(self, kind: str, K: int) -> None:
+        """Scores and tiles together are more than the 99 KB of compute capability 8.9: scores wait in the output."""
+        emulator = load("prototypes")
+        emulator.configure(architecture="sm_89")
+        case = Case(kind, (20, 5, K), "cosine")
+        case.check(case.run(emulator))
+        emulator.configure()
+
     def test_all_seeds_agree_bit_for_bit(self) -> None:
         emulator = load("prototypes")
         case = Case("f32", (200, 40, 20), "cosine")

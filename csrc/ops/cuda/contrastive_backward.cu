@@ -96,18 +96,23 @@ __global__ void __launch_bounds__(FACTOR_THREADS) combine_kernel(int64_t vectors
 
 // ------------------------------------------------------------------------------------------------------------------------ launch
 
-template <class S, class Kernel>
-int launch_shape(Kernel kernel, const Backward& p, int64_t blocks, void* stream) {
-  const std::size_t bytes = sizeof(unsigned) * static_cast<std::size_t>(S::shared_words(S::STAGES, S::STAGES * S::COLUMNS * 6));
-  return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(S::THREADS), bytes, stream, p);
+template <class S>
+std::size_t bytes_of() {
+  return sizeof(unsigned) * static_cast<std::size_t>(S::shared_words(S::STAGES, S::STAGES * S::COLUMNS * 6));
 }
 
+template <class S, class Kernel>
+int launch_shape(Kernel kernel, const Backward& p, int64_t blocks, void* stream) {
+  return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(S::THREADS), bytes_of<S>(), stream, p);
+}
+
+// One slice is as good where the wide shape does not fit: of bf16, on compute capability 8.6, 8.9 and 12.0.
 template <Format F>
 int launch_format(ContrastiveWidth width, const Backward& p, int64_t blocks, void* stream) {
-  switch (width) {
-    case ContrastiveWidth::wide: return launch_shape<Wide<F>>(wide_backward_kernel<F>, p, blocks, stream);
-    default: return launch_shape<Sliced<F>>(sliced_backward_kernel<F>, p, blocks, stream);
-  }
+  constexpr std::size_t beside = 1024;
+  if (width == ContrastiveWidth::wide && bytes_of<Wide<F>>() + beside <= pk::shared_memory_limit())
+    return launch_shape<Wide<F>>(wide_backward_kernel<F>, p, blocks, stream);
+  return launch_shape<Sliced<F>>(sliced_backward_kernel<F>, p, blocks, stream);
 }
 
 int64_t blocks_of(int64_t count) { return (count + FACTOR_THREADS - 1) / FACTOR_THREADS; }

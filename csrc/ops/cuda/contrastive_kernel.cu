@@ -73,8 +73,11 @@ __global__ void __launch_bounds__(HALVES_THREADS)
 
 template <Format F>
 using Wide = Shape<F, 128, 4, IS_HALF<F> ? 2 : 4, F == Format::halves ? 1 : 2>;
+template <Format F, int pairs>
+using Sliced = Shape<F, 128, 4, pairs, 1, true>;
+constexpr int LEAST_PAIRS = 2;
 template <Format F>
-using Sliced = Shape<F, 128, 4, IS_HALF<F> || F == Format::exact ? 2 : 4, 1, true>;
+constexpr int MOST_PAIRS = IS_HALF<F> || F == Format::exact ? LEAST_PAIRS : 4;
 // Of 128 threads on a multiprocessor, as registers allow: measured on sm_90; other assemblers need a few registers more.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 template <Format F>
@@ -92,13 +95,15 @@ __global__ void __launch_bounds__(256, BLOCKS<F> / 2) wide_forward_kernel(const 
   forward_block<Wide<F>, IS_HALF<F>>(p, shared);
 }
 // resources: dynamic shared 131072 bytes
-template <Format F>
+template <Format F, int pairs>
 __global__ void __launch_bounds__(256, BLOCKS<F> / 2) sliced_forward_kernel(const Forward p) {
   PK_DYNAMIC_SHARED(unsigned, shared);
-  forward_block<Sliced<F>, IS_HALF<F>>(p, shared);
+  forward_block<Sliced<F, pairs>, IS_HALF<F>>(p, shared);
 }
 
 // ------------------------------------------------------------------------------------------------------------------------ launch
+
+constexpr std::size_t SHARED_BESIDE = 1024;  // of a block, beside rows and columns
 
 // Fewer stages than the shape has where they do not fit.
 template <class S, class Kernel>
@@ -108,12 +113,19 @@ int launch_shape(Kernel kernel, Forward& p, int64_t blocks, void* stream) {
   return PK_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(S::THREADS), bytes(p.stages), stream, p);
 }
 
+template <class S>
+bool fits() {
+  return sizeof(unsigned) * static_cast<std::size_t>(S::shared_words(1, 0)) + SHARED_BESIDE <= pk::shared_memory_limit();
+}
+
+// Where a block has 99 KB (compute capability 8.6, 8.9, 12.0) raw vectors meet fewer columns at a time, in slices or in one.
+// The format stays, since backward has to make the scores again that the statistics are of.
 template <Format F>
 int launch_format(ContrastiveWidth width, Forward& p, int64_t blocks, void* stream) {
-  switch (width) {
-    case ContrastiveWidth::wide: return launch_shape<Wide<F>>(wide_forward_kernel<F>, p, blocks, stream);
-    default: return launch_shape<Sliced<F>>(sliced_forward_kernel<F>, p, blocks, stream);
-  }
+  if (width == ContrastiveWidth::wide && fits<Wide<F>>()) return launch_shape<Wide<F>>(wide_forward_kernel<F>, p, blocks, stream);
+  constexpr int most = MOST_PAIRS<F>;
+  if (fits<Sliced<F, most>>()) return launch_shape<Sliced<F, most>>(sliced_forward_kernel<F, most>, p, blocks, stream);
+  return launch_shape<Sliced<F, LEAST_PAIRS>>(sliced_forward_kernel<F, LEAST_PAIRS>, p, blocks, stream);
 }
 
 // Writes both sides, where they are in a workspace, and so many zeros.

@@ -17,7 +17,8 @@ constexpr int ROWS = 64;                // rows of z in a tile
 constexpr int64_t MAX_BLOCKS = 1 << 20;
 constexpr int DEPTH = 32;               // dimensions in shared memory at a time
 constexpr int STRIDE = DEPTH + 4;       // 4 group + member: the fragments of a warp touch 32 different banks
-constexpr int SCORE_BYTES = 96 * 1024;  // scores of a tile stay in shared memory up to this size
+constexpr int SCORE_BYTES = 96 * 1024;  // scores of a tile stay in shared memory up to this size, where a block has so much
+constexpr int TILE_BYTES = 28 * 1024;   // beside them, rounded up
 template <class T>
 constexpr int COLUMNS = sizeof(T) == 4 ? 128 : 32;  // prototypes in shared memory at a time
 
@@ -244,7 +245,8 @@ int launch_assign(const PrototypesForward& p, void* stream) {
   const int64_t tiles = (p.B + ROWS - 1) / ROWS, blocks = tiles < MAX_BLOCKS ? tiles : MAX_BLOCKS;
   if (blocks == 0) return 0;
   const int64_t score_bytes = ROWS * p.K * static_cast<int64_t>(sizeof(T));
-  const bool in_shared = score_bytes <= SCORE_BYTES;
+  const bool in_shared =
+      score_bytes <= SCORE_BYTES && score_bytes + TILE_BYTES <= static_cast<int64_t>(pk::shared_memory_limit());
   const Assign<T, Z> assign{p.B,
                             static_cast<int>(p.K),
                             static_cast<int>(p.D),
