@@ -101,6 +101,25 @@ class TestRuns:
         assert expected is not None
         assert resumed["splits"]["test"]["knn"]["accuracy"]["mean"] == expected["splits"]["test"]["knn"]["accuracy"]
 
+    def test_resume_to_the_bit_in_half_precision(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The layers that phase 2 adds lie in memory as all others do, whether they are added or read from a checkpoint."""
+        config = replace(TINY, seed_channels=16)
+        train_tiny(tmp_path / "whole", config, precision="bf16")
+        record, calls = Session.record, []
+
+        def interrupting(self: Session, step: Any, **values: Any) -> None:
+            record(self, step, **values)
+            calls.append(step)
+            if len(calls) == 5:
+                self._signal = 2
+
+        monkeypatch.setattr(Session, "record", interrupting)
+        with pytest.raises(Interrupted):
+            train_tiny(tmp_path / "cut", config, precision="bf16")
+        monkeypatch.undo()
+        train_tiny(tmp_path / "cut", config, precision="bf16", resume=True)
+        assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+
     def test_labels_do_not_reach_training(self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         digits = load_dataset("digits")
         shuffled = replace(digits, train=Split(digits.train.images, np.roll(digits.train.labels, 7)))

@@ -72,6 +72,7 @@ from ..training.experiment import Experiment, training_images
 from ..training.optimizers import LARS, ramp_cosine
 from ..training.randomness import derived_seed
 from ..training.runs import Trial
+from ..training.session import in_layout
 from ..training.views import two_views
 from ._contrastive_autoencoder_config import PAPER_RESULTS, ContrastiveAutoencoderConfig
 from ._contrastive_autoencoder_scoring import score_model, subset
@@ -235,6 +236,7 @@ def start_second_phase(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(session.seed, "condition"))  # the same after a resumption, and in every process
         model.begin_second_phase(prototypes)
+    in_layout(model, session.accelerator)
     model.inertias.copy_(inertias)
     model.elbow_found.fill_(found)
     model.train()
@@ -321,7 +323,7 @@ class _ContrastiveAutoencoder(Experiment[ContrastiveAutoencoderConfig]):
         if before is not None:
             with fitting(trial.run.checkpoints):
                 model.restore(before["model"])  # as many prototypes as there are, and what is frozen
-        return trial.in_layout(model)
+        return in_layout(model, trial.accelerator)
 
     def check(self, config: ContrastiveAutoencoderConfig, dataset: ImageDataset) -> None:
         super().check(config, dataset)

@@ -34,7 +34,7 @@ from .randomness import own_settings, seed_everything
 from .run_folder import RunFolder, RunFolderError
 from .runs import RunSettings, Trial, check_same_data, load_runs, train_runs, update_results, write_summary
 from .scoring import check_neighbours, evaluation_splits, unknown_classes_warning
-from .session import Plan, Session, batch_warning, preferred_layout
+from .session import Plan, Session, batch_warning, in_layout, preferred_layout
 
 
 class Experiment(Generic[Config]):
@@ -242,7 +242,7 @@ class Experiment(Generic[Config]):
 
     def start(self, trial: Trial, config: Any, dataset: Any) -> Any:
         """The model that a run begins with, in the layout that its convolutions prefer."""
-        return trial.in_layout(self.new_model(config, dataset))
+        return in_layout(self.new_model(config, dataset), trial.accelerator)
 
     def run(self, trial: Trial, config: Any, dataset: Any) -> dict[str, Any]:
         """Trains and scores one seed. What it returns counts on the main process."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -25,10 +25,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .lost_processes import losses_told
 from .run_folder import RunFolder, RunFolderError, next_free_folder, sole_user
-from .session import Interrupted, Plan, Precision, Session, make_accelerator, preferred_layout
+from .session import Interrupted, Plan, Precision, Session, make_accelerator
 from .summary import summarize_runs
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,6 @@ class Trial:
         """Whether this process writes the results."""
         main: bool = self.accelerator.is_main_process
         return main
-
-    def in_layout(self, model: Model) -> Model:
-        """``model`` in the layout that convolutions prefer on this device and in this precision."""
-        layout = preferred_layout(self.accelerator)
-        nn.Module.to(model, memory_format=layout)  # type: ignore[call-overload]
-        return model
 
     def session(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, plan: Plan) -> Session:
         """The session that trains ``model``; see :class:`Session`."""
