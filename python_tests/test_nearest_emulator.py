@@ -153,6 +153,12 @@ class TestTies:
         bank[500:900] = queries[1]
         assert check(emulator, queries, bank, 5, "sqeuclidean") == 1
 
+    @pytest.mark.parametrize(("size", "k"), [(2562, 5), (2600, 64)])
+    def test_no_part_of_the_bank_is_smaller_than_k(self, emulator: Any, size: int, k: int) -> None:
+        """128 rows at a time in five parts would leave 2 or 40 to the last: too few to say which are the k nearest of a part."""
+        queries, bank = draw(40, size, 7, seed=11)
+        assert check(emulator, queries, bank, k, "sqeuclidean") <= 1
+
     def test_neighbours_closer_than_float32_can_tell(self, emulator: Any) -> None:
         generator = torch.Generator().manual_seed(6)
         bank = 100 + 1e-5 * torch.randn(400, 16, generator=generator)

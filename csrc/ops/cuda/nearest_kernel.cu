@@ -248,10 +248,13 @@ void plan(NearestTask& p, const NearestProblem& problem) {
   const int64_t query_blocks = (p.query_tiles + p.warps - 1) / p.warps;
   const int64_t together = 2 * (stages + p.warps * list_bytes(p) + 1024) <= limit + 1024 ? 2 : 1;
   p.parts = parts_of(query_blocks, p.chunks, together * pk::multiprocessor_count());
-  const int most = 1 << 20;  // chunks of a part: a group of eight rows has 24 bits
+  const int most = 1 << 19;  // chunks of a part: a group of eight rows has 24 bits
   if ((p.chunks + p.parts - 1) / p.parts > most) p.parts = (p.chunks + most - 1) / most;
-  p.part_chunks = (p.chunks + p.parts - 1) / p.parts;
-  p.parts = (p.chunks + p.part_chunks - 1) / p.part_chunks;
+  p.part_chunks = (p.chunks + p.parts - 1) / p.parts - 1;
+  do {  // a last part of fewer than k rows would leave every query to the comparison with the whole bank
+    ++p.part_chunks;
+    p.parts = (p.chunks + p.part_chunks - 1) / p.part_chunks;
+  } while (p.parts > 1 && p.M - int64_t{p.parts - 1} * p.part_chunks * NEAREST_CHUNK < p.k);
 }
 
 // Gives out the workspace; returns the bytes of all.
