@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> search_cpu(Tensor queries_any, Tensor bank_any, int64
   const double work = static_cast<double>(p.N) * static_cast<double>(p.M) * static_cast<double>(p.D + 8);
   const int64_t threads = work < SERIAL_WORK ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
   const NearestUnits units = nearest_units(p, threads);
-  const Tensor center = empty_beside(queries, {p.D}, p.double_compute ? ScalarType::Double : ScalarType::Float);
+  const Tensor center = empty_beside(queries, {p.D + 1}, p.double_compute ? ScalarType::Double : ScalarType::Float);
   const Tensor merging = empty_beside(
       queries, {units.parts > 1 ? p.N * units.parts * k * static_cast<int64_t>(sizeof(NearestCandidate) / sizeof(int64_t)) : 0}, ScalarType::Long);
   NearestCandidate* const candidates = units.parts > 1 ? reinterpret_cast<NearestCandidate*>(merging.data_ptr()) : nullptr;

@@ -9,7 +9,7 @@
 // processor, for any number of threads and any way of searching.
 //
 // How it is found. A filter computes s = |b|^2 - 2 <q, b> (cosine: -2 <q^, b^>) in the compute type T from vectors moved by some center, which
-// makes them short. s + |q|^2 (cosine: s / 2 + 1) is d up to an error of at most e_b + e_q,
+// makes them short, and scaled by a power of two, which changes no digit. s + |q|^2 (cosine: s / 2 + 1) is d up to an error of at most e_b + e_q,
 //   e_b = 2 c |b|^2,  e_q = 2 c |q|^2  (cosine: 2 c each),   c = 1.01 (u_T (D + 10) + u_64 (2 D + 8)),   u: unit roundoff
 // and some underflow. So nothing with s - e_b > (k-th smallest s + e_b so far) + 2 e_q can be a neighbour: k rows before it have a smaller d as
 // defined above. What the filter leaves, little more than k rows, is ranked by d itself. Where it leaves too much (thousands of equal rows), or
@@ -66,7 +66,8 @@ struct NearestCandidate {
 
 struct NearestCpu {
   const char* level;
-  // The vector the filter moves to the origin: [D] of T. Any will do; a mean is good.
+  // The vector the filter moves to the origin and, behind it, the power of two it multiplies by then: [D + 1] of T. Any will do; a mean and
+  // about 1 / length are good.
   void (*find_center)(const NearestProblem&, void* center);
   // Units [begin, end); candidates [N, parts, k] or null: then distances and indices are written.
   void (*search)(const NearestProblem&, NearestUnits, const void* center, NearestCandidate* candidates, int64_t begin, int64_t end);

@@ -127,11 +127,12 @@ struct Tile {
   // Whether a vector with this squared norm counts as zero, or may do so in another order of summation.
   static bool is_nearly_zero(double square) { return square <= 1.001 * NEAREST_NORM_FLOOR * NEAREST_NORM_FLOOR; }
 
-  // A row moved to the center, or made a unit vector; returns its squared norm before the latter.
+  // A row moved to the center and scaled, or made a unit vector; returns its squared norm before the latter.
   double read(const void* base, Kind kind, int64_t offset, T* row) const {
     read_row(base, kind, offset, row, p.D);
     if (!p.cosine) {
-      for (int64_t j = 0; j < p.D; ++j) row[j] -= center[j];
+      const T scale = center[p.D];
+      for (int64_t j = 0; j < p.D; ++j) row[j] = (row[j] - center[j]) * scale;
       return squared_norm(row, p.D);
     }
     const double square = squared_norm(row, p.D);

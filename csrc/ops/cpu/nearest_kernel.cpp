@@ -286,21 +286,27 @@ void search_units(const NearestProblem& p, NearestUnits units, const T* center, 
   }
 }
 
-// The mean of up to a thousand rows; rows that hold no finite numbers are left out.
+// The mean of up to a thousand rows, and the power of two that makes their lengths about 1, so that squares neither overflow nor vanish;
+// rows that hold no finite numbers are left out.
 template <class T>
 void center_of(const NearestProblem& p, T* center) {
   Scratch<double> sum(p.D);
   Scratch<T> row(p.D);
   for (int64_t j = 0; j < p.D; ++j) sum.data[j] = 0;
   const int64_t step = p.M / 1024 + 1;
-  double count = 0;
+  double count = 0, squares = 0;
   for (int64_t i = 0; i < p.M && !p.cosine; i += step) {
     read_row(p.bank, p.bank_kind, i * p.bank_stride, row.data, p.D);
-    if (!std::isfinite(squared_norm(row.data, p.D))) continue;
+    const double square = squared_norm(row.data, p.D);
+    if (!std::isfinite(square)) continue;
+    squares += square;
     for (int64_t j = 0; j < p.D; ++j) sum.data[j] += row.data[j];
     ++count;
   }
   for (int64_t j = 0; j < p.D; ++j) center[j] = count > 0 ? static_cast<T>(sum.data[j] / count) : T(0);
+  constexpr int most = std::numeric_limits<T>::max_exponent - 2;
+  const bool usable = squares > 0 && std::isfinite(squares);
+  center[p.D] = std::ldexp(T(1), usable ? std::clamp(-std::ilogb(std::sqrt(squares / count)), -most, most) : 0);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ table
