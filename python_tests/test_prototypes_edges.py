@@ -68,6 +68,19 @@ class TestValue:
         assert expected.entropy.max() < math.log(10) - 0.01  # nothing counted as zero
         expected.check_assignment(soft_assign(z.to(place.device), q.to(place.device), temperature=0.1))
 
+    @pytest.mark.parametrize("long", [0, 1])
+    def test_gradients_beside_the_longest_vectors(self, place: Place, long: int) -> None:
+        """1 / 2e38 is subnormal in float32; the gradients of the other side are not small."""
+        generator = torch.Generator().manual_seed(3)
+        pair = [torch.nn.functional.normalize(torch.randn(n, 19, generator=generator)) for n in (5, 7)]
+        pair[long] *= 2e38
+        weight = torch.randn(5, 7, generator=generator)
+        found = [x.to(place.device).requires_grad_() for x in pair]
+        truth = [x.double().requires_grad_() for x in pair]
+        (grad,) = torch.autograd.grad(soft_assign(*found, temperature=0.1), found[1 - long], weight.to(place.device))
+        (expected,) = torch.autograd.grad(soft_assign(*truth, temperature=0.1), truth[1 - long], weight.double())
+        torch.testing.assert_close(grad.cpu().double(), expected, rtol=1e-4, atol=1e-5)
+
     def test_tiny_values_count_as_zero(self, place: Place) -> None:
         c = soft_assign(
             torch.full((3, 4), 1e-30, device=place.device), torch.eye(4, device=place.device), temperature=0.01

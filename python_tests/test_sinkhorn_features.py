@@ -160,6 +160,16 @@ class TestValue:
         (found,) = torch.autograd.grad(sinkhorn_features(x, y).entropic_value.sum(), x)
         assert not found[0, 2].any() and found[0, 1].any()
 
+    def test_the_longest_vectors_of_float32_have_a_direction(self) -> None:
+        """1 / 2e38 is subnormal there. On a GPU vectors are squared in float32: see the limits in the README."""
+        x, y, _, _ = (t.float() for t in clouds(1, 5, 6, 3))
+        x, y = (torch.nn.functional.normalize(t, dim=2).requires_grad_() for t in (x, y))
+        found = sinkhorn_features(x * 2e38, y, num_iters=20).entropic_value.sum()
+        expected = sinkhorn_features(x, y, num_iters=20).entropic_value.sum()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        (grad,), (other,) = torch.autograd.grad(found, y), torch.autograd.grad(expected, y)
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)
+
     def test_half_precision_and_mixed_types(self, place: Place) -> None:
         x, y, a, b = (t.to(place.device) for t in clouds(2, 9, 12, 5, torch.float32))
         for dtype in (torch.bfloat16, torch.float16):

@@ -30,9 +30,7 @@ PK_INLINE void read_tile(const PrototypesProblem& problem, int64_t first, int64_
     read_row(problem.z, problem.z_kind, (first + r) * problem.z_stride, row, problem.D);
     for (int64_t d = problem.D; d < stride; ++d) row[d] = 0;
     inverse_norms[r] = problem.cosine ? inverse_norm(row, problem.D) : 1.0;
-    if (!problem.cosine) continue;
-    const T scale = static_cast<T>(inverse_norms[r]);
-    for (int64_t d = 0; d < problem.D; ++d) row[d] *= scale;
+    if (problem.cosine) make_unit(row, problem.D, inverse_norms[r]);
   }
 }
 
@@ -76,7 +74,7 @@ void backward_chunk(const PrototypesBackward& p, const T* panels, int64_t first,
       T* const grad = t.data + r * stride;
       const T along = dot(z, grad, p.D);  // = <ds, s> * temperature
       temperature_sum += static_cast<double>(along) * inverse_t;
-      const T project = p.cosine ? along : T(0), scale = static_cast<T>(inverse_norms[r]) * inverse_t;
+      const T project = p.cosine ? along : T(0), scale = static_cast<T>(inverse_norms[r] * inverse_t);
       if (streamed) {
         T* const out = static_cast<T*>(p.grad_z) + (i + r) * p.D;
         for (int64_t d = 0; d < p.D; d += LANES<T>) stream(out + d, (load(grad + d) - load(z + d) * project) * scale);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "common/rows.h"
@@ -31,6 +32,16 @@ PK_INLINE double inverse_norm(const T* x, int64_t D) {
   return squared <= PROTOTYPE_NORM_FLOOR * PROTOTYPE_NORM_FLOOR ? 0.0 : 1.0 / std::sqrt(squared);
 }
 
+// Scales a row to unit length. Of a length near the end of float's range the inverse is subnormal, and kernels flush those.
+template <class T>
+PK_INLINE void make_unit(T* row, int64_t D, double inverse) {
+  const T scale = static_cast<T>(inverse);
+  if (inverse < static_cast<double>(std::numeric_limits<T>::min()))
+    for (int64_t d = 0; d < D; ++d) row[d] = static_cast<T>(static_cast<double>(row[d]) * inverse);
+  else
+    for (int64_t d = 0; d < D; ++d) row[d] *= scale;
+}
+
 template <class T>
 PK_INLINE bool is_finite_row(const T* x, int64_t D) {
   T sum = 0;
@@ -44,9 +55,7 @@ PK_INLINE void read_prototypes(const PrototypesProblem& problem, T* out) {
   for (int64_t k = 0; k < problem.K; ++k) {
     T* row = out + k * problem.D;
     read_row(problem.prototypes, problem.prototypes_kind, k * problem.D, row, problem.D);
-    if (!problem.cosine) continue;
-    const T scale = static_cast<T>(inverse_norm(row, problem.D));
-    for (int64_t d = 0; d < problem.D; ++d) row[d] *= scale;
+    if (problem.cosine) make_unit(row, problem.D, inverse_norm(row, problem.D));
   }
 }
 

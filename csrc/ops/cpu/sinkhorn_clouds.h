@@ -70,9 +70,10 @@ struct Cloud {
         for (int64_t d = 0; d < D; ++d) x[d] = static_cast<T>(x[d] - center[d]);
       const double squared = squared_norm(x, D);
       const bool zero = squared <= SINKHORN_NORM_FLOOR * SINKHORN_NORM_FLOOR;
-      inverse_norm[i] = zero ? T(0) : static_cast<T>(1 / std::sqrt(squared));
+      const double inverse = zero ? 0.0 : 1 / std::sqrt(squared);  // subnormal in float for a length near the end of its range
+      inverse_norm[i] = static_cast<T>(inverse);
       if (cosine)
-        for (int64_t d = 0; d < D; ++d) x[d] *= inverse_norm[i];
+        for (int64_t d = 0; d < D; ++d) x[d] = static_cast<T>(x[d] * inverse);
       bias[i] = cosine ? -inverse_epsilon / 2 : static_cast<T>(-squared * inverse_epsilon);
     }
     pack_panels(points, 1, D, D, count, panels);
