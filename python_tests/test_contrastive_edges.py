@@ -134,6 +134,16 @@ class TestValue:
             expected = torch.tensor(math.log(7))
         check_close(loss, expected, 1e-5)
 
+    @pytest.mark.parametrize("form", FORMS)
+    def test_scores_near_the_end_of_the_range(self, form: Any) -> None:
+        """All scores of some anchors lie below -1e300, or below -1e38 in float32."""
+        x = torch.tensor([[1.0, 0.2], [-0.9, -0.1], [0.8, -0.3], [-0.7, 0.1], [0.6, 0.5]], dtype=torch.float64)
+        labels = torch.tensor([0, 0, 1, 1, 2])
+        small = supcon_loss(x * 1e10, labels, form=form, normalize=False, temperature=1.0)
+        for dtype, length in ((torch.float64, 1e153), (torch.float32, 1e19)):
+            loss = supcon_loss(x.to(dtype) * length, labels, form=form, normalize=False, temperature=1.0)
+            assert float(loss) / length**2 == pytest.approx(float(small) / 1e20, rel=1e-5)
+
     def test_subnormal_numbers_of_the_caller_stay(self, place: Place) -> None:
         """The CPU kernels flush them to zero while they work: on every thread that they ran on this must be over afterwards."""
         x, labels = torch.randn(600, 64, device=place.device), torch.arange(600, device=place.device) % 7

@@ -30,7 +30,7 @@ constexpr int64_t STRIP = 2 * LANES<T>;
 template <class T>
 constexpr T INFINITE = std::numeric_limits<T>::infinity();
 template <class T>
-constexpr T LEAST = sizeof(T) == 4 ? T(-1e38) : T(-1e300);  // below every score, and still a number
+constexpr T LEAST = std::numeric_limits<T>::lowest();  // above no score, and still a number
 template <class T>
 using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
