@@ -225,6 +225,12 @@ class TestContract:
             ({"epsilon": 0.0}, ValueError, r"epsilon must be positive and finite; got 0.0"),
             ({"epsilon": math.nan}, ValueError, r"epsilon must be positive and finite; got nan"),
             ({"epsilon": "small"}, TypeError, r"epsilon must be a positive number or a tensor; got str"),
+            ({"epsilon": 1e38}, ValueError, r"epsilon must be .*; got 1e\+38 for float32, which must hold its inverse"),
+            (
+                {"epsilon": torch.tensor(1e38)},
+                ValueError,
+                r"got \[.*e\+3[78]\] for float32, which must hold its inverse",
+            ),
             ({"epsilon": torch.tensor([0.1, -0.1])}, ValueError, r"epsilon must be positive and finite; got \[0.1"),
             ({"epsilon": torch.ones(3)}, ValueError, r"one element or of shape \[B\] = \[2\]; got float32 \[3\]"),
             ({"epsilon": torch.ones((), device="meta")}, ValueError, r"epsilon is on meta and the problem on cpu"),

@@ -224,20 +224,23 @@ def _epsilon(op: str, value: object, like: Tensor, B: int, dtype: torch.dtype) -
             )
         converted = value.to(dtype)
         if values_are_at_hand(like):
-            number, limits = converted.detach(), torch.finfo(dtype)
-            if not bool(((number >= limits.tiny) & (number <= limits.max)).all()):
+            number, tiny = converted.detach(), torch.finfo(dtype).tiny
+            if not bool(((number >= tiny) & (number <= 1 / tiny)).all()):  # kernels multiply by the inverse
                 raise ValueError(
-                    f"{op}: epsilon must be positive and finite; got {value.detach().flatten()[:8].tolist()}"
+                    f"{op}: epsilon must be positive and finite; got {value.detach().flatten()[:8].tolist()} for {_named(dtype)}"
                 )
         return converted.reshape(-1).expand(B).contiguous()
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{op}: epsilon must be a positive number or a tensor; got {_checks.describe(value)}")
-    if not torch.finfo(dtype).tiny <= value <= torch.finfo(dtype).max:
+    if not torch.finfo(dtype).tiny <= value <= 1 / torch.finfo(dtype).tiny:
         raise ValueError(
-            f"{op}: epsilon must be positive and finite; got {value} for {str(dtype).removeprefix('torch.')}; the smallest cost that "
-            "matters is a start"
+            f"{op}: epsilon must be positive and finite; got {value} for {_named(dtype)}; the smallest cost that matters is a start"
         )
     return _calls.filled(like, (B,), value, dtype)  # type: ignore[arg-type]
+
+
+def _named(dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}, which must hold its inverse too"
 
 
 def penalties(op: str, value: object) -> tuple[float, float]:
