@@ -202,6 +202,15 @@ class TestKMeans:
             KMeans(2).fit(x)
         assert math.isfinite(KMeans(2).fit(x.double()).inertia_)
 
+    def test_rows_too_small_for_their_type_are_refused(self, place: Place) -> None:
+        x = torch.randn(9, 2, device=place.device, generator=place.seeded(0))
+        with pytest.raises(ValueError, match=r"less than float32 can hold; scale x, or pass x\.double\(\)"):
+            KMeans(2).fit(x * 1e-25)
+        assert torch.equal(KMeans(2).fit((x * 1e-25).double()).labels_, KMeans(2).fit(x.double()).labels_)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rows that are all the same are another thing
+            assert KMeans(2).fit(torch.ones_like(x)).inertia_ == 0
+
     def test_the_input_is_not_modified(self, place: Place) -> None:
         x = blobs(4, 3, 20)[0].to(place.device)
         copy = x.clone()

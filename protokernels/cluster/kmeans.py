@@ -123,7 +123,8 @@ class KMeans:
         """Finds the centers of ``x``; ``y`` is not looked at.
 
         Raises:
-            TypeError: no floating-point tensor. ValueError: wrong shape, NaN or infinity, fewer rows than clusters.
+            TypeError: no floating-point tensor. ValueError: wrong shape, NaN or infinity, fewer rows than clusters, or
+                numbers whose squares the type cannot hold.
         """
         x = self._checked("fit", x)
         if len(x) < self.n_clusters:
@@ -136,9 +137,10 @@ class KMeans:
             if best is None or found.inertia < best.inertia:
                 best = found
         assert best is not None
-        if not math.isfinite(best.inertia):
+        if not math.isfinite(best.inertia) or _vanishes(x, best.inertia):
             raise ValueError(
-                f"KMeans: squared distances of these rows are more than {str(x.dtype).removeprefix('torch.')} can hold; scale x"
+                f"KMeans: squared distances of these rows are {'less' if math.isfinite(best.inertia) else 'more'} than "
+                f"{str(x.dtype).removeprefix('torch.')} can hold; scale x"
                 f"{'' if x.dtype == torch.float64 else ', or pass x.double()'}"
             )
         if best.empty:
@@ -240,6 +242,15 @@ def _mean_variance(x: Tensor) -> float:
     everything = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     mean = update_prototypes(torch.zeros_like(x[:1]), x, everything, new_weight=1.0).prototypes
     return float(row_sums(nearest(x, mean, 1).distances.T)) / x.numel()
+
+
+def _vanishes(x: Tensor, inertia: float) -> bool:
+    """Whether even the squared distances across all rows are below the normal numbers, though rows differ."""
+    tiny = torch.finfo(x.dtype).tiny
+    if inertia >= tiny * x.numel():
+        return False
+    extent = float((x.amax(0).double() - x.amin(0).double()).max())
+    return 0 < extent < math.sqrt(tiny)
 
 
 def _solution(x: Tensor, centers: Tensor, found: Assignment, iterations: int) -> _Solution:
