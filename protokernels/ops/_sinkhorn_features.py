@@ -62,7 +62,8 @@ def sinkhorn_features(
         x: features of the rows, any floating-point type and strides; half precision is computed and returned in float32.
         y: features of the columns; the wider of both types counts.
         cost: ``"cosine"``, in [0, 2] whatever the features, which is what the default epsilon suits; or ``"sqeuclidean"``, which
-            grows with D and the scale of the features, and epsilon must with it.
+            grows with D and the scale of the features, and epsilon must with it; distances over epsilon beyond the range of the type (3e38
+            in float32: features of about 1e18) give NaN or infinity.
         gradient: ``"envelope"``; for the others build the cost and call :func:`sinkhorn`.
         a, b, epsilon, num_iters, tol, row_mask, column_mask, marginal_penalty, init: as in :func:`sinkhorn`.
         annealing: as in :func:`sinkhorn`; it starts from a bound on the costs: 2 for ``"cosine"``, the largest (|x| + |y|)^2

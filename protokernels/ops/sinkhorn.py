@@ -84,7 +84,8 @@ def sinkhorn(
     Half precision is computed and returned in float32, also under autocast. Second derivatives: reference backend only.
 
     Args:
-        cost: any strides, any range; +inf forbids a pair; N, M >= 1, B may be 0. One problem [N, M] gives results without the batch.
+        cost: any strides; +inf forbids a pair; in float32 best between 1e-15 and 1e15 (divide costs and epsilon by one number; the plan
+            stays), or gradients may overflow or vanish; N, M >= 1, B may be 0. One problem [N, M] gives results without the batch.
         a: masses of the rows, >= 0; zero: the row is absent. Default: equal masses with the total 1 over what the mask leaves.
         b: masses of the columns; their total must be that of a (within 1e-4) unless ``marginal_penalty`` is given.
         epsilon: regularisation in units of cost: a number, or a tensor with one element or [B]. The default suits costs of order 1.
