@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import protokernels
-from protokernels import sinkhorn
-from python_tests.places import PLACES, Place
+from protokernels import backend, sinkhorn
+from python_tests.places import PLACES, Place, needs_native
 from python_tests.sinkhorn_oracle import SIZES, check, draw, inputs, solve_batch
 
 EPSILONS = (0.5, 0.05, 0.005)
@@ -140,6 +140,16 @@ class TestValue:
         plan = sinkhorn(cost, epsilon=0.3, num_iters=400).plan
         s = math.exp(0.8 / 0.6)
         assert float(plan[0, 0]) == pytest.approx(s / (2 * (1 + s)), rel=1e-12)
+
+    @pytest.mark.parametrize("code", [pytest.param("native", marks=needs_native), "reference"])
+    def test_a_large_penalty_is_no_noise(self, code: Any) -> None:
+        """rho (q log(q / a) - q + a), whose terms cancel. On a CPU; a GPU rounds it to 1e-7 rho."""
+        cost, a, b = draw(2, 5, 6)
+        options: dict[str, Any] = {"epsilon": 0.5, "num_iters": 100, "marginal_penalty": 1e6}
+        with backend.use(code):
+            found = sinkhorn(cost.float(), a.float(), b.float(), **options).entropic_value
+            expected = sinkhorn(cost.double(), a.double(), b.double(), **options).entropic_value
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
     def test_a_large_epsilon_gives_the_product(self, place: Place) -> None:
         cost, a, b = (x.to(place.device) for x in draw(3, 9, 12))

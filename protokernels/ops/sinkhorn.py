@@ -95,6 +95,7 @@ def sinkhorn(
         row_mask: True where a row is present; the result is that of the problem without the others. Masses given are not rescaled.
         column_mask: the same for columns.
         marginal_penalty: rho, or (rho_a, rho_b): marginals may be missed at the price rho KL(P 1 | a) instead of being exact (None).
+            On a GPU that price is rounded, in float32 to about 1e-7 rho: for a rho far above the costs take None or float64.
         init: potential g to start from, such as that of an earlier result; no gradient. n iterations from g continue those that led to it;
             -inf (a column that was absent there) counts as 0.
         annealing: factor in (0, 1): beforehand, one iteration each at epsilons falling by it from the range of the costs (or 10^4 epsilon)

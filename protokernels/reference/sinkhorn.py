@@ -173,7 +173,8 @@ def _solution(
     value = transport_cost + epsilon.squeeze(1) * (plan * (log_plan - 1)).sum((1, 2))
     for r, marginal, mass in ((rho[0], plan.sum(2), a), (rho[1], plan.sum(1), b)):
         if r != math.inf:
-            value = value + r * _kl(marginal, mass)
+            # in float64: beside equal masses the terms cancel, and a penalty may be large
+            value = value + (r * _kl(marginal.double(), mass.double())).to(value.dtype)
     return Solution(_times(epsilon, u), _times(epsilon, v), transport_cost, value, error.detach(), iterations, feasible)
 
 
