@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -27,13 +27,13 @@ from .commands import (
 from .papers import PAPERS
 from .results import Format, Job, Outcome, ResultTable, Row, Score, rendered, run_jobs
 from .results.fields import as_record, changed, completed, field_name, field_value, named_values
-from .results.jobs import differing, is_main_process
+from .results.jobs import SharedData, differing, is_main_process
 from .results.scores import main_scores
 from .results.tables import literal
 from .tables import papers_with_a_table, table_of
 from .training import RunFolderError
 from .training.files import exclusive, make_folder, read_json, write_json
-from .training.runs import RunSettings, resuming
+from .training.runs import RunSettings, load_runs, resuming
 
 SUMMARY = "sweep.json"
 BASE = "base"  # folder of the configuration that all start from, where a value is its own
@@ -214,7 +214,7 @@ def run_sweep(
 
     Raises:
         RunFolderError: the folder holds a sweep, and ``settings.resume`` is false or the sweep starts from another
-            configuration, or has points of other seeds.
+            configuration, or has points of other seeds or of other data.
     """
     folder = new_folder(options.out, name, config, "sweep", SUMMARY, resume=settings.resume)
     head = {"paper": name, "data": config.data, "preset": config.preset_name, "config": as_record(config)}
@@ -228,6 +228,7 @@ def run_sweep(
     make_folder(folder, parents=True)
     seeds = settings.seeds
     note(folder, paper.CONFIG, head, seeds, [])  # another configuration is noticed before anything is trained
+    check_earlier(folder, name, paper, jobs, options.data_root, settings)
 
     def after(job: Job, results: dict[str, Any]) -> None:
         kept = {key: results[key] for key in ("seeds", "complete", "splits")}
@@ -245,6 +246,19 @@ def run_sweep(
         after=after,
     )
     return folder, outcome
+
+
+def check_earlier(
+    folder: Path, name: str, paper: Any, jobs: Collection[str], data_root: Path | None, settings: RunSettings
+) -> None:
+    """``RunFolderError`` where a point in ``sweep.json`` that is not swept now, but shown beside the others, is of other data."""
+    path = folder / SUMMARY
+    data = SharedData(data_root)
+    for point in read_json(path)["points"] if path.exists() else []:
+        place = folder / point["folder"]
+        if point["folder"] not in jobs and (place / "config.json").exists():
+            config = load_runs(place)[0].config_as(paper.CONFIG)
+            data.check(Job(point["folder"], name, paper, config, place, settings))
 
 
 def note(

@@ -25,6 +25,7 @@ from protokernels.data import (
 from protokernels.data.content import content_md5
 from protokernels.papers import local_contrast, optimized_views, vaesim
 from protokernels.results import Job, run_jobs
+from protokernels.sweeps import SweepOptions, points_of, run_sweep
 from protokernels.training import RunFolder, RunFolderError
 from protokernels.training.runs import RunSettings, check_same_data
 from protokernels.training.scoring import evaluation_splits
@@ -212,11 +213,39 @@ class TestJobs:
         paper = self.Paper()
         assert not run_jobs(self.jobs(paper, tmp_path)).failed and paper.loaded == 1  # of both
         paper.data = dataset(images=images(2).images)
-        outcome = run_jobs(self.jobs(paper, tmp_path))
-        assert list(outcome.failed) == ["a", "b"] and "was begun with other data" in outcome.failed["a"]
+        (tmp_path / "a").rename(tmp_path / "elsewhere")
+        with pytest.raises(RunFolderError, match="b was begun with other data"):
+            run_jobs(self.jobs(paper, tmp_path))
+        assert not (tmp_path / "a").exists()  # nothing was trained that would stand beside it
+        (tmp_path / "elsewhere").rename(tmp_path / "a")
         assert not run_jobs(self.jobs(paper, tmp_path), keep_finished=True).failed
         paper.data = dataset()
         assert not run_jobs(self.jobs(paper, tmp_path)).failed
+
+    def test_a_run_that_is_not_finished_fails_alone(self, tmp_path: Path) -> None:
+        paper = self.Paper()
+        run_jobs(self.jobs(paper, tmp_path)[:1])
+        (tmp_path / "a" / "results.json").unlink()
+        paper.data = dataset(images=images(2).images)
+        outcome = run_jobs(self.jobs(paper, tmp_path))
+        assert list(outcome.failed) == ["a"] and "was begun with other data" in outcome.failed["a"]
+
+    def test_a_sweep_has_no_points_of_other_data(self, tmp_path: Path) -> None:
+        paper, options = self.Paper(), SweepOptions(out=tmp_path)
+        settings = RunSettings(resume=True, quiet=True, device="cpu")
+
+        def sweep(epochs: int) -> None:
+            points = points_of(Config(), {"epochs": [epochs]}, grid=False)
+            run_sweep(paper, "brightness", Config(), points, options, settings)
+
+        sweep(1)
+        paper.data = dataset(images=images(2).images)
+        for epochs in (1, 2):  # the same point, and another one beside it
+            with pytest.raises(RunFolderError, match="epochs-1 was begun with other data"):
+                sweep(epochs)
+        assert not (tmp_path / "epochs-2").exists()
+        paper.data = None  # not here any more: what is finished is shown
+        sweep(1)
 
     def test_finished_runs_do_not_need_their_data(self, tmp_path: Path) -> None:
         paper = self.Paper()

@@ -161,6 +161,14 @@ class TestRows:
         runs = find_finished([tmp_path / "a", tmp_path / "c"], ["vaesim"])
         with pytest.raises(ValueError, match=r"different configurations \(epochs\)"):
             grouped(runs, lambda run: ())
+        for seed in (2, 3):
+            path = write_run(tmp_path / str(seed), "vaesim", {}, vaesim_splits(0.5), seed=seed) / "environment.json"
+            path.write_text(json.dumps({"data": {"md5s": {"made.npz": str(seed)}}}))
+        runs = find_finished([tmp_path / "a", tmp_path / "2", tmp_path / "3"], ["vaesim"])
+        with pytest.raises(
+            ValueError, match=r"2 and .*3 hold runs of different data \(made\.npz\) and would be one row"
+        ):
+            grouped(runs, lambda run: ())
 
     def test_configurations_may_be_completed(self, tmp_path: Path) -> None:
         write_run(tmp_path / "old", "made", {}, {"test": {}})

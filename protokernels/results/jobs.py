@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import DataError
 from ..training.files import exclusive, make_folder
 from ..training.lost_processes import ProcessLostError
 from ..training.run_folder import RunFolder, RunFolderError
@@ -71,7 +70,7 @@ def run_jobs(
 
     The same command may run several times at once, on one machine or over a shared file system with locks: every job is
     done by one of them. A job that fails is named in the outcome, and the next one begins; only an interruption stops all.
-    So is one that was begun with other data, also where it is finished, unless the data is not here to be looked at.
+    So is one that was begun with other data and is not finished.
 
     Args:
         jobs: see :class:`Job`.
@@ -83,11 +82,15 @@ def run_jobs(
         after: called with every job that is finished now, and what its ``train`` returns.
 
     Raises:
-        RunFolderError: before anything is trained: a folder holds another configuration than its job's.
+        RunFolderError: before anything is trained: a folder holds another configuration than its job's, or a finished run of other
+            data, whose results would stand beside those of the data that are here now.
     """
     check_folders(jobs, keep_finished=keep_finished)
     outcome = Outcome(again=again)
-    data = _Data(data_root)
+    data = SharedData(data_root)
+    if not keep_finished:
+        for job in jobs:
+            data.check(job)
     for job in jobs:
         make_folder(job.folder.parent, parents=True)
         lock = job.folder.with_name(f"{job.folder.name}.lock")
@@ -97,8 +100,6 @@ def run_jobs(
                 continue
             try:
                 if is_finished(job):
-                    if is_main_process() and not keep_finished:
-                        data.check(job)
                     results = {**read_summary(job.folder), "folder": str(job.folder)} if is_main_process() else {}
                 else:
                     if is_main_process():
@@ -124,7 +125,7 @@ def run_jobs(
     return outcome
 
 
-class _Data:
+class SharedData:
     """The data of one job after the other; equal data is loaded once."""
 
     def __init__(self, data_root: Path | None) -> None:
@@ -143,11 +144,13 @@ class _Data:
         return self.dataset
 
     def check(self, job: Job) -> None:
-        """``RunFolderError`` where the job, which is finished, was begun with other data. Its results can be used where the data is
+        """``RunFolderError`` where the job is finished and was begun with other data. Its results can be used where the data is
         not, or not any more."""
         try:
+            if not is_finished(job):
+                return
             dataset = self.of(job)
-        except (DataError, ImportError, OSError):
+        except (ValueError, ImportError, OSError):  # broken results are reported when their run is reached
             return
         _experiment(job).check_data(job.folder, job.config, dataset)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.files import exclusive, make_folder, read_json, write_bytes
+from ..training.runs import changed_data
 from ..training.summary import summarize_runs
 from .finished import FinishedRun
 
@@ -24,7 +25,7 @@ def grouped(
     """The runs of each key, by seed; ``config_of`` gives the configuration in which they have to agree.
 
     Raises:
-        ValueError: runs of one key have different configurations, or the same seed.
+        ValueError: runs of one key have different configurations or data, or the same seed.
     """
     groups: dict[tuple[Any, ...], dict[int, FinishedRun]] = {}
     for run in runs:
@@ -35,6 +36,11 @@ def grouped(
                 raise ValueError(
                     f"{other.path} and {run.path} hold runs of different configurations ({', '.join(differing)}) and would "
                     "be one row; collect them apart"
+                )
+            if changed := changed_data(*(each.environment.get("data") or {} for each in (other, run))):
+                raise ValueError(
+                    f"{other.path} and {run.path} hold runs of different data ({', '.join(changed)}) and would be one row; collect "
+                    "them apart"
                 )
         if run.seed in group:
             raise ValueError(

@@ -11,7 +11,7 @@ import json
 import shlex
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -167,19 +167,23 @@ def _train_seeds(
 def check_same_data(run: RunFolder, provenance: dict[str, Any]) -> None:
     """``RunFolderError`` where the files or the values that the run began with are others now. What an older version has not
     written down is not compared."""
-    before, now = run.environment().get("data") or {}, provenance
+    if changed := changed_data(run.environment().get("data") or {}, provenance):
+        files = ", ".join(f"{name} has md5 {now}, then {then}" for name, (now, then) in changed.items())
+        raise RunFolderError(
+            f"{run.path} was begun with other data: {files}; put the data back, or train anew in another folder"
+        )
+
+
+def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """What has another md5 in the provenance ``now`` than in ``before``: its md5 now and then. Files, or where none has, the values."""
     then, new = before.get("md5s") or {}, now.get("md5s") or {}
     changed = {name: (new[name], then[name]) for name in sorted(then.keys() & new.keys())}
     for name, key in (("the folder of volumes", "md5"), ("the data set in memory", "content_md5")):
         if before.get(key) and now.get(key):
             changed[name] = (now[key], before[key])
     changed = {name: pair for name, pair in changed.items() if len(set(pair)) == 2}
-    if changed:
-        files = [name for name in changed if name in new] or list(changed)[:1]
-        raise RunFolderError(
-            f"{run.path} was begun with other data: {', '.join('{} has md5 {}, then {}'.format(name, *changed[name]) for name in files)}; "
-            "put the data back, or train anew in another folder"
-        )
+    named = [name for name in changed if name in new] or list(changed)[:1]
+    return {name: changed[name] for name in named}
 
 
 def update_results(
