@@ -77,6 +77,9 @@ class TestRun:
         assert results["stages"]["global"]["images"] == 12 * 8 and results["stages"]["local"]["images"] == 3 * 8
         for stage in results["stages"].values():
             assert stage["steps"] >= 6 and stage["last_epoch"]["loss"] > 0
+        for name in ("global", "local"):  # a run that is moved finds them
+            assert (trained / results["stages"][name]["folder"]).parent == trained / "stages"
+            assert not Path(results["stages"][name]["folder"]).is_absolute()
         metrics = RunFolder.open(trained).metrics()
         assert sum("val_dice" in line for line in metrics) == 2 and "val_dice" in metrics[-1]
 

@@ -35,12 +35,15 @@ def draw_curves(folder: Path, run: RunFolder, stages: Mapping[str, Mapping[str, 
     Args:
         folder: of the pictures.
         run: of the last stage.
-        stages: of the results: stage -> ``"folder"``, where it is not the run's own.
+        stages: of the results: stage -> ``"folder"``, where it is not the run's own, as seen from that.
         title: of the pictures.
     """
     paths = []
     for name, stage in stages.items():
-        metrics = (RunFolder(stage["folder"]) if "folder" in stage else run).metrics()
+        place = run.path / stage.get("folder", "")
+        if not place.exists():
+            place = Path(stage["folder"])  # of an earlier version: as seen from the working folder
+        metrics = RunFolder(place).metrics()
         if metrics:
             curves = [key for key in {key: None for line in metrics for key in line} if key not in ("epoch", "seconds")]
             figure = loss_curves(metrics, curves, title=f"{title}: {_TITLES[name]}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,9 @@ class Stages:
             count: number of images.
             stage: epochs and so on.
             loop: the epochs and steps.
+
+        Returns:
+            Epochs, steps and so on, and ``"folder"``, the stage's as seen from the run's.
         """
         record = {
             "stage": name,
@@ -181,7 +185,7 @@ class Stages:
             self.accelerator.wait_for_everyone()
             session = self._session(run, name, model, count, stage, resume=True)
             loop(session)
-        return {**_summary(run, session), "folder": str(run.path)}
+        return {**_summary(run, session), "folder": os.path.relpath(run.path, self.run.path)}  # both may be moved
 
     def last(
         self, name: str, model: nn.Module, count: int, stage: StageSettings, loop: Callable[[Session], None]
