@@ -89,6 +89,17 @@ class TestFiles:
         assert [text.get_text() for text in figure.legends[0].get_texts()] == [name, "b"]
 
 
+def test_a_title_wider_than_its_figure_is_all_there(tmp_path: Path) -> None:
+    figure = image_grid(
+        torch.zeros(2, 1, 8, 8), title="mine: decoded prototypes, with the most frequent class and number of members"
+    )
+    save_figure(figure, tmp_path / "a.png")
+    figure.draw_without_rendering()
+    title = figure.texts[0].get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.x1 and title.y1 <= figure.bbox.y1
+    assert figure.axes[0].get_window_extent().y1 <= title.y0
+
+
 class TestLegends:
     """matplotlib leaves labels that begin with an underscore out of a legend."""
 
@@ -131,8 +142,9 @@ class TestGrids:
         for (x, y), text in zip(corners(figure), figure.axes[0].texts, strict=True):
             assert text.xy == (x + 7.5, y - 0.5)
 
-    def test_captions_do_not_touch_the_images(self) -> None:
-        figure = image_grid(torch.zeros(23, 1, 28, 28), title="t", captions=["gq|"] * 23)
+    @pytest.mark.parametrize("caption", ["gq|", "gq|\ngq|"])
+    def test_captions_do_not_touch_the_images(self, caption: str) -> None:
+        figure = image_grid(torch.zeros(23, 1, 28, 28), title="t", captions=[caption] * 23)
         figure.draw_without_rendering()
         axes = figure.axes[0]
         boxes = [text.get_window_extent() for text in axes.texts]
@@ -170,6 +182,15 @@ class TestCurvesAndHeatmap:
         assert figure.axes[0].lines[0].get_marker() == "."
         with pytest.raises(ValueError, match="no metrics"):
             loss_curves([], ["loss"], title="t")
+
+    def test_epochs_and_prototypes_are_whole_numbers(self) -> None:
+        curves = loss_curves([{"epoch": 1, "loss": 0.5}], ["loss", "of another phase"], title="t")
+        assert [axes.get_title() for axes in curves.axes if axes.axison] == ["loss"]
+        for figure in (curves, similarity_heatmap(torch.eye(3), title="t")):
+            figure.draw_without_rendering()
+            low, high = figure.axes[0].get_xlim()
+            shown = [tick for tick in figure.axes[0].get_xticks() if low <= tick <= high]
+            assert shown and all(tick == int(tick) for tick in shown)
 
     def test_heatmap_is_cosine_similarity(self) -> None:
         figure = similarity_heatmap(torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]), title="t")

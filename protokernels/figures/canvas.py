@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,22 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     make_folder(path.parent, parents=True)
     for text in figure.findobj(Text):
         text.set_parse_math(False)
+    _fold_titles(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     write_bytes(path, buffer.getvalue())
     return path
+
+
+def _fold_titles(figure: Figure) -> None:
+    """Puts a title that is wider than its figure on several lines; matplotlib's own wrapping takes a dollar for a formula."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for title in figure.texts:
+        share = figure.bbox.width / max(1.0, title.get_window_extent(renderer).width)
+        if share < 1:
+            lines = title.get_text().split("\n")
+            letters = max(1, int(0.95 * share * max(map(len, lines))))
+            title.set_text("\n".join(textwrap.fill(line, letters) for line in lines))
 
 
 def as_pixels(image: Tensor) -> np.ndarray:  # [C, H, W] in [0, 1] -> [H, W] or [H, W, 3]

@@ -15,7 +15,7 @@ from .canvas import new_figure
 def loss_curves(
     metrics: Sequence[dict[str, Any]], names: Sequence[str], *, title: str, boundary: float | None = None
 ) -> Figure:
-    """One panel per metric, from the lines of ``metrics.jsonl``; a dotted line at the epoch ``boundary``, between phases.
+    """One panel per metric that the lines of ``metrics.jsonl`` have; a dotted line at the epoch ``boundary``, between phases.
 
     Raises:
         ValueError: there are no lines.
@@ -24,6 +24,7 @@ def loss_curves(
         raise ValueError(
             "loss_curves: there are no metrics to draw; expected at least one finished epoch in metrics.jsonl"
         )
+    names = [name for name in names if any(name in line for line in metrics)]
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = new_figure(3.2 * columns, 2.2 * rows + 0.4)
@@ -44,6 +45,6 @@ def loss_curves(
         axes.set_title(name.replace("_", " "), fontsize=9)
         axes.set_xlabel("epoch", fontsize=8)
         axes.tick_params(labelsize=7)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
         axes.grid(alpha=0.3)
     return figure

@@ -17,7 +17,7 @@ from .canvas import as_pixels, new_figure
 _GAP = 0.06
 """Between images, in widths of one."""
 _CAPTION = 0.2
-"""Height of a caption, likewise."""
+"""Height of a line of a caption, likewise."""
 
 
 def image_grid(
@@ -33,7 +33,7 @@ def image_grid(
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
     tall = images.shape[-2] / images.shape[-1]
-    figure = new_figure(max(4.0, 0.85 * columns), 0.85 * rows * (tall + (_CAPTION if captions else 0)) + 0.4)
+    figure = new_figure(max(4.0, 0.85 * columns), 0.85 * rows * (tall + _CAPTION * _lines(captions or ())) + 0.4)
     figure.suptitle(title, fontsize=10)
     size = 6 if captions and max(map(len, captions)) > 10 else 7
     tiles = [as_pixels(image) for image in images]
@@ -80,6 +80,11 @@ def labelled_rows(
     return figure
 
 
+def _lines(captions: Sequence[str]) -> int:
+    """Of the caption that has most."""
+    return max((caption.count("\n") + 1 for caption in captions), default=0)
+
+
 def _draw_tiles(
     axes: Axes,
     tiles: Sequence[np.ndarray],  # [H, W] or [H, W, 3] each
@@ -92,7 +97,7 @@ def _draw_tiles(
     height, width = tiles[0].shape[:2]
     gap = max(1, round(_GAP * width))
     # captions of the first row stand outside of the picture
-    above = round(_CAPTION * width) if len(captions) > columns else 0
+    above = round(_CAPTION * _lines(captions) * width) if len(captions) > columns else 0
     down, right = height + gap + above, width + gap
     rows = -(-len(tiles) // columns)
     picture = np.ones((rows * down - gap - above, columns * right - gap, 3), dtype=np.float32)

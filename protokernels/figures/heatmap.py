@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .canvas import new_figure
@@ -20,5 +21,7 @@ def similarity_heatmap(prototypes: Tensor, *, title: str) -> Figure:  # [K, D]
     axes.set_xlabel("prototype", fontsize=8)
     axes.set_ylabel("prototype", fontsize=8)
     axes.tick_params(labelsize=7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.colorbar(picture, ax=axes, shrink=0.85).set_label("cosine similarity", fontsize=8)
     return figure

@@ -39,7 +39,7 @@ def transport_maps(
             _mark(axes[0], position, side, first.shape[-1], str(number))
             place = partners[index, position]
             row = plans[index, position]
-            heading = f"mass of {number}: {100 * float(row.sum()):.2g} %"
+            heading = f"mass of {number}: {100 * float(row.sum()):.3g} %"
             _overlay(axes[number], second[index], row.reshape(side, side), heading)
             if torch.isfinite(place).all():
                 down, across = (place * second.shape[-1] - 0.5).tolist()
