@@ -36,6 +36,22 @@ def train_tiny(folder: Path, config: ContrastiveAutoencoderConfig = TINY, **sett
     return results
 
 
+def train_interrupted(monkeypatch: pytest.MonkeyPatch, stop_at: int, *arguments: Any, **settings: Any) -> None:
+    """:func:`train_tiny` with the arguments, stopped after so many steps."""
+    record, calls = Session.record, []
+
+    def interrupting(self: Session, step: Any, **values: Any) -> None:
+        record(self, step, **values)
+        calls.append(step)
+        if len(calls) == stop_at:
+            self._signal = 2
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "record", interrupting)
+        with pytest.raises(Interrupted):
+            train_tiny(*arguments, **settings)
+
+
 def final_model(folder: Path) -> dict[str, torch.Tensor]:
     state = RunFolder(folder).checkpoints.load()
     assert state is not None
@@ -79,18 +95,7 @@ class TestRuns:
         self, whole: Path, stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Stopped in the middle of phase 1, between the phases, and in the middle of phase 2; 1,259 images are two steps an epoch."""
-        record, calls = Session.record, []
-
-        def interrupting(self: Session, step: Any, **values: Any) -> None:
-            record(self, step, **values)
-            calls.append(step)
-            if len(calls) == stop_at:
-                self._signal = 2
-
-        monkeypatch.setattr(Session, "record", interrupting)
-        with pytest.raises(Interrupted):
-            train_tiny(tmp_path / "cut")
-        monkeypatch.undo()
+        train_interrupted(monkeypatch, stop_at, tmp_path / "cut")
         held = final_model(tmp_path / "cut")
         assert ("prototypes" in held) == (stop_at == 5)
         with pytest.raises(RunFolderError, match="--resume"):
@@ -105,18 +110,7 @@ class TestRuns:
         """The layers that phase 2 adds lie in memory as all others do, whether they are added or read from a checkpoint."""
         config = replace(TINY, seed_channels=16)
         train_tiny(tmp_path / "whole", config, precision="bf16")
-        record, calls = Session.record, []
-
-        def interrupting(self: Session, step: Any, **values: Any) -> None:
-            record(self, step, **values)
-            calls.append(step)
-            if len(calls) == 5:
-                self._signal = 2
-
-        monkeypatch.setattr(Session, "record", interrupting)
-        with pytest.raises(Interrupted):
-            train_tiny(tmp_path / "cut", config, precision="bf16")
-        monkeypatch.undo()
+        train_interrupted(monkeypatch, 5, tmp_path / "cut", config, precision="bf16")
         train_tiny(tmp_path / "cut", config, precision="bf16", resume=True)
         assert_same_bits(tmp_path / "whole", tmp_path / "cut")
 
