@@ -170,6 +170,26 @@ class TestValue:
         (grad,), (other,) = torch.autograd.grad(found, y), torch.autograd.grad(expected, y)
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.parametrize(
+        ("x", "y", "a", "b", "epsilon"),
+        [
+            ([0.6, 2.5, 4.3], [2.8, 2.5, 1.7], [0.2, 0.3, 0.5], [1.0, 1e-15, 1e-18], 0.01),
+            ([3.0, 1.0], [0.0, 1.0], [1.0, 1e-20], [0.5, 0.5], 0.02),  # a scale of 1e-40 and its sum of 1e20
+        ],
+    )
+    def test_masses_far_apart(
+        self, place: Place, x: list[float], y: list[float], a: list[float], b: list[float], epsilon: float
+    ) -> None:
+        """Half-steps that sum scales and half-steps in logarithms take turns."""
+        points = [torch.tensor(t, device=place.device).view(1, -1, 1) for t in (x, y)]
+        masses = [torch.tensor(t, device=place.device).view(1, -1) for t in (a, b)]
+        cost = plain_cost(points[0].double(), points[1].double(), "sqeuclidean")
+        for num_iters in range(1, 9):
+            result = sinkhorn_features(*points, *masses, cost="sqeuclidean", epsilon=epsilon, num_iters=num_iters)
+            dense = sinkhorn(cost, masses[0].double(), masses[1].double(), epsilon=epsilon, num_iters=num_iters)
+            torch.testing.assert_close(result.f.double(), dense.f, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(result.g.double(), dense.g, rtol=1e-5, atol=1e-5)
+
     def test_half_precision_and_mixed_types(self, place: Place) -> None:
         x, y, a, b = (t.to(place.device) for t in clouds(2, 9, 12, 5, torch.float32))
         for dtype in (torch.bfloat16, torch.float16):

@@ -136,6 +136,11 @@ def sinkhorn(n: int, dtype: torch.dtype) -> Results:
     found += with_gradients(
         lambda x, y: protokernels.sinkhorn_features(x, y, epsilon=0.5, num_iters=20, cost="cosine").entropic_value, x, y
     )
+    points, others = torch.tensor([[0.6], [2.5], [4.3]], dtype=dtype), torch.tensor([[2.8], [2.5], [1.7]], dtype=dtype)
+    masses = torch.tensor([0.2, 0.3, 0.5], dtype=dtype), torch.tensor([1, 1e-15, 1e-18], dtype=dtype)
+    found += solution(  # a step that sums scales is followed by one in logarithms
+        protokernels.sinkhorn_features(points, others, *masses, epsilon=0.01, num_iters=3, cost="sqeuclidean")
+    )
     return found + with_gradients(
         lambda x, y: protokernels.sinkhorn_divergence(x, y, epsilon=5.0, num_iters=20),
         x.mT.contiguous(),

@@ -34,7 +34,8 @@ struct CloudSolver {
     const T* const g_init = p.g_init ? static_cast<const T*>(p.g_init) + b * p.M : nullptr;
     for (int64_t j = 0; j < pair.y.padded; ++j)
       pair.y.potential[j] = pair.y.active[j] == T(0) ? -INFINITE<T> : g_init ? g_init[j] * pair.inverse_epsilon : T(0);
-    std::fill(pair.x.potential, pair.x.potential + pair.x.padded, -INFINITE<T>);
+    // Steps exchange the two; behind the last point both stay absent.
+    for (T* potential : {pair.x.potential, pair.x.scratch}) std::fill(potential, potential + pair.x.padded, -INFINITE<T>);
   }
 
   static void read_masses(Cloud<T>& cloud, const T* source) {
@@ -96,7 +97,8 @@ struct CloudSolver {
         x.scratch[i] = lambda_a * (x.log_mass[i] - log_sum);
         weights[i - begin] = lambda_a == T(1) ? x.mass[i] / r : std::exp(x.scratch[i] - shift);
         totals[0] += balanced ? std::abs(x.mass[i] * r - x.mass[i]) : std::abs(x.scratch[i] - x.potential[i]) * x.mass[i];
-        if (r < TRUSTED_SUM<T> || r > LARGEST_SUM<T>) totals[1] += 1;
+        const bool vanishes = weights[i - begin] < std::numeric_limits<T>::min();  // and what it weighs, which may be large, would be lost
+        if (r < TRUSTED_SUM<T> || r > LARGEST_SUM<T> || vanishes) totals[1] += 1;
         totals[2] = std::max(totals[2], static_cast<double>(weights[i - begin]));
       }
       for (int64_t i = 0; i < end - begin; i += ROWS) {
@@ -116,7 +118,7 @@ struct CloudSolver {
     T smallest = INFINITE<T>, largest = 0;
     for (int64_t j = 0; j < y.count; ++j)
       if (y.active[j] != T(0)) smallest = std::min(smallest, pair.partial[j]), largest = std::max(largest, pair.partial[j]);
-    return totals[1] == 0 && !(smallest < TRUSTED_SUM<T> * totals[2]) && !(largest > LARGEST_SUM<T>);
+    return totals[1] == 0 && !(smallest < TRUSTED_SUM<T> * std::max(totals[2], 1.0)) && !(largest > LARGEST_SUM<T>);
   }
 
   double lost_columns() const {
