@@ -220,6 +220,19 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 class TestContract:
+    def test_images_of_nearly_the_most_pixels(self) -> None:
+        """None of them is there, so no memory is."""
+        wide, eye = torch.empty(0, 1, 30000, 30000), torch.empty(0, 2, 3)
+        assert affine_warp(wide, eye, size=(2, 2)).shape == (0, 1, 2, 2) and rotate(wide, 0.0).shape == wide.shape
+        for short in (
+            torch.empty(0, 1, 2**27, 1),
+            torch.empty(0, 1, 2**26, 13),
+        ):  # with what is around them more than 2^31
+            with pytest.raises(RuntimeError, match="fewer rows where these are short"):
+                affine_warp(short, eye, size=(2, 2))
+            with pytest.raises(RuntimeError, match="fewer rows where these are short"):
+                rotate(short, 0.0)
+
     @pytest.mark.parametrize("name", WRONG)
     def test_wrong_arguments_are_refused_with_advice(self, name: str) -> None:
         call, kind, message = WRONG[name]

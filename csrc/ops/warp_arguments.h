@@ -16,7 +16,18 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int32_t ALL_STAGES = (1 << WARP_STAGES) - 1;
-constexpr int64_t MOST_PIXELS = int64_t{1} << 30;  // of a plane or a volume: kernels count them in 32 bits, margins included
+constexpr int64_t MOST_PIXELS = int64_t{1} << 30;  // of a plane or a volume, and of a side
+
+inline double product(int64_t a, int64_t b, int64_t c) {
+  return static_cast<double>(a) * static_cast<double>(b) * static_cast<double>(c);
+}
+
+// Whether a plane or a volume has fewer, and its copy inside the CPU kernels, with two pixels more on every side and rows of whole vectors, can be
+// counted in 32 bits.
+inline bool is_countable(int64_t depth, int64_t height, int64_t width, bool volume) {
+  constexpr double most = static_cast<double>(MOST_PIXELS);
+  return product(depth, height, width) < most && product(volume ? depth + 4 : 1, height + 4, (width + 4 + 15) / 16 * 16) < 2 * most;
+}
 
 inline const void* checked(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
   bool fits = tensor.dim() == static_cast<int64_t>(sizes.size()) && tensor.is_contiguous() && tensor.scalar_type() == type;
@@ -38,7 +49,8 @@ inline void fill_problem(WarpProblem& p, const Tensor& images, const Tensor& par
                          double sigma_max, double noise_std, double crop_size, double sharpness, int64_t padding) {
   STD_TORCH_CHECK(images.dim() == 4 && images.is_contiguous(), "warp: images must be contiguous [B, C, H, W]");
   p.B = images.size(0), p.C = images.size(1), p.H = images.size(2), p.W = images.size(3);
-  STD_TORCH_CHECK(p.W == 0 || p.H < MOST_PIXELS / p.W, "warp: a plane must have fewer than 2^30 pixels");
+  STD_TORCH_CHECK(std::max(p.H, p.W) < MOST_PIXELS && is_countable(1, p.H, p.W, false),
+                  "warp: a plane must have fewer than 2^30 pixels, and fewer rows where these are short");
   p.images = images.data_ptr(), p.kind = kind_of(images, "images"), p.double_compute = p.kind == Kind::f64;
   p.params = checked(params, "params", compute_type(p.double_compute), {p.B, WARP_PARAMS});
   p.enabled = enabled ? static_cast<const int32_t*>(checked(*enabled, "enabled", ScalarType::Int, {p.B})) : nullptr;
@@ -115,14 +127,14 @@ inline void fill_affine(WarpAffineProblem& p, const Tensor& images, const Tensor
   STD_TORCH_CHECK((p.dims == 2 || p.dims == 3) && images.is_contiguous() && out_dims == p.dims && padding >= 0 && padding <= 2,
                   "warp: images must be contiguous [B, C, H, W] or [B, C, D, H, W], size two or three numbers, padding 0 to 2");
   p.B = images.size(0), p.C = images.size(1);
-  int64_t pixels_in = 1, pixels_out = 1;
   for (int k = 0; k < 3; ++k) {
     const int axis = k - (3 - p.dims);
     p.in[k] = axis < 0 ? 1 : images.size(axis + 2), p.out[k] = axis < 0 ? 1 : out[axis];
     STD_TORCH_CHECK(p.out[k] >= 0 && p.in[k] < MOST_PIXELS && p.out[k] < MOST_PIXELS, "warp: a side must have fewer than 2^30 pixels");
-    pixels_in = std::min(MOST_PIXELS, pixels_in * (p.in[k] + 4)), pixels_out = std::min(MOST_PIXELS, pixels_out * p.out[k]);
   }
-  STD_TORCH_CHECK(pixels_in < MOST_PIXELS && pixels_out < MOST_PIXELS, "warp: an image or volume must have fewer than 2^30 pixels");
+  const bool countable = is_countable(p.in[0], p.in[1], p.in[2], p.dims == 3);
+  STD_TORCH_CHECK(countable && product(p.out[0], p.out[1], p.out[2]) < static_cast<double>(MOST_PIXELS),
+                  "warp: an image or volume must have fewer than 2^30 pixels, and fewer rows where these are short");
   p.images = images.data_ptr(), p.kind = kind_of(images, "images"), p.double_compute = p.kind == Kind::f64;
   p.matrix = checked(matrix, "matrix", compute_type(p.double_compute), {p.B, p.dims, p.dims + 1});
   p.padding = static_cast<WarpAffinePadding>(padding);
