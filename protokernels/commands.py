@@ -79,7 +79,12 @@ def train(words: list[str]) -> int:
             settings=settings,
         )
     except WriteError as error:
-        raise WriteError(f"{error}; then the same command with --resume goes on from the last checkpoint") from error
+        more = (
+            "then the same command with --resume goes on from the last checkpoint"
+            if error.begun
+            else "or pass another --out"
+        )
+        raise WriteError(f"{error}; {more}") from error
     finally:
         leave_processes()
     if results:  # the main process

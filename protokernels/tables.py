@@ -32,6 +32,7 @@ from .results import (
     run_jobs,
     update_rows,
 )
+from .results.before import check_computed, check_seeds
 from .results.fields import as_record, changed, completed, field_name, field_value, named_values
 from .results.finished import find_finished
 from .results.jobs import is_finished, is_main_process
@@ -314,6 +315,10 @@ def train_missing(
                 f"no run of the table has {axis} {value}; it has some of {known}, but not all combinations"
             )
     jobs = [job for _, job in made]
+    check_seeds(described, folder, jobs, complete_config, data_root=options.data_root, keep_finished=options.keep)
+    if not options.keep:
+        made_once = [values for values in combinations if values.get("preset") in described.computed]
+        check_computed({computed_file(folder, values): values["data"] for values in made_once}, options.data_root)
     if is_main_process() and jobs:
         done = 0
         for job in jobs:
@@ -327,7 +332,7 @@ def train_missing(
     if is_main_process():
         for values in combinations:
             compute = described.computed.get(values.get("preset", ""))
-            path = folder / COMPUTED / f"{Path(values['data']).stem}-{values.get('preset')}.json"
+            path = computed_file(folder, values)
             if compute is not None and not path.exists():
                 make_folder(path.parent, parents=True)
                 with exclusive(path.with_suffix(".lock")):
@@ -364,6 +369,11 @@ def job_of(described: PaperTable, values: Values, seed: int, folder: Path, optio
                 f"that out, and choose rows by --only {axis}=VALUE,VALUE"
             )
     return Job(str(place), recipe.module, module, config, folder / place, settings)
+
+
+def computed_file(folder: Path, values: Values) -> Path:
+    """Where the row of these values is kept, if it is one that needs no training."""
+    return folder / COMPUTED / f"{Path(values['data']).stem}-{values.get('preset')}.json"
 
 
 def computed_rows(folders: Sequence[Path]) -> list[ResultRow]:

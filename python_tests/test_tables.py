@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("tyro", reason="the commands need the extra protokernels[train]")
 
+from protokernels.data import load_dataset
 from protokernels.papers import PAPERS
 from protokernels.results import update_rows
 from protokernels.results.tables import is_rendered
@@ -312,6 +314,49 @@ class TestTraining:
         assert status == 1 and "epochs: 1 there, 2 now" in err and "--keep takes finished runs as they are" in err
         status, text, _ = run(*self.WORDS[:-4], "epochs=2", "--folder", tmp_path / "table", "--runs", 1, "--keep")
         assert status == 0 and " 2" in text  # both finished seeds count
+
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_a_row_of_two_configurations_or_data_is_refused_before_training(
+        self, keep: bool, run: Run, tmp_path: Path
+    ) -> None:
+        words = (*self.WORDS, "--folder", tmp_path, *["--keep"] * keep)
+        place = tmp_path / "vaesim-digits-fair"
+        assert run(*words, "--runs", 1)[0] == 0
+        status, _, err = run(*words, "--runs", 1, "--seed", 1, "--set", "latent_dim=3")
+        assert status == 1 and "seed-0 holds another run than" in err and "latent_dim: " in err and "3 now" in err
+        environment = json.loads((place / "seed-0" / "environment.json").read_text())
+        environment["data"]["content_md5"] = "0" * 32
+        (place / "seed-0" / "environment.json").write_text(json.dumps(environment))
+        status, _, err = run(*words, "--runs", 1, "--seed", 1)
+        assert status == 1 and "seed-0 was begun with other data" in err
+        status, _, err = run(*words, "--runs", 2)
+        assert status == 1 and "seed-0 was begun with other data" in err
+        assert not (place / "seed-1").exists()
+
+    def test_pixels_of_other_data_are_refused(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        data = load_dataset("digits")
+
+        def save(path: str, count: int) -> None:
+            Path(path).parent.mkdir(exist_ok=True)
+            parts = {"train": data.train, "test": data.test}
+            np.savez(path, **{f"{name}_images": part.images[:count] for name, part in parts.items()},
+                     **{f"{name}_labels": part.labels[:count] for name, part in parts.items()})  # fmt: skip
+
+        words = ("vaesim", "--preset", "pixels", "--folder", "table", "--data")
+        save("a/mine.npz", 60)
+        assert run(*words, "a/mine.npz")[0] == 0
+        save("a/mine.npz", 50)
+        status, out, err = run(*words, "a/mine.npz")
+        assert status == 1 and "mine-pixels.json was computed of other data" in err and not out
+        assert run(*words, "a/mine.npz", "--keep")[0] == 0
+        save("b/mine.npz", 60)
+        status, _, err = run(*words, "b/mine.npz")
+        assert status == 1 and "mine-pixels.json holds the row of a/mine.npz, not of b/mine.npz" in err
+        save("a/mine.npz", 60)
+        assert run(*words, "a/mine.npz")[0] == 0
+        Path("a/mine.npz").unlink()  # what was computed can be shown all the same
+        assert run(*words, "a/mine.npz")[0] == 0
 
     def test_pixels_need_no_training_and_are_computed_once(self, run: Run, tmp_path: Path) -> None:
         words = ("vaesim", "--data", "digits", "--preset", "pixels", "--folder", tmp_path, "--format", "markdown")

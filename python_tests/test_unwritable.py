@@ -54,6 +54,19 @@ def test_commands(
     assert ("new" if "--over" not in words else "runs/vaesim-digits-fair-sweep") in said
 
 
+def test_a_run_that_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is nothing to resume, and without --out a run before it would be taken."""
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main(["train", "vaesim", "--epochs", "1", "--out", str(tmp_path / "new")]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "new could not be written (Read-only file system): let its folder be written to; or pass another --out" in said
+    )
+    assert "--resume" not in said
+
+
 @pytest.mark.parametrize("what", ["a label volume", "rows", "a stage"])
 def test_functions(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volume = write_nifti(tmp_path / "v.nii", np.zeros((4, 4, 2), np.int16))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..data import load_dataset, to_tensor
+from ..data.content import content_md5
 from ..evaluation import classification_scores, knn_predict, linear_probe
 from ..results import Cell, FinishedRun, PaperTable, Recipe, ResultRow, ResultTable, Row, Score, Values
 from ..results.fields import completed
@@ -109,7 +110,7 @@ def pixels(data: str, data_root: Path | None, download: bool) -> ResultRow:
             key: {"mean": classification_scores(value, y[split], dataset.num_classes)["accuracy"], "std": None}
             for key, value in scores.items()
         }
-    return {"data": data, "preset": "pixels", "seeds": [0], "splits": splits}
+    return {"data": data, "preset": "pixels", "seeds": [0], "splits": splits, "content_md5": content_md5(dataset)}
 
 
 def values_of(entry: Mapping[str, Any], count: int) -> list[float]:

@@ -149,10 +149,17 @@ class SharedData:
         try:
             if not is_finished(job):
                 return
-            dataset = self.of(job)
-        except (ValueError, ImportError, OSError):  # broken results are reported when their run is reached
+        except ValueError:  # broken results are reported when their run is reached
             return
-        _experiment(job).check_data(job.folder, job.config, dataset)
+        self.compare(job, job.folder)
+
+    def compare(self, job: Job, folder: Path) -> None:
+        """``RunFolderError`` where the run in ``folder`` was begun with other data than the job's, if these are there."""
+        try:
+            dataset = self.of(job)
+        except (ValueError, ImportError, OSError):
+            return
+        _experiment(job).check_data(folder, job.config, dataset)
 
 
 def _experiment(job: Job) -> Any:

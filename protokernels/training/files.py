@@ -24,6 +24,8 @@ _REMEDIES = {  # by what the system calls the failure
 class WriteError(OSError):
     """A file could not be written. Under its name is what was there before, or nothing."""
 
+    begun = True  # false: nothing of the run had been written, so there is nothing to continue
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces ``path`` by ``content``; a reader, or a process killed at any moment, finds the old file or the new one,

@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .files import WriteError
 from .lost_processes import losses_told
 from .run_folder import RunFolder, RunFolderError, next_free_folder, sole_user
 from .session import Interrupted, Plan, Precision, Session, make_accelerator
@@ -116,14 +117,17 @@ def train_runs(
     default = next_free_folder(Path("runs") / name, resume=settings.resume)
     folder = Path(broadcast_object_list([str(out or default)])[0])
     record = {**record, "precision": settings.precision, "processes": accelerator.num_processes}
-    with losses_told(folder), sole_user(folder, wanted=accelerator.is_main_process):
-        try:
+    try:
+        with losses_told(folder), sole_user(folder, wanted=accelerator.is_main_process):
             _train_seeds(folder, record, run_one, accelerator, settings, provenance, epochs)
-        except Interrupted:
-            raise
-        except KeyboardInterrupt as stop:
-            raise Interrupted("stopped", f"{resuming(folder)} to continue", signal.SIGINT) from stop
-        return {**write_summary(folder), "folder": str(folder)} if accelerator.is_main_process else {}
+            return {**write_summary(folder), "folder": str(folder)} if accelerator.is_main_process else {}
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as stop:
+        raise Interrupted("stopped", f"{resuming(folder)} to continue", signal.SIGINT) from stop
+    except WriteError as error:
+        error.begun = (folder / "config.json").exists()
+        raise
 
 
 def resuming(folder: Path) -> str:
