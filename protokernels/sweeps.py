@@ -349,6 +349,8 @@ def draw_sweep(content: Mapping[str, Any], scores: Scores, folder: Path) -> list
         for names, points in sweeps_of(content).items():
             found = [point | {"scores": scores(point["splits"][split])} for point in points if split in point["splits"]]
             titles = list(dict.fromkeys(title for point in found for title in point["scores"]))
+            for point in found:
+                point["values"] = {name: _placed(value) for name, value in point["values"].items()}
             x = list(dict.fromkeys(point["values"][names[0]] for point in found))
             lines: dict[str, dict[str, dict[Any, Score | None]]] = {}  # panel -> line -> value -> score
             for point in found:
@@ -367,6 +369,11 @@ def draw_sweep(content: Mapping[str, Any], scores: Scores, folder: Path) -> list
         title = f"{content['paper']}, {Path(content['data']).stem}, {content['preset']}: {split}"
         paths.append(save_figure(sweep_figure(panels, title=title), folder / f"sweep_{split.replace('+', '_')}.png"))
     return paths
+
+
+def _placed(value: Any) -> Any:
+    """A value as its place on an axis is called; one under which scores can be kept."""
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
 
 
 def _mean(score: Score | None) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,28 @@ class TestGrids:
             np.testing.assert_array_equal(tile, image.expand(3, -1, -1).permute(1, 2, 0).numpy())
         for (x, y), text in zip(corners(figure), figure.axes[0].texts, strict=True):
             assert text.xy == (x + 7.5, y - 0.5)
+
+    @pytest.mark.parametrize("rows", [False, True])
+    def test_captions_do_not_touch_each_other(self, rows: bool) -> None:
+        """Names of PathMNIST's and BloodMNIST's classes."""
+        names = [
+            "cancer-associated stroma (1421)",
+            "colorectal adenocarcinoma epithelium (2)",
+            "immature granulocytes (30)",
+        ]
+        images, captions = torch.zeros(9, 1, 28, 28), names * 3
+        figure = (
+            labelled_rows([("X", images)], captions=captions, title="t")
+            if rows
+            else image_grid(images, title="t", captions=captions)
+        )
+        figure.canvas.draw()
+        boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text() != "X"]
+        assert len(boxes) == 9
+        for left, right in pairwise(boxes):
+            assert left.x1 < right.x0
+        assert min(box.x0 for box in boxes) >= 0 and max(box.x1 for box in boxes) <= figure.bbox.x1
+        assert max(box.y1 for box in boxes) <= figure.texts[0].get_window_extent().y0
 
     @pytest.mark.parametrize("caption", ["gq|", "gq|\ngq|"])
     def test_captions_do_not_touch_the_images(self, caption: str) -> None:

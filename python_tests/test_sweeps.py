@@ -361,6 +361,13 @@ class TestTablesAndFigures:
         assert both.score == "knn" and both.means["d 3"] == [0.1, 0.2]
         assert both.means["d 4"][0] == 0.1 and math.isnan(both.means["d 4"][1])
 
+    def test_lists_have_places(self, tmp_path: Path) -> None:
+        """As JSON gives them back: nothing can be kept under a list."""
+        swept = content(*(({"order": order, "d": 1}, 0.5, None) for order in (["blur", "noise"], ["noise"], [])))
+        (path,) = draw_sweep(swept, main_scores, tmp_path)
+        assert imread(path).std() > 0.01
+        assert swept["points"][0]["values"]["order"] == ["blur", "noise"]
+
 
 class TestPanels:
     def test_lines_and_bars(self) -> None:

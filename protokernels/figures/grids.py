@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ _GAP = 0.06
 """Between images, in widths of one."""
 _CAPTION = 0.2
 """Height of a line of a caption, likewise."""
+_LETTERS = 15
+"""In a line of a caption, which is as wide as an image."""
 
 
 def image_grid(
@@ -33,13 +36,14 @@ def image_grid(
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
     tall = images.shape[-2] / images.shape[-1]
-    figure = new_figure(max(4.0, 0.85 * columns), 0.85 * rows * (tall + _CAPTION * _lines(captions or ())) + 0.4)
-    figure.suptitle(title, fontsize=10)
     size = 6 if captions and max(map(len, captions)) > 10 else 7
+    captions = _folded(captions or ())
+    figure = new_figure(max(4.0, 0.85 * columns), 0.85 * rows * (tall + _CAPTION * _lines(captions)) + 0.4)
+    figure.suptitle(title, fontsize=10)
     tiles = [as_pixels(image) for image in images]
     if faded is not None:
         tiles = [1 - 0.3 * (1 - tile) if pale else tile for tile, pale in zip(tiles, faded, strict=True)]
-    _draw_tiles(figure.subplots(), tiles, columns, captions or (), size=size)
+    _draw_tiles(figure.subplots(), tiles, columns, captions, size=size)
     return figure
 
 
@@ -69,7 +73,8 @@ def labelled_rows(
         raise ValueError(f"labelled_rows: expected rows and captions of one length, at least 1; got {sorted(lengths)}")
     (count,) = lengths
     tall = rows[0][1].shape[-2] / rows[0][1].shape[-1]
-    figure = new_figure(max(4.0, 0.95 * count), 0.95 * len(rows) * tall + (0.5 if captions else 0.4))
+    captions = _folded(captions)
+    figure = new_figure(max(4.0, 0.95 * count), 0.95 * len(rows) * tall + 0.4 + 0.1 * _lines(captions))
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots()
     tiles = [as_pixels(image) for _, images in rows for image in images]
@@ -78,6 +83,11 @@ def labelled_rows(
         axes.text(-0.1 * place.get_width(), place.get_y() + place.get_height() / 2, name, fontsize=8,
                   ha="right", va="center", rotation=90, multialignment="center")  # fmt: skip
     return figure
+
+
+def _folded(captions: Sequence[str]) -> list[str]:
+    """Captions no wider than an image: names of classes are of any length."""
+    return ["\n".join(textwrap.fill(line, _LETTERS) for line in caption.split("\n")) for caption in captions]
 
 
 def _lines(captions: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     numeric = all(isinstance(value, (int, float, np.number)) and not isinstance(value, bool) for value in values)
     places = np.asarray(values, float) if numeric else np.arange(len(values), dtype=float)
     order = np.argsort(places, kind="stable")
-    names = [f"{value:g}" if numeric else str(value) for value in values]
+    names = [f"{value:g}" if numeric else textwrap.fill(str(value), 14) for value in values]
     for colour, (name, line) in zip(class_colours(len(means)), means.items(), strict=True):
         spread = np.asarray(deviations[name], float)[order] if name in deviations else None
         axes.errorbar(
