@@ -36,7 +36,7 @@ def elbow_curve(
     axes.plot(n_clusters, inertias, marker="o", markersize=4, linewidth=1.4)
     label = f"elbow: {chosen} clusters" if found else f"no elbow: {chosen} clusters by default"
     axes.axvline(chosen, color="black", linestyle="--", linewidth=1, label=label)
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     axes.set_xlabel("number of clusters", fontsize=9)
     axes.set_ylabel("inertia (sum of squared distances)", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -36,8 +36,7 @@ def image_grid(
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
     tall = images.shape[-2] / images.shape[-1]
-    size = 6 if captions and max(map(len, captions)) > 10 else 7
-    captions = _folded(captions or ())
+    captions, size = _folded(captions or ())
     figure = new_figure(max(4.0, 0.85 * columns), 0.85 * rows * (tall + _CAPTION * _lines(captions)) + 0.4)
     figure.suptitle(title, fontsize=10)
     tiles = [as_pixels(image) for image in images]
@@ -73,21 +72,22 @@ def labelled_rows(
         raise ValueError(f"labelled_rows: expected rows and captions of one length, at least 1; got {sorted(lengths)}")
     (count,) = lengths
     tall = rows[0][1].shape[-2] / rows[0][1].shape[-1]
-    captions = _folded(captions)
+    captions, size = _folded(captions)
     figure = new_figure(max(4.0, 0.95 * count), 0.95 * len(rows) * tall + 0.4 + 0.1 * _lines(captions))
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots()
     tiles = [as_pixels(image) for _, images in rows for image in images]
-    places = _draw_tiles(axes, tiles, count, captions, size=7)
+    places = _draw_tiles(axes, tiles, count, captions, size=size)
     for (name, _), place in zip(rows, places[::count], strict=True):
         axes.text(-0.1 * place.get_width(), place.get_y() + place.get_height() / 2, name, fontsize=8,
                   ha="right", va="center", rotation=90, multialignment="center")  # fmt: skip
     return figure
 
 
-def _folded(captions: Sequence[str]) -> list[str]:
-    """Captions no wider than an image: names of classes are of any length."""
-    return ["\n".join(textwrap.fill(line, _LETTERS) for line in caption.split("\n")) for caption in captions]
+def _folded(captions: Sequence[str]) -> tuple[list[str], float]:
+    """Captions no wider than an image, for names of classes are of any length; and the size of their letters in points."""
+    size = 6 if max(map(len, captions), default=0) > 10 else 7
+    return ["\n".join(textwrap.fill(line, _LETTERS) for line in caption.split("\n")) for caption in captions], size
 
 
 def _lines(captions: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ def similarity_heatmap(prototypes: Tensor, *, title: str) -> Figure:  # [K, D]
     figure = new_figure(5.2, 4.6)
     axes = figure.subplots()
     picture = axes.imshow((unit @ unit.T).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     axes.set_xlabel("prototype", fontsize=8)
     axes.set_ylabel("prototype", fontsize=8)
     axes.tick_params(labelsize=7)

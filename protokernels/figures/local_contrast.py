@@ -82,7 +82,7 @@ def draw_validation(path: Path, runs: Mapping[str, Sequence[RunFolder]], *, titl
         raise ValueError("draw_validation: no run has a validation score in its metrics.jsonl")
     axes.set_xlabel("steps of stage 3", fontsize=8)
     axes.set_ylabel("validation Dice", fontsize=8)
-    axes.set_title(title, fontsize=9)
+    figure.suptitle(title, fontsize=9)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=6, title="method (folds)", title_fontsize=6)

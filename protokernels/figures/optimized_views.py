@@ -78,8 +78,8 @@ def auc_curves(
     if not any(points for runs in curves.values() for points in runs):
         raise ValueError("auc_curves: no run has an AUC yet; expected at least one evaluated epoch")
     figure = new_figure(6.4, 3.4)
+    figure.suptitle(title, fontsize=9)
     axes = figure.subplots()
-    axes.set_title(title, fontsize=9)
     for colour, (name, runs) in zip(class_colours(len(curves)), curves.items(), strict=True):
         by_epoch: dict[int, list[float]] = {}
         for points in runs:

@@ -133,7 +133,7 @@ def draw_pixel_tsne(
     axes.set_yticks([])
     axes.margins(0.05)
     if title:
-        axes.set_title(title, fontsize=9)
+        figure.suptitle(title, fontsize=9)
     figure.legend(loc="outside lower center", ncols=4, fontsize=7, frameon=False, markerscale=2)
     return save_figure(figure, path)
 
