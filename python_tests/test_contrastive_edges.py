@@ -144,6 +144,16 @@ class TestValue:
             loss = supcon_loss(x.to(dtype) * length, labels, form=form, normalize=False, temperature=1.0)
             assert float(loss) / length**2 == pytest.approx(float(small) / 1e20, rel=1e-5)
 
+    @pytest.mark.parametrize("others", [1, 40])
+    @pytest.mark.parametrize("form", FORMS)
+    def test_scores_beyond_the_range_are_not_left_out(self, place: Place, form: Any, others: int) -> None:
+        """-infinity among the positives of two rows: their loss is infinite; the other rows have none."""
+        x = torch.tensor([[1e20], [-1e20], *[[0.0]] * others], device=place.device)
+        labels = torch.tensor([0, 0, *range(1, others + 1)], device=place.device)
+        with place.selected():
+            losses = supcon_loss(x, labels, form=form, normalize=False, temperature=1.0, reduction="none")
+        assert losses.tolist() == [math.inf, math.inf, *[0.0] * others]
+
     def test_subnormal_numbers_of_the_caller_stay(self, place: Place) -> None:
         """The CPU kernels flush them to zero while they work: on every thread that they ran on this must be over afterwards."""
         x, labels = torch.randn(600, 64, device=place.device), torch.arange(600, device=place.device) % 7

@@ -182,41 +182,39 @@ PK_INLINE void sum_unbounded(const Scores<T>& scores, const Rows<T>& rows, const
                              const Sums<T>& down, const Across<T>& across) {
   Vec<T> p[VECTORS]{}, n[VECTORS]{}, linear[VECTORS]{}, p_top[VECTORS], n_top[VECTORS];
   for (int v = 0; v < VECTORS; ++v) p_top[v] = n_top[v] = broadcast(LEAST<T>);
-  // Calls use(y, same, scores) for the scores of one class at a time; -infinity stands for those of the other.
+  // Calls use(y, same, scores, centred) for the scores of one class at a time; -infinity stands for those of the other, 0 among the centred ones.
   const auto each = [&](const auto& use) {
     for_meetings(strip, scores.y, y_end, triangle, [&](Meeting meeting, int32_t begin, int32_t end) {
       if (meeting == Meeting::none) return;
       for (int32_t y = begin; y < end; ++y) {
-        Vec<T> s[VECTORS], part[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) s[v] = load(scores.at(y) + v * LANES<T>);
+        Vec<T> s[VECTORS], part[VECTORS], centred[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) s[v] = load(scores.at(y) + v * LANES<T>), centred[v] = s[v] - centre;
         if (meeting != Meeting::mixed) {
-          use(y, meeting == Meeting::same, s);
+          use(y, meeting == Meeting::same, s, centred);
           continue;
         }
         for (const bool same : {true, false}) {
           for (int v = 0; v < VECTORS; ++v) {
             const Masks<T> mask = masks(rows, strip.begin + v * LANES<T>, y, triangle);
-            part[v] = keep<T>(same ? mask.same : mask.other, s[v], -INFINITE<T>);
+            part[v] = keep<T>(same ? mask.same : mask.other, s[v], -INFINITE<T>), centred[v] = keep<T>(mask.same, s[v] - centre, 0);
           }
-          use(y, same, part);
+          use(y, same, part, centred);
         }
       }
     });
   };
-  each([&](int32_t, bool same, const Vec<T>* s) {
+  each([&](int32_t, bool same, const Vec<T>* s, const Vec<T>*) {
     for (int v = 0; v < VECTORS; ++v) (same ? p_top : n_top)[v] = larger<T>((same ? p_top : n_top)[v], s[v]);
   });
-  each([&](int32_t y, bool same, const Vec<T>* s) {
+  each([&](int32_t y, bool same, const Vec<T>* s, const Vec<T>* centred) {
     const int64_t lane = (y - scores.y) * LANES<T>;
-    Vec<T> score[VECTORS];
     for (int v = 0; v < VECTORS; ++v) {
       (same ? p : n)[v] += exp2_nonpositive(s[v] - (same ? p_top : n_top)[v]);
-      score[v] = s[v] == -INFINITE<T> ? Vec<T>{} : s[v] - centre;
-      if (same) linear[v] += score[v];
+      if (same) linear[v] += centred[v];
     }
     if (!ACROSS) return;
     join<T, VECTORS>((same ? across.p : across.n) + lane, (same ? across.p_top : across.n_top) + lane, s);
-    if (same) add(across.linear + lane, VECTORS == 2 ? score[0] + score[VECTORS - 1] : score[0]);
+    if (same) add(across.linear + lane, both<T, VECTORS>(centred));
   });
   for (int v = 0; v < VECTORS; ++v) {
     const int64_t x = strip.begin + v * LANES<T>;
