@@ -31,9 +31,10 @@ class EmbedOptions:
     images: Annotated[Path, tyro.conf.Positional]
     """A .npy file of images, uint8 [N, H, W] or [N, H, W, 3], or a folder of such files, which are taken in order of their names."""
     out: Path | None = None
-    """File of the embeddings, float32 [N, D]; default: IMAGES with -embeddings.npy in place of .npy."""
+    """File of the embeddings, float32 [N, D]; default: IMAGES with -embeddings.npy in place of .npy.
+    Means, also where a preset scores samples."""
     clusters: Path | None = None
-    """File of the clusters, int64 [N], where the model has any."""
+    """File of the clusters, int64 [N], where the model has any: those of the embeddings written."""
     overwrite: bool = False
     """Replace files that exist."""
     batch_size: int = 256
@@ -88,7 +89,7 @@ def embed_files(
     Args:
         run: folder of a run of a paper or a baseline that has embeddings.
         images: a ``.npy`` file, uint8 [N, H, W] or [N, H, W, 3], or a folder of such files. They are mapped, not read.
-        out: ``.npy`` file for the embeddings, float32 [N, D]. It appears when it is complete.
+        out: ``.npy`` file for the embeddings, float32 [N, D]: means where z is a random variable. It appears when it is complete.
         clusters: ``.npy`` file for the clusters, int64 [N].
         overwrite: replace files that exist.
         batch_size: images at a time.
