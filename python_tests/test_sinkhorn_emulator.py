@@ -217,6 +217,25 @@ class TestImplicit:
             {**rough, "masses": sums[1]},
         )
 
+    def test_parts_that_do_not_touch(self) -> None:
+        """Five problems in one: the linear system is singular five times, and rounding leaves mass between them."""
+        emulator = load("sinkhorn")
+        emulator.configure(seed=1)
+        generator = torch.Generator().manual_seed(0)
+        case = Case("f32", 280, 30, epsilon=0.1, num_iters=500)
+        apart = torch.arange(280).unsqueeze(1) // 56 != torch.arange(30) // 6
+        case.cost = 2 * torch.rand(2, 280, 30, generator=generator).masked_fill(apart, math.inf)
+        case.a, case.b = torch.full((2, 280), 1 / 280), torch.full((2, 30), 1 / 30)
+        inputs = [x.double() for x in (case.cost, case.a, case.b, case.epsilon)]
+        exact = reference.solve(*inputs, None, case.num_iters, 0.0, BALANCED)
+        plan = reference.plan(inputs[0], exact.f, exact.g, inputs[3])
+        pull = plan * torch.randn(plan.shape, generator=generator) / inputs[3].view(2, 1, 1)  # of a loss of the plan
+        case.grad_f, case.grad_g = pull.sum(2).float(), pull.sum(1).float()
+        out = SimpleNamespace(f=numpy(exact.f.float()), g=numpy(exact.g.float()), iterations=np.full(2, 500))
+        actual = torch.from_numpy(case.backward(emulator, out, implicit=True)["cost"]).double()
+        expected = case.autograd(torch.float64, implicit=True)["cost"]
+        assert (actual - expected).norm() < 1e-4 * expected.norm()
+
 
 def case_envelope(case: Case, out: SimpleNamespace, side: int) -> Any:
     """What the entropic value gives to the masses, summed."""

@@ -176,12 +176,18 @@ struct DirectionOp {
   __device__ __forceinline__ void run(int64_t problem, T* shared) const {
     constexpr T tolerance = sizeof(T) == 4 ? T(1e-14) : T(1e-29);
     const int64_t first = problem * p.M;
-    T length = 0, before = 0, curvature = 0, mass = 0, excess = 0, square = 0;
+    T length = 0, mass = 0, excess = 0, square = 0;
     if (!start) {
-      for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) curvature += p.direction[first + j] * p.product[first + j];
-      curvature = problem_sum(curvature, shared);
-      before = p.squares[problem];
-      length = curvature > 0 ? before / curvature : T(0);
+      T curvature = 0, scale = 0;
+      for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
+        const T direction = p.direction[first + j];
+        curvature += direction * p.product[first + j];
+        scale += direction * p.column_mass[first + j] * direction;
+      }
+      curvature = problem_sum(curvature, shared), scale = problem_sum(scale, shared);
+      // A curvature that is the rounding of its two terms: what is left of d changes nothing, such as mass between parts that do not touch.
+      constexpr T rounding = sizeof(T) == 4 ? T(1e-6) : T(2e-15);
+      length = curvature > rounding * scale ? p.squares[problem] / curvature : T(0);
     }
     for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
       const int64_t at = first + j;
@@ -197,7 +203,7 @@ struct DirectionOp {
       if (p.column_mass[at] != 0) square += p.residual[at] * p.residual[at] / p.column_mass[at];
     }
     square = problem_sum(square, shared);
-    const T at_start = start ? square : p.squares[p.B + problem], keep = start ? T(0) : square / before;
+    const T keep = start ? T(0) : square / p.squares[problem];
     for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
       const int64_t at = first + j;
       p.direction[at] = (p.column_mass[at] != 0 ? p.residual[at] / p.column_mass[at] : T(0)) + keep * p.direction[at];
@@ -206,7 +212,7 @@ struct DirectionOp {
     if (threadIdx.x != 0) return;
     p.squares[problem] = square;
     if (start) p.squares[p.B + problem] = square;
-    if (!(square > tolerance * at_start) || (!start && !(curvature > 0))) p.done[problem] = 1;
+    if (!(square > tolerance * p.squares[p.B + problem]) || (!start && !(length > 0))) p.done[problem] = 1;
   }
 };
 
