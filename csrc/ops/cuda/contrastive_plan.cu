@@ -240,11 +240,12 @@ __global__ void __launch_bounds__(THREADS) scale_kernel(const Sort p) {
   pk::let_next_begin();
   pk::wait_for_previous();
   const int group = static_cast<int>(blockIdx.x) / p.layout.chunks, chunk = static_cast<int>(blockIdx.x) % p.layout.chunks;
-  const int end = p.groups[group].row_anchor_end, first = p.groups[group].row_begin + chunk * CHUNK;
+  const int64_t end = p.groups[group].row_anchor_end;  // a smaller group's chunks may begin beyond 2^31
+  const int64_t first = int64_t{p.groups[group].row_begin} + chunk * CHUNK;
   const double sets = p.counts[0];
 #pragma unroll
   for (int e = 0; e < ROUNDS; ++e) {
-    const int row = first + e * THREADS + threadIdx.x;
+    const int64_t row = first + e * THREADS + threadIdx.x;
     if (row >= end || p.weights[row] == 0) continue;
     const int64_t set = p.reduction == 0 ? group : p.reduction == 1 ? 0 : p.order[row] / p.places;
     p.weights[row] = 1 / (static_cast<double>(p.counts[1 + set]) * sets);
