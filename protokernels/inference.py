@@ -14,6 +14,7 @@ from torch import nn
 from .data.nifti import SUFFIXES, read_nifti
 from .data.slicing import image_slices
 from .data.types import DataError
+from .models.modes import evaluating
 
 
 def segment_volume(
@@ -57,25 +58,20 @@ def segment_volume(
         )
     slices = torch.from_numpy(image_slices(image, image_size))[:, None]
     label = np.empty(image.shape, np.uint8)
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(slices), batch_size):
-                part = slices[start : start + batch_size]
-                logits = model(part.to(device))
-                if logits.ndim != 4 or len(logits) != len(part) or not 2 <= logits.shape[1] <= 256:
-                    raise ValueError(
-                        f"segment_volume: the model must return logits [{len(part)}, K, h, w] of 2 to 256 classes; got "
-                        f"{list(logits.shape)}"
-                    )
-                if not bool(torch.isfinite(logits).all()):
-                    raise ValueError("segment_volume: the model returns NaN or infinity; it has probably diverged")
-                fine = F.interpolate(logits.float(), image.shape[:2], mode="bilinear", align_corners=False)
-                classes = fine.argmax(dim=1).to(torch.uint8).cpu().numpy()
-                label[:, :, start : start + batch_size] = classes.transpose(1, 2, 0)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.inference_mode():
+        for start in range(0, len(slices), batch_size):
+            part = slices[start : start + batch_size]
+            logits = model(part.to(device))
+            if logits.ndim != 4 or len(logits) != len(part) or not 2 <= logits.shape[1] <= 256:
+                raise ValueError(
+                    f"segment_volume: the model must return logits [{len(part)}, K, h, w] of 2 to 256 classes; got "
+                    f"{list(logits.shape)}"
+                )
+            if not bool(torch.isfinite(logits).all()):
+                raise ValueError("segment_volume: the model returns NaN or infinity; it has probably diverged")
+            fine = F.interpolate(logits.float(), image.shape[:2], mode="bilinear", align_corners=False)
+            classes = fine.argmax(dim=1).to(torch.uint8).cpu().numpy()
+            label[:, :, start : start + batch_size] = classes.transpose(1, 2, 0)
     return label
 
 

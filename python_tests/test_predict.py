@@ -84,6 +84,12 @@ class TestArray:
             segment_volume(nn.Sequential(model, nn.Flatten()).train(), VALUES, image_size=4)
         assert model.training
 
+    def test_parts_keep_modes_of_their_own(self) -> None:
+        """Batch normalisation with frozen statistics, in a network that is trained, does not begin to learn them."""
+        network = nn.Sequential(nn.BatchNorm2d(1).eval(), Threshold())
+        segment_volume(network, VALUES, image_size=4)
+        assert network.training and network[1].training and not network[0].training
+
     def test_no_gradient_and_the_image_stays(self) -> None:
         before = VALUES.copy()
         model = nn.Conv2d(1, 3, 1)

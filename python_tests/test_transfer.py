@@ -346,11 +346,14 @@ class TestTransfer:
         assert torch.equal(found, plain(parts[1].inputs)) and not torch.allclose(standardised, found)
         assert [type(head) for head in heads] == [nn.Linear, transfer_module.Standardised]
 
-    def test_the_encoder_stays_as_it_is(self) -> None:
-        encoder = seeded_encoder().train()
+    @pytest.mark.parametrize("training", [False, True])
+    def test_the_encoder_stays_as_it_is(self, training: bool) -> None:
+        encoder = seeded_encoder().train(training)
+        encoder.body[1].eval()  # frozen statistics
         before = {name: value.clone() for name, value in encoder.state_dict().items()}
         run(encoder)
-        assert encoder.training and all(p.grad is None for p in encoder.parameters())
+        assert [part.training for part in (encoder, encoder.body, encoder.body[1])] == [training, training, False]
+        assert all(p.grad is None for p in encoder.parameters())
         assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
     def test_same_seed_same_numbers(self, encoder: Encoder) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
+from ..models.modes import evaluating
 from .roc import auroc
 from .threads import one_thread
 from .types import described
@@ -241,12 +242,8 @@ def predict(
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Tensor:  # [N, K] float32
     """The module's outputs in evaluation mode, without gradients; its mode is restored."""
-    training = module.training
-    module.eval()
-    with torch.no_grad(), _autocast(inputs.device, precision):
-        outputs = torch.cat([module(batch).float() for batch in inputs.split(batch_size)])
-    module.train(training)
-    return outputs
+    with evaluating(module), torch.no_grad(), _autocast(inputs.device, precision):
+        return torch.cat([module(batch).float() for batch in inputs.split(batch_size)])
 
 
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

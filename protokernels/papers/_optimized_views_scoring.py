@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data import DataError, ImageDataset, Split, load_dataset, to_tensor
 from ..evaluation import Labelled, TransferConfig, evaluate_transfer, label_subsets, linear_evaluation
 from ..evaluation.hold_out import hold_out_sets
+from ..models.modes import evaluating
 from ..training.scoring import evaluation_splits
 from ..training.transfer_scoring import hold_out, left_out
 from ._optimized_views_config import PARAMETERS, OptimizedViewsConfig
@@ -83,17 +84,16 @@ def hidden_labels(split: Split, labelled: np.ndarray) -> Tensor:  # [N] int64, -
 @torch.no_grad()
 def in_batches(network: nn.Module, split: Split, size: int) -> Tensor:  # -> [N, D] float32 on the CPU
     """What ``network`` makes of the untransformed images, in evaluation mode; its mode is restored."""
-    training, device = network.training, next(network.parameters()).device
-    network.eval()
-    outputs = [
-        network(
-            to_tensor(split.images[start : start + BATCH], size=size)
-            .to(device)
-            .contiguous(memory_format=torch.channels_last)
-        )
-        for start in range(0, len(split), BATCH)
-    ]
-    network.train(training)
+    device = next(network.parameters()).device
+    with evaluating(network):
+        outputs = [
+            network(
+                to_tensor(split.images[start : start + BATCH], size=size)
+                .to(device)
+                .contiguous(memory_format=torch.channels_last)
+            )
+            for start in range(0, len(split), BATCH)
+        ]
     return torch.cat(outputs).float().cpu()
 
 

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.volumes import LabelledVolume
+from ..models.modes import evaluating
 from .distributed import summed
 from .files import exclusive, make_folder
 from .optimizers import warmup_cosine
@@ -67,15 +68,13 @@ def predict_volumes(
         device: where the model lives.
         batch_size: slices at a time.
     """
-    before = model.training
-    model.eval()
     predictions = []
-    for volume in volumes:
-        slices = torch.from_numpy(volume.image)[:, None].split(batch_size)
-        predictions.append(
-            np.concatenate([model(part.to(device)).argmax(dim=1).to(torch.uint8).cpu().numpy() for part in slices])
-        )
-    model.train(before)
+    with evaluating(model):
+        for volume in volumes:
+            slices = torch.from_numpy(volume.image)[:, None].split(batch_size)
+            predictions.append(
+                np.concatenate([model(part.to(device)).argmax(dim=1).to(torch.uint8).cpu().numpy() for part in slices])
+            )
     return predictions
 
 
