@@ -124,6 +124,16 @@ class TestChangedInPlace:
         with pytest.raises(RuntimeError, match=r"SinkhornResult.*: what was solved has been changed in place"):
             read()
 
+    def test_convergence_by_other_masses_is_refused(self, place: Place) -> None:
+        """As in a loop whose batches are copied into one buffer. A tolerance needs no masses; a plan neither."""
+        cost, a = (x.to(place.device) for x in problem())
+        result, by_tol = (protokernels.sinkhorn(cost, a, epsilon=5.0, num_iters=50, tol=tol) for tol in (0.0, 1e-3))
+        assert bool(result.converged.all())
+        a.zero_()
+        with pytest.raises(RuntimeError, match=r"SinkhornResult.converged: .* changed in place"):
+            result.converged  # noqa: B018
+        assert bool(by_tol.converged.all()) and bool((result.plan.sum((1, 2)) > 0).all())
+
     def test_a_plan_read_before_stays(self, place: Place) -> None:
         cost, _ = (x.to(place.device) for x in problem())
         result = protokernels.sinkhorn(cost)
@@ -213,6 +223,15 @@ class TestCopies:
         for changed in (good, copied(result), copied(copied(result))):
             with pytest.raises(RuntimeError, match="changed in place"):
                 changed.plan  # noqa: B018
+
+    def test_know_of_changed_masses(self, copied: Any) -> None:
+        cost, a = problem()
+        result = protokernels.sinkhorn(cost, a)
+        assert torch.equal(copied(result).converged, result.converged)
+        a.mul_(2)
+        for changed in (copied(result), copied(copied(result))):
+            with pytest.raises(RuntimeError, match="changed in place"):
+                changed.converged  # noqa: B018
 
 
 def test_forward_mode_of_native_code_is_refused_by_name() -> None:

@@ -50,14 +50,17 @@ class SinkhornResult:
     _epsilon: Tensor  # [B]
     _mass: Tensor  # [B, N], a
     _tol: float
-    _versions: tuple[int, ...]  # of the sources and epsilon
+    _versions: tuple[int, ...]  # of the sources, epsilon and a
     _kept: dict[str, Tensor]
 
     @property
     def converged(self) -> Tensor:  # [B] bool
-        """``marginal_error <= tol``; where tol is 0, at most a thousandth of the mass."""
-        bound = self._tol if self._tol > 0 else 1e-3 * self._mass.sum(-1)
-        return self.marginal_error <= bound
+        """``marginal_error <= tol``; where tol is 0, at most a thousandth of the mass; then ``RuntimeError`` where ``a`` has been changed
+        in place since."""
+        if self._tol > 0:
+            return self.marginal_error <= self._tol
+        self._check_unchanged("converged", slice(len(self._source) + 1, None))
+        return self.marginal_error <= 1e-3 * self._mass.sum(-1)
 
     @property
     def plan(self) -> Tensor:  # [B, N, M]
@@ -67,7 +70,7 @@ class SinkhornResult:
         optimiser's step) and the plan had not been read before.
         """
         if "plan" not in self._kept:
-            self._check_unchanged("plan")
+            self._check_unchanged("plan", slice(len(self._source) + 1))
             first, last = self._source[0], self._source[-1]
             cost = first if self._kind == "dense" else reference.cost_matrix(first, last, self._kind)
             plan = self._plan_of(cost, self.f)
@@ -90,7 +93,7 @@ class SinkhornResult:
         with without_autocast(y.device.type):
             if self._kind == "dense" or "plan" in self._kept:
                 return self.plan @ y
-            self._check_unchanged("apply")
+            self._check_unchanged("apply", slice(len(self._source) + 1))
             x, points = self._source
             step = max(1, ROWS_AT_ONCE // max(1, self.g.numel()))
             blocks = [
@@ -101,21 +104,21 @@ class SinkhornResult:
 
     def __getstate__(self) -> dict[str, object]:
         """For copies, whose tensors count their changes anew: of each, whether it has been changed since it was solved."""
-        now = _versions_of(*self._source, self._epsilon)
+        now = _versions_of(*self._source, self._epsilon, self._mass)
         return vars(self) | {"_versions": tuple(new > old for new, old in zip(now, self._versions, strict=False))}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
-        now = _versions_of(*self._source, self._epsilon)
+        now = _versions_of(*self._source, self._epsilon, self._mass)
         changed = self._versions
         vars(self)["_versions"] = tuple(new - was for new, was in zip(now, changed, strict=False))
 
-    def _check_unchanged(self, what: str) -> None:
-        now = _versions_of(*self._source, self._epsilon)
-        if any(new > old for new, old in zip(now, self._versions, strict=False)):
+    def _check_unchanged(self, what: str, part: slice) -> None:
+        now = _versions_of(*self._source, self._epsilon, self._mass)[part]
+        if any(new > old for new, old in zip(now, self._versions[part], strict=False)):
             raise RuntimeError(
-                f"SinkhornResult.{what}: what was solved has been changed in place since, such as by an optimiser's step; read plan "
-                "before that, or solve for a copy"
+                f"SinkhornResult.{what}: what was solved has been changed in place since, such as by an optimiser's step; read "
+                f"{'converged' if what == 'converged' else 'plan'} before that, or solve for a copy"
             )
 
     def __repr__(self) -> str:
@@ -154,7 +157,7 @@ def result_of(
     if single:
         solution = reference.Solution(*(t.squeeze(0) for t in solution))
         source, mass = tuple(t.squeeze(0) for t in source), mass.squeeze(0)
-    return SinkhornResult(*solution, source, kind, epsilon, mass, problem.tol, _versions_of(*source, epsilon), {})
+    return SinkhornResult(*solution, source, kind, epsilon, mass, problem.tol, _versions_of(*source, epsilon, mass), {})
 
 
 def _versions_of(*tensors: Tensor) -> tuple[int, ...]:
