@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
@@ -13,18 +14,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-from torch import Tensor
+from torch import Tensor, nn
 
 from protokernels.evaluation import (
+    AdamWProtocol,
     EvaluationConfig,
     Labelled,
     LinearProbe,
     LinearProtocol,
     Representation,
+    TransferConfig,
     auroc,
     classification_scores,
     clustering_scores,
     evaluate_representation,
+    evaluate_transfer,
     knn_predict,
     label_subsets,
     linear_probe,
@@ -332,3 +336,19 @@ class TestNumPysArrays:
     def test_they_are_refused_by_name(self, work: Callable[[np.ndarray, np.ndarray], object]) -> None:
         with pytest.raises(ValueError, match=r"got a numpy.ndarray .*; pass torch.from_numpy\(...\) of it"):
             work(np.zeros((4, 2), np.float32), np.arange(4) % 2)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_transfer_trains_also_where_gradients_are_off(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    torch.manual_seed(0)
+    encoder, images, targets = (
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()),
+        torch.rand(24, 1, 6, 6),
+        torch.arange(24) % 2,
+    )
+    parts = [Labelled(images[start::3], targets[start::3]) for start in range(3)]
+    protocol = AdamWProtocol(learning_rate=1e-2, epochs=2, patience=2, batch_size=4)
+    config = TransferConfig(fractions=(1.0,), fine_tune_fractions=(1.0,), fine_tune=protocol)
+    with mode():
+        found = evaluate_transfer(encoder, *parts, class_names=["even", "odd"], config=config)
+    assert found == evaluate_transfer(encoder, *parts, class_names=["even", "odd"], config=config)

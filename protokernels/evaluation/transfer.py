@@ -92,6 +92,7 @@ class PooledEncoder(nn.Module):
         return features.float().mean(dim=(2, 3)) if features.ndim == 4 else features.float()
 
 
+@torch.inference_mode(False)  # it trains, also within an evaluation without gradients
 def evaluate_transfer(
     encoder: nn.Module,  # [B, C, H, W] -> [B, D] or a dense map [B, D, h, w]; not modified
     train: Labelled,
@@ -198,6 +199,7 @@ def _probe(
     return fit
 
 
+@torch.inference_mode(False)
 def fine_tune(
     encoder: nn.Module,
     train: Labelled,
