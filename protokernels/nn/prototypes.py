@@ -53,9 +53,9 @@ class Prototypes(nn.Module):
     means of their members (:func:`protokernels.prototype_step`), in one pass over ``z``. In evaluation mode nothing changes.
 
     Under ``torch.distributed`` the sums and counts of all ranks are added up BEFORE the blend, so R ranks with B / R samples each equal one
-    rank with B; every rank must call ``forward`` equally often. The prototypes are buffers: they are saved in
-    ``state_dict``, moved by ``.to()``
-    and receive no gradient. Under autocast ``z`` may be half precision; prototypes stay in their own dtype and c has the wider of the two.
+    rank with B; every rank must call ``forward`` equally often. The prototypes are buffers: they are saved in ``state_dict``, moved by
+    ``.to()`` and receive no gradient. ``progress`` is not in ``state_dict``: after loading set it, to 1.0 for the temperature that training
+    ended with. Under autocast ``z`` may be half precision; prototypes stay in their own dtype and c has the wider of the two.
 
     Leave the module out of what ``torch.utils.checkpoint`` computes twice: the second pass, in ``backward``, would meet prototypes that
     have moved and move them again. A training pass within a backward pass is therefore refused; in code that ``torch.compile`` compiled
