@@ -191,6 +191,24 @@ def test_what_chooses_shares_no_patient_with_training() -> None:
     assert evaluation_splits(dataset(groups=None), selection=True)[1]["held-out"].images.shape == (1, 8, 8)
 
 
+def test_what_chooses_has_all_classes_where_images_stand_class_by_class() -> None:
+    """A file made of one folder after the other; the last sixth would be of one class."""
+    labels = np.repeat([0, 1, 2], 20)
+    parts = [
+        Split(np.arange(60, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2), order)
+        for order in (labels, labels[::-1].copy())
+    ]
+    for train in parts:
+        train, scored = evaluation_splits(ImageDataset("made", train, None, train, ("a", "b", "c")), selection=True)
+        held = scored["held-out"]
+        assert (
+            np.bincount(train.labels).min() >= 16
+            and np.bincount(held.labels, minlength=3).min() >= 3
+            and len(held) == 10
+        )
+        assert not set(train.images[:, 0, 0]) & set(held.images[:, 0, 0])
+
+
 class TestJobs:
     """Tables, sweeps and ablations pass over what is finished."""
 

@@ -24,11 +24,11 @@ def evaluation_splits(dataset: ImageDataset, selection: bool = False) -> tuple[S
     Args:
         dataset: the data.
         selection: for choosing hyper-parameters: the only set scored is the data set's own validation data or, where it
-            has none, the last sixth of its training images, which are then not trained on; where it knows whose images they are,
-            a sixth of whole groups.
+            has none, the last sixth of its training images, which are then not trained on; a sixth of every class where the images
+            stand class by class; where it knows whose images they are, a sixth of whole groups.
     """
     train, val, test = dataset.train, dataset.val, dataset.test
-    if selection and val is None and train.groups is not None:
+    if selection and val is None and (train.groups is not None or _stand_by_class(train.labels)):
         train, held = hold_out(train, dataset.num_classes)
         return train, {"held-out": held}
     if selection and val is None:
@@ -39,6 +39,11 @@ def evaluation_splits(dataset: ImageDataset, selection: bool = False) -> tuple[S
     if selection:
         return train, {"val": val}
     return train, {"test": test, "val": val, "val+test": val.join(test)}
+
+
+def _stand_by_class(labels: np.ndarray) -> bool:  # [N]
+    """Whether the images of every class stand together, as in files made of one folder for each: the last ones are of one class."""
+    return 0 < int(np.count_nonzero(np.diff(labels))) < len(np.unique(labels))
 
 
 def hold_out(split: Split, num_classes: int, share: float = HELD_OUT) -> tuple[Split, Split]:
