@@ -17,8 +17,11 @@ struct Report {
     smallest_sum = std::min(smallest_sum, other.smallest_sum), largest_sum = std::max(largest_sum, other.largest_sum);
     smallest_scale = std::min(smallest_scale, other.smallest_scale), largest_scale = std::max(largest_scale, other.largest_scale);
   }
-  bool trusted(T largest_factor) const {  // a sum of nothing is none: there may be no factors at all
-    return smallest_sum != T(0) && !(smallest_sum < TRUSTED_SUM<T> * largest_factor) && !(largest_sum > LARGEST_SUM<T>);
+  // No sum so small that what was flushed to zero could have mattered, be it an element of K (1 stands for its factor) or a product; no sum
+  // or scale near the ends of the type's range. A sum of nothing is none: there may be no factors at all.
+  bool trusted(T largest_factor) const {
+    const bool sums = !(smallest_sum < TRUSTED_SUM<T> * std::max(largest_factor, T(1))) && !(largest_sum > LARGEST_SUM<T>);
+    return smallest_sum != T(0) && sums && !(smallest_scale < 1 / LARGEST_SUM<T>) && !(largest_scale > LARGEST_SUM<T>);
   }
   bool in_range() const { return !(largest_scale > LARGE_SCALE<T>) && !(smallest_scale < 1 / LARGE_SCALE<T>); }
 };
