@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
-from protokernels import sinkhorn
-from python_tests.places import PLACES, Place
-from python_tests.sinkhorn_oracle import check, draw, on, solve_batch
+from protokernels import backend, sinkhorn
+from python_tests.places import PLACES, Place, needs_native
+from python_tests.sinkhorn_oracle import Weights, check, draw, gradients, inputs, norm_error, on, solve_batch
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -53,3 +54,34 @@ class TestValue:
         result = sinkhorn(*on(place, cost, a, b), epsilon=1.0, num_iters=2, marginal_penalty=rho)
         answer = solve_batch(cost, a, b, epsilon, 2, rho=rho)[0]
         torch.testing.assert_close(result.f.double().cpu()[0], torch.from_numpy(answer.f), rtol=0, atol=1e-4)
+
+
+class TestGradient:
+    @pytest.mark.parametrize("start", [150.0, -150.0, 500.0])
+    def test_of_potentials_that_move_far(self, place: Place, start: float) -> None:
+        """Factors of the softmaxes around one iteration's potentials are nothing or infinite at the one before."""
+        weights, found = Weights.draw(1, 5, 6), []
+        for name, dtype in (("reference", torch.float64), (place.backend, torch.float32)):
+            with backend.use(name):
+                point = inputs(place, 1, 5, 6, dtype)
+                init = torch.full((1, 6), 0.08 * start, dtype=dtype, device=place.device)
+                result = sinkhorn(*point[:3], epsilon=point[3], num_iters=6, marginal_penalty=0.1, init=init)
+                found.append(gradients(result, weights, point))
+        for actual, expected in zip(found[1], found[0], strict=True):
+            assert norm_error(actual, expected) < 1e-3
+
+    @pytest.mark.parametrize("backend_name", [pytest.param("native", marks=needs_native), "reference"])
+    @pytest.mark.parametrize(("N", "M"), [(7, 9), (31, 33), (16, 130)])
+    def test_large_potentials(self, backend_name: str, N: int, M: int) -> None:
+        """Potentials of thousands are rounded by 1e-4 and more in float32. What cancels in float64 has to cancel all the same."""
+
+        def of(name: str, dtype: torch.dtype, num_iters: int) -> Tensor:
+            cost, a, b = (x.to(dtype) for x in draw(3, N, M, seed=N, dtype=torch.float32))
+            cost.requires_grad_()
+            with backend.use(name):
+                result = sinkhorn(cost, a, b, epsilon=1e-4, num_iters=num_iters)
+                return torch.autograd.grad(result.transport_cost.sum(), cost)[0]
+
+        for num_iters in (2, 10, 50, 200):
+            error = norm_error(of(backend_name, torch.float32, num_iters), of("reference", torch.float64, num_iters))
+            assert error < 2e-3

@@ -17,6 +17,11 @@ constexpr int64_t SEGMENT = 64;
 template <class T>
 constexpr T LOG_RANGE = sizeof(T) == 4 ? T(60) : T(650);
 
+// Potentials beyond this are rounded by 8e-6 and more (float). The softmaxes that they give miss the sum 1 by as much, and what should cancel
+// does not, and grows from iteration to iteration. Beyond it softmaxes are divided by their sums, at the price of a second pass.
+template <class T>
+constexpr T LARGE_POTENTIAL = sizeof(T) == 4 ? T(128) : T(6e10);
+
 template <class T>
 struct Unrolled {
   const SinkhornBackward& p;
@@ -25,6 +30,7 @@ struct Unrolled {
   SinkhornChunks chunks;
   int64_t b, rows, stride, steps = 0, iterations;
   T epsilon, lambda_a, lambda_b, grad_transport = 0, grad_value = 0;
+  bool normalizes = false;
   const T *history, *grad_f, *grad_g;
   T *kernel, *partial, *grad_cost;                                                            // [rows, stride], [chunks, stride], [N, M]
   T *log_a, *inverse_a, *row_center, *u, *u_last, *alpha, *gamma, *u_bar, *log_a_bar, *mass;  // [rows]
@@ -203,7 +209,30 @@ struct Unrolled {
       store(delta + j, factor(load(v_before + j) - center, present == lowest ? lowest : load(v_before + j), top_delta));
     }
     const T first = reduce_max(top_alpha) + reduce_max(top_beta), second = reduce_max(top_gamma) + reduce_max(top_delta);
-    return !(first > LOG_RANGE<T>) && !(second > LOG_RANGE<T>);
+    const Vec<T> rows_top = top_alpha > top_gamma ? top_alpha : top_gamma, columns_top = top_beta > top_delta ? top_beta : top_delta;
+    const T one = std::max(reduce_max(rows_top), reduce_max(columns_top));  // beside one that is too large the other would be 0
+    return !(first > LOG_RANGE<T>) && !(second > LOG_RANGE<T>) && !(one > LOG_RANGE<T>);
+  }
+
+  // The softmaxes of these factors divided by their sums.
+  void normalize_factors() {
+    over_chunks([&](int64_t first, int64_t last, T* sums) {
+      std::fill(sums, sums + stride, T(0));
+      auto finish = [&](int64_t i, Four<T> sum) __attribute__((always_inline)) {
+        const Four<T> none{};
+        store_four(gamma + i, sum == none ? none : T(1) / sum);
+        return load_four(alpha + i);
+      };
+      fused_rows(kernel, stride, first, round_up(last, ROWS), delta, sums, finish);
+      return 0.0;
+    });
+    add_chunks(partial, stride, chunks.count);
+    for (int64_t j = 0; j < stride; j += LANES<T>) store(beta + j, inverse_sum(load(partial + j)));
+  }
+
+  PK_MEMBER static Vec<T> inverse_sum(Vec<T> sum) {
+    const Vec<T> none{};
+    return sum == none ? none : T(1) / sum;
   }
 
   // K becomes S of the iteration that was read.
@@ -298,6 +327,17 @@ struct Unrolled {
 
   void exponential_iteration() {
     for (int64_t j = 0; j < stride; ++j) beta[j] = v[j] == -INFINITE<T> ? -INFINITE<T> : v[j] / lambda_b - log_b[j];
+    if (normalizes) {
+      over_chunks([&](int64_t first, int64_t last, T* sums) {
+        std::fill(sums, sums + stride, T(0));
+        for (int64_t i = first; i < last; ++i)
+          for (int64_t j = 0; u[i] != -INFINITE<T> && j < stride; j += LANES<T>)
+            store(sums + j, load(sums + j) + exp_any<T>(u[i] + cost.score(i, j, beta)));
+        return 0.0;
+      });
+      add_chunks(partial, stride, chunks.count);
+      for (int64_t j = 0; j < stride; j += LANES<T>) store(weight + j, load(weight + j) * inverse_sum(load(partial + j)));
+    }
     grad_epsilon += over_chunks([&](int64_t first, int64_t last, T* sums) {
       std::fill(sums, sums + stride, T(0));
       double damping = 0;
@@ -310,7 +350,14 @@ struct Unrolled {
           spent += change;
           store_part(out, load_part(out, p.M - j, p.M - j, T(0)) - change, p.M - j);
         }
-        const T z = row_gradient(i, reduce_sum(spent), damping), center = u[i] / lambda_a - log_a[i];
+        const T center = u[i] / lambda_a - log_a[i];
+        T z = row_gradient(i, reduce_sum(spent), damping);
+        if (normalizes) {
+          Vec<T> sum{};
+          for (int64_t j = 0; j < stride; j += LANES<T>) sum += exp_any<T>(center + cost.score(i, j, v_before));
+          const T total = reduce_sum(sum);
+          z = total == T(0) ? T(0) : z / total;
+        }
         for (int64_t j = 0; j < stride; j += LANES<T>) {
           T* const out = grad_cost + i * p.M + j;
           const Vec<T> change = exp_any<T>(center + cost.score(i, j, v_before)) * z;
@@ -324,6 +371,14 @@ struct Unrolled {
     for (int64_t j = 0; j < stride; j += LANES<T>) store(v_bar + j, -load(partial + j));
   }
 
+  // |potential|, of those that are there.
+  static T largest(const T* potentials, int64_t count) {
+    T most = 0;
+    for (int64_t i = 0; i < count; ++i)
+      if (potentials[i] != -INFINITE<T>) most = std::max(most, std::abs(potentials[i]));
+    return most;
+  }
+
   void run() {
     for (T* piece : {u_bar, log_a_bar, row_center}) std::fill(piece, piece + rows, T(0));
     std::fill(column_center, column_center + stride, T(0));
@@ -331,6 +386,7 @@ struct Unrolled {
     std::copy(u, u + rows, u_last);
     std::copy(v, v + stride, v_last);
     begin();
+    normalizes = largest(u, rows) > LARGE_POTENTIAL<T> || largest(v, stride) > LARGE_POTENTIAL<T>;
     bool made = false;
     for (int64_t t = iterations; t >= 1; --t) {
       if (t < iterations) read_iteration(t);
@@ -343,6 +399,7 @@ struct Unrolled {
         made = true;
         fits = factors();
       }
+      if (fits && normalizes) normalize_factors();
       if (fits)
         scaled_iteration();
       else
