@@ -41,7 +41,7 @@ def gaussian_blur(
         images: float32, float64, bfloat16 or float16 (computed in float32, rounded once).
         sigma: in pixels, one for all or one for each sample.
         radius: taps on either side, at most 64; 3 sigma keeps 99.7 % of the weight, which is divided by its sum.
-            On the CPU taps with less than 1e-9 of the weight (float64: 1e-19) are left out; so is a NaN that only they reach.
+            On the CPU taps with less than 1e-9 of the weight (float64: 1e-19) are left out; so is a NaN or infinity that only they reach.
         padding: ``"reflect"`` (mirrored without repeating the edge; any side, also shorter than the radius), ``"replicate"``, ``"zeros"``.
 
     Raises:
@@ -191,7 +191,8 @@ def rotate(
         O(p) = X(R (p - c) + c),   R = [[cos, -sin], [sin, cos]],   c = ((W - 1) / 2, (H - 1) / 2)
 
     With rows counted downwards, a positive angle turns counter-clockwise. The angle is divided by 2 pi and reduced to a turn before sine
-    and cosine: quarter turns of squares, such as pi / 2, are exact for finite images. Differentiable in images and angle.
+    and cosine: quarter turns of squares, such as pi / 2, are exact for finite images (others: see :func:`affine_warp`).
+    Differentiable in images and angle.
 
     Args:
         images: float32, float64, bfloat16 or float16 (computed in float32, rounded once).

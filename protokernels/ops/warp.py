@@ -54,7 +54,7 @@ def transform(
     In the crop, d is the distance from the window's centre along x or y, h half the window's side along it, ``crop_size / 2`` of the
     image's side, and the axis that gives the smaller value counts; the default window is a quarter as wide and as high as the image.
     With y pointing down, small positive l turns counter-clockwise. What flips and rotations do exactly they do for finite images: NaN and
-    infinity come through a weight of 0, and spread.
+    infinity come through a weight of 0, and spread; infinity may become NaN.
 
     Gradients reach the images and all seven parameters; second derivatives exist on the reference backend. At a kink they are one-sided.
     Noise is a function of the sample's seed and the element's place in the sample alone: the same seed gives the same noise in any batch,
@@ -130,7 +130,7 @@ def affine_warp(
 
     p, in pixels, has the components (x, y) or (x, y, z), x along the last axis: the matrix says where, from the image's centre, the
     output's pixel at p from its own centre is taken from. Between pixels X is interpolated linearly. [1 0 0; 0 1 0] is the identity, exact
-    for finite images: NaN and infinity come through a weight of 0 to their neighbours.
+    for finite images: NaN and infinity come through a weight of 0 to their neighbours, and infinity may become NaN.
 
     A ``theta`` for ``torch.nn.functional.affine_grid`` counts in half sides, s = side / 2, or (side - 1) / 2 with ``align_corners=True``:
     A_ij = theta_ij s_in_i / s_out_j and t_i = theta_i,last s_in_i, i and j in the order x, y, z. With it, the result is that of
