@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protokernels import backend, sinkhorn
+from protokernels import backend, sinkhorn, sinkhorn_features
 from python_tests.places import PLACES, Place, needs_native
 from python_tests.sinkhorn_oracle import Weights, check, draw, gradients, inputs, norm_error, on, solve_batch
 
@@ -54,6 +54,19 @@ class TestValue:
         result = sinkhorn(*on(place, cost, a, b), epsilon=1.0, num_iters=2, marginal_penalty=rho)
         answer = solve_batch(cost, a, b, epsilon, 2, rho=rho)[0]
         torch.testing.assert_close(result.f.double().cpu()[0], torch.from_numpy(answer.f), rtol=0, atol=1e-4)
+
+    def test_a_plan_that_vanishes_stops_by_its_potentials(self, place: Place) -> None:
+        """Elements of 1e-130 have no sums in float32; how far potentials move is found from their logarithms."""
+        cost, a, b = draw(2, 5, 21, dtype=torch.float32)
+        cost, epsilon, rho = cost + 300, torch.ones(2), (0.05, 0.05)
+        result = sinkhorn(*on(place, cost, a, b), epsilon=1.0, num_iters=40, marginal_penalty=rho, tol=1e-2)
+        check(result, solve_batch(cost, a, b, epsilon, 40, rho=rho, tol=1e-2), cost, epsilon, a)
+        x, y = (torch.tensor([[start], [start + 1]]).expand(2, 3) for start in (0.0, 20.0))
+        options = {"epsilon": 1.0, "num_iters": 40, "marginal_penalty": rho, "tol": 1e-2}
+        dense = sinkhorn(*on(place, torch.cdist(x, y).square()), **options)
+        features = sinkhorn_features(*on(place, x, y), cost="sqeuclidean", **options)
+        assert int(features.iterations) == int(dense.iterations) < 10
+        torch.testing.assert_close(features.marginal_error, dense.marginal_error, rtol=0, atol=1e-3)
 
 
 class TestGradient:

@@ -132,9 +132,15 @@ struct CloudSolver {
     Cloud<T>&x = pair.x, &y = pair.y;
     for (int64_t t = 1; t <= p.num_iters; ++t) {
       const bool trusted = t > 1 && half_steps(error);
-      if (t > 1 && p.tolerance > 0 && error <= p.tolerance) return t - 1;
+      if (t > 1 && p.tolerance > 0 && (balanced || trusted) && error <= p.tolerance) return t - 1;
       if (!trusted) {
-        restart(x, y, lambda_a);
+        std::copy(x.potential, x.potential + x.padded, x.scratch);
+        const double moved = restart(x, y, lambda_a);
+        if (t > 1 && p.tolerance > 0 && !balanced && moved <= p.tolerance) {
+          std::swap(x.potential, x.scratch);
+          error = moved;
+          return t - 1;
+        }
         restart(y, x, lambda_b);
         continue;
       }

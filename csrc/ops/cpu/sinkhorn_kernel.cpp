@@ -289,22 +289,31 @@ struct Solver {
     Report<T> columns;
     for (int64_t t = 1; t <= p.num_iters; ++t) {
       Report<T> report;
+      bool trusted = false;
       if (t > 1) {
         report = scale_rows();
+        trusted = report.trusted(columns.largest_scale);
         error = report.error + lost_columns();
-        if (p.tolerance > 0 && error <= p.tolerance) return t - 1;
+        if (p.tolerance > 0 && (balanced || trusted) && error <= p.tolerance) return t - 1;
       }
-      if (t > 1 && report.trusted(columns.largest_scale)) {
+      if (trusted) {
         std::swap(row_scale, next_scale);
       } else {
         if (t > 1) absorb_columns();
+        const bool looks = t > 1 && !balanced && p.tolerance > 0;  // a change of u is wrong by as much as u: that of the log domain counts
+        if (looks) absorb_rows(), std::copy(row_center, row_center + rows, row_sum);
         report = restart_rows();
+        if (looks && report.error <= p.tolerance) {
+          std::copy(row_sum, row_sum + rows, row_center);
+          error = report.error;
+          return t - 1;
+        }
       }
       columns = scale_columns();
-      const bool trusted = columns.trusted(report.largest_scale), in_range = columns.in_range() && report.in_range();
-      if (!trusted || !in_range) {
+      const bool columns_trusted = columns.trusted(report.largest_scale), in_range = columns.in_range() && report.in_range();
+      if (!columns_trusted || !in_range) {
         absorb_rows();
-        if (!trusted)
+        if (!columns_trusted)
           restart_columns();
         else
           absorb_columns();
