@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -98,3 +99,27 @@ class TestGradient:
         for num_iters in (2, 10, 50, 200):
             error = norm_error(of(backend_name, torch.float32, num_iters), of("reference", torch.float64, num_iters))
             assert error < 2e-3
+
+    @pytest.mark.parametrize("smallest", [1e-15, 1e-30])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @needs_native
+    def test_implicit_where_masses_are_far_apart(self, smallest: float, dtype: torch.dtype) -> None:
+        """The last entries are the lightest: they do not hold the others, nor does what is added to all swallow what these get."""
+        cost, a, b = draw(1, 9, 7)
+        for mass in (a, b):
+            mass[:, -3:] = torch.tensor([smallest, 10 * smallest, smallest])
+            mass[:, :-3] /= mass[:, :-3].sum()
+        epsilon, weights = torch.tensor([0.3], dtype=torch.float64), Weights.draw(1, 9, 7, gauge_free=True)
+
+        def of(name: str, gradient: Any, kind: torch.dtype, part: str) -> tuple[Tensor, ...]:
+            point = tuple(x.to(kind).requires_grad_() for x in (cost, a, b, epsilon))
+            with backend.use(name):
+                result = sinkhorn(*point[:3], epsilon=point[3], num_iters=1000, gradient=gradient)
+                f, g, plan = ((getattr(weights, k).to(kind) * getattr(result, k)).sum() for k in ("f", "g", "plan"))
+                loss = {"transport": result.transport_cost.sum(), "potentials": f + g, "plan": plan}[part]
+                return torch.autograd.grad(loss, (point[0], point[3]))
+
+        for part in ("transport", "potentials", "plan"):
+            found, expected = of("native", "implicit", dtype, part), of("reference", "unrolled", torch.float64, part)
+            for x, y in zip(found, expected, strict=True):
+                assert norm_error(x, y) < (1e-4 if dtype == torch.float32 else 1e-11)

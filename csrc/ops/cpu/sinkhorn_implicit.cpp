@@ -94,12 +94,13 @@ struct Implicit {
     std::fill(x, x + rows, 1.0), std::fill(y, y + stride, 1.0);
     times(y, p_sum);
     times_transposed(x, q_sum);
-    // Only what is orthogonal to (1, -1) can be met: the rest would shift f against g.
+    // Only what is orthogonal to (1, -1) can be met: the rest would shift f against g. The part of the transport cost is, but for rounding, which
+    // beside the mass of a small entry would be large.
     double excess = 0, entries = 0;
     for (int64_t i = 0; i < p.N; ++i)
-      if (p_sum[i] > 0) excess += row_side[i], entries += 1;
+      if (p_sum[i] > 0) excess += grad_f ? static_cast<double>(epsilon) * grad_f[i] : 0.0, entries += 1;
     for (int64_t j = 0; j < p.M; ++j)
-      if (q_sum[j] > 0) excess -= column_side[j], entries += 1;
+      if (q_sum[j] > 0) excess -= grad_g ? static_cast<double>(epsilon) * grad_g[j] : 0.0, entries += 1;
     dropped = entries > 0 ? excess / entries : 0.0;
     for (int64_t i = 0; i < rows; ++i) row_side[i] = p_sum[i] > 0 ? row_side[i] - dropped : p_sum[i];
     for (int64_t j = 0; j < stride; ++j) column_side[j] = q_sum[j] > 0 ? column_side[j] + dropped : q_sum[j];
@@ -171,17 +172,16 @@ struct Implicit {
   }
 
   // Cholesky's factor in place, BLOCK columns at a time, with the inverse of every pivot in its place. 0 stands for a pivot that is lost, and
-  // for that of the last entry with mass.
+  // for that of the heaviest entry, which stays at 0: beside a light one all others would nearly have a null vector left.
   void factor(const double* kept) {
-    int64_t last = small - 1;
-    while (last > 0 && !(kept[last] > 0)) --last;
+    const int64_t heaviest = std::max_element(kept, kept + small) - kept;
     for (int64_t begin = 0; begin < small; begin += BLOCK) {
       const int64_t end = std::min(small, begin + BLOCK);
       for (int64_t i = begin; i < end; ++i) {
         factor_row(i, begin, i);
         double* const row = matrix + i * pitch;
         const double pivot = row[i] - dot(row + begin, row + begin, i - begin);
-        row[i] = i == last || pivot <= SMALLEST_PIVOT * kept[i] ? 0.0 : 1 / std::sqrt(pivot);
+        row[i] = i == heaviest || pivot <= SMALLEST_PIVOT * kept[i] ? 0.0 : 1 / std::sqrt(pivot);
       }
       if (end == small) break;
       for_chunks(each, (small - end + BLOCK - 1) / BLOCK, [&](int64_t part) {
@@ -284,17 +284,15 @@ struct Implicit {
 
   // ------------------------------------------------------------------------------------------------------- result
 
-  // Of all solutions the one with sum x = sum y.
-  void balance() {
+  // Of all solutions the one with sum x = sum y: what is to be taken from x and added to y. Where masses are far apart it is so much larger than
+  // some of x and y that these would not survive it; x + y does without.
+  double shift() const {
     double excess = 0, entries = 0;
     for (int64_t i = 0; i < p.N; ++i)
       if (p_sum[i] > 0) excess += x[i], entries += 1;
     for (int64_t j = 0; j < p.M; ++j)
       if (q_sum[j] > 0) excess -= y[j], entries += 1;
-    for (int64_t i = 0; i < p.N; ++i)
-      if (p_sum[i] > 0) x[i] -= excess / entries;
-    for (int64_t j = 0; j < p.M; ++j)
-      if (q_sum[j] > 0) y[j] += excess / entries;
+    return entries > 0 ? excess / entries : 0.0;
   }
 
   // C_bar = P (tc (1 - C / epsilon) + e + (x_i + y_j) / epsilon). M_bar has the row sums -epsilon f_bar, but for what was dropped, and likewise
@@ -321,15 +319,16 @@ struct Implicit {
     double grad_epsilon = 0;
     for (int64_t c = 0; c < chunks.count; ++c)
       grad_epsilon += totals[2 * c] / epsilon + static_cast<double>(grad_value) * totals[2 * c + 1];
+    const double between = shift();
     T *const grad_a = static_cast<T*>(p.grad_a) + b * p.N, *const grad_b = static_cast<T*>(p.grad_b) + b * p.M;
     for (int64_t i = 0; i < p.N; ++i) {
       const bool absent = u[i] == -INFINITE<T>;
-      grad_a[i] = absent ? T(0) : static_cast<T>(x[i] + static_cast<double>(grad_value) * f[i]);
+      grad_a[i] = absent ? T(0) : static_cast<T>(x[i] - (p_sum[i] > 0 ? between : 0.0) + static_cast<double>(grad_value) * f[i]);
       if (p_sum[i] > 0) grad_epsilon += dropped * u[i] / epsilon;
     }
     for (int64_t j = 0; j < p.M; ++j) {
       const bool absent = v[j] == -INFINITE<T>;
-      grad_b[j] = absent ? T(0) : static_cast<T>(y[j] + static_cast<double>(grad_value) * g[j]);
+      grad_b[j] = absent ? T(0) : static_cast<T>(y[j] + (q_sum[j] > 0 ? between : 0.0) + static_cast<double>(grad_value) * g[j]);
       if (q_sum[j] > 0) grad_epsilon -= dropped * v[j] / epsilon;
     }
     static_cast<T*>(p.grad_epsilon)[b] = static_cast<T>(grad_epsilon);
@@ -339,7 +338,6 @@ struct Implicit {
     begin();
     const bool direct = small > 0 && small <= DIRECT;
     if (direct || !solve_iteratively(small > 0 ? small / 4 : MOST_STEPS)) solve_directly();
-    balance();
     end();
   }
 };
