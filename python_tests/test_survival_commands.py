@@ -115,11 +115,12 @@ def test_killed_at_chosen_moments(tmp_path: Path, whole: dict[str, Any]) -> None
 class TestOneSentence:
     """What a real system does to a run."""
 
-    def refused(self, work: Callable[[], int], capfd: pytest.CaptureFixture[str]) -> str:
+    def refused(self, work: Callable[[], int], capfd: pytest.CaptureFixture[str], advice: str) -> str:
         capfd.readouterr()
         assert in_child(work) == 1
         said = capfd.readouterr().err
-        assert "Traceback" not in said and said.count("\n") == 1 and "--resume" in said
+        assert "Traceback" not in said and said.count("\n") == 1 and advice in said
+        assert ("--resume" in said) == (advice == "--resume")
         return said
 
     def test_no_room(self, tmp_path: Path, whole: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +131,7 @@ class TestOneSentence:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
             return train(PHANTOMS, folder)
 
-        said = self.refused(work, capfd)
+        said = self.refused(work, capfd, "--resume")
         assert "epoch-0001" in said and "make room" in said
         assert list(folder.rglob("epoch-*")) == []
         assert in_child(lambda: train(PHANTOMS, folder, "--resume")) == 0
@@ -154,7 +155,7 @@ class TestOneSentence:
                 os.setuid(65534)
             return train(PHANTOMS, open_folder / "run")
 
-        assert "config.json could not be written (Permission denied)" in self.refused(work, capfd)
+        assert "config.json could not be written (Permission denied)" in self.refused(work, capfd, "another --out")
         assert list((open_folder / "run").iterdir()) == []
 
     def test_a_folder_that_vanishes(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +169,7 @@ class TestOneSentence:
             with watched(folder, strike):
                 return train(PHANTOMS, folder)
 
-        assert "its folder is gone" in self.refused(work, capfd)
+        assert "its folder is gone; put it back" in self.refused(work, capfd, "--resume")
         assert not folder.exists()
 
 

@@ -7,6 +7,7 @@ own ``results.json``.
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import signal
@@ -126,7 +127,8 @@ def train_runs(
     except KeyboardInterrupt as stop:
         raise Interrupted("stopped", f"{resuming(folder)} to continue", signal.SIGINT) from stop
     except WriteError as error:
-        error.begun = (folder / "config.json").exists()
+        gone = getattr(error.__cause__, "errno", None) in (errno.ENOENT, errno.ESTALE)  # with what had been begun
+        error.begun = gone or (folder / "config.json").exists()
         raise
 
 
