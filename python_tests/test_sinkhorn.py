@@ -55,6 +55,35 @@ class TestValue:
         check(result, solve_batch(cost, a, b, epsilon, 12), cost, epsilon, a)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_rows_with_one_or_two_columns_behind_whole_vectors(self, place: Place, dtype: torch.dtype) -> None:
+        """Which the CPU keeps apart; with many rows it adds them up in several pieces."""
+        for N, M in (
+            (5, 17),
+            (23, 18),
+            (12, 33),
+            (31, 34),
+            (49, 49),
+            (50, 50),
+            (7, 65),
+            (64, 66),
+            (9, 97),
+            (3, 113),
+            (6000, 49),
+        ):
+            cost, a, b = draw(2, N, M, seed=M, dtype=dtype)
+            point = [x.to(place.device).requires_grad_() for x in (cost, a, b)]
+            result = sinkhorn(*point, epsilon=0.05, num_iters=7)
+            epsilon = torch.full((2,), 0.05, dtype=dtype)
+            check(result, solve_batch(cost, a, b, epsilon, 7), cost, epsilon, a)
+            found = torch.autograd.grad(result.transport_cost.sum(), point)
+            with backend.use("reference"):
+                wide = [x.double().requires_grad_() for x in (cost, a, b)]
+                expected = torch.autograd.grad(sinkhorn(*wide, epsilon=0.05, num_iters=7).transport_cost.sum(), wide)
+            for x, e in zip(found, expected, strict=True):
+                error = (x.cpu().double() - e).abs().max() / e.abs().max()
+                assert float(error) < (1e-4 if dtype == torch.float32 else 1e-10), (N, M, float(error))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_rows_of_every_number_of_vectors(self, place: Place, dtype: torch.dtype) -> None:
         """The CPU has passes over the matrix for one to eight vectors a row, for more and for long rows, by four rows or eight."""
         for M in (*range(3, 76, 8), 100, 401):

@@ -225,4 +225,19 @@ PK_INLINE Vec<float> at_most(Vec<float> x, Vec<float> ceiling) {
 #endif
 }
 
+template <class V>
+PK_INLINE bool any_lane(V mask) {
+#if defined(__AVX512F__)
+  typedef long long Quads __attribute__((vector_size(64)));
+  return __builtin_ia32_ptestmq512((Quads)mask, (Quads)mask, -1) != 0;
+#elif defined(__AVX2__)
+  typedef long long Quads __attribute__((vector_size(32)));
+  return !__builtin_ia32_ptestz256((Quads)mask, (Quads)mask);
+#else
+  typedef long long Quads __attribute__((vector_size(16)));
+  const Quads quads = (Quads)mask;
+  return (quads[0] | quads[1]) != 0;
+#endif
+}
+
 }  // namespace

@@ -18,21 +18,6 @@ namespace {
 
 using namespace protokernels;
 
-template <class V>
-PK_INLINE bool any_lane(V mask) {
-#if defined(__AVX512F__)
-  typedef long long Quads __attribute__((vector_size(64)));
-  return __builtin_ia32_ptestmq512((Quads)mask, (Quads)mask, -1) != 0;
-#elif defined(__AVX2__)
-  typedef long long Quads __attribute__((vector_size(32)));
-  return !__builtin_ia32_ptestz256((Quads)mask, (Quads)mask);
-#else
-  typedef long long Quads __attribute__((vector_size(16)));
-  const Quads quads = (Quads)mask;
-  return (quads[0] | quads[1]) != 0;
-#endif
-}
-
 // s of MOST_ROWS rows against a panel, without |q|^2, for columns [first, last); the sums go on in partial [MOST_ROWS, WIDTH] from the first
 // columns to the last.
 template <class T>

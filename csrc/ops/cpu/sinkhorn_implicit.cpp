@@ -236,7 +236,6 @@ struct Implicit {
   void apply(const double* z) {
     for (int64_t j = 0; j < stride; ++j) direction[j] = static_cast<T>(z[j]);
     over_chunks([&](int64_t first, int64_t last, T* sums, double*) {
-      std::fill(sums, sums + stride, T(0));
       auto finish = [&](int64_t i, Four<T> r) __attribute__((always_inline)) { return r * load_four(inverse_rows + i); };
       fused_rows_long(plan, stride, first, round_up(last, ROWS), direction, sums, finish);  // short rows are solved directly
     });

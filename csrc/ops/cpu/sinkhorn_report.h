@@ -11,11 +11,13 @@ template <class T>
 struct Report {
   double error = 0, transport = 0, value = 0, mass = 0;
   T smallest_sum = INFINITE<T>, largest_sum = 0, smallest_scale = INFINITE<T>, largest_scale = 0;
+  bool ordinary = true;  // then these four do not count
 
   void merge(const Report& other) {
     error += other.error, transport += other.transport, value += other.value, mass += other.mass;
     smallest_sum = std::min(smallest_sum, other.smallest_sum), largest_sum = std::max(largest_sum, other.largest_sum);
     smallest_scale = std::min(smallest_scale, other.smallest_scale), largest_scale = std::max(largest_scale, other.largest_scale);
+    ordinary &= other.ordinary;
   }
   // No sum so small that what was flushed to zero could have mattered, be it an element of K (1 stands for its factor) or a product; no sum
   // or scale near the ends of the type's range. A sum of nothing is none: there may be no factors at all.
@@ -37,9 +39,51 @@ struct Extremes {
   }
 };
 
+// Of sums and scales that have mass.
 template <class T>
-PK_INLINE Report<T> report_of(const Extremes<T>& sums, const Extremes<T>& scales) {
-  return {0, 0, 0, 0, reduce_min(sums.least), reduce_max(sums.largest), reduce_min(scales.least), reduce_max(scales.largest)};
+Report<T> extremes_of(const T* sums, const T* scales, const T* active, int64_t count) {
+  const Vec<T> none{};
+  Extremes<T> of_sums, of_scales;
+  for (int64_t i = 0; i < count; i += LANES<T>) {
+    const Index<T> counts = load(active + i) != none;
+    of_sums.meet(load(sums + i), counts), of_scales.meet(load(scales + i), counts);
+  }
+  Report<T> report;
+  report.ordinary = false;
+  report.smallest_sum = reduce_min(of_sums.least), report.largest_sum = reduce_max(of_sums.largest);
+  report.smallest_scale = reduce_min(of_scales.least), report.largest_scale = reduce_max(of_scales.largest);
+  return report;
 }
+
+template <class T>
+PK_INLINE Vec<T> lesser(Vec<T> x, Vec<T> least) {  // least where x is NaN, as a comparison has it
+  if constexpr (sizeof(T) == 4) return at_most(least, x);
+  return x < least ? x : least;
+}
+template <class T>
+PK_INLINE Vec<T> greater(Vec<T> x, Vec<T> largest) {
+  if constexpr (sizeof(T) == 4) return at_least(largest, x);
+  return x > largest ? x : largest;
+}
+
+// Whether a half-step is ordinary, as nearly all are: scales in range, and sums to be trusted whatever factors in range they were made of. That takes
+// no sums over lanes, which cost as much as four rows.
+template <class T>
+class Ordinary {
+ public:
+  PK_MEMBER void meet(Vec<T> sum, Vec<T> scale, Index<T> counts) {
+    const Vec<T> one = broadcast(T(1)), x = counts ? sum : one, y = counts ? scale : one;
+    least_sum_ = lesser<T>(x, least_sum_), largest_sum_ = greater<T>(x, largest_sum_);
+    least_scale_ = lesser<T>(y, least_scale_), largest_scale_ = greater<T>(y, largest_scale_);
+  }
+  PK_MEMBER bool is_so() const {
+    const Index<T> sums = (least_sum_ < TRUSTED_SUM<T> * LARGE_SCALE<T>) | (largest_sum_ > LARGEST_SUM<T>);
+    const Index<T> scales = (least_scale_ < 1 / LARGE_SCALE<T>) | (largest_scale_ > LARGE_SCALE<T>);
+    return !any_lane(sums | scales);
+  }
+
+ private:
+  Vec<T> least_sum_ = broadcast(T(1)), largest_sum_ = least_sum_, least_scale_ = least_sum_, largest_scale_ = least_sum_;
+};
 
 }  // namespace

@@ -32,6 +32,7 @@ struct Unrolled {
   T epsilon, lambda_a, lambda_b, grad_transport = 0, grad_value = 0;
   bool normalizes = false;
   const T *history, *grad_f, *grad_g;
+  Tail<T> tail;
   T *kernel, *partial, *grad_cost;                                                            // [rows, stride], [chunks, stride], [N, M]
   T *log_a, *inverse_a, *row_center, *u, *u_last, *alpha, *gamma, *u_bar, *log_a_bar, *mass;  // [rows]
   T *log_b, *inverse_b, *column_center, *v, *v_last, *v_before, *beta, *delta, *v_bar, *log_b_bar, *weight;  // [stride]
@@ -44,6 +45,7 @@ struct Unrolled {
     rows = round_up(p.N, 16), stride = round_up(p.M, LANES<T>);
     const int64_t segment = std::min(SEGMENT, p.num_iters);
     kernel = arena.take<T>(rows * stride);
+    tail = Tail<T>(p.M, rows, arena);
     partial = arena.take<T>(chunks.count * stride);
     for (T** piece : {&log_a, &inverse_a, &row_center, &u, &u_last, &alpha, &gamma, &u_bar, &log_a_bar, &mass})
       *piece = arena.take<T>(rows);
@@ -217,13 +219,12 @@ struct Unrolled {
   // The softmaxes of these factors divided by their sums.
   void normalize_factors() {
     over_chunks([&](int64_t first, int64_t last, T* sums) {
-      std::fill(sums, sums + stride, T(0));
       auto finish = [&](int64_t i, Four<T> sum) __attribute__((always_inline)) {
         const Four<T> none{};
         store_four(gamma + i, sum == none ? none : T(1) / sum);
         return load_four(alpha + i);
       };
-      fused_rows(kernel, stride, first, round_up(last, ROWS), delta, sums, finish);
+      fused_rows(kernel, stride, tail, first, round_up(last, ROWS), delta, sums, finish);
       return 0.0;
     });
     add_chunks(partial, stride, chunks.count);
@@ -243,7 +244,9 @@ struct Unrolled {
       store(column_center + j, potential == lowest ? lowest : potential / lambda_b - load(log_b + j));
     }
     over_chunks([&](int64_t first, int64_t last, T*) {
-      fill_kernel(cost, row_center, column_center, kernel, stride, first, last == p.N ? rows : last);
+      const int64_t end = last == p.N ? rows : last;
+      fill_kernel(cost, row_center, column_center, kernel, stride, first, end);
+      tail.copy(kernel, stride, first, end);
       return 0.0;
     });
   }
@@ -302,7 +305,6 @@ struct Unrolled {
     for (int64_t j = 0; j < stride; j += LANES<T>) store(y + j, load(beta + j) * load(weight + j));
     std::copy(delta, delta + stride, y + stride);
     grad_epsilon += over_chunks([&](int64_t first, int64_t last, T* sums) {
-      std::fill(sums, sums + stride, T(0));
       double damping = 0;
       auto finish = [&](int64_t i, Four<T> r) __attribute__((always_inline)) {
         Four<T> scale;
@@ -317,7 +319,7 @@ struct Unrolled {
         store_four(x + rows + i, scale);
         return scale;
       };
-      fused_rows(kernel, stride, first, round_up(last, ROWS), y, sums, finish);
+      fused_rows(kernel, stride, tail, first, round_up(last, ROWS), y, sums, finish);
       return damping;
     });
     add_chunks(partial, stride, chunks.count);
