@@ -41,7 +41,7 @@ def segment_volume(
 
     Raises:
         DataError: another shape, NaN or infinity.
-        ValueError: the model returns something else than logits of at most 256 classes, or NaN.
+        ValueError: ``batch_size`` is below 1; the model returns something else than logits of at most 256 classes, or NaN.
 
     Example:
         >>> import numpy as np, torch
@@ -52,6 +52,8 @@ def segment_volume(
         >>> label.shape, int(label.sum())
         ((6, 6, 3), 18)
     """
+    if batch_size < 1:
+        raise ValueError(f"segment_volume: batch_size must be at least 1; got {batch_size}")
     if image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "iufb":
         raise DataError(
             f"segment_volume: expected a volume [X, Y, Z] of real numbers; got {image.dtype} {list(image.shape)}"

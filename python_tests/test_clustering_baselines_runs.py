@@ -117,6 +117,24 @@ class TestCommands:
             assert cli.main(["figures", str(out)]) == 0
             assert capsys.readouterr().out.count(".png") >= FIGURES[name]
 
+    @pytest.mark.parametrize(
+        ("name", "changes", "message"),
+        [
+            (
+                "vae_kmeans",
+                {"candidates": (5, 40, 41, 80)},
+                r"at most 40, the number of training images; got \(5, 40, 41, 80\)",
+            ),
+            ("vade", {"num_clusters": 41}, "num_clusters must be at most 40, the number of training images; got 41"),
+        ],
+    )
+    def test_more_clusters_than_images_are_refused_before_training(
+        self, name: str, changes: dict[str, Any], message: str, few: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            train_tiny(name, tmp_path / "run", few, **changes)
+        assert not (tmp_path / "run").exists()
+
     def test_an_unknown_name_lists_them(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["train", "idec"]) == 2
         assert "vae_kmeans, gmvae, vade, resnet_transfer" in capsys.readouterr().out

@@ -83,6 +83,8 @@ class TestSlicing:
         values = np.arange(24, dtype=np.int16).reshape(2, 3, 4) - 7
         np.testing.assert_allclose(scaled_to_unit(values), (values + 7) / 23, atol=1e-7)
         assert scaled_to_unit(np.full((2, 2, 2), 5.0)).max() == 0
+        for dtype in (np.float32, np.float64):  # half the smallest number is 0
+            assert scaled_to_unit(np.array([[[0, np.finfo(dtype).smallest_subnormal]]], dtype)).max() == 0
         huge = np.array([-1.7e308, 0, 1.7e308]).reshape(1, 1, 3)
         np.testing.assert_allclose(scaled_to_unit(huge), [[[0, 0.5, 1]]])
         with pytest.raises(DataError, match="1 of 3 voxels are NaN or infinite"):

@@ -114,6 +114,12 @@ class TestArray:
         with pytest.raises(DataError, match=message):
             segment_volume(Threshold(), image, image_size=4)
 
+    @pytest.mark.parametrize("batch_size", [0, -1])
+    def test_batches_of_nothing(self, batch_size: int) -> None:
+        """They would leave the label what the memory held."""
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1; got {batch_size}"):
+            segment_volume(Threshold(), VALUES, image_size=4, batch_size=batch_size)
+
     def test_odd_logits(self) -> None:
         class Diverged(nn.Module):
             def forward(self, slices: Tensor) -> Tensor:

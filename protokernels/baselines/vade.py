@@ -290,6 +290,14 @@ def initialize_mixture(model: VaDE, images: Tensor, config: VaDEConfig, seed: in
 
 
 class _VaDE(ClusteringBaseline):
+    def check(self, config: Any, dataset: ImageDataset) -> None:
+        super().check(config, dataset)
+        count = len(self.training_split(dataset, config))
+        if config.num_clusters > count:
+            raise ValueError(
+                f"vade: num_clusters must be at most {count}, the number of training images; got {config.num_clusters}"
+            )
+
     def training_split(self, dataset: ImageDataset, config: Any) -> Split:
         split = super().training_split(dataset, config)
         return split.join(dataset.test) if config.transductive and not config.selection else split

@@ -191,6 +191,15 @@ def choose_clusters(z: Tensor, config: VAEKMeansConfig, seed: int) -> Elbow:  # 
 
 
 class _VAEKMeans(ClusteringBaseline):
+    def check(self, config: Any, dataset: ImageDataset) -> None:
+        super().check(config, dataset)
+        count = len(self.training_split(dataset, config))
+        if sum(k <= count for k in config.candidates) < 3:
+            raise ValueError(
+                f"vae_kmeans: at least three of the candidates must be at most {count}, the number of training images; got "
+                f"{config.candidates}"
+            )
+
     def clustering(
         self, model: Any, dataset: ImageDataset, config: Any, seed: int, known: dict[str, Any] | None = None
     ) -> Clustering:

@@ -21,7 +21,7 @@ def scaled_to_unit(volume: np.ndarray) -> np.ndarray:  # [X, Y, Z] -> the same, 
     if not np.isfinite(low) or not np.isfinite(high):
         bad = int((~np.isfinite(values)).sum())
         raise DataError(f"{bad:,} of {values.size:,} voxels are NaN or infinite; replace them, by the value of air say")
-    if high == low:
+    if values.dtype.type(high / 2) == values.dtype.type(low / 2):  # also half the smallest number of the type is 0
         return np.zeros(values.shape, np.float32)
     # Halved first: the span of huge values may not fit the type.
     scaled = (values / 2 - low / 2) / (high / 2 - low / 2)
