@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -136,4 +137,15 @@ class TestExclusive:
         with exclusive(lock) as free:
             assert free and time.monotonic() - start < 30
         with exclusive(lock, wait=False) as free:
+            assert free
+
+    @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])  # NFS, Lustre
+    def test_a_file_system_without_locks_keeps_nobody_out(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("fcntl.flock", refuse)
+        with exclusive(tmp_path / "lock", wait=False) as free:
             assert free

@@ -121,7 +121,7 @@ def write_json_lines(path: Path, values: list[dict[str, Any]]) -> None:
 def exclusive(path: Path, *, wanted: bool = True, wait: bool = True) -> Iterator[bool]:
     """Keeps other processes out of ``exclusive`` of the same path; a process that is killed leaves it.
 
-    Where the system has no such locks (Windows), or with ``wanted`` false, nobody is kept out.
+    Where the system (Windows) or the file system has no such locks, or with ``wanted`` false, nobody is kept out.
 
     Args:
         path: of a small file that is made and stays.
@@ -141,6 +141,8 @@ def exclusive(path: Path, *, wanted: bool = True, wait: bool = True) -> Iterator
         except BlockingIOError:
             yield False
             return
+        except OSError:
+            pass  # a file system without locks
         yield True
 
 
