@@ -16,7 +16,7 @@ from .results.fields import as_record, completed
 from .results.jobs import differing
 from .training import RunFolderError, next_free_folder
 from .training.files import exclusive, read_json, write_json
-from .training.runs import RunSettings, resuming
+from .training.runs import RunSettings, resuming, told_by_main
 from .training.transfer_scoring import left_out_notes
 
 SUMMARY = "ablations.json"
@@ -55,7 +55,7 @@ def run_ablations(
     """
     if unknown := [word for word in only if word not in paper.ABLATIONS]:
         raise ValueError(f"unknown ablations {', '.join(unknown)}; expected some of {', '.join(paper.ABLATIONS)}")
-    folder = new_folder(out, name, config, "ablations", SUMMARY, resume=settings.resume)
+    folder = new_folder(out, name, config, "ablations", SUMMARY, settings)
     config = with_shared_stages(config, folder)
     check_summary(paper, config, folder, settings)
     changes = {ablation: replace(config, **paper.ABLATIONS[ablation]) for ablation in only or paper.ABLATIONS}
@@ -98,13 +98,18 @@ def check_summary(paper: Any, config: Any, folder: Path, settings: RunSettings) 
             )
 
 
-def new_folder(out: Path | None, name: str, config: Any, kind: str, summary: str, *, resume: bool) -> Path:
-    """The folder of several runs: ``out``, or a new one of ``runs/<name>-<data>-<preset>-<kind>``; with ``resume`` the last one.
+def new_folder(out: Path | None, name: str, config: Any, kind: str, summary: str, settings: RunSettings) -> Path:
+    """The folder of several runs: ``out``, or a new one of ``runs/<name>-<data>-<preset>-<kind>``; to resume, the last one.
 
     Raises:
-        RunFolderError: it holds such runs already, and ``resume`` is false; it is a run's own folder, or lies in a file.
+        RunFolderError: it holds such runs already, and is not to be resumed; it is a run's own folder, or lies in a file.
     """
     default = Path("runs") / f"{name}-{Path(config.data).stem}-{config.preset_name}-{kind}"
+    return told_by_main(lambda: _free_folder(out, default, summary, resume=settings.resume), settings)
+
+
+def _free_folder(out: Path | None, default: Path, summary: str, *, resume: bool) -> Path:
+    """What :func:`new_folder` finds in one process."""
     folder = out or next_free_folder(default, resume=resume)
     if occupied := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
         raise RunFolderError(f"{occupied} is a file, where a folder is needed; pass another --out")

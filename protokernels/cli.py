@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         return _complain(str(error), status=2)
     except (ValueError, OSError, FloatingPointError) as error:
-        return _ended(_complain(str(error)))
+        alone = isinstance(error, OSError) and getattr(error, "others_wait", False)  # see losses_told
+        return _ended(_complain(str(error), of_one=alone))
     except (RuntimeError, MemoryError) as error:
         if type(error).__name__ in _SAID:
             return _ended(1)
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _ended(_complain(str(error)))
         if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
             reason = str(error).partition("\n")[0]
-            return _ended(_complain(f"there is not enough memory ({reason}); choose smaller sizes, or smaller batches"))
+            message = f"there is not enough memory ({reason}); choose smaller sizes, or smaller batches"
+            return _ended(_complain(message, of_one=True))
         raise
 
 
@@ -131,7 +133,9 @@ def _ended(status: int) -> int:
     return status
 
 
-def _complain(message: str, status: int = 1) -> int:
-    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
-        print(f"protokernels: {message}", file=sys.stderr)
+def _complain(message: str, status: int = 1, *, of_one: bool = False) -> int:
+    """Says ``message``; one of several processes speaks for all, unless the others know nothing of what has come to this one."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or of_one:
+        print(f"protokernels: {'' if rank == '0' else f'process {rank}: '}{message}", file=sys.stderr)
     return status

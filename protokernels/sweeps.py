@@ -216,7 +216,7 @@ def run_sweep(
         RunFolderError: the folder holds a sweep, and ``settings.resume`` is false or the sweep starts from another
             configuration, or has points of other seeds or of other data.
     """
-    folder = new_folder(options.out, name, config, "sweep", SUMMARY, resume=settings.resume)
+    folder = new_folder(options.out, name, config, "sweep", SUMMARY, settings)
     head = {"paper": name, "data": config.data, "preset": config.preset_name, "config": as_record(config)}
     head["precision"] = settings.precision
     shared = with_shared_stages(config, folder)

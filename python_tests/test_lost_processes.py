@@ -20,6 +20,7 @@ pytest.importorskip("tyro", reason="the commands need the extra protokernels[tra
 
 from accelerate.state import PartialState
 
+from protokernels.cli import main
 from protokernels.training import Session, lost_processes
 from python_tests.moments import child
 from python_tests.test_survival_commands import PHANTOMS, content, train
@@ -27,6 +28,8 @@ from python_tests.test_training import assert_same_bits
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and signals")
 
+SWEEP = ["sweep", "vaesim", "--data", "digits", "--epochs", "1", "--batch-size", "1000", "--over", "latent_dim=2,3"]
+SWEEP += ["--no-figures", "--device", "cpu", "--quiet"]
 SECONDS = 60.0
 """Until the other process must have ended; a second by itself, more on a busy machine."""
 
@@ -137,3 +140,62 @@ def test_who_has_ended(capfd: pytest.CaptureFixture[str]) -> None:
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="inconsistent tensor size"), lost_processes.losses_told(tmp_path):
         torch.zeros(2) @ torch.zeros(3)
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_process_without_memory_says_so_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def work(rank: int) -> int:
+        def broken(self: Session, *more: Any, **options: Any) -> None:
+            if rank == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            optimise(self, *more, **options)
+
+        with mock.patch.object(Session, "optimise", broken):
+            return train(PHANTOMS, tmp_path / "run")
+
+    optimise = Session.optimise
+    assert codes(two(work)) == [1, 1]
+    said = capfd.readouterr().err
+    assert "protokernels: process 1: there is not enough memory (CUDA out of memory" in said
+    assert "process 1 of 2" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("loser", [0, 1])
+def test_a_job_that_fails_in_one_process_ends_all(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], loser: int
+) -> None:
+    """It must not begin the next job, in which the others do not join it: they wait in the first."""
+
+    def work(rank: int) -> int:
+        def broken(self: Session, *more: Any, **options: Any) -> None:
+            if rank == loser:
+                raise ValueError("no such thing")
+            optimise(self, *more, **options)
+
+        with mock.patch.object(Session, "optimise", broken):
+            return main([*SWEEP, "--out", str(tmp_path / "sweep")])
+
+    optimise = Session.optimise
+    assert codes(two(work)) == [1, 1]
+    said = capfd.readouterr().err
+    assert f"protokernels: {'process 1: ' if loser else ''}latent_dim-2: no such thing; all processes end" in said
+    assert "--resume --out" in said and "Traceback" not in said
+    assert not (tmp_path / "sweep" / "latent_dim-3").exists()
+
+
+def test_a_job_that_diverges_ends_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """All processes know of it."""
+
+    def work(rank: int) -> int:
+        def record(self: Session, step: Any, **values: Any) -> None:
+            broken = self.run.path.name == "latent_dim-2" and rank == 1
+            recorded(self, step, **{name: torch.nan if broken else value for name, value in values.items()})
+
+        with mock.patch.object(Session, "record", record):
+            return main([*SWEEP, "--out", str(tmp_path / "sweep")])
+
+    recorded = Session.record
+    assert codes(two(work)) == [1, 1]
+    said = capfd.readouterr().err
+    assert said.count("not finished: latent_dim-2: training diverged") == 1, said
+    assert (tmp_path / "sweep" / "latent_dim-3" / "results.json").exists()

@@ -70,7 +70,8 @@ def run_jobs(
 
     The same command may run several times at once, on one machine or over a shared file system with locks: every job is
     done by one of them. A job that fails is named in the outcome, and the next one begins; only an interruption stops all.
-    So is one that was begun with other data and is not finished.
+    So is one that was begun with other data and is not finished. Where several processes train together, one that fails in training
+    ends all, unless it diverged: the others may be waiting for the process that failed.
 
     Args:
         jobs: see :class:`Job`.
@@ -84,6 +85,7 @@ def run_jobs(
     Raises:
         RunFolderError: before anything is trained: a folder holds another configuration than its job's, or a finished run of other
             data, whose results would stand beside those of the data that are here now.
+        ProcessLostError: a job failed in one of several processes, and is named on stderr.
     """
     check_folders(jobs, keep_finished=keep_finished)
     outcome = Outcome(again=again)
@@ -118,7 +120,13 @@ def run_jobs(
             except Interrupted as stop:
                 raise Interrupted(f"{job.name}: {stop.done}", f"{again} to continue", stop.signal_number) from stop
             except _STOPS_ONE as error:
-                outcome.failed[job.name] = str(error) or type(error).__name__
+                reason = str(error) or type(error).__name__
+                if getattr(error, "others_wait", False):
+                    message = f"{job.name}: {reason}; all processes end, since others may wait for this one; {again} to continue"
+                    who = "" if is_main_process() else f"process {os.environ['RANK']}: "
+                    print(f"protokernels: {who}{message}", file=sys.stderr, flush=True)
+                    raise ProcessLostError(message) from error
+                outcome.failed[job.name] = reason
                 continue
             if results:  # the main process
                 after(job, results)

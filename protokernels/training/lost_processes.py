@@ -42,6 +42,8 @@ class Peer(NamedTuple):
 def losses_told(folder: Path) -> Iterator[None]:
     """Turns the failure of an exchange with other processes into a :class:`ProcessLostError` that names those that have ended.
 
+    Any other error may be this process's alone, but for a divergence: it gets an attribute ``others_wait`` that is true.
+
     Args:
         folder: of the run, for the message.
     """
@@ -52,8 +54,12 @@ def losses_told(folder: Path) -> Iterator[None]:
     dist.all_gather_object(peers, Peer(socket.gethostname(), os.getpid()))
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not _ABOUT_CONNECTIONS.search(str(error)):
+    except FloatingPointError:  # of sums over all processes: it has come to all of them
+        raise
+    except Exception as error:
+        exchange = isinstance(error, RuntimeError) and _ABOUT_CONNECTIONS.search(str(error))
+        if not exchange and not isinstance(error, dist.DistError):
+            vars(error)["others_wait"] = True
             raise
         if threading.current_thread() is threading.main_thread():
             signal.signal(
@@ -64,10 +70,6 @@ def losses_told(folder: Path) -> Iterator[None]:
         if rank == min(set(range(len(peers))) - set(ended), default=rank):  # one speaks for all
             print(f"protokernels: {message}", file=sys.stderr, flush=True)
         raise ProcessLostError(message) from error
-    except OSError as error:
-        if dist.get_rank() != 0:  # the command line speaks for process 0 only
-            print(f"protokernels: process {dist.get_rank()}: {error}", file=sys.stderr, flush=True)
-        raise
 
 
 def _ended(peers: list[Peer]) -> list[int]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -29,6 +29,8 @@ from .lost_processes import losses_told
 from .run_folder import RunFolder, RunFolderError, next_free_folder, sole_user
 from .session import Interrupted, Plan, Precision, Session, make_accelerator
 from .summary import summarize_runs
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,22 @@ def train_runs(
         gone = getattr(error.__cause__, "errno", None) in (errno.ENOENT, errno.ESTALE)  # with what had been begun
         error.begun = gone or (folder / "config.json").exists()
         raise
+
+
+def told_by_main(find: Callable[[], Answer], settings: RunSettings) -> Answer:
+    """What ``find`` returns or raises in the main process, in all processes: a later one might find what that has written since."""
+    accelerator = make_accelerator(settings.device, settings.precision)
+    answer: Answer | None = None
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            answer = find()
+        except (ValueError, OSError) as problem:
+            error = problem
+    answer, error = broadcast_object_list([answer, error])
+    if error is not None:
+        raise error
+    return cast("Answer", answer)
 
 
 def resuming(folder: Path) -> str:
