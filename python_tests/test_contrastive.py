@@ -331,6 +331,12 @@ class TestGradient:
 
 
 class TestContract:
+    def test_the_docstring_has_every_form_with_its_formula(self) -> None:
+        """``help`` of the function is where the README sends its readers."""
+        lines = (local_contrastive_loss.__doc__ or "").splitlines()
+        for form in FORMS:
+            assert any(line.split()[:1] == [f'``"{form}"``'] and len(line.split()) > 3 for line in lines)
+
     def test_any_strides_give_the_same(self, place: Place) -> None:
         features, labels = (x.to(place.device) for x in draw_maps((2, 20, 6, 8), seed=17))
         expected = with_gradient(local_contrastive_loss, features, labels=labels, block_size=4)

@@ -34,7 +34,7 @@ from protokernels.figures import (
 )
 from protokernels.figures.canvas import DOTS_PER_INCH
 from protokernels.figures.fractions import label_fraction_curves
-from protokernels.figures.optimized_views import auc_curves
+from protokernels.figures.optimized_views import auc_curves, parameter_histograms
 from protokernels.figures.segmentation import draw_pixel_tsne
 from protokernels.figures.sweeps import Panel, sweep_figure
 from protokernels.training import WriteError
@@ -111,6 +111,19 @@ def test_a_title_wider_than_its_figure_is_all_there(draw: Callable[[str], Figure
     title = figure.texts[0].get_window_extent()
     assert title.x0 >= 0 and title.x1 <= figure.bbox.x1 and title.y1 <= figure.bbox.y1
     assert figure.axes[0].get_window_extent().y1 <= title.y0
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_epochs_are_whole_numbers(epochs: int) -> None:
+    numbers = range(1, epochs + 1)
+    figures = [
+        auc_curves({"random": [[(epoch, 0.5) for epoch in numbers]]}, title="t"),
+        parameter_histograms([{"epoch": epoch, "counts": {"blur": [1, 2]}} for epoch in numbers], title="t"),
+    ]
+    for figure in figures:
+        figure.draw_without_rendering()
+        ticks = figure.axes[0].get_xticks()
+        assert len(ticks) and all(tick == round(tick) for tick in ticks)
 
 
 class TestLegends:

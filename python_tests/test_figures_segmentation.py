@@ -14,6 +14,8 @@ pytest.importorskip("matplotlib", reason="figures need the extra protokernels[tr
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from protokernels.data.acdc import CLASSES
+from protokernels.data.nifti_folders import MMWHS_CLASSES
 from protokernels.figures import segmentation
 from protokernels.figures.canvas import class_colours, save_figure
 from protokernels.figures.segmentation import draw_overlays, draw_pixel_tsne
@@ -100,6 +102,23 @@ class TestOverlays:
 def solid(outline: object) -> bool:
     ((_, dashes),) = outline.get_linestyle()  # type: ignore[attr-defined]
     return dashes is None
+
+
+@pytest.mark.parametrize("names", [(*CLASSES, "b"), ("background", *MMWHS_CLASSES.values()), ("background", "b")])
+def test_the_legend_is_as_wide_as_its_figure_at_most(
+    names: tuple[str, ...], tmp_path: Path, drawn: list[Figure]
+) -> None:
+    """ACDC's and MMWHS's names, four of which are wider than the overlays of one method; a short name keeps its line."""
+    truth = torch.arange(16 * 16).reshape(1, 16, 16) % len(names)
+    draw_overlays(tmp_path / "a.png", torch.rand(1, 16, 16), truth, {"random": truth}, class_names=names)
+    places, classes = torch.rand(len(names), 2), torch.arange(len(names))
+    draw_pixel_tsne(tmp_path / "b.png", places, classes, class_names=[f"{name} of the heart" for name in names])
+    for figure in drawn:
+        (legend,) = figure.legends
+        figure.draw_without_rendering()
+        box = legend.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+        assert box.y1 <= min(axes.get_window_extent().y0 for axes in figure.axes)
 
 
 class TestPixels:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -72,6 +73,16 @@ def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
 def legend_name(name: str) -> str:
     """``name`` as a label that stands in a legend: matplotlib leaves out those that begin with an underscore."""
     return f" {name}" if name.startswith("_") else name
+
+
+def legend_below(figure: Figure, **options: Any) -> None:
+    """A legend below the axes, in as many columns, up to four, as the figure is wide enough for. ``options`` as of ``Figure.legend``."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in (4, 3, 2, 1):
+        legend = figure.legend(loc="outside lower center", ncols=columns, fontsize=7, frameon=False, **options)
+        if columns == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def class_colours(count: int) -> np.ndarray:  # [count, 4]

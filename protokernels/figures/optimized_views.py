@@ -97,7 +97,7 @@ def auc_curves(
         axes.fill_between(epochs, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("epoch", fontsize=8)
     axes.set_ylabel("AUC", fontsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
     figure.legend(fontsize=6, loc="outside right center")
@@ -129,7 +129,7 @@ def parameter_histograms(chosen: Sequence[Mapping[str, Any]], *, title: str) -> 
             shares, cmap="Greys", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent, interpolation="nearest"
         )
         axes.set_title(name, fontsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
         axes.set_yticks([0, 0.5, 1])
         axes.set_xlabel("epoch", fontsize=7)
         axes.tick_params(labelsize=6)

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from ..evaluation.segmentation import DiceCounter
-from .canvas import class_colours, legend_name, new_figure, save_figure
+from .canvas import class_colours, legend_below, legend_name, new_figure, save_figure
 
 TRUTH_COLOUR = "white"
 CELL = 1.35  # inches per slice
@@ -84,7 +84,7 @@ def draw_overlays(
     ]
     if predictions:
         handles.append(Line2D([], [], color="grey", linestyle=":", label="ground truth"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=7, frameon=False)
+    legend_below(figure, handles=handles)
     return save_figure(figure, path)
 
 
@@ -134,7 +134,7 @@ def draw_pixel_tsne(
     axes.margins(0.05)
     if title:
         figure.suptitle(title, fontsize=9)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=7, frameon=False, markerscale=2)
+    legend_below(figure, markerscale=2)
     return save_figure(figure, path)
 
 

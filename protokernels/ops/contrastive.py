@@ -4,16 +4,7 @@
 Sources: Hu et al., MICCAI 2021 (local contrast with block division, Eq. 1 and 2); Khosla et al. 2020 (SupCon); Chen et al. 2020
 (NT-Xent); Ruppli et al. 2022, Eq. 2 (cross-view). The native kernels stand in ``csrc/ops/contrastive.h``.
 
-Four forms, for an anchor i with positives P (its class) and negatives N (the others) among the vectors it meets, itself left out, s_ij =
-<f_i, f_j> / temperature, p = log sum_P exp s, n = log sum_N exp s:
-
-    ``"supcon"``   logaddexp(p, n) - mean_P s       Khosla's L_out, the released code of Hu et al.
-    ``"in"``       logaddexp(p, n) - p + log |P|    Khosla's L_in
-    ``"paper"``    (n - p) / |P|                    Hu et al., Eq. 2 as printed
-    ``"negout"``   n - mean_P s                     positives left out of the denominator
-
-No anchor is a vector without positives or, for ``"paper"`` and ``"negout"``, without negatives; where nothing is left the loss is an
-exact 0 with a zero gradient. Unit vectors (``normalize=True``): a vector no longer than 1e-12 counts as zero and gets no gradient.
+The four forms, and which vectors are anchors: :func:`local_contrastive_loss`.
 
 In float32 a score is rounded to about 1e-7 of the product of its vectors' lengths, over the temperature; from 1e5 on, vectors that nearly
 tie therefore share their weight in a gradient to 1 % only. On a CPU weights sum to 1 at any score; on a GPU, which keeps p and n in
@@ -56,10 +47,20 @@ def local_contrastive_loss(
 
     Anchors are the pixels that are not background; positives and negatives come from all N maps (images and views), the background among
     the negatives. Block division lets a pixel meet the pixels of its own block only, in all maps; a stride thins the maps out instead.
-    In plain PyTorch, for one block with features f [S, C] and labels y [S]: the losses of the forms above from ``f @ f.T / temperature``
-    and the masks
-    ``y[:, None] == y`` and its opposite. Here no S x S matrix
-    exists: memory grows with the number of pixels.
+
+    Four forms, for an anchor i with positives P (its class) and negatives N (the others) among the vectors it meets, itself left out,
+    s_ij = <f_i, f_j> / temperature, p = log sum_P exp s, n = log sum_N exp s:
+
+        ``"supcon"``   logaddexp(p, n) - mean_P s       Khosla's L_out, the released code of Hu et al.
+        ``"in"``       logaddexp(p, n) - p + log |P|    Khosla's L_in
+        ``"paper"``    (n - p) / |P|                    Hu et al., Eq. 2 as printed
+        ``"negout"``   n - mean_P s                     positives left out of the denominator
+
+    No anchor is a vector without positives or, for ``"paper"`` and ``"negout"``, without negatives; where nothing is left the loss is an
+    exact 0 with a zero gradient. Unit vectors (``normalize=True``): a vector no longer than 1e-12 counts as zero and gets no gradient.
+
+    In plain PyTorch, for one block with features f [S, C] and labels y [S]: these losses from ``f @ f.T / temperature`` and the masks
+    ``y[:, None] == y`` and its opposite. Here no S x S matrix exists: memory grows with the number of pixels.
 
     Without labels (``labels=None``) the maps are two views of N / 2 images, stacked: the positive of a pixel is the same pixel of the
     other view, and every pixel is an anchor.
@@ -161,7 +162,7 @@ def supcon_loss(
     gather: Gather = False,
     precision: Precision = "highest",
 ) -> Tensor:
-    """Supervised contrastive loss of embeddings: those of one class attract (Khosla et al. 2020; the forms above).
+    """Supervised contrastive loss of embeddings: those of one class attract (Khosla et al. 2020).
 
     Every embedding with a partner of its class is an anchor and meets all others. For several views, stack embeddings and labels along N.
 
@@ -169,7 +170,7 @@ def supcon_loss(
         embeddings: [N, D], any floating-point dtype, any strides.
         labels: class of every embedding, an integer dtype.
         temperature: positive.
-        form: ``"supcon"``, ``"in"``, ``"paper"`` or ``"negout"``.
+        form: ``"supcon"``, ``"in"``, ``"paper"`` or ``"negout"``: see :func:`local_contrastive_loss`.
         reduction: ``"mean"`` over anchors, or ``"none"``: [N], 0 where there is no anchor.
         ignore_index: embeddings of this class take no part.
         normalize: compare directions (cosine); otherwise inner products.
