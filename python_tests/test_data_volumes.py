@@ -264,6 +264,17 @@ class TestDecathlon:
         data = load_segmentation("organ", tmp_path, image_size=8, split="official")
         assert data.class_names == ("background", "class 1", "class 2")
 
+    def test_masks_of_0_and_255_without_description_are_no_256_classes(self, tmp_path: Path) -> None:
+        label = np.zeros(SHAPE, np.uint8)
+        label[1:3] = 255
+        for index in range(5):
+            write_nifti(tmp_path / "o" / "imagesTr" / f"o_{index}.nii.gz", label.astype(np.float32), np.eye(4))
+            write_nifti(tmp_path / "o" / "labelsTr" / f"o_{index}.nii.gz", label, np.eye(4))
+        with pytest.raises(
+            DataError, match=r"without a gap; got 0, 255; number them so, or name all classes in dataset.json"
+        ):
+            load_segmentation("o", tmp_path, image_size=8, split="paper")
+
     def test_files_in_another_orientation_give_the_same_slices(self, tmp_path: Path) -> None:
         """Stored backwards and with axes swapped, its affine telling so: the same volume."""
         values = np.random.default_rng(0).random(SHAPE).astype(np.float32)

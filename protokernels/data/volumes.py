@@ -110,8 +110,7 @@ def load_segmentation(
             raise DataError(f"{name}: its slices have no usual size; pass image_size, 128 say")
         provenance = described.provenance()
         volumes = [nifti_folders.read_pair(pair, described, size, provenance["warnings"]) for pair in described.pairs]
-        highest = max(int(volume.label.max()) for volume in volumes)
-        class_names = described.class_names or ("background", *(f"class {k}" for k in range(1, max(highest, 1) + 1)))
+        class_names = described.class_names or _numbered_classes(name, volumes)
         key = _kind(key, described)
     groups = [volume.group for volume in volumes]
     ratio = RATIOS.get(key, USUAL_RATIO)
@@ -238,6 +237,17 @@ def _describe(name: str, root: Path) -> nifti_folders.VolumeFolder:
     if name.lower() == "mmwhs" or any(folder.glob("*_label.nii*")):
         return nifti_folders.mmwhs_folder(folder)
     raise DataError(f"{folder} holds neither imagesTr and labelsTr (Decathlon) nor pairs *_image, *_label (MMWHS)")
+
+
+def _numbered_classes(name: str, volumes: Sequence[LabelledVolume]) -> tuple[str, ...]:
+    """Names for as many classes as the labels show. A gap is more likely a mask of 0 and 255 than classes that nobody has."""
+    present = {label for volume in volumes for label in np.unique(volume.label).tolist()} | {0}
+    if len(present) <= (highest := max(present)):
+        raise DataError(
+            f"{name}: no dataset.json names the classes, so labels must be 0, 1, ... without a gap; got "
+            f"{', '.join(map(str, sorted(present)))}; number them so, or name all classes in dataset.json"
+        )
+    return ("background", *(f"class {index}" for index in range(1, max(highest, 1) + 1)))
 
 
 def _kind(key: str, described: nifti_folders.VolumeFolder) -> str:
