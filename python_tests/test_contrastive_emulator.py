@@ -7,6 +7,8 @@ or an access out of bounds fails here without a GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -172,6 +174,43 @@ class TestForward:
         problem = Problem([Group([20, 20], 30)], C=24, unit=False, scale=30.0, form="supcon")
         assert np.abs(problem.pairs()[0]).max() > 1e5
         problem.check_forward(problem.forward(emulator))
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize(("C", "kind"), [(1, "f32"), (20, "f32"), (70, "f32"), (130, "f32"), (7, "f64")])
+    def test_scores_beyond_the_range_are_not_left_out(self, C: int, kind: str, form: str) -> None:
+        """The scores of two opposite vectors are -infinity: as positives, and as the negatives of another problem."""
+        emulator = load("contrastive")
+        long = 1e20 if kind == "f32" else 1e160
+        needs_negatives = form in ("paper", "negout")
+        for precision in PRECISIONS if kind == "f32" else PRECISIONS[:1]:
+            options: Any = {
+                "C": C,
+                "unit": False,
+                "temperature": 1.0,
+                "precision": precision,
+                "kind": kind,
+                "form": form,
+            }
+            problem = Problem([Group([3], 4), Group([2], 300)], **options)
+            problem.rows[:], problem.grad_losses[:] = 0, 1
+            problem.rows[7:9, 0] = long, -long
+            out = problem.forward(emulator)
+            assert (out["losses"][7:9] == np.inf).all() and np.isfinite(out["losses"][:7]).all()
+            assert (out["losses"][9:] == 0).all() and out["total"] == np.inf
+            gradient = problem.backward(emulator, problem.losses(emulator))
+            assert (gradient[:7] == 0).all() and (gradient[9:] == 0).all()
+            if form in ("supcon", "negout"):
+                np.testing.assert_allclose(gradient[7:9, 0], [2 * long, -2 * long], rtol=1e-2)
+            else:  # shares of nothing
+                assert np.isnan(gradient[7:9, 0]).all()
+
+            problem = Problem([Group([2], 1)], **options)
+            problem.rows[:] = 0
+            problem.rows[0, 0], problem.rows[2, 0] = long, -long
+            expected = [-np.inf, 0, 0] if needs_negatives else [0, np.log(2), 0]
+            np.testing.assert_allclose(problem.forward(emulator)["losses"], expected, atol=1e-6)
+            gradient = problem.backward(emulator, problem.losses(emulator))
+            assert np.isnan(gradient[0, 0]) == needs_negatives
 
     def test_nan_stays_in_its_group(self) -> None:
         emulator = load("contrastive")

@@ -18,12 +18,15 @@ __global__ void __launch_bounds__(COEFFICIENT_THREADS) coefficients_kernel(const
   T* const out = static_cast<T*>(p.coefficients);
   const ContrastiveForm form = p.form;
   const ContrastiveRange* const ranges = p.ranges;
-  const T p_log = statistics[row], n = statistics[R + row];
+  const T p_log = statistics[row], n = statistics[R + row], l = statistics[2 * R + row];
   T g = p.grad_losses ? static_cast<const T*>(p.grad_losses)[row] : T(0);
   if (p.grad_total) g += static_cast<T>(static_cast<double>(*static_cast<const T*>(p.grad_total)) * p.weights[row]);
-  const int positives = positives_of(range_at(ranges, static_cast<int>(row)));
+  const ContrastiveRange range = range_at(ranges, static_cast<int>(row));
+  const bool anchor = p_log != -T(INFINITY) || l != 0;  // where all scores of its class are -infinity, so is their sum
+  const int positives = anchor ? positives_of(range) : 0;
+  const bool others = anchor && meets_others(p.groups, static_cast<int>(p.G), static_cast<int>(row), range, n);
   T dp = 0, dn = 0, dl = 0;
-  if (has_loss(form, p_log, n) && !is_certain(n, positives)) {
+  if (has_loss(form, positives, others) && !is_certain(positives, others)) {
     const T count = static_cast<T>(positives);
     // exp(p) and exp(n) as shares of their sum
     const T of_n = n == -T(INFINITY) ? T(0) : T(1) / (T(1) + exponential(p_log - n)), of_p = T(1) / (T(1) + exponential(n - p_log));

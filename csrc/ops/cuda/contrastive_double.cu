@@ -153,8 +153,10 @@ int launch_contrastive_double_forward(const ContrastiveForward& p, void* workspa
   Pieces pieces(workspace);
   unsigned* const arrivals = pieces.take<unsigned>(1);
   const Results<double> results{static_cast<int>(p.R),
+                                static_cast<int>(p.G),
                                 static_cast<int>(tiles),
                                 p.form,
+                                p.groups,
                                 p.ranges,
                                 p.weights,
                                 static_cast<double*>(p.losses),

@@ -187,8 +187,9 @@ int launch_contrastive_forward(const ContrastiveForward& p, void* workspace, voi
   launch.inverse_temperature = static_cast<float>(1.0 / p.temperature),
   launch.scale = static_cast<float>(1.4426950408889634 / p.temperature);
   Results<float>& results = launch.results;
-  results.R = launch.R, results.tiles = static_cast<int>(grid.tiles), results.form = p.form, results.ranges = p.ranges;
-  results.weights = p.weights, results.losses = static_cast<float*>(p.losses), results.statistics = static_cast<float*>(p.statistics);
+  results.R = launch.R, results.G = launch.G, results.tiles = static_cast<int>(grid.tiles), results.form = p.form;
+  results.groups = p.groups, results.ranges = p.ranges, results.weights = p.weights;
+  results.losses = static_cast<float*>(p.losses), results.statistics = static_cast<float*>(p.statistics);
   results.total = static_cast<float*>(p.total);
   const int status = launch_halves(p, launch.rows, launch.columns, results.arrivals, 1 + grid.tiles, stream);
   if (status != 0) return status;

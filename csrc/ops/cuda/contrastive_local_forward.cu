@@ -295,7 +295,8 @@ int launch_contrastive_local_forward(const ContrastiveForward& p, void* workspac
   launch.inverse_temperature = static_cast<float>(1.0 / p.temperature),
   launch.scale = static_cast<float>(1.4426950408889634 / p.temperature);
   Results<float>& results = launch.results;
-  results.R = launch.R, results.form = p.form, results.ranges = p.ranges, results.weights = p.weights;
+  results.R = launch.R, results.G = launch.G, results.form = p.form, results.groups = p.groups, results.ranges = p.ranges;
+  results.weights = p.weights;
   results.losses = static_cast<float*>(p.losses), results.statistics = static_cast<float*>(p.statistics),
   results.total = static_cast<float*>(p.total);
   results.arrivals = memory.arrivals;

@@ -79,26 +79,35 @@ __device__ __forceinline__ bool in_class(const ContrastiveRange& range, int colu
 __device__ __forceinline__ int positives_of(const ContrastiveRange& range) {
   return range.class_end - range.class_begin - in_class(range, range.self);
 }
+// Whether a row among the anchors meets other classes. n says so, unless the scores of all of them are -infinity: the group of the row, the
+// last that does not begin behind it, is looked for only then, so that nothing of it is kept in registers until then.
+template <class T>
+__device__ __forceinline__ bool meets_others(const ContrastiveGroup* groups, int G, int row, const ContrastiveRange& range, T n) {
+  if (n != -T(INFINITY)) return true;
+  for (int count = G; count > 1;) {
+    const int half = count / 2;
+    const bool behind = groups[half].row_begin > row;
+    groups += behind ? 0 : half, count = behind ? half : count - half;
+  }
+  const bool met = range.self >= groups->column_begin && range.self < groups->column_end;
+  return groups->column_end - groups->column_begin > range.class_end - range.class_begin + (met && !in_class(range, range.self));
+}
 
 // ------------------------------------------------------------------------------------------------------------------------ losses
 
-// p and n are -infinity exactly where there are no positives, no negatives.
-template <class T>
-__device__ __forceinline__ bool has_loss(ContrastiveForm form, T p, T n) {
+// Counts decide, not p and n: these are -infinity also where scores of raw vectors are beyond the type's range.
+__device__ __forceinline__ bool has_loss(ContrastiveForm form, int positives, bool others) {
   const bool needs_negatives = form == ContrastiveForm::paper || form == ContrastiveForm::negout;
-  return p != -T(INFINITY) && !(needs_negatives && n == -T(INFINITY));
+  return positives > 0 && !(needs_negatives && !others);
 }
 
 // One positive and nothing to tell it from: the loss is 0, not its rounding, and so is the gradient.
-template <class T>
-__device__ __forceinline__ bool is_certain(T n, int positives) {
-  return n == -T(INFINITY) && positives == 1;
-}
+__device__ __forceinline__ bool is_certain(int positives, bool others) { return positives == 1 && !others; }
 
 template <class T>
-__device__ __forceinline__ T row_loss(ContrastiveForm form, T p, T n, T l, int positives) {
-  if (!has_loss(form, p, n)) return 0;
-  if (is_certain(n, positives)) return p - p;  // a NaN stays
+__device__ __forceinline__ T row_loss(ContrastiveForm form, T p, T n, T l, int positives, bool others) {
+  if (!has_loss(form, positives, others)) return 0;
+  if (is_certain(positives, others)) return p - p;  // a NaN stays
   const T count = static_cast<T>(positives), of_all = larger(p, n) + log_of_one_and(exponential(-fabs(p - n)));
   const T everyone = p != p || n != n ? p + n : of_all;  // larger() would lose a NaN
   switch (form) {
@@ -112,8 +121,9 @@ __device__ __forceinline__ T row_loss(ContrastiveForm form, T p, T n, T l, int p
 // Where rows go to.
 template <class T>
 struct Results {
-  int R, tiles;
+  int R, G, tiles;
   ContrastiveForm form;
+  const ContrastiveGroup* groups;  // [G]
   const ContrastiveRange* ranges;  // [R]
   const double* weights;           // [R] or null
   T* losses;                       // [R]
@@ -124,7 +134,11 @@ struct Results {
 
   // By one thread; returns what the row adds to the total.
   __device__ __forceinline__ double write(int row, bool anchor, T p, T n, T l) const {
-    const T loss = anchor ? row_loss(form, p, n, l, positives_of(range_at(ranges, row))) : T(0);
+    T loss = 0;
+    if (anchor) {
+      const ContrastiveRange range = range_at(ranges, row);
+      loss = row_loss(form, p, n, l, positives_of(range), meets_others(groups, G, row, range, n));
+    }
     statistics[row] = anchor ? p : -T(INFINITY);
     statistics[static_cast<int64_t>(R) + row] = anchor ? n : -T(INFINITY);
     statistics[static_cast<int64_t>(R) * 2 + row] = anchor ? l : T(0);
