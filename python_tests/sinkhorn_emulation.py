@@ -47,6 +47,15 @@ class Case:
             torch.randn(shape, generator=generator).to(self.dtype) for shape in ((2, N), (2, M), (2,), (2,))
         )
 
+    @classmethod
+    def of(cls, kind: str, cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, num_iters: int) -> Case:
+        """A given problem, and no loss yet."""
+        case = cls(kind, *cost.shape[1:], num_iters=num_iters)
+        case.cost, case.a, case.b, case.epsilon = (x.to(case.dtype) for x in (cost, a, b, epsilon))
+        case.grad_f, case.grad_g = torch.zeros_like(case.a), torch.zeros_like(case.b)
+        case.grad_transport = case.grad_entropic = torch.zeros_like(case.epsilon)
+        return case
+
     def empty(self, *shape: int) -> Any:
         return poisoned(shape, np.float32 if self.kind == "f32" else np.float64)
 

@@ -20,6 +20,7 @@ from protokernels.reference import sinkhorn as reference
 
 from .emulator.build import SEEDS, load, missing_tools
 from .sinkhorn_emulation import BALANCED, Case, numpy
+from .sinkhorn_oracle import Weights, draw, norm_error
 
 pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
 # Sizes by the kernels that serve them: K twice in registers (up to 32, 56 and 64), once (up to 128 and 208), in shared memory, streamed
@@ -235,6 +236,58 @@ class TestImplicit:
         actual = torch.from_numpy(case.backward(emulator, out, implicit=True)["cost"]).double()
         expected = case.autograd(torch.float64, implicit=True)["cost"]
         assert (actual - expected).norm() < 1e-4 * expected.norm()
+
+    @pytest.mark.parametrize("smallest", [1e-10, 1e-30])
+    @pytest.mark.parametrize(
+        ("kind", "N", "M"), [("f32", 9, 7), ("f32", 9, 70), ("f32", 9, 261), ("f64", 9, 7), ("f64", 9, 70)]
+    )
+    def test_masses_far_apart(self, kind: str, N: int, M: int, smallest: float) -> None:
+        """The lightest entries are the larger part of every scaled norm; the others have to be met all the same."""
+        emulator = load("sinkhorn")
+        emulator.configure(seed=1)
+        cost, a, b = draw(1, N, M)
+        for mass in (a, b):
+            mass[:, -3:] = torch.tensor([smallest, 10 * smallest, smallest])
+            mass[:, :-3] /= mass[:, :-3].sum()
+        case = Case.of(kind, cost, a, b, torch.tensor([0.3]), 1000)
+        inputs = [x.double().requires_grad_() for x in (case.cost, case.epsilon)]
+        exact = reference.solve(inputs[0], a, b, inputs[1], None, 1000, 0.0, BALANCED)
+        out = SimpleNamespace(
+            f=numpy(exact.f.to(case.dtype)), g=numpy(exact.g.to(case.dtype)), iterations=np.full(1, 1000)
+        )
+        weights = Weights.draw(1, N, M, gauge_free=True)
+        losses = {
+            "transport": (exact.transport_cost.sum(), 0.0),
+            "potentials": ((weights.f * exact.f).sum() + (weights.g * exact.g).sum(), 1.0),
+        }
+        for loss, of_potentials in losses.values():
+            case.grad_f, case.grad_g = (of_potentials * w.to(case.dtype) for w in (weights.f, weights.g))
+            case.grad_transport = torch.full((1,), 1 - of_potentials, dtype=case.dtype)
+            found = case.backward(emulator, out, implicit=True)
+            expected = torch.autograd.grad(loss, inputs, retain_graph=True)
+            for name, value in zip(("cost", "epsilon"), expected, strict=True):
+                assert norm_error(torch.from_numpy(found[name]), value) < (1e-4 if kind == "f32" else 1e-11)
+
+    @pytest.mark.parametrize(
+        ("kind", "N", "M"), [("f32", 8, 8), ("f32", 120, 70), ("f32", 280, 30), ("f64", 8, 8), ("f64", 80, 30)]
+    )
+    def test_a_loss_that_shifts_parts_against_each_other(self, kind: str, N: int, M: int) -> None:
+        """Along the constants of the parts it has no derivative, and what is left a convention decides; but it is not large."""
+        emulator = load("sinkhorn")
+        emulator.configure(seed=1)
+        generator = torch.Generator().manual_seed(0)
+        cost = torch.rand(1, N, M, generator=generator).double()
+        cost[0, : N // 2, M // 2 :] = cost[0, N // 2 :, : M // 2] = math.inf
+        case = Case.of(kind, cost, torch.full((1, N), 1 / N), torch.full((1, M), 1 / M), torch.tensor([0.3]), 500)
+        exact = reference.solve(
+            *(x.double() for x in (case.cost, case.a, case.b, case.epsilon)), None, 500, 0.0, BALANCED
+        )
+        out = SimpleNamespace(
+            f=numpy(exact.f.to(case.dtype)), g=numpy(exact.g.to(case.dtype)), iterations=np.full(1, 500)
+        )
+        case.grad_f, case.grad_g = (torch.randn(1, n, generator=generator).to(case.dtype) for n in (N, M))
+        found = torch.from_numpy(case.backward(emulator, out, implicit=True)["cost"]).double()
+        assert found.norm() < 2 * case.autograd(torch.float64, implicit=True)["cost"].norm()
 
 
 def case_envelope(case: Case, out: SimpleNamespace, side: int) -> Any:

@@ -2,11 +2,13 @@
 // The implicit gradient of Sinkhorn on the GPU, problems that fit one multiprocessor: one block, one launch. The equations stand in
 // ops/sinkhorn.h.
 //
-// Rows are eliminated: (diag(q) - P^T diag(1 / p) P) y = c - P^T (r / p), a graph Laplacian, solved by conjugate gradients scaled with
-// diag(q). Its product is the Sinkhorn iteration's: P d by warps, divided by p, back through P^T, with P read once. Every warp keeps the
-// vectors over the columns and takes the inner products itself, so that the exchange of column sums is the only barrier. What rounding
-// leaves along the null vector is taken out of every residual.
-// Limit on an H200 (measured): latency; 64 x 49 x 49: 17 us, 16 x 196 x 196: 121 us.
+// Rows are eliminated: (diag(q) - P^T diag(1 / p) P) y = c - P^T (r / p), a graph Laplacian L, solved by conjugate residuals scaled with
+// diag(q). Its product is the Sinkhorn iteration's: P z by warps, divided by p, back through P^T, with P read once. Every warp keeps the
+// vectors over the columns and takes the inner products itself, so that the exchange of column sums is the only barrier.
+// L has a null vector for every part of the plan that touches no other. What the right side has along them, by rounding or because a loss
+// shifts the parts against each other, cannot be met: conjugate gradients would run away with it, conjugate residuals see L z alone. They
+// end where L z is small beside what it was, without the scale: in the scaled norm light entries outweigh all others.
+// Limit on an H200 (measured, with conjugate gradients): latency; 64 x 49 x 49: 17 us, 16 x 196 x 196: 121 us.
 
 #include "common/simt.cuh"
 #include "ops/cuda/sinkhorn_adjoint.cuh"
@@ -145,43 +147,42 @@ struct Solver {
     for (int e = 0; e < S::E; ++e) result[e] = marginal[e] * d[e] - result[e];
   }
 
-  // y from the residual that comes in.
-  __device__ __forceinline__ void conjugate_gradients(T (&residual)[S::E]) {
-    constexpr T tolerance = sizeof(T) == 4 ? T(1e-14) : T(1e-29);
-    T ones[S::E], scaled[S::E], d[S::E], product[S::E], before = 0, start = 0;
+  // y from the right side that comes in. z: the scaled residual.
+  __device__ __forceinline__ void conjugate_residuals(T (&z)[S::E]) {
+    constexpr T tolerance = sizeof(T) == 4 ? T(1e-7) : T(3e-15), rounding = sizeof(T) == 4 ? T(1e-6) : T(2e-15);
+    T d[S::E], of_z[S::E], of_d[S::E], before = 0, start = 0;  // the latter two vectors: L z, L d
 #pragma unroll
-    for (int e = 0; e < S::E; ++e) ones[e] = 1, y[e] = 0, d[e] = 0;
-    const T mass = columns_dot(marginal, ones);
+    for (int e = 0; e < S::E; ++e) z[e] = over_marginal(z, e), y[e] = 0, d[e] = 0, of_d[e] = 0;
     const int most = 2 * p.M + 32;
     for (int step = 0; step < most; ++step) {
-      const T excess = columns_dot(residual, ones) / mass;
+      multiply(z, of_z);
+      T scaled[S::E], size = 0;
+#pragma unroll
+      for (int e = 0; e < S::E; ++e) scaled[e] = marginal[e] * z[e], size += magnitude(of_z[e]);
+      size = warp_sum(size);
+      const T energy = columns_dot(z, of_z);
+      if (step == 0) start = size;
+      // Energy that is the rounding of its two terms: what is left of z is between parts that do not touch.
+      if (!(size > tolerance * start) || !(energy > rounding * columns_dot(z, scaled))) break;
+      const T keep = step == 0 ? T(0) : energy / before;
 #pragma unroll
       for (int e = 0; e < S::E; ++e) {
-        residual[e] -= excess * marginal[e];
-        scaled[e] = marginal[e] != 0 ? residual[e] / marginal[e] : T(0);
+        d[e] = z[e] + keep * d[e], of_d[e] = of_z[e] + keep * of_d[e];
+        scaled[e] = over_marginal(of_d, e);
       }
-      const T square = columns_dot(residual, scaled);
-      if (step == 0) start = square;
-      if (!(square > tolerance * start)) break;
-      const T keep = step == 0 ? T(0) : square / before;
+      const T curvature = columns_dot(of_d, scaled);
+      if (!(curvature > 0)) break;  // it has vanished in the type
+      const T length = energy / curvature;
 #pragma unroll
-      for (int e = 0; e < S::E; ++e) d[e] = scaled[e] + keep * d[e];
-      multiply(d, product);
-      T scale[S::E];
-#pragma unroll
-      for (int e = 0; e < S::E; ++e) scale[e] = marginal[e] * d[e];
-      // A curvature that is the rounding of its two terms: what is left of d changes nothing, such as mass between parts that do not touch.
-      const T curvature = columns_dot(d, product), rounding = sizeof(T) == 4 ? T(1e-6) : T(2e-15);
-      if (!(curvature > rounding * columns_dot(d, scale))) break;
-      const T length = square / curvature;
-#pragma unroll
-      for (int e = 0; e < S::E; ++e) y[e] += length * d[e], residual[e] -= length * product[e];
-      before = square;
+      for (int e = 0; e < S::E; ++e) y[e] += length * d[e], z[e] -= length * scaled[e];
+      before = energy;
     }
   }
+  __device__ __forceinline__ T over_marginal(const T (&x)[S::E], int e) const { return marginal[e] != 0 ? x[e] / marginal[e] : T(0); }
 
-  // x = (r - P y) / p; then both are shifted to equal sums.
-  __device__ __forceinline__ void center(T (&sums)[S::W]) {
+  // x = (r - P y) / p. Returns what x gains and y loses to have equal sums. Where masses are far apart it is so much larger than most of x
+  // and y that x + y would not survive it.
+  __device__ __forceinline__ T center(T (&sums)[S::W]) {
     T ones[S::E], of_rows = 0;
 #pragma unroll
     for (int e = 0; e < S::E; ++e) ones[e] = 1;
@@ -194,19 +195,10 @@ struct Solver {
       if (speaks(batch)) of_rows += row.x;
     }
     const T row_total = block_sum<S>(of_rows, sums), row_count = block_sum<S>(rows_count(), sums);
-    const T shift = (columns_dot(y, ones) - row_total) / (row_count + columns_count());
-#pragma unroll 1
-    for (int batch = 0; batch < S::BATCHES; ++batch) {
-      Row row = rows.get(batch);
-      if (row.inverse_marginal != 0) row.x += shift;
-      rows.set(batch, row);
-    }
-#pragma unroll
-    for (int e = 0; e < S::E; ++e)
-      if (marginal[e] != 0) y[e] -= shift;
+    return (columns_dot(y, ones) - row_total) / (row_count + columns_count());
   }
 
-  __device__ __forceinline__ void finish(T (&sums)[S::W]) {
+  __device__ __forceinline__ void finish(T shift, T (&sums)[S::W]) {
     const T tc = p.transport_gradient(), entropic = p.entropic_gradient();
     const int64_t problem = blockIdx.x;
 #pragma unroll 1
@@ -232,12 +224,13 @@ struct Solver {
           p.grad_cost[(problem * p.N + i) * p.M + j] = gradient;
         }
       }
-      if (speaks(batch)) p.grad_a[problem * p.N + tile.own_row(batch)] = row.inverse_marginal != 0 ? row.x + entropic * u * epsilon : T(0);
+      if (speaks(batch))
+        p.grad_a[problem * p.N + tile.own_row(batch)] = row.inverse_marginal != 0 ? row.x + shift + entropic * u * epsilon : T(0);
     }
 #pragma unroll
     for (int e = 0; e < S::E; ++e)
       if (tile.warp == 0 && tile.column(e) < p.M)
-        p.grad_b[problem * p.M + tile.column(e)] = marginal[e] != 0 ? y[e] + entropic * v[e] * epsilon : T(0);
+        p.grad_b[problem * p.M + tile.column(e)] = marginal[e] != 0 ? y[e] - shift + entropic * v[e] * epsilon : T(0);
     const T total = block_sum<S>(epsilon_bar, sums);
     if (threadIdx.x == 0) p.grad_epsilon[problem] = total;
   }
@@ -255,9 +248,9 @@ __global__ void __launch_bounds__(S::THREADS, 1) implicit_kernel(const Backward<
   T schur[S::E];
   solver.begin();
   solver.reduce(sums, schur);
-  solver.conjugate_gradients(schur);
-  solver.center(sums);
-  solver.finish(sums);
+  solver.conjugate_residuals(schur);
+  const T shift = solver.center(sums);
+  solver.finish(shift, sums);
 }
 
 struct LaunchImplicit {

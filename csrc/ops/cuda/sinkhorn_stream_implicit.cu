@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The implicit gradient of Sinkhorn on the GPU, problems of any size. The equations stand in ops/sinkhorn.h.
 //
-// Conjugate gradients as in sinkhorn_implicit.cu, with P made again from the cost in every product: three launches a step, a fixed number
+// Conjugate residuals as in sinkhorn_implicit.cu, with P made again from the cost in every product: three launches a step, a fixed number
 // of steps, and a flag on the device for problems that are done. Vectors and inner products of a problem belong to one block.
-// Limit at 4096 x 4096 on an H200: memory, 31 us a step. Tested on an H200 and in the emulator.
+// Limit at 4096 x 4096 on an H200: memory, 31 us a step (with conjugate gradients, which were tested there; these are in the emulator).
 
 #include "common/simt.cuh"
 #include "ops/cuda/sinkhorn_stream.cuh"
@@ -35,10 +35,11 @@ struct SolverState {
   T* column_mass;                // [B, M]: q
   T* column_right;               // [B, M]
   T* y;                          // [B, M]
-  T* residual;                   // [B, M]
+  T* z;                          // [B, M]: the scaled residual
+  T* of_z;                       // [B, M]: L z
   T* direction;                  // [B, M]
-  T* product;                    // [B, M]
-  T* squares;                    // [2, B]: of the residual, now and at the start
+  T* of_direction;               // [B, M]
+  T* scalars;                    // [2, B]: <z, L z> of the step before, the size of L z at the start
   int* done;                     // [B]
 
   SolverState(const SinkhornBackward& p, Pieces& pieces)
@@ -48,8 +49,8 @@ struct SolverState {
         grad_entropic_value(static_cast<const T*>(p.grad_entropic_value)), grad_cost(static_cast<T*>(p.grad_cost)),
         grad_a(static_cast<T*>(p.grad_a)), grad_b(static_cast<T*>(p.grad_b)), grad_epsilon(static_cast<T*>(p.grad_epsilon)) {
     for (T** array : {&row_mass, &row_right, &row_vector, &row_epsilon}) *array = pieces.take<T>(p.B * p.N);
-    for (T** array : {&column_mass, &column_right, &y, &residual, &direction, &product}) *array = pieces.take<T>(p.B * p.M);
-    squares = pieces.take<T>(p.B * 2);
+    for (T** array : {&column_mass, &column_right, &y, &z, &of_z, &direction, &of_direction}) *array = pieces.take<T>(p.B * p.M);
+    scalars = pieces.take<T>(p.B * 2);
     done = pieces.take<int>(p.B);
   }
 
@@ -59,6 +60,7 @@ struct SolverState {
   __device__ __forceinline__ T entropic_gradient(int64_t problem) const {
     return grad_entropic_value ? grad_entropic_value[problem] : T(0);
   }
+  __device__ __forceinline__ T over_mass(int64_t at, T value) const { return column_mass[at] != 0 ? value / column_mass[at] : T(0); }
   // log P; -infinity if there is no pair. Potentials are never +infinity.
   __device__ __forceinline__ T log_plan(T potential, T other, T c, T inverse) const { return (potential + other - c) * inverse; }
 };
@@ -116,13 +118,16 @@ struct GaugeOp {
       if (p.row_mass[at] != 0) p.row_right[at] -= excess;
       p.row_vector[at] = p.row_mass[at] != 0 ? p.row_right[at] / p.row_mass[at] : T(0);
     }
-    for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS)
-      if (p.column_mass[problem * p.M + j] != 0) p.column_right[problem * p.M + j] += excess;
+    for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
+      const int64_t at = problem * p.M + j;
+      if (p.column_mass[at] != 0) p.column_right[at] += excess;
+      p.y[at] = 0;
+    }
     if (threadIdx.x == 0) p.done[problem] = 0;
   }
 };
 
-template <class T, bool solution>  // (P d) / p, or in the end x = (r - P y) / p
+template <class T, bool solution>  // (P z) / p, or in the end x = (r - P y) / p
 struct ProductRowsOp {
   using Sum = Sums<T, 1>;
   SolverState<T> p;
@@ -130,7 +135,7 @@ struct ProductRowsOp {
   __device__ __forceinline__ bool skip(int64_t problem) const { return !solution && p.done[problem] != 0; }
   __device__ __forceinline__ void add(Sum& sum, int64_t problem, int i, int j, int, int dj, int n, const T (&c)[STEP]) const {
     const T inverse = T(1) / p.epsilon[problem], f = p.f[problem * p.N + i];
-    const T* const vector = solution ? p.y : p.direction;
+    const T* const vector = solution ? p.y : p.z;
 #pragma unroll
     for (int k = 0; k < STEP; ++k) {
       const int64_t at = problem * p.M + j + k * dj;
@@ -144,7 +149,7 @@ struct ProductRowsOp {
   }
 };
 
-template <class T, bool start>  // q d - P^T h, or at the start the residual c - P^T (r / p)
+template <class T, bool start>  // q z - P^T h, or at the start z = (c - P^T (r / p)) / q
 struct ProductColumnsOp {
   using Sum = Sums<T, 1>;
   SolverState<T> p;
@@ -161,62 +166,56 @@ struct ProductColumnsOp {
   __device__ __forceinline__ void column(int64_t problem, int j, const Sum& sum) const {
     const int64_t at = problem * p.M + j;
     if (start)
-      p.residual[at] = p.column_right[at] - sum.part[0];
+      p.z[at] = p.over_mass(at, p.column_right[at] - sum.part[0]);
     else
-      p.product[at] = p.column_mass[at] * p.direction[at] - sum.part[0];
+      p.of_z[at] = p.column_mass[at] * p.z[at] - sum.part[0];
   }
 };
 
-// The vectors of a step: from the product of the direction to the next direction. What rounding leaves along the null vector is taken out.
-template <class T, bool start>
-struct DirectionOp {
+// The vectors of a step, from L z to the next z.
+template <class T>
+struct StepOp {
   SolverState<T> p;
+  bool first;
 
-  __device__ __forceinline__ bool skip(int64_t problem) const { return !start && p.done[problem] != 0; }
+  __device__ __forceinline__ bool skip(int64_t problem) const { return !first && p.done[problem] != 0; }
   __device__ __forceinline__ void run(int64_t problem, T* shared) const {
-    constexpr T tolerance = sizeof(T) == 4 ? T(1e-14) : T(1e-29);
-    const int64_t first = problem * p.M;
-    T length = 0, mass = 0, excess = 0, square = 0;
-    if (!start) {
-      T curvature = 0, scale = 0;
+    constexpr T tolerance = sizeof(T) == 4 ? T(1e-7) : T(3e-15), rounding = sizeof(T) == 4 ? T(1e-6) : T(2e-15);
+    const int64_t begin = problem * p.M;
+    T energy = 0, scale = 0, size = 0, curvature = 0;
+    for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
+      const T z = p.z[begin + j], of_z = p.of_z[begin + j];
+      energy += z * of_z, scale += z * (p.column_mass[begin + j] * z), size += magnitude(of_z);
+    }
+    energy = problem_sum(energy, shared), scale = problem_sum(scale, shared), size = problem_sum(size, shared);
+    const T start = first ? size : p.scalars[p.B + problem], keep = first ? T(0) : energy / p.scalars[problem];
+    // Energy that is the rounding of its two terms: what is left of z is between parts that do not touch.
+    bool ends = !(size > tolerance * start) || !(energy > rounding * scale);
+    if (!ends) {
       for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
-        const T direction = p.direction[first + j];
-        curvature += direction * p.product[first + j];
-        scale += direction * p.column_mass[first + j] * direction;
+        const int64_t at = begin + j;
+        const T d = p.z[at] + (first ? T(0) : keep * p.direction[at]), of_d = p.of_z[at] + (first ? T(0) : keep * p.of_direction[at]);
+        p.direction[at] = d, p.of_direction[at] = of_d;
+        curvature += of_d * p.over_mass(at, of_d);
       }
-      curvature = problem_sum(curvature, shared), scale = problem_sum(scale, shared);
-      // A curvature that is the rounding of its two terms: what is left of d changes nothing, such as mass between parts that do not touch.
-      constexpr T rounding = sizeof(T) == 4 ? T(1e-6) : T(2e-15);
-      length = curvature > rounding * scale ? p.squares[problem] / curvature : T(0);
-    }
-    for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
-      const int64_t at = first + j;
-      if (start) p.y[at] = 0, p.direction[at] = 0;
-      if (!start) p.y[at] += length * p.direction[at], p.residual[at] -= length * p.product[at];
-      mass += p.column_mass[at];
-      excess += p.residual[at];
-    }
-    excess = problem_sum(excess, shared) / problem_sum(mass, shared);
-    for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
-      const int64_t at = first + j;
-      p.residual[at] -= excess * p.column_mass[at];
-      if (p.column_mass[at] != 0) square += p.residual[at] * p.residual[at] / p.column_mass[at];
-    }
-    square = problem_sum(square, shared);
-    const T keep = start ? T(0) : square / p.squares[problem];
-    for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
-      const int64_t at = first + j;
-      p.direction[at] = (p.column_mass[at] != 0 ? p.residual[at] / p.column_mass[at] : T(0)) + keep * p.direction[at];
+      curvature = problem_sum(curvature, shared);
+      ends = !(curvature > 0);  // it has vanished in the type
+      const T length = ends ? T(0) : energy / curvature;
+      for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
+        const int64_t at = begin + j;
+        p.y[at] += length * p.direction[at];
+        p.z[at] -= length * p.over_mass(at, p.of_direction[at]);
+      }
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
-    p.squares[problem] = square;
-    if (start) p.squares[p.B + problem] = square;
-    if (!(square > tolerance * p.squares[p.B + problem]) || (!start && !(length > 0))) p.done[problem] = 1;
+    p.scalars[problem] = energy;
+    if (first) p.scalars[p.B + problem] = start;
+    p.done[problem] = ends;
   }
 };
 
-// x and y are shifted to equal sums and become gradients.
+// The gradients of the masses: x and y, shifted to equal sums. x + y in the gradient of the costs might not survive the shift.
 template <class T>
 struct CenterOp {
   SolverState<T> p;
@@ -235,13 +234,11 @@ struct CenterOp {
     const T shift = problem_sum(excess, shared) / problem_sum(count, shared), entropic = p.entropic_gradient(problem);
     for (int i = threadIdx.x; i < p.N; i += STREAM_THREADS) {
       const int64_t at = problem * p.N + i;
-      if (p.row_mass[at] != 0) p.row_vector[at] += shift;
-      p.grad_a[at] = p.row_mass[at] != 0 ? p.row_vector[at] + entropic * p.f[at] : T(0);
+      p.grad_a[at] = p.row_mass[at] != 0 ? p.row_vector[at] + shift + entropic * p.f[at] : T(0);
     }
     for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
       const int64_t at = problem * p.M + j;
-      if (p.column_mass[at] != 0) p.y[at] -= shift;
-      p.grad_b[at] = p.column_mass[at] != 0 ? p.y[at] + entropic * p.g[at] : T(0);
+      p.grad_b[at] = p.column_mass[at] != 0 ? p.y[at] - shift + entropic * p.g[at] : T(0);
     }
   }
 };
@@ -300,12 +297,11 @@ int64_t implicit(const SinkhornBackward& p, void* workspace, void* stream, int* 
     streamer.columns(MarginalsOp<T>{state});
     streamer.problems(GaugeOp<T>{state});
     streamer.columns(ProductColumnsOp<T, true>{state});
-    streamer.problems(DirectionOp<T, true>{state});
     const int64_t enough = 2 * p.M + 32;
     for (int step = 0; step < MOST_STEPS && step < enough; ++step) {
       streamer.rows(ProductRowsOp<T, false>{state});
       streamer.columns(ProductColumnsOp<T, false>{state});
-      streamer.problems(DirectionOp<T, false>{state});
+      streamer.problems(StepOp<T>{state, step == 0});
     }
     streamer.rows(ProductRowsOp<T, true>{state});
     streamer.problems(CenterOp<T>{state});
