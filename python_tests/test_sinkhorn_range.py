@@ -123,3 +123,42 @@ class TestGradient:
             found, expected = of("native", "implicit", dtype, part), of("reference", "unrolled", torch.float64, part)
             for x, y in zip(found, expected, strict=True):
                 assert norm_error(x, y) < (1e-4 if dtype == torch.float32 else 1e-11)
+
+    @pytest.mark.parametrize("smallest", [1e-15, 1e-30])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @needs_native
+    def test_implicit_of_many_entries_whose_masses_are_far_apart(self, smallest: float, dtype: torch.dtype) -> None:
+        """Beyond 256 entries the system is solved by iterations; they must not end once the lightest entries are met."""
+        cost, a, b = draw(1, 270, 260)
+        for mass in (a, b):
+            mass[:, -3:] = torch.tensor([smallest, 10 * smallest, smallest])
+            mass[:, :-3] /= mass[:, :-3].sum()
+        weights = Weights.draw(1, 270, 260, gauge_free=True)
+
+        def of(gradient: Any, kind: torch.dtype) -> Tensor:
+            point = cost.to(kind).requires_grad_()
+            with backend.use("native"):
+                result = sinkhorn(point, a.to(kind), b.to(kind), epsilon=0.3, num_iters=200, gradient=gradient)
+                loss = sum((getattr(weights, k).to(kind) * getattr(result, k)).sum() for k in ("f", "g"))
+                return torch.autograd.grad(loss, point)[0]
+
+        error = norm_error(of("implicit", dtype), of("unrolled", torch.float64))
+        assert error < (1e-4 if dtype == torch.float32 else 1e-11)
+
+    @pytest.mark.parametrize("N", [20, 1100])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @needs_native
+    def test_implicit_of_a_loss_that_shifts_parts_against_each_other(self, N: int, dtype: torch.dtype) -> None:
+        """Along the constants of the parts it has no derivative, and what is left a convention decides; but it is not large."""
+        cost, a, b = draw(1, N, N, uniform=True, dtype=dtype)
+        cost[0, : N // 2, N // 2 :] = cost[0, N // 2 :, : N // 2] = math.inf
+        weights = Weights.draw(1, N, N, gauge_free=True)
+
+        def of(gradient: Any) -> Tensor:
+            point = cost.clone().requires_grad_()
+            with backend.use("native"):
+                result = sinkhorn(point, a, b, epsilon=0.3, num_iters=60, gradient=gradient)
+                loss = sum((getattr(weights, k).to(dtype) * getattr(result, k)).sum() for k in ("f", "g"))
+                return torch.autograd.grad(loss, point)[0]
+
+        assert of("implicit").norm() < 2 * of("unrolled").norm()

@@ -3,10 +3,10 @@
 //
 // One side is eliminated: (diag(q) - P^T diag(1/p) P) y = h_columns - P^T (h_rows / p), x = (h_rows - P y) / p. The matrix is a graph Laplacian:
 // semidefinite, with one null vector a connected component. Up to DIRECT entries of the shorter side it is factored, in double, and every
-// pivot that is nothing but rounding is left out. Beyond that conjugate gradients run on the fused pass of the iterations; as many steps as that
+// pivot that is nothing but rounding is left out. Beyond that conjugate residuals run on the fused pass of the iterations; as many steps as that
 // factor takes are enough at a large epsilon, at a small one they would be thousands: up to FACTORED entries it is factored then after all.
-// One problem on one Cascade Lake core (AVX-512), ms at epsilon .5 / .01, unit vectors: 512 x 512 3 / 15, by conjugate gradients alone 3 / 61 to 76;
-// 1024 x 1024 10 / 125 to 156, 10 / 310 to 501.
+// One problem on one Cascade Lake core (AVX-512), with conjugate gradients, ms at epsilon .5 / .01, unit vectors: 512 x 512 3 / 15, by them alone
+// 3 / 61 to 76; 1024 x 1024 10 / 125 to 156, 10 / 310 to 501.
 
 #include "common/rows.h"
 #include "ops/cpu/sinkhorn_dense.h"
@@ -17,7 +17,7 @@ constexpr int64_t DIRECT = 256;
 constexpr int64_t FACTORED = 1024;
 constexpr int64_t BLOCK = 64;             // rows of P that enter the factored matrix together, and columns of its factor
 constexpr double SMALLEST_PIVOT = 1e-12;  // relative to the diagonal
-constexpr int64_t MOST_STEPS = 2000;      // of the conjugate gradients; a fourth of FACTORED entries take as long as the factor
+constexpr int64_t MOST_STEPS = 2000;      // of the conjugate residuals; a fourth of FACTORED entries take as long as the factor
 
 template <class T>
 struct Implicit {
@@ -31,7 +31,8 @@ struct Implicit {
   const T *f, *g, *grad_f, *grad_g;
   T *plan, *partial, *u, *v, *inverse_rows, *direction;    // [rows, stride], [chunks, stride], [rows], [stride], [rows], [stride]
   double *p_sum, *x, *row_side, *q_sum, *y, *column_side;  // [rows] and [stride]
-  double *residual, *search, *product, *totals;            // [stride], [chunks, 2]
+  double *residual, *search, *product, *search_product;    // [stride]: z, its search direction, L of both
+  double* totals;                                          // [chunks, 2]
   double *wide_partial, *matrix, *block;                   // [chunks, stride], [padded, pitch], [BLOCK, pitch]
 
   Implicit(const SinkhornBackward& problem, int64_t index, Arena& arena, SinkhornEach runner) : p(problem), each(runner), b(index) {
@@ -45,7 +46,7 @@ struct Implicit {
     for (T** piece : {&u, &inverse_rows}) *piece = arena.take<T>(rows);
     for (T** piece : {&v, &direction}) *piece = arena.take<T>(stride);
     for (double** piece : {&p_sum, &x, &row_side}) *piece = arena.take<double>(rows);
-    for (double** piece : {&q_sum, &y, &column_side, &residual, &search, &product}) *piece = arena.take<double>(stride);
+    for (double** piece : {&q_sum, &y, &column_side, &residual, &search, &product, &search_product}) *piece = arena.take<double>(stride);
     totals = arena.take<double>(chunks.count * 2);
     wide_partial = arena.take<double>(chunks.count * stride);
     matrix = arena.take<double>(padded * pitch);
@@ -230,7 +231,7 @@ struct Implicit {
     for (int64_t i = 0; i < others; ++i) other[i] = gone[i] > 0 ? (gone_side[i] - other[i]) / gone[i] : gone[i];
   }
 
-  // ------------------------------------------------------------------------------------------------------- conjugate gradients
+  // ------------------------------------------------------------------------------------------------------- conjugate residuals
 
   // product = q z - P^T (P z / p) in one pass over P.
   void apply(const double* z) {
@@ -243,39 +244,40 @@ struct Implicit {
     for (int64_t j = 0; j < stride; ++j) product[j] = q_sum[j] * static_cast<double>(direction[j]) - partial[j];
   }
 
-  double inner(const double* left, const double* right, bool scaled) const {
-    double sum = 0;
-    for (int64_t j = 0; j < p.M; ++j)
-      if (q_sum[j] > 0) sum += left[j] * right[j] / (scaled ? q_sum[j] : 1.0);
-    return sum;
-  }
-
-  // Whether that met the right side.
+  // Whether that met the right side, but for what it has along null vectors. Conjugate gradients would run away with that; here L z alone counts, of
+  // the matrix L and the scaled residual z. It is to be small without the scale, in which light entries outweigh all others.
   bool solve_iteratively(int64_t most_steps) {
-    const double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-13;
+    const double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-13, rounding = sizeof(T) == 4 ? 1e-6 : 2e-15;
     for (int64_t i = 0; i < rows; ++i) {
       inverse_rows[i] = p_sum[i] > 0 ? static_cast<T>(1 / p_sum[i]) : T(0);
       x[i] = p_sum[i] > 0 ? row_side[i] / p_sum[i] : p_sum[i];
     }
     times_transposed(x, residual);
     for (int64_t j = 0; j < stride; ++j) {
-      residual[j] = column_side[j] - residual[j];
-      search[j] = q_sum[j] > 0 ? residual[j] / q_sum[j] : 0.0;
-      y[j] = 0;
+      residual[j] = q_sum[j] > 0 ? (column_side[j] - residual[j]) / q_sum[j] : 0.0;
+      search[j] = search_product[j] = y[j] = 0;
     }
-    double norm = inner(residual, residual, true);
-    const double goal = norm * tolerance * tolerance;
-    for (int64_t step = 0; step < most_steps && norm > goal; ++step) {
-      apply(search);
-      const double curvature = inner(search, product, false);
-      if (!(curvature > 0)) break;
-      const double length = norm / curvature;
-      for (int64_t j = 0; j < p.M; ++j) y[j] += length * search[j], residual[j] -= length * product[j];
-      const double next = inner(residual, residual, true), keep = next / norm;
-      for (int64_t j = 0; j < p.M; ++j) search[j] = (q_sum[j] > 0 ? residual[j] / q_sum[j] : 0.0) + keep * search[j];
-      norm = next;
+    double before = 0, start = 0;
+    bool met = false;
+    for (int64_t step = 0; step < most_steps; ++step) {
+      apply(residual);
+      double energy = 0, scale = 0, size = 0, curvature = 0;
+      for (int64_t j = 0; j < p.M; ++j)
+        energy += residual[j] * product[j], scale += residual[j] * (q_sum[j] * residual[j]), size += std::abs(product[j]);
+      if (step == 0) start = size;
+      met = !(size > tolerance * start) || !(energy > rounding * scale);
+      if (met) break;
+      const double keep = step == 0 ? 0.0 : energy / before;
+      for (int64_t j = 0; j < p.M; ++j) {
+        search[j] = residual[j] + keep * search[j], search_product[j] = product[j] + keep * search_product[j];
+        if (q_sum[j] > 0) curvature += search_product[j] * (search_product[j] / q_sum[j]);
+      }
+      const double length = energy / curvature;
+      for (int64_t j = 0; j < p.M; ++j)
+        if (q_sum[j] > 0) y[j] += length * search[j], residual[j] -= length * (search_product[j] / q_sum[j]);
+      before = energy;
     }
-    if (norm > goal && most_steps < MOST_STEPS) return false;
+    if (!met && most_steps < MOST_STEPS) return false;
     times(y, x);
     for (int64_t i = 0; i < rows; ++i) x[i] = p_sum[i] > 0 ? (row_side[i] - x[i]) / p_sum[i] : p_sum[i];
     return true;
