@@ -272,6 +272,7 @@ struct Implicit {
         search[j] = residual[j] + keep * search[j], search_product[j] = product[j] + keep * search_product[j];
         if (q_sum[j] > 0) curvature += search_product[j] * (search_product[j] / q_sum[j]);
       }
+      if (!(curvature > 0)) break;  // it has vanished in the type
       const double length = energy / curvature;
       for (int64_t j = 0; j < p.M; ++j)
         if (q_sum[j] > 0) y[j] += length * search[j], residual[j] -= length * (search_product[j] / q_sum[j]);
