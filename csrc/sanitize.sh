@@ -59,7 +59,7 @@ libraries="$(for name in "${wanted[@]}"; do g++ -print-file-name="$name"; done |
 for level in $levels; do
   echo "== $level"
   env PYTHONPATH="$package" PROTOKERNELS_CPU_LEVEL="$level" LD_PRELOAD="$libraries" PYTHONMALLOC=malloc \
-    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
     TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
     "${command[@]}" -m pytest -x -q --import-mode=importlib -p no:cacheprovider "${plugin[@]}" "${tests[@]}" \
     -k "not compile and not export and not opcheck and not emulator and not reference and not autoencoder"
