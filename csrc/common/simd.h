@@ -91,6 +91,26 @@ PK_INLINE bool worth_streaming(const void* base, int64_t row_bytes, int64_t rows
   return reinterpret_cast<uintptr_t>(base) % VECTOR_BYTES == 0 && row_bytes % VECTOR_BYTES == 0 && rows * row_bytes >= int64_t{24} << 20;
 }
 
+// Four numbers, whatever the width of the vectors.
+template <class T>
+struct FourOf {
+  typedef T type __attribute__((vector_size(4 * sizeof(T))));
+};
+template <class T>
+using Four = typename FourOf<T>::type;
+
+template <class T>
+PK_INLINE Four<T> load_four(const T* p) {
+  Four<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+PK_INLINE void store_four(T* p, Four<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
 template <class T>
 PK_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // folds to a plain broadcast; x + 0 would not (-0)

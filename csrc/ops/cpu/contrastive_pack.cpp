@@ -94,20 +94,6 @@ struct Places {
 // every layout of x gives the same bits.
 
 template <class T>
-struct FourOf {
-  typedef T type __attribute__((vector_size(4 * sizeof(T))));
-};
-template <class T>
-using Four = typename FourOf<T>::type;
-
-template <class T>
-PK_INLINE Four<T> load_four(const T* p) {
-  Four<T> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <class T>
 PK_INLINE double squared_length(const T* x, int64_t Cp) {
   Four<double> sum{};
   for (int64_t c = 0; c < Cp; c += 4) {

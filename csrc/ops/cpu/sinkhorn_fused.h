@@ -12,31 +12,6 @@ namespace {
 constexpr int ROWS = 4;               // rows of K that go through the fused pass together
 constexpr int64_t HELD_STRIDE = 128;  // longest rows that go by eight: beyond, K comes from L2, which is the limit
 
-template <class T>
-struct FourOf;
-template <>
-struct FourOf<float> {
-  typedef float type __attribute__((vector_size(16)));
-};
-template <>
-struct FourOf<double> {
-  typedef double type __attribute__((vector_size(32)));
-};
-template <class T>
-using Four = typename FourOf<T>::type;
-
-template <class T>
-PK_INLINE Four<T> load_four(const T* p) {
-  Four<T> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <class T>
-PK_INLINE void store_four(T* p, Four<T> v) {
-  std::memcpy(p, &v, sizeof v);
-}
-
 // The sums of the lanes of four vectors.
 template <class T>
 PK_INLINE Four<T> sum_four(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d) {
