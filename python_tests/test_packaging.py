@@ -48,6 +48,8 @@ TORCH_FUNCTIONS = """
     torch_list_get_item torch_list_push_back torch_list_size torch_new_list_reserve_size
     torch_new_string_handle torch_parallel_for
 """
+# And the macros of its headers. All exist in those of torch 2.10; later releases have more of them.
+TORCH_MACROS = "STABLE_TORCH_LIBRARY STABLE_TORCH_LIBRARY_IMPL STD_TORCH_CHECK TORCH_BOX TORCH_ERROR_CODE_CHECK"
 ONLY_ON_CUDA_TORCH = frozenset({"aoti_torch_get_current_cuda_stream"})
 
 TORCH_NAMESPACE = re.compile(r"N[rVKRO]*(?:2at|3c10|5torch|6caffe2)")
@@ -143,6 +145,15 @@ class TestLibrary:
             since.update(versions_in_header(path.read_text()))
         assert len(since) > 100
         assert {name for name in used if since.get(name, (99, 0)) > (2, 10)} == set()
+
+    def test_macros_of_torch_are_those_that_2_10_has(self) -> None:
+        """The library is to be built with torch 2.10, too, whose headers know fewer of them."""
+        macro = re.compile(r"\b(?:[A-Z]+_)*TORCH_[A-Z_]+\b")
+        sources = [
+            path.read_text() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")
+        ]
+        used = {name for text in sources for name in macro.findall(text) if not name.startswith("PROTOKERNELS_")}
+        assert used == set(TORCH_MACROS.split()), "compile with the headers of torch 2.10, then change TORCH_MACROS"
 
     def test_header_guards_are_read(self) -> None:
         text = (

@@ -7,6 +7,12 @@
 
 namespace {
 
+#if defined(__aarch64__)
+typedef __fp16 Half;  // GCC 12 has no _Float16 in C++ here
+#else
+typedef _Float16 Half;
+#endif
+
 PK_INLINE float from_bf16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float x;
@@ -33,7 +39,7 @@ PK_INLINE void read_row(const void* base, Kind kind, int64_t offset, T* out, int
     const uint16_t* p = static_cast<const uint16_t*>(base) + offset;
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(from_bf16(p[i]));
   } else {
-    const _Float16* p = static_cast<const _Float16*>(base) + offset;
+    const Half* p = static_cast<const Half*>(base) + offset;
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(p[i]);
   }
 }
@@ -50,8 +56,8 @@ PK_INLINE void write_row(void* base, Kind kind, int64_t offset, const T* in, int
     uint16_t* p = static_cast<uint16_t*>(base) + offset;
     for (int64_t i = 0; i < count; ++i) p[i] = to_bf16(static_cast<float>(in[i]));
   } else {
-    _Float16* p = static_cast<_Float16*>(base) + offset;
-    for (int64_t i = 0; i < count; ++i) p[i] = static_cast<_Float16>(in[i]);
+    Half* p = static_cast<Half*>(base) + offset;
+    for (int64_t i = 0; i < count; ++i) p[i] = static_cast<Half>(in[i]);
   }
 }
 

@@ -21,6 +21,10 @@ constexpr int MOST_ROWS = 12;  // as many as fit beside two vectors of B
 constexpr int VECTOR_BYTES = 32;
 constexpr int TILE_ROWS = 4;  // 4 x 2 accumulators of 16 registers
 constexpr int MOST_ROWS = 6;
+#elif defined(__aarch64__)
+constexpr int VECTOR_BYTES = 16;
+constexpr int TILE_ROWS = 8;  // 32 registers here, too
+constexpr int MOST_ROWS = 12;
 #else
 constexpr int VECTOR_BYTES = 16;
 constexpr int TILE_ROWS = 4;

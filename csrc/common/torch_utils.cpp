@@ -25,7 +25,7 @@ Tensor empty_beside(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
   for (size_t k = sizes.size(); k-- > 0; stride *= std::max<int64_t>(sizes.begin()[k], 1)) strides[k] = stride;
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;  // by the C function: new_empty of the stable headers looks its operator up by name, in every call
   const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type,
                                                         like.get_device_index(), &handle);
@@ -46,7 +46,7 @@ void* current_cuda_stream(const Tensor& tensor) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "protokernels: this torch has no CUDA support; install a CUDA build of torch");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return stream;
 }
 

@@ -43,7 +43,7 @@ PK_INLINE void with_kind(Kind kind, const Function& function) {
     case Kind::f32: return function(float{});
     case Kind::f64: return function(double{});
     case Kind::bf16: return function(Bf16{});
-    default: return function(_Float16{});
+    default: return function(Half{});
   }
 }
 
