@@ -145,6 +145,31 @@ class TestGradient:
         error = norm_error(of("implicit", dtype), of("unrolled", torch.float64))
         assert error < (1e-4 if dtype == torch.float32 else 1e-11)
 
+    @pytest.mark.parametrize("smallest", [1e-9, 1e-16])
+    @pytest.mark.parametrize("N", [9, 270])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @needs_native
+    def test_implicit_gradients_of_masses_that_are_far_apart(self, smallest: float, N: int, dtype: torch.dtype) -> None:
+        """Through a softmax. The constant between both sides is no larger than most of them, whatever a light entry gets."""
+        cost, a, b = draw(1, N, N - 2)
+        for mass in (a, b):
+            mass[:, -3:] = torch.tensor([smallest, 10 * smallest, smallest])
+            mass[:, :-3] /= mass[:, :-3].sum()
+        weights = Weights.draw(1, N, N - 2, gauge_free=True)
+
+        def of(gradient: Any, kind: torch.dtype, part: str) -> tuple[Tensor, ...]:
+            logits = tuple(x.log().to(kind).requires_grad_() for x in (a, b))
+            with backend.use("native"):
+                masses = (x.softmax(1) for x in logits)
+                result = sinkhorn(cost.to(kind), *masses, epsilon=0.3, num_iters=300, gradient=gradient)
+                f, g, plan = ((getattr(weights, k).to(kind) * getattr(result, k)).sum() for k in ("f", "g", "plan"))
+                loss = {"transport": result.transport_cost.sum(), "potentials": f + g, "plan": plan}[part]
+                return torch.autograd.grad(loss, logits)
+
+        for part in ("transport", "potentials", "plan"):
+            for x, y in zip(of("implicit", dtype, part), of("unrolled", torch.float64, part), strict=True):
+                assert norm_error(x, y) < (1e-4 if dtype == torch.float32 else 1e-8)
+
     @pytest.mark.parametrize("N", [20, 1100])
     @pytest.mark.parametrize("dtype", DTYPES)
     @needs_native

@@ -21,9 +21,10 @@
 //                 - sum v^0_bar v^0 / epsilon - sum over t of (v_bar . v / (rho_b + epsilon) + u_bar . u / (rho_a + epsilon))
 // Implicit backward (balanced), Gamma without e:
 //   [diag(p) P; P^T diag(q)] [x; y] = [Gamma 1 + epsilon f_bar; Gamma^T 1 + epsilon g_bar], M_bar = Gamma - P (x_i + y_j), a_bar = x, b_bar = y
-//   The right side loses its part along (1, -1) over the n + m entries with mass, (sum of rows - sum of columns) / (n + m): shifting f against
-//   g changes nothing. Of the solutions the one with sum x = sum y is taken. e adds the envelope: C_bar += e P, a_bar += e f, b_bar += e g,
-//   epsilon_bar += e sum P (log P - 1).
+//   Shifting f against g changes nothing: the right side loses s p in its rows and -s q in its columns, with
+//   s = (sum of rows - sum of columns) / (sum p + sum q). Of the solutions the one with sum p x = sum q y is taken. This is what a
+//   pseudo-inverse does once the diagonal is scaled to 1; light entries, whose x may be 1e10 and more, leave the others as they are.
+//   e adds the envelope: C_bar += e P, a_bar += e f, b_bar += e g, epsilon_bar += e sum P (log P - 1).
 //
 // Shapes: C [B, N, M], a [B, N], b [B, M], epsilon [B]. Cost of an iteration: 4 flop and one read of a kernel matrix element; the exponential is
 // taken when that matrix is made, not in the loop. Forward saves f, g and, for the unrolled gradient, u^t and v^t of every iteration.

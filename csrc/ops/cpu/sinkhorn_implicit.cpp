@@ -27,7 +27,7 @@ struct Implicit {
   SinkhornChunks chunks;
   int64_t b, rows, stride, small, padded, pitch;  // small: of the side that is solved for, where it may be factored
   T epsilon, grad_transport = 0, grad_value = 0;
-  double dropped = 0;  // from every entry of the right side's rows, and added to its columns
+  double dropped = 0;  // from the right side's rows, times their masses, and added to its columns
   const T *f, *g, *grad_f, *grad_g;
   T *plan, *partial, *u, *v, *inverse_rows, *direction;    // [rows, stride], [chunks, stride], [rows], [stride], [rows], [stride]
   double *p_sum, *x, *row_side, *q_sum, *y, *column_side;  // [rows] and [stride]
@@ -95,16 +95,16 @@ struct Implicit {
     std::fill(x, x + rows, 1.0), std::fill(y, y + stride, 1.0);
     times(y, p_sum);
     times_transposed(x, q_sum);
-    // Only what is orthogonal to (1, -1) can be met: the rest would shift f against g. The part of the transport cost is, but for rounding, which
-    // beside the mass of a small entry would be large.
-    double excess = 0, entries = 0;
+    // Only what is orthogonal to (1, -1) can be met: the rest would shift f against g. The part of the transport cost is, but for rounding.
+    // Every entry loses as much as its mass says: beside a light one the rounding of the sums would be large.
+    double excess = 0, mass = 0;
     for (int64_t i = 0; i < p.N; ++i)
-      if (p_sum[i] > 0) excess += grad_f ? static_cast<double>(epsilon) * grad_f[i] : 0.0, entries += 1;
+      if (p_sum[i] > 0) excess += grad_f ? static_cast<double>(epsilon) * grad_f[i] : 0.0, mass += p_sum[i];
     for (int64_t j = 0; j < p.M; ++j)
-      if (q_sum[j] > 0) excess -= grad_g ? static_cast<double>(epsilon) * grad_g[j] : 0.0, entries += 1;
-    dropped = entries > 0 ? excess / entries : 0.0;
-    for (int64_t i = 0; i < rows; ++i) row_side[i] = p_sum[i] > 0 ? row_side[i] - dropped : p_sum[i];
-    for (int64_t j = 0; j < stride; ++j) column_side[j] = q_sum[j] > 0 ? column_side[j] + dropped : q_sum[j];
+      if (q_sum[j] > 0) excess -= grad_g ? static_cast<double>(epsilon) * grad_g[j] : 0.0, mass += q_sum[j];
+    dropped = mass > 0 ? excess / mass : 0.0;
+    for (int64_t i = 0; i < rows; ++i) row_side[i] = p_sum[i] > 0 ? row_side[i] - dropped * p_sum[i] : p_sum[i];
+    for (int64_t j = 0; j < stride; ++j) column_side[j] = q_sum[j] > 0 ? column_side[j] + dropped * q_sum[j] : q_sum[j];
   }
 
   // result = P^T (rows), or P (columns), in double.
@@ -286,15 +286,15 @@ struct Implicit {
 
   // ------------------------------------------------------------------------------------------------------- result
 
-  // Of all solutions the one with sum x = sum y: what is to be taken from x and added to y. Where masses are far apart it is so much larger than
-  // some of x and y that these would not survive it; x + y does without.
+  // Of all solutions the one with sum p x = sum q y: what is to be taken from x and added to y. Without the masses it would be as large as x of
+  // a light entry, and the others would not survive it.
   double shift() const {
-    double excess = 0, entries = 0;
+    double excess = 0, mass = 0;
     for (int64_t i = 0; i < p.N; ++i)
-      if (p_sum[i] > 0) excess += x[i], entries += 1;
+      if (p_sum[i] > 0) excess += p_sum[i] * x[i], mass += p_sum[i];
     for (int64_t j = 0; j < p.M; ++j)
-      if (q_sum[j] > 0) excess -= y[j], entries += 1;
-    return entries > 0 ? excess / entries : 0.0;
+      if (q_sum[j] > 0) excess -= q_sum[j] * y[j], mass += q_sum[j];
+    return mass > 0 ? excess / mass : 0.0;
   }
 
   // C_bar = P (tc (1 - C / epsilon) + e + (x_i + y_j) / epsilon). M_bar has the row sums -epsilon f_bar, but for what was dropped, and likewise
@@ -326,12 +326,12 @@ struct Implicit {
     for (int64_t i = 0; i < p.N; ++i) {
       const bool absent = u[i] == -INFINITE<T>;
       grad_a[i] = absent ? T(0) : static_cast<T>(x[i] - (p_sum[i] > 0 ? between : 0.0) + static_cast<double>(grad_value) * f[i]);
-      if (p_sum[i] > 0) grad_epsilon += dropped * u[i] / epsilon;
+      if (p_sum[i] > 0) grad_epsilon += dropped * p_sum[i] * u[i] / epsilon;
     }
     for (int64_t j = 0; j < p.M; ++j) {
       const bool absent = v[j] == -INFINITE<T>;
       grad_b[j] = absent ? T(0) : static_cast<T>(y[j] + (q_sum[j] > 0 ? between : 0.0) + static_cast<double>(grad_value) * g[j]);
-      if (q_sum[j] > 0) grad_epsilon -= dropped * v[j] / epsilon;
+      if (q_sum[j] > 0) grad_epsilon -= dropped * q_sum[j] * v[j] / epsilon;
     }
     static_cast<T*>(p.grad_epsilon)[b] = static_cast<T>(grad_epsilon);
   }

@@ -90,37 +90,37 @@ struct Solver {
     }
   }
 
-  // sums over the columns with mass; the same bits in every warp
+  // sums over the columns; the same bits in every warp
   __device__ __forceinline__ T columns_dot(const T (&first)[S::E], const T (&second)[S::E]) const {
     T sum = 0;
 #pragma unroll
     for (int e = 0; e < S::E; ++e) sum += first[e] * second[e];
     return warp_sum(sum);
   }
-  __device__ __forceinline__ T columns_count() const {
-    T count = 0;
+  // Of the rows and of the columns together.
+  __device__ __forceinline__ T mass(T (&sums)[S::W]) const {
+    T of_rows = 0, ones[S::E];
 #pragma unroll
-    for (int e = 0; e < S::E; ++e) count += marginal[e] != 0 ? T(1) : T(0);
-    return warp_sum(count);
-  }
-  __device__ __forceinline__ T rows_count() const {
-    T count = 0;
-    for (int batch = 0; batch < S::BATCHES; ++batch) count += speaks(batch) && rows.get(batch).inverse_marginal != 0 ? T(1) : T(0);
-    return count;
+    for (int e = 0; e < S::E; ++e) ones[e] = 1;
+    for (int batch = 0; batch < S::BATCHES; ++batch) {
+      const T inverse = rows.get(batch).inverse_marginal;
+      of_rows += speaks(batch) && inverse != 0 ? T(1) / inverse : T(0);
+    }
+    return block_sum<S>(of_rows, sums) + columns_dot(marginal, ones);
   }
 
-  // The right sides lose their part along (1, -1); c - P^T (r / p) is left in y's place for the solver.
+  // The right sides lose what makes their sums differ, every entry as its mass: beside a light one the rounding of the sums would be large.
+  // c - P^T (r / p) is left in y's place for the solver.
   __device__ __forceinline__ void reduce(T (&sums)[S::W], T (&schur)[S::E]) {
     T of_rows = 0, ones[S::E], unused = 0;
 #pragma unroll
     for (int e = 0; e < S::E; ++e) ones[e] = 1, schur[e] = 0;
     for (int batch = 0; batch < S::BATCHES; ++batch) of_rows += speaks(batch) ? rows.get(batch).right : T(0);
-    const T row_total = block_sum<S>(of_rows, sums), row_count = block_sum<S>(rows_count(), sums);
-    const T excess = (row_total - columns_dot(right, ones)) / (row_count + columns_count());
+    const T excess = (block_sum<S>(of_rows, sums) - columns_dot(right, ones)) / mass(sums);
 #pragma unroll 1
     for (int batch = 0; batch < S::BATCHES; ++batch) {
       Row row = rows.get(batch);
-      if (row.inverse_marginal != 0) row.right -= excess;
+      if (row.inverse_marginal != 0) row.right -= excess / row.inverse_marginal;
       rows.set(batch, row);
       tile.fetch(batch);
       tile.add_rows(row.right * row.inverse_marginal, schur);
@@ -128,7 +128,7 @@ struct Solver {
     tile.template combine<false>(schur, unused, false);
 #pragma unroll
     for (int e = 0; e < S::E; ++e) {
-      if (marginal[e] != 0) right[e] += excess;
+      right[e] += marginal[e] != 0 ? excess * marginal[e] : T(0);
       schur[e] = right[e] - schur[e];
     }
   }
@@ -180,22 +180,20 @@ struct Solver {
   }
   __device__ __forceinline__ T over_marginal(const T (&x)[S::E], int e) const { return marginal[e] != 0 ? x[e] / marginal[e] : T(0); }
 
-  // x = (r - P y) / p. Returns what x gains and y loses to have equal sums. Where masses are far apart it is so much larger than most of x
-  // and y that x + y would not survive it.
+  // x = (r - P y) / p. Returns what x gains and y loses to have equal sums, weighted with the masses: x of a light entry may be so large
+  // that the others would not survive its share.
   __device__ __forceinline__ T center(T (&sums)[S::W]) {
-    T ones[S::E], of_rows = 0;
-#pragma unroll
-    for (int e = 0; e < S::E; ++e) ones[e] = 1;
+    T of_rows = 0;
 #pragma unroll 1
     for (int batch = 0; batch < S::BATCHES; ++batch) {
       Row row = rows.get(batch);
       tile.fetch(batch);
-      row.x = (row.right - tile.times_columns(y)) * row.inverse_marginal;
+      const T left = row.right - tile.times_columns(y);
+      row.x = left * row.inverse_marginal;
       rows.set(batch, row);
-      if (speaks(batch)) of_rows += row.x;
+      if (speaks(batch)) of_rows += left;
     }
-    const T row_total = block_sum<S>(of_rows, sums), row_count = block_sum<S>(rows_count(), sums);
-    return (columns_dot(y, ones) - row_total) / (row_count + columns_count());
+    return (columns_dot(marginal, y) - block_sum<S>(of_rows, sums)) / mass(sums);
   }
 
   __device__ __forceinline__ void finish(T shift, T (&sums)[S::W]) {

@@ -96,31 +96,31 @@ struct MarginalsOp {
   }
 };
 
-// Both right sides lose their part along (1, -1).
+// Both right sides lose what makes their sums differ, every entry as its mass: beside a light one the rounding of the sums would be large.
 template <class T>
 struct GaugeOp {
   SolverState<T> p;
 
   __device__ __forceinline__ bool skip(int64_t) const { return false; }
   __device__ __forceinline__ void run(int64_t problem, T* shared) const {
-    T excess = 0, count = 0;
+    T excess = 0, mass = 0;
     for (int i = threadIdx.x; i < p.N; i += STREAM_THREADS) {
       excess += p.row_right[problem * p.N + i];
-      count += p.row_mass[problem * p.N + i] != 0 ? T(1) : T(0);
+      mass += p.row_mass[problem * p.N + i];
     }
     for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
       excess -= p.column_right[problem * p.M + j];
-      count += p.column_mass[problem * p.M + j] != 0 ? T(1) : T(0);
+      mass += p.column_mass[problem * p.M + j];
     }
-    excess = problem_sum(excess, shared) / problem_sum(count, shared);
+    excess = problem_sum(excess, shared) / problem_sum(mass, shared);
     for (int i = threadIdx.x; i < p.N; i += STREAM_THREADS) {
       const int64_t at = problem * p.N + i;
-      if (p.row_mass[at] != 0) p.row_right[at] -= excess;
+      if (p.row_mass[at] != 0) p.row_right[at] -= excess * p.row_mass[at];
       p.row_vector[at] = p.row_mass[at] != 0 ? p.row_right[at] / p.row_mass[at] : T(0);
     }
     for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
       const int64_t at = problem * p.M + j;
-      if (p.column_mass[at] != 0) p.column_right[at] += excess;
+      if (p.column_mass[at] != 0) p.column_right[at] += excess * p.column_mass[at];
       p.y[at] = 0;
     }
     if (threadIdx.x == 0) p.done[problem] = 0;
@@ -215,23 +215,24 @@ struct StepOp {
   }
 };
 
-// The gradients of the masses: x and y, shifted to equal sums. x + y in the gradient of the costs might not survive the shift.
+// The gradients of the masses: x and y, shifted to equal sums, weighted with the masses: x of a light entry may be so large that the others
+// would not survive its share.
 template <class T>
 struct CenterOp {
   SolverState<T> p;
 
   __device__ __forceinline__ bool skip(int64_t) const { return false; }
   __device__ __forceinline__ void run(int64_t problem, T* shared) const {
-    T excess = 0, count = 0;
+    T excess = 0, mass = 0;
     for (int i = threadIdx.x; i < p.N; i += STREAM_THREADS) {
-      excess -= p.row_vector[problem * p.N + i];
-      count += p.row_mass[problem * p.N + i] != 0 ? T(1) : T(0);
+      const T of_row = p.row_mass[problem * p.N + i];
+      excess -= of_row * p.row_vector[problem * p.N + i], mass += of_row;
     }
     for (int j = threadIdx.x; j < p.M; j += STREAM_THREADS) {
-      excess += p.y[problem * p.M + j];
-      count += p.column_mass[problem * p.M + j] != 0 ? T(1) : T(0);
+      const T of_column = p.column_mass[problem * p.M + j];
+      excess += of_column * p.y[problem * p.M + j], mass += of_column;
     }
-    const T shift = problem_sum(excess, shared) / problem_sum(count, shared), entropic = p.entropic_gradient(problem);
+    const T shift = problem_sum(excess, shared) / problem_sum(mass, shared), entropic = p.entropic_gradient(problem);
     for (int i = threadIdx.x; i < p.N; i += STREAM_THREADS) {
       const int64_t at = problem * p.N + i;
       p.grad_a[at] = p.row_mass[at] != 0 ? p.row_vector[at] + shift + entropic * p.f[at] : T(0);
