@@ -132,8 +132,8 @@ def sinkhorn(
     check_gradient(op, gradient, problem.rho)
     check_annealing(op, annealing)
     given = any(x is not None for x in (a, b, row_mask, column_mask))
-    if given and batch.device.type != "cpu" and may_want_gradient(batch, *problem[:3]):
-        # The CUDA kernels' gradients may read the costs of what is absent, which may be anything.
+    if given and batch.device.type != "cpu":
+        # The CUDA kernels read the costs of what is absent, which may be anything.
         batch = torch.where((problem.a == 0).unsqueeze(2) | (problem.b == 0).unsqueeze(1), 0.0, batch)
     if annealing is not None:
         fixed = batch.detach()
