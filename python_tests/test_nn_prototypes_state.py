@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from protokernels import backend
 from protokernels.nn import LinearTemperature, Prototypes
@@ -73,6 +74,16 @@ class TestState:
             c = module(z)
             c.sum().backward()
         assert c.is_meta and c.shape == (20, 8) and z.grad is not None and z.grad.shape == (20, 5)
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_shapes_of_fake_tensors(self, training: bool) -> None:
+        """As tools that estimate memory make them."""
+        with backend.use("auto"), FakeTensorMode():
+            module = Prototypes(8, 5, revive_after=3).train(training)
+            z = torch.empty(20, 5, requires_grad=True)
+            c = module(z)
+            c.sum().backward()
+        assert c.shape == (20, 8) and z.grad is not None and z.grad.shape == (20, 5)
 
     def test_what_is_known_belongs_to_the_buffer(self, place: Place) -> None:
         z = draw(129, 8, 5)[0].to(place.device)

@@ -287,6 +287,17 @@ class TestContract:
                 for view in faster(draw((count, 1, 24, 24), seed=16)[0].to(place.device)):
                     assert view.shape == (count, 1, 16, 16) and view.isfinite().all()
 
+    def test_export_with_a_free_batch_size(self, place: Place) -> None:
+        views = RandomViews.preset("local_contrast", 16)
+        images = draw((5, 1, 24, 24), seed=17)[0].to(place.device)
+        batch = torch.export.Dim("batch", min=2)
+        exported = torch.export.export(views, (images[:3],), dynamic_shapes=({0: batch},)).module()
+        torch.manual_seed(0)
+        expected = views(images)
+        torch.manual_seed(0)
+        for a, b in zip(exported(images), expected, strict=True):
+            assert torch.equal(a, b)
+
     def test_no_images(self, place: Place) -> None:
         for view in RandomViews(8, EVERYTHING, EVERYTHING)(torch.zeros(0, 1, 12, 12, device=place.device)):
             assert view.shape == (0, 1, 8, 8)

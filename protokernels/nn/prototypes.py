@@ -264,9 +264,10 @@ class Prototypes(nn.Module):
         where that costs little, where it has been written to (elsewhere it is what DistributedDataParallel does at every step)."""
         buffer, known = self._buffers["initialized"], self._known_of
         assert buffer is not None
-        if buffer.is_meta:  # shapes are asked for, and there is no value
-            return True
         compiling = torch.compiler.is_compiling()
+        # Of a meta or fake tensor shapes are asked for, and there is no value.
+        if buffer.is_meta or (not compiling and hasattr(buffer, "fake_mode")):
+            return True
         same = not compiling and known is not None and known[0] is buffer
         if same and known is not None and (known[1] is None or known[1] == buffer._version):
             return True

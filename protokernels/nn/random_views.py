@@ -167,7 +167,7 @@ class RandomViews(nn.Module):
         check_generator("RandomViews", generator)
         device = images.device if generator is None else generator.device
         drawn = [
-            self.draw(len(images), view, sides=images.shape[2:], generator=generator, device=device)
+            self.draw(images.shape[0], view, sides=images.shape[2:], generator=generator, device=device)
             for view in range(len(self.strengths))
         ]
         return tuple(self.make(images, parameters, view) for view, parameters in enumerate(drawn))
@@ -235,9 +235,9 @@ class RandomViews(nn.Module):
             raise TypeError(
                 f"RandomViews: parameters must be ViewParameters, as draw returns; got {describe(parameters)}"
             )
-        if len(images) != len(parameters.box):
+        if images.shape[0] != parameters.box.shape[0]:
             raise ValueError(
-                f"RandomViews: expected parameters for each of {len(images)} images; got {len(parameters.box)}"
+                f"RandomViews: expected parameters for each of {images.shape[0]} images; got {parameters.box.shape[0]}"
             )
         strength, p = self._strength(view), parameters.to(images.device)
         dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
