@@ -287,5 +287,13 @@ class TestScoring:
 
     def test_one_group_cannot_be_split(self) -> None:
         split = replace(self.dataset(groups=True).train, groups=np.full(60, "same"))
-        with pytest.raises(ValueError, match="one group"):
+        with pytest.raises(DataError, match=r"all 60 are of one group .*; add images .* or a validation split"):
             scoring.hold_out(split, num_classes=2)
+
+    def test_nothing_to_choose_with_is_found_before_training(self, tmp_path: Path) -> None:
+        dataset = self.dataset(val=False, groups=True)
+        dataset = replace(dataset, train=replace(dataset.train, groups=np.full(60, "same")))
+        config = baseline("simclr").CONFIG.preset("fair", **TINY)
+        with pytest.raises(DataError, match="are of one group"):
+            baseline("simclr").train(config, tmp_path / "run", dataset=dataset, quiet=True, device="cpu")
+        assert not (tmp_path / "run").exists()

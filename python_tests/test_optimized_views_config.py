@@ -184,6 +184,14 @@ class TestOwnData:
             paper.train(config, tmp_path / "run", dataset=self.own(count, classes, groups), quiet=True, device="cpu")
         assert not (tmp_path / "run").exists()
 
+    def test_one_patient_leaves_nobody_to_choose_with(self, tmp_path: Path) -> None:
+        config = OptimizedViewsConfig.preset("fair", image_size=16, width=2, batch_size=8)
+        dataset = self.own(36, groups=(np.arange(36) // 2).astype(str))
+        dataset = replace(dataset, train=replace(dataset.train, groups=np.full(36, "same")))
+        with pytest.raises(DataError, match="are of one group"):
+            paper.train(config, tmp_path / "run", dataset=dataset, quiet=True, device="cpu")
+        assert not (tmp_path / "run").exists()
+
     def test_enough_is_enough(self) -> None:
         config = OptimizedViewsConfig.preset("fair", image_size=16, width=2, batch_size=8)
         for dataset in (self.own(18), self.own(36, groups=(np.arange(36) // 2).astype(str))):

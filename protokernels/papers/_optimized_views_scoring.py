@@ -16,7 +16,7 @@ from ..evaluation import Labelled, TransferConfig, evaluate_transfer, label_subs
 from ..evaluation.hold_out import hold_out_sets
 from ..models.modes import evaluating
 from ..training.scoring import evaluation_splits
-from ..training.transfer_scoring import hold_out, left_out
+from ..training.transfer_scoring import choosing_splits, left_out
 from ._optimized_views_config import PARAMETERS, OptimizedViewsConfig
 from ._optimized_views_networks import OptimizedViews, drawn_parameters
 
@@ -135,12 +135,8 @@ def score(model: OptimizedViews, dataset: ImageDataset, config: OptimizedViewsCo
         fraction -> row of :func:`protokernels.evaluation.evaluate_transfer`, fitted on training images, and for supervised strategies
         ``"classifier"``: the AUC of p itself; ``"images"``; ``"left_out"``; ``"protocol"``.
     """
-    train, _ = evaluation_splits(dataset, config.selection)
     name, test = scored_split(dataset, config)
-    if config.selection or dataset.val is None:
-        train, val = hold_out(train, dataset.num_classes)
-    else:
-        val = dataset.val
+    train, val = choosing_splits(dataset, config.selection)
     splits = {"train": train, "val" if name != "val" else "choosing": val, name: test}
     features = [in_batches(model.f, split, config.image_size) for split in splits.values()]
     probe = TransferConfig(fractions=tuple(sorted({config.labelled, 1.0})), fine_tune_fractions=())

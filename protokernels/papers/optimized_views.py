@@ -88,6 +88,7 @@ from ..training import (
 from ..training.experiment import Experiment
 from ..training.files import read_json_lines, write_json_lines
 from ..training.runs import Trial
+from ..training.transfer_scoring import choosing_splits
 from ._optimized_views_config import ABLATIONS, PAPER_RESULTS, PARAMETERS, STRATEGIES, OptimizedViewsConfig
 from ._optimized_views_networks import Latents, OptimizedViews, drawn_parameters, frozen, load_model, new_model, still
 from ._optimized_views_report import ablation_tables, compare_views, draw_ablations, results_table
@@ -324,6 +325,7 @@ class _OptimizedViews(Experiment[OptimizedViewsConfig]):
         super().check(config, dataset)
         check_presence(dataset)
         check_hold_out(dataset, config)
+        choosing_splits(dataset, config.selection)
 
     def new_model(self, config: OptimizedViewsConfig, dataset: ImageDataset) -> OptimizedViews:
         return new_model(config, dataset.channels)

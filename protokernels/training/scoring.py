@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data import ImageDataset, Split
+from ..data import DataError, ImageDataset, Split
 from ..evaluation import EvaluationConfig, Representation, evaluate_representation, label_subsets
 
 HELD_OUT = 1 / 6  # of the training images, where the data has no validation split to choose on
@@ -58,8 +58,15 @@ def hold_out(split: Split, num_classes: int, share: float = HELD_OUT) -> tuple[S
         before = np.cumsum(sizes[order]) - sizes[order]
         held = np.isin(group, order[before < share * len(split)])
     if bool(held.all()):
-        raise ValueError(
-            f"hold_out: {len(split)} images in {'one group' if split.groups is not None else 'all'} leave nothing to train on"
+        count = len(split)
+        few = (
+            f"{count} are too few for one of each class"
+            if split.groups is None
+            else f"all {count} are of one group (patient)"
+        )
+        raise DataError(
+            f"some of the training images have to be held out, but {few}, so that none would be left to train on; "
+            "add images (of other patients, where these are known) or a validation split"
         )
     return split.take(np.flatnonzero(~held)), split.take(np.flatnonzero(held))
 

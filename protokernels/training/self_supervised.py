@@ -29,7 +29,7 @@ from .optimizers import OptimizerName, make_optimizer, warmup_cosine
 from .run_folder import RunFolder
 from .runs import Trial
 from .session import Session
-from .transfer_scoring import transfer_scores
+from .transfer_scoring import choosing_splits, transfer_scores
 from .views import two_views
 
 PretrainingPreset = Literal["paper", "fair"]
@@ -223,6 +223,7 @@ class SelfSupervised(Experiment[Config]):
     def check(self, config: Any, dataset: ImageDataset) -> None:
         super().check(config, dataset)
         config.views()
+        choosing_splits(dataset, config.selection)
 
     def new_model(self, config: Any, dataset: ImageDataset) -> Method:
         return self.build(config, dataset.channels)

@@ -37,12 +37,9 @@ def transfer_scores(encoder: nn.Module, dataset: ImageDataset, config: Pretraini
         ``"splits"``: scored set -> task -> what :func:`protokernels.evaluation.evaluate_transfer` returns; ``"images"``: set ->
         number of images (``choosing``: those that chose, where ``val`` is scored); ``"left_out"``: see :func:`left_out`; ``"protocol"``.
     """
-    train, scored = evaluation_splits(dataset, config.selection)
+    _, scored = evaluation_splits(dataset, config.selection)
     name, test = next(iter(scored.items()))  # the first is the test split, or what stands for it
-    if config.selection or dataset.val is None:
-        train, val = hold_out(train, dataset.num_classes)
-    else:
-        val = dataset.val
+    train, val = choosing_splits(dataset, config.selection)
     protocol = TRANSFER_PROTOCOLS[config.transfer]
     device = next(encoder.parameters()).device
     encoder = ordinary_batch_norm(copy.deepcopy(encoder))  # the main process fine-tunes it alone
@@ -63,6 +60,18 @@ def transfer_scores(encoder: nn.Module, dataset: ImageDataset, config: Pretraini
         "left_out": left_out({name: tasks}),
         "protocol": {"transfer": config.transfer, **asdict(protocol)},
     }
+
+
+def choosing_splits(dataset: ImageDataset, selection: bool) -> tuple[Split, Split]:
+    """The images that a probe learns from, and those that choose its settings.
+
+    Raises:
+        DataError: there is no validation split for it, and the training images cannot be divided.
+    """
+    train, _ = evaluation_splits(dataset, selection)
+    if selection or dataset.val is None:
+        return hold_out(train, dataset.num_classes)
+    return train, dataset.val
 
 
 def left_out(splits: Mapping[str, Any]) -> dict[str, list[str]]:
