@@ -272,6 +272,14 @@ class TestEmbeddingPair:
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
         assert len(figure.axes[1].lines) == 60 - len(boxes)  # the others are dots
 
+    def test_a_prototype_beside_all_points_is_seen(self) -> None:
+        """matplotlib draws no picture whose place lies outside the axes, and makes no room for it."""
+        places = np.array([[9.0, 0.0], [0.0, -9.0]])
+        figure = self.draw(2, 2, places)
+        for axes in figure.axes:  # the panels show the points in the same places
+            (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+            assert left < -2 and 9 < right < 10 and -10 < low < -9 and 2 < high < 4
+
     def test_empty_prototypes_are_left_out(self) -> None:
         points = np.random.default_rng(0).normal(size=(50, 2))
         figure = embedding_pair(
@@ -284,3 +292,4 @@ class TestEmbeddingPair:
             prototype_images=torch.rand(2, 1, 8, 8),
         )
         assert len([a for a in figure.axes[1].artists if isinstance(a, AnnotationBbox)]) == 1
+        assert figure.axes[1].get_xlim()[1] < 9  # nor is there room for the other

@@ -35,7 +35,7 @@ def embedding_pair(
     """
     figure = new_figure(11, 5.4)
     figure.suptitle(title, fontsize=11)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     colours = class_colours(len(class_names))
     _scatter(left, points, colours[labels], "true labels")
     handles = [
@@ -75,7 +75,7 @@ def embedding_triptych(
     :func:`embedding_pair`. Right: the class that each cluster is mapped to; what is wrong is drawn on top, larger and with a dark edge."""
     figure = new_figure(15.5, 5.5)
     figure.suptitle(title, fontsize=11)
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = figure.subplots(1, 3, sharex=True, sharey=True)
     colours = class_colours(len(class_names))
     _scatter(left, points, colours[labels], "A  true labels")
     number = len(prototype_points)
@@ -108,6 +108,8 @@ def _scatter(axes: Axes, points: np.ndarray, colours: np.ndarray, title: str) ->
 
 
 def _place_prototypes(axes: Axes, places: np.ndarray, images: Tensor, sizes: np.ndarray, colours: np.ndarray) -> None:
+    axes.update_datalim(places[sizes > 0])  # what lies outside the axes is not drawn
+    axes.autoscale_view()
     spans = np.array([np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())]) * (_THUMBNAIL_SHARE * 1.25)
     zoom = _THUMBNAIL_SHARE * 4.6 * 72 / images.shape[-1]
     taken: list[np.ndarray] = []
