@@ -244,7 +244,12 @@ class TestContract:
             (
                 {"a": torch.tensor([[1.0, 0, 0], [1.0, 1, 0]])},
                 ValueError,
-                r"same total mass; problem 1 has sum\(a\) = 2 and sum\(b\) = 1; normalise them, or pass marginal_penalty",
+                r"same total mass; problem 1 has sum\(a\) = 2 and sum\(b\) = 1; normalise them in float32 or float64, or pass",
+            ),
+            (  # the sum of what was normalised and then rounded to eight bits
+                {"a": torch.full((3,), 1 / 3, dtype=torch.bfloat16)},
+                ValueError,
+                r"sum\(a\) = 1.00195 and sum\(b\) = 1; normalise them in float32 or float64, or",
             ),
             (
                 {"row_mask": torch.ones(3)},

@@ -206,7 +206,7 @@ def _check_totals(op: str, a: Tensor, b: Tensor) -> None:
         index = int(wrong.int().argmax())
         raise ValueError(
             f"{op}: rows and columns must have the same total mass; problem {index} has sum(a) = {float(total_a[index]):.6g} and "
-            f"sum(b) = {float(total_b[index]):.6g}; normalise them, or pass marginal_penalty to let masses differ"
+            f"sum(b) = {float(total_b[index]):.6g}; normalise them in float32 or float64, or pass marginal_penalty to let masses differ"
         )
 
 
