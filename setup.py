@@ -2,9 +2,10 @@
 """Compiles the kernels with CMake and ninja into ``protokernels/_C.abi3.so``. Everything else stands in pyproject.toml.
 
 Environment:
-    PROTOKERNELS_CUDA        auto (default): CUDA kernels if nvcc is found; on: an error if it is not; off: CPU kernels only
-    PROTOKERNELS_CUDA_ARCHS  e.g. "80;90a;100"; default: the GPUs of this machine, or 80, 90a, 100 and PTX for later
-    chips where there is none
+    PROTOKERNELS_CUDA        auto (default): CUDA kernels if nvcc is found and GPUs, if any, are new enough; on: an error if not; off:
+    CPU kernels only
+    PROTOKERNELS_CUDA_ARCHS  e.g. "80;90a;100"; default: the GPUs of this machine from 8.0 on, or where there is none 80, 90a, 100
+    (from CUDA 12.8 on) and PTX for later ones
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).parent.resolve()
-PORTABLE_ARCHS = (
-    "80-real;90a-real;100"  # machine code for A100, H100/H200, B200; PTX of the last for whatever comes later
-)
+FIRST_ARCH = 80  # what the kernels need
+FIRST_CUDA = (12, 0)  # of which nvcc knows C++20
 
 
 def torch_installation() -> tuple[Path, str]:
@@ -54,21 +54,35 @@ def nvcc() -> str | None:
     return next((c for c in candidates if c and shutil.which(c)), None)
 
 
-def gpu_archs() -> str | None:
-    """Compute capabilities of the GPUs present, as CMake writes them, or None."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
+def output_of(*command: str) -> str:
+    """What a program prints, or nothing if it fails."""
     try:
-        query = subprocess.run(
-            [tool, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, timeout=60
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = sorted(
-        {line.strip().replace(".", "") for line in query.stdout.splitlines() if re.fullmatch(r"\d+\.\d+", line.strip())}
-    )
-    return ";".join(f"{arch}a-real" if arch == "90" else f"{arch}-real" for arch in found) or None  # 90a: with wgmma
+        return ""
+
+
+def gpu_archs() -> list[int]:
+    """Compute capabilities of the GPUs present, such as 90, in order."""
+    tool = shutil.which("nvidia-smi")
+    lines = output_of(tool, "--query-gpu=compute_cap", "--format=csv,noheader").splitlines() if tool else []
+    return sorted({int(line.replace(".", "")) for line in lines if re.fullmatch(r"\s*\d+\.\d+\s*", line)})
+
+
+def archs_for(gpus: list[int], known: list[int]) -> str:
+    """Architectures as CMake writes them: for these GPUs, or without any for A100, H100/H200, B200 and what comes later; known: to nvcc."""
+
+    def machine_code(arch: int) -> str:
+        return f"{arch}a-real" if arch == 90 else f"{arch}-real"  # 90a: with wgmma
+
+    def ptx_of_the_newest(limit: int) -> str:
+        return f"{max((arch for arch in known if arch <= limit), default=FIRST_ARCH)}-virtual"
+
+    if gpus:  # one that nvcc does not know yet gets PTX, which the driver translates
+        archs = [machine_code(gpu) if gpu in known else ptx_of_the_newest(gpu) for gpu in gpus]
+    else:
+        archs = [*(machine_code(arch) for arch in (80, 90, 100) if arch in known), ptx_of_the_newest(100)]
+    return ";".join(dict.fromkeys(archs))
 
 
 def cuda_archs() -> tuple[str | None, str]:
@@ -78,16 +92,32 @@ def cuda_archs() -> tuple[str | None, str]:
         raise SetupError(f"PROTOKERNELS_CUDA must be auto, on or off; got {mode!r}")
     if mode == "off":
         return None, ""
-    compiler = nvcc()
+    asked = os.environ.get("PROTOKERNELS_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";").strip(";")
+    compiler, gpus = nvcc(), gpu_archs()
+    missing = None
     if compiler is None:
+        missing = "nvcc was not found: install the CUDA toolkit, or set CUDACXX or CUDA_HOME to it"
+    elif not asked and gpus and gpus[-1] < FIRST_ARCH:
+        missing = (
+            "the kernels need a GPU of compute capability 8.0 or later, which this machine does not have; "
+            'set PROTOKERNELS_CUDA_ARCHS ("80;90a") to build for another one'
+        )
+    if compiler is None or missing:
         if mode == "on":
-            raise SetupError(
-                "PROTOKERNELS_CUDA=on but nvcc was not found: install the CUDA toolkit, or set CUDACXX or CUDA_HOME to it"
-            )
-        print("protokernels: nvcc not found, building the CPU kernels only (PROTOKERNELS_CUDA=on makes this an error)")
+            raise SetupError(f"PROTOKERNELS_CUDA=on but {missing}")
+        print(f"protokernels: building the CPU kernels only (PROTOKERNELS_CUDA=on makes this an error): {missing}")
         return None, ""
-    archs = os.environ.get("PROTOKERNELS_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";").strip(";")
-    return compiler, archs or gpu_archs() or PORTABLE_ARCHS
+    release = re.search(r"release (\d+)\.(\d+)", output_of(compiler, "--version"))
+    if release and (int(release[1]), int(release[2])) < FIRST_CUDA:
+        raise SetupError(
+            f"{compiler} is of CUDA {release[1]}.{release[2]}, which is too old: the kernels need CUDA 12.0 or later; set CUDACXX or "
+            "CUDA_HOME to such a one, or PROTOKERNELS_CUDA=off to build the CPU kernels only"
+        )
+    if asked:
+        return compiler, asked
+    gpus = [gpu for gpu in gpus if gpu >= FIRST_ARCH]
+    known = [int(arch) for arch in re.findall(r"compute_(\d+)\b", output_of(compiler, "--list-gpu-arch"))]
+    return compiler, archs_for(gpus, known or [*gpus, 80, 90, 100])
 
 
 class CMakeBuild(build_ext):

@@ -29,7 +29,13 @@ def tools() -> dict[str, str]:
 
 
 @pytest.fixture
-def setup_script(monkeypatch: pytest.MonkeyPatch, tools: dict[str, str]) -> ModuleType:
+def answers() -> dict[str, str]:
+    """What those programs print, by an argument; the test fills it."""
+    return {}
+
+
+@pytest.fixture
+def setup_script(monkeypatch: pytest.MonkeyPatch, tools: dict[str, str], answers: dict[str, str]) -> ModuleType:
     """setup.py as a module, without running it; no trace of CUDA in the environment."""
     setuptools = pytest.importorskip("setuptools", "77", reason="setuptools>=77 is needed to load setup.py")
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
@@ -40,6 +46,11 @@ def setup_script(monkeypatch: pytest.MonkeyPatch, tools: dict[str, str]) -> Modu
     for name in ("PROTOKERNELS_CUDA", "PROTOKERNELS_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module.shutil, "which", lambda name, *_, **__: tools.get(name))
+
+    def run(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, "".join(answers.get(word, "") for word in command), "")
+
+    monkeypatch.setattr(module.subprocess, "run", run)
     return module
 
 
@@ -55,7 +66,8 @@ class TestCudaChoice:
         self, setup_script: ModuleType, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert setup_script.cuda_archs() == (None, "")
-        assert "nvcc not found, building the CPU kernels only" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "building the CPU kernels only" in out and "nvcc was not found: install the CUDA toolkit" in out
 
     def test_off_ignores_nvcc(
         self, setup_script: ModuleType, tools: dict[str, str], monkeypatch: pytest.MonkeyPatch
@@ -92,17 +104,61 @@ class TestCudaChoice:
         monkeypatch.setenv("PROTOKERNELS_CUDA_ARCHS", value)
         assert setup_script.cuda_archs() == (NVCC, "80;90a")
 
-    def test_gpus_that_are_present(
-        self, setup_script: ModuleType, tools: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        "gpus, known, expected",
+        [
+            ("9.0 8.6 9.0", "80 86 90 100 120", "86-real;90a-real"),
+            ("12.0", "80 86 90 100 120", "120-real"),
+            ("12.0 10.0", "80 86 90", "90-virtual"),
+            ("7.5 8.0", "75 80 90", "80-real"),
+            ("9.0", "", "90a-real"),
+            ("", "80 86 90", "80-real;90a-real;90-virtual"),
+            ("", "80 86 90 100 103 120", "80-real;90a-real;100-real;100-virtual"),
+        ],
+    )
+    def test_gpus_that_are_present_and_those_that_nvcc_knows(
+        self,
+        setup_script: ModuleType,
+        tools: dict[str, str],
+        answers: dict[str, str],
+        gpus: str,
+        known: str,
+        expected: str,
     ) -> None:
         tools.update({"nvcc": NVCC, NVCC: NVCC, "nvidia-smi": "/bin/nvidia-smi"})
+        answers["--query-gpu=compute_cap"] = "\n".join(gpus.split())
+        answers["--list-gpu-arch"] = "\n".join(f"compute_{arch}" for arch in known.split())
+        assert setup_script.cuda_archs() == (NVCC, expected)
 
-        def query(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
-            assert command[0] == "/bin/nvidia-smi"
-            return subprocess.CompletedProcess(command, 0, stdout="9.0\n8.6\n9.0\n", stderr="")
+    def test_gpus_that_are_too_old(
+        self,
+        setup_script: ModuleType,
+        tools: dict[str, str],
+        answers: dict[str, str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        tools.update({"nvcc": NVCC, NVCC: NVCC, "nvidia-smi": "/bin/nvidia-smi"})
+        answers["--query-gpu=compute_cap"] = "7.5\n6.1\n"
+        assert setup_script.cuda_archs() == (None, "")
+        assert "need a GPU of compute capability 8.0 or later" in capsys.readouterr().out
+        monkeypatch.setenv("PROTOKERNELS_CUDA", "on")
+        with pytest.raises(setup_script.SetupError, match=r"PROTOKERNELS_CUDA=on but .* set PROTOKERNELS_CUDA_ARCHS"):
+            setup_script.cuda_archs()
+        monkeypatch.setenv("PROTOKERNELS_CUDA_ARCHS", "90a")
+        assert setup_script.cuda_archs() == (NVCC, "90a")
 
-        monkeypatch.setattr(setup_script.subprocess, "run", query)
-        assert setup_script.cuda_archs() == (NVCC, "86-real;90a-real")
+    def test_a_compiler_that_is_too_old(
+        self, setup_script: ModuleType, tools: dict[str, str], answers: dict[str, str]
+    ) -> None:
+        tools.update({"nvcc": NVCC, NVCC: NVCC})
+        answers["--version"] = "Cuda compilation tools, release 11.8, V11.8.89"
+        with pytest.raises(
+            setup_script.SetupError, match=rf"{NVCC} is of CUDA 11.8.*12.0 or later.*PROTOKERNELS_CUDA=off"
+        ):
+            setup_script.cuda_archs()
+        answers["--version"] = "Cuda compilation tools, release 12.0, V12.0.76"
+        assert setup_script.cuda_archs()[0] == NVCC
 
     def test_the_toolkit_named_by_cuda_home_goes_before_the_path(
         self, setup_script: ModuleType, tools: dict[str, str], monkeypatch: pytest.MonkeyPatch
