@@ -32,7 +32,7 @@ from protokernels.figures import (
     save_figure,
     similarity_heatmap,
 )
-from protokernels.figures.canvas import DOTS_PER_INCH
+from protokernels.figures.canvas import DOTS_PER_INCH, class_colours
 from protokernels.figures.fractions import label_fraction_curves
 from protokernels.figures.optimized_views import auc_curves, parameter_histograms
 from protokernels.figures.segmentation import draw_pixel_tsne
@@ -293,3 +293,18 @@ class TestEmbeddingPair:
         )
         assert len([a for a in figure.axes[1].artists if isinstance(a, AnnotationBbox)]) == 1
         assert figure.axes[1].get_xlim()[1] < 9  # nor is there room for the other
+
+    def test_clusters_with_members_share_the_colours(self) -> None:
+        """Of forty prototypes ten may have members, which need not look alike for the sake of the others."""
+        used = np.arange(3, 40, 4)
+        figure = embedding_pair(
+            np.random.default_rng(0).normal(size=(50, 2)),
+            np.zeros(50, dtype=int),
+            np.resize(used, 50),
+            title="t",
+            class_names=["only"],
+            prototype_points=np.zeros((40, 2)),
+            prototype_images=torch.rand(40, 1, 8, 8),
+        )
+        colours = np.unique(figure.axes[1].collections[0].get_facecolors()[:, :3], axis=0)
+        np.testing.assert_allclose(colours, np.unique(class_colours(10)[:, :3], axis=0))

@@ -45,9 +45,7 @@ def embedding_pair(
     if len(class_names) <= _LEGEND_LIMIT:
         figure.legend(handles=handles, loc="outside left center", fontsize=8, frameon=False)
     number = int(clusters.max()) + 1 if prototype_points is None else len(prototype_points)
-    cluster_colours = class_colours(number)[
-        np.random.default_rng(0).permutation(number)
-    ]  # neighbours in number differ in hue
+    cluster_colours = _cluster_colours(clusters, number)
     _scatter(
         right,
         points,
@@ -79,7 +77,7 @@ def embedding_triptych(
     colours = class_colours(len(class_names))
     _scatter(left, points, colours[labels], "A  true labels")
     number = len(prototype_points)
-    cluster_colours = class_colours(number)[np.random.default_rng(0).permutation(number)]
+    cluster_colours = _cluster_colours(clusters, number)
     _scatter(middle, points, cluster_colours[clusters], "B  clusters and decoded prototypes")
     _place_prototypes(
         middle, prototype_points, prototype_images, np.bincount(clusters, minlength=number), cluster_colours
@@ -97,6 +95,14 @@ def embedding_triptych(
     if len(class_names) <= _LEGEND_LIMIT:
         figure.legend(handles=handles, loc="outside left center", fontsize=8, frameon=False)
     return figure
+
+
+def _cluster_colours(clusters: np.ndarray, number: int) -> np.ndarray:  # [number, 4]
+    """Those that have members share the colours among them; neighbours in number differ in hue."""
+    members = np.unique(clusters)
+    colours = np.zeros((number, 4))
+    colours[members] = class_colours(len(members))[np.random.default_rng(0).permutation(len(members))]
+    return colours
 
 
 def _scatter(axes: Axes, points: np.ndarray, colours: np.ndarray, title: str) -> None:
