@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from setuptools.errors import CompileError, SetupError
 ROOT = Path(__file__).parent.resolve()
 FIRST_ARCH = 80  # what the kernels need
 FIRST_CUDA = (12, 0)  # of which nvcc knows C++20
+FIRST_GCC, LAST_GCC = 12, 20  # those that are looked for by their number
 
 
 def torch_installation() -> tuple[Path, str]:
@@ -42,6 +44,35 @@ def torch_installation() -> tuple[Path, str]:
     return root, version
 
 
+def output_of(*command: str) -> str:
+    """What a program prints, or nothing if it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def cxx() -> str | None:
+    """The C++ compiler: CXX, or the first of c++, g++, g++-20, ..., g++-12 that will do; None if there is none at all."""
+    asked = os.environ.get("CXX")
+    numbered = [f"g++-{version}" for version in range(LAST_GCC, FIRST_GCC - 1, -1)]
+    seen = []
+    for candidate in [asked] if asked else ["c++", "g++", *numbered, "clang++"]:
+        if shutil.which(shlex.split(candidate)[0]) is None:
+            continue
+        text = output_of(*shlex.split(candidate), "--version")
+        version = re.search(r"\b(\d+)\.\d+\.\d+", text) if "Free Software Foundation" in text else None
+        if version and int(version[1]) >= FIRST_GCC:
+            return candidate
+        seen.append(f"{candidate} is {'g++ ' + version[0] if version else 'another compiler'}")
+    if not seen and not asked:
+        return None
+    raise SetupError(
+        f"the kernels need g++ {FIRST_GCC} or later, but {', '.join(seen) or f'CXX={asked} was not found'}: install g++-{FIRST_GCC} or a "
+        "later one, which is found by this name, or set CXX"
+    )
+
+
 def nvcc() -> str | None:
     """The CUDA compiler: CUDACXX, CUDA_HOME, PATH or /usr/local/cuda, in this order."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -52,14 +83,6 @@ def nvcc() -> str | None:
         "/usr/local/cuda/bin/nvcc",
     ]
     return next((c for c in candidates if c and shutil.which(c)), None)
-
-
-def output_of(*command: str) -> str:
-    """What a program prints, or nothing if it fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
 
 
 def gpu_archs() -> list[int]:
@@ -124,11 +147,8 @@ class CMakeBuild(build_ext):
     """Runs CMake and ninja. Without a C++ compiler the package is installed on its reference backend, and says so."""
 
     def build_extension(self, extension: Extension) -> None:
-        if (
-            shutil.which(os.environ.get("CXX", "c++")) is None
-            and shutil.which("g++") is None
-            and shutil.which("clang++") is None
-        ):
+        cpp = cxx()
+        if cpp is None:
             if os.environ.get("PROTOKERNELS_CUDA", "auto").lower() == "on":
                 raise SetupError("PROTOKERNELS_CUDA=on but there is no C++ compiler: install g++ 12 or later")
             print(
@@ -152,6 +172,8 @@ class CMakeBuild(build_ext):
             f"-DTORCH_VERSION={torch_version}",
             f"-DCUDA_ARCHS={archs}",
         ]
+        if not os.environ.get("CXX"):
+            configure.append(f"-DCMAKE_CXX_COMPILER={cpp}")
         ninja = shutil.which("ninja")
         if ninja:
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")

@@ -43,7 +43,7 @@ def setup_script(monkeypatch: pytest.MonkeyPatch, tools: dict[str, str], answers
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("PROTOKERNELS_CUDA", "PROTOKERNELS_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+    for name in ("PROTOKERNELS_CUDA", "PROTOKERNELS_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module.shutil, "which", lambda name, *_, **__: tools.get(name))
 
@@ -169,6 +169,52 @@ class TestCudaChoice:
         assert setup_script.nvcc() == NVCC
 
 
+def gnu(version: str) -> str:
+    return f"g++ (Ubuntu {version}-1ubuntu1~22.04) {version}\nCopyright (C) 2022 Free Software Foundation, Inc."
+
+
+class TestCompilerChoice:
+    @pytest.mark.parametrize(
+        "versions, expected",
+        [
+            ({"c++": gnu("12.2.0")}, "c++"),
+            ({"c++": gnu("11.4.0"), "g++": gnu("11.4.0"), "g++-12": gnu("12.3.0"), "g++-14": gnu("14.2.0")}, "g++-14"),
+            ({"c++": "Debian clang version 19.1.7", "g++": gnu("13.3.0"), "clang++": "clang version 19.1.7"}, "g++"),
+            ({}, None),
+        ],
+    )
+    def test_the_first_that_will_do(
+        self,
+        setup_script: ModuleType,
+        tools: dict[str, str],
+        answers: dict[str, str],
+        versions: dict[str, str],
+        expected: str | None,
+    ) -> None:
+        tools.update({name: f"/bin/{name}" for name in versions})
+        answers.update(versions)
+        assert setup_script.cxx() == expected
+
+    def test_none_that_will_do(self, setup_script: ModuleType, tools: dict[str, str], answers: dict[str, str]) -> None:
+        tools.update({"g++": "/bin/g++", "clang++": "/bin/clang++"})
+        answers.update({"g++": gnu("11.4.0"), "clang++": "clang version 19.1.7"})
+        message = r"g\+\+ 12 or later, but g\+\+ is g\+\+ 11.4.0, clang\+\+ is another compiler: install g\+\+-12"
+        with pytest.raises(setup_script.SetupError, match=message):
+            setup_script.cxx()
+
+    def test_the_one_that_is_asked_for(
+        self, setup_script: ModuleType, tools: dict[str, str], answers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tools.update({"g++": "/bin/g++", "ccache": "/bin/ccache", "old": "/bin/old"})
+        answers.update({"g++": gnu("12.2.0"), "ccache": "", "old": gnu("10.2.1")})
+        monkeypatch.setenv("CXX", "ccache g++")
+        assert setup_script.cxx() == "ccache g++"
+        for value, found in (("old", r"old is g\+\+ 10.2.1"), ("gone", "CXX=gone was not found")):
+            monkeypatch.setenv("CXX", value)
+            with pytest.raises(setup_script.SetupError, match=found):
+                setup_script.cxx()
+
+
 def source_tree(folder: Path) -> Path:
     """A copy of the checkout's sources, with two leftovers of a build that no archive may contain."""
     tree = folder / "protokernels"
@@ -212,7 +258,7 @@ class TestBuild:
         (tree / "protokernels" / "_C.abi3.so").unlink()
         empty = tmp_path / "empty"
         empty.mkdir()
-        done = build_backend(tree, "build_wheel", tmp_path / "out", PATH=str(empty), CXX=str(empty / "c++"))
+        done = build_backend(tree, "build_wheel", tmp_path / "out", PATH=str(empty), CXX="")
         assert done.returncode == 0, done.stderr
         assert "no C++ compiler found; installing without native kernels" in done.stdout
         (wheel,) = (tmp_path / "out").glob("*.whl")
