@@ -127,7 +127,8 @@ __device__ __forceinline__ int stages_of(const Step& s, bool gradient) {
 }
 template <Work work>
 __device__ __forceinline__ WarpStage stage_at(const Step& s, int i) {
-  return work == Work::any ? s.stage[i] : static_cast<WarpStage>(i + static_cast<int>(WarpStage::noise));
+  if (work == Work::any) return s.stage[i];  // not by ?:, whose sides CUDA 12.4 takes for two types
+  return static_cast<WarpStage>(i + static_cast<int>(WarpStage::noise));
 }
 
 struct Pass {
