@@ -286,10 +286,10 @@ class TestAbsent:
         x, y = (torch.randn(2, n, 4, generator=generator, dtype=torch.float64).to(place.device) for n in (3, 5))
         present = [x[:, :2].clone().requires_grad_(), y[:, :4].clone().requires_grad_()]
         x[:, 2], y[:, 4] = math.nan, math.inf
-        masks = [torch.arange(n, device=place.device) < n - 1 for n in (3, 5)]
+        masks = {f"{k}_mask": torch.arange(n, device=place.device) < n - 1 for k, n in (("row", 3), ("column", 5))}
+        torch.testing.assert_close(loss(x, y, **masks), loss(*present).detach(), rtol=1e-10, atol=1e-12)
         whole = [x.requires_grad_(), y.requires_grad_()]
-        found = torch.autograd.grad(loss(*whole, row_mask=masks[0], column_mask=masks[1]), whole)
-        expected = torch.autograd.grad(loss(*present), present)
+        found, expected = (torch.autograd.grad(loss(*p, **m), p) for p, m in ((whole, masks), (present, {})))
         for mine, other in zip(found, expected, strict=True):
             torch.testing.assert_close(mine[:, :-1], other, rtol=1e-9, atol=1e-12)
             assert not mine[:, -1].any()

@@ -102,6 +102,8 @@ def sinkhorn_features(
     problem = prepare(op, x, sizes, dtype, a, b, row_mask, column_mask, epsilon, num_iters, tol, marginal_penalty, init)
     check_annealing(op, annealing)
     _checks.check_choice(op, "precision", precision, PRECISIONS)
+    if any(given is not None for given in (a, b, row_mask, column_mask)):
+        x, y = _readable(x, problem.a), _readable(y, problem.b)
     if annealing is not None:
         fixed = x.detach(), y.detach()
         spread = _spread(*fixed, problem, cost)
@@ -152,6 +154,8 @@ def sinkhorn_divergence(
     dtype, (B, N, _), M = x.dtype, x.shape, y.shape[1]
     both = prepare(op, x, (B, N, M), dtype, a, b, row_mask, column_mask, epsilon, num_iters, tol, None, None)
     _checks.check_choice(op, "precision", precision, PRECISIONS)
+    if any(given is not None for given in (a, b, row_mask, column_mask)):
+        x, y = _readable(x, both.a), _readable(y, both.b)
     rows, columns = both._replace(b=both.a), both._replace(a=both.b)
     between, of_x, of_y = (
         _solve(*pair, problem, cost, precision).entropic_value
@@ -180,6 +184,11 @@ def clouds(op: str, x: Tensor, y: Tensor, cost: str) -> tuple[bool, Tensor, Tens
     if single:
         x, y = x.unsqueeze(0), y.unsqueeze(0)
     return single, x.to(dtype).contiguous(), y.to(dtype).contiguous()
+
+
+def _readable(points: Tensor, mass: Tensor) -> Tensor:  # [B, N, D], [B, N] -> [B, N, D]
+    """The CUDA kernels read the points of what is absent, which may be anything."""
+    return points if points.device.type == "cpu" else torch.where((mass == 0).unsqueeze(2), 0.0, points)
 
 
 def _solve(
