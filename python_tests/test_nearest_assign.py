@@ -22,10 +22,11 @@ from python_tests.nearest_oracle import draw, expected
 from python_tests.places import PLACES, Place, needs_native
 
 # (N, K, D): one; a vector's width less and more than one; panels of one, two and three vectors at every level; more columns than
-# are summed in one go, and a remainder of them; more centers than bits of a mask
+# are summed in one go, and a remainder of them; more centers than bits of a mask; one to ten behind whole vectors, long rows
 SIZES = [
     (1, 1, 1), (5, 2, 3), (100, 8, 7), (333, 9, 33), (130, 17, 32), (97, 20, 127), (97, 24, 128), (65, 31, 129), (50, 50, 300),
-    (700, 65, 16), (300, 129, 8), (40, 520, 5), (3, 7, 600),
+    (700, 65, 16), (300, 129, 8), (40, 520, 5), (3, 7, 600), (60, 19, 700), (49, 21, 641), (75, 38, 657), (50, 9, 1000), (99, 10, 1024),
+    (33, 5, 3000),
 ]  # fmt: skip
 
 
@@ -82,11 +83,13 @@ class TestValue:
         x, centers = (t.round().to(place.device, dtype) for t in draw(400, 30, 3, seed=1))
         check_assign(x, centers)
         check_assign(x, centers.repeat(3, 1))
+        check_assign(x.repeat(1, 200), centers[:18].repeat(1, 200))
         check_assign(x, x[:50].clone())
 
-    def test_differences_below_float32(self, place: Place) -> None:
+    @pytest.mark.parametrize("D", [20, 600])
+    def test_differences_below_float32(self, place: Place, D: int) -> None:
         """Rows far from the origin, centers a unit in the last place apart."""
-        x, centers = (1000 + 1e-4 * t.to(place.device) for t in draw(500, 40, 20, seed=2))
+        x, centers = (1000 + 1e-4 * t.to(place.device) for t in draw(500, 40, D, seed=2))
         check_assign(x, centers)
         close = centers[:1] * (1 + 2.0**-23 * torch.arange(40, device=place.device)[:, None])
         check_assign(x, close)

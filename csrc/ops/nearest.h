@@ -77,7 +77,7 @@ struct NearestCpu {
 const NearestCpu& nearest_cpu();  // the best table this machine can run
 
 // An iteration of k-means: k = 1 against few rows, with the sum of each cluster's rows as prototypes_accumulate takes it, in the same pass. The
-// filter's bound here is that of the product itself, for sums over at most 128 columns at a time,
+// filter's bound here is that of the product itself, for sums that meet no more additions than those over at most 128 columns at a time do,
 //   e = c |b| (2 |q| + |b|) + u_64 (D + 8) |q|^2,   c = 1.01 (u_T (min(D, 128) + D / 128 + 10) + u_64 (2 D + 8)):
 // a term -2 q_j b_j meets a rounding in each factor, one as a product and as many as there are additions behind it, |b|^2 no more; the 10 leaves enough
 // for the rounding of the limit that scores are held against. A center farther than (smallest s) + 2 e is not the nearest.

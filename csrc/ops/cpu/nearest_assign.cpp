@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// Nearest on the CPU, one neighbour among few rows: an iteration of k-means. Centers stand in the lanes, packed once a call; rows are moved
-// to their origin, multiplied, ranked and added to the sum of their cluster while the caches hold them, so that a call reads the rows once.
-// Only a row whose nearest center the filter leaves open is measured in float64.
+// Nearest on the CPU, one neighbour among few rows: an iteration of k-means. Centers stand in the lanes, packed once a call, but for a few that do
+// not fill a vector: those are multiplied along long rows. Rows are moved to the centers' origin, multiplied, ranked and added to the sum of their
+// cluster while the caches hold them, so that a call reads the rows once. Only a row whose nearest center the filter leaves open is measured in
+// float64.
 //
-// Limit at N = 60000, D = 32, K = 50: 0.19 GFLOP of FMA (1 ms on two cores of 3 GHz) and 7.7 MB. Beside it: K rounded up to the lanes, an eighth of
-// the products' time for the minima, as much to add D float64 numbers.
+// Limit at N = 60000, D = 32, K = 50: 0.19 GFLOP of FMA (1 ms on two cores of 3 GHz) and 7.7 MB. Beside it: K rounded up to the lanes where rows are
+// short, an eighth of the products' time for the minima, as much to add D float64 numbers.
 
 #include <algorithm>
 #include <bit>
@@ -25,6 +26,24 @@ template <int VECTORS>
 constexpr int ROWS = VECTORS == 1 ? 2 * MOST_ROWS : VECTORS == 2 ? MOST_ROWS : 2 * MOST_ROWS / 3;  // of a register tile; they divide BLOCK
 constexpr int64_t PADDING = 2 * MOST_ROWS;  // what they all divide
 
+constexpr int MOST_ALONG = 10;  // centers that are multiplied along the rows
+
+// The largest number of rows that divides PADDING and whose sums with so many centers fit into the registers.
+constexpr int rows_along(int count) {
+  int rows = count < 2 * MOST_ROWS ? 2 * MOST_ROWS / count : 1;
+  while (PADDING % rows != 0) --rows;
+  return rows;
+}
+
+// How many centers behind whole vectors of them are multiplied along the rows: all or none. It has to pay, a horizontal sum taking as long as some
+// eight products, and to meet no more roundings than product_error allows.
+template <class T>
+int64_t centers_along(int64_t K, int64_t D) {
+  const int64_t left = K % LANES<T>, vectors = (D + LANES<T> - 1) / LANES<T>;
+  const bool exact = vectors + 5 <= std::min(D, SUMMED) + (D + SUMMED - 1) / SUMMED;
+  return left <= MOST_ALONG && exact && 4 * left * (vectors + 8) < 3 * D ? left : 0;
+}
+
 // Vectors of the panel that begins before the last so many: two, and three or one at the end.
 constexpr int panel_vectors(int64_t left) { return left < 4 ? static_cast<int>(left) : 2; }
 
@@ -40,17 +59,23 @@ template <class T>
 struct Centers {
   Centers(int64_t K, int64_t D, void* memory)
       : lanes(round_up(K, LANES<T>)),
+        left(centers_along<T>(K, D)),
+        in_panels(left > 0 ? K - left : lanes),
         panels(static_cast<T*>(memory)),
-        low(panels + lanes * D),
+        along(panels + in_panels * D),
+        low(panels + lanes * round_up(D, LANES<T>)),
         reach(low + lanes),
         origin(reach + lanes),
         facts(origin + round_up(D, LANES<T>)) {}
-  static int64_t elements(int64_t K, int64_t D) { return round_up(K, LANES<T>) * (D + 2) + round_up(D, LANES<T>) + LANES<T>; }
+  static int64_t elements(int64_t K, int64_t D) {
+    return round_up(K, LANES<T>) * (round_up(D, LANES<T>) + 2) + round_up(D, LANES<T>) + LANES<T>;
+  }
 
   bool trusted() const { return facts[1] > 0; }
 
-  const int64_t lanes;
+  const int64_t lanes, left, in_panels;
   T* const panels;  // of -2 b, moved by the origin
+  T* const along;   // the same of those left, row after row, with zeros up to a whole vector
   T* const low;     // |b|^2; infinity behind the last center
   T* const reach;   // |b|, rounded up
   T* const origin;
@@ -86,13 +111,17 @@ void pack_centers(const NearestAssign& p, void* memory) {
     most = std::max(most, centers.reach[k]);
     for (int64_t j = 0; j < p.D; ++j) row[j] *= T(-2);
   }
-  for (int64_t k = 0; k < centers.lanes;) {
-    const int64_t width = panel_vectors((centers.lanes - k) / LANES<T>) * LANES<T>;
+  for (int64_t k = 0; k < centers.in_panels;) {
+    const int64_t width = panel_vectors((centers.in_panels - k) / LANES<T>) * LANES<T>;
     for (int64_t i = 0; i < width; ++i)
       for (int64_t j = 0; j < p.D; ++j)
         centers.panels[k * p.D + j * width + i] = k + i < p.K ? moved.data[(k + i) * p.D + j] : T(0);
     k += width;
   }
+  const int64_t padded = round_up(p.D, LANES<T>);
+  std::fill(centers.along, centers.along + centers.left * padded, T(0));
+  for (int64_t k = 0; k < centers.left; ++k)
+    std::copy_n(moved.data + (centers.in_panels + k) * p.D, p.D, centers.along + k * padded);
   centers.facts[0] = most;
   centers.facts[1] = trusted;
 }
@@ -155,6 +184,42 @@ void score_block(const T* rows, int64_t stride, const T* panel, const T* low, in
     score_tile<T, VECTORS>(rows + i * stride, stride, panel, low, first, last, scores + i * scores_stride, scores_stride);
 }
 
+// s of a block's rows, a multiple of PADDING, with COUNT centers, along the rows.
+template <class T, int COUNT>
+void score_along(const T* rows, int64_t stride, const T* centers, const T* low, int64_t padded_D, T* scores, int64_t scores_stride,
+                 int64_t count) {
+  constexpr int rows_here = rows_along(COUNT);
+  for (int64_t i0 = 0; i0 < count; i0 += rows_here) {
+    Vec<T> s[rows_here][COUNT]{};
+    for (int64_t j = 0; j < padded_D; j += LANES<T>) {
+      Vec<T> b[COUNT];
+#pragma GCC unroll 10
+      for (int k = 0; k < COUNT; ++k) b[k] = load(centers + k * padded_D + j);
+#pragma GCC unroll 24
+      for (int i = 0; i < rows_here; ++i) {
+        const Vec<T> x = load(rows + (i0 + i) * stride + j);
+#pragma GCC unroll 10
+        for (int k = 0; k < COUNT; ++k) s[i][k] += x * b[k];
+      }
+    }
+#pragma GCC unroll 24
+    for (int i = 0; i < rows_here; ++i)
+#pragma GCC unroll 10
+      for (int k = 0; k < COUNT; ++k) scores[(i0 + i) * scores_stride + k] = low[k] + reduce_sum(s[i][k]);
+  }
+}
+
+template <class T, int COUNT = MOST_ALONG>
+void score_left(int64_t left, const T* rows, int64_t stride, const T* centers, const T* low, int64_t padded_D, T* scores,
+                int64_t scores_stride, int64_t count) {
+  if constexpr (COUNT > 0) {
+    if (left == COUNT)
+      score_along<T, COUNT>(rows, stride, centers, low, padded_D, scores, scores_stride, count);
+    else
+      score_left<T, COUNT - 1>(left, rows, stride, centers, low, padded_D, scores, scores_stride, count);
+  }
+}
+
 template <class T>
 struct Assigner {
   Assigner(const NearestAssign& problem, const void* packed)
@@ -171,6 +236,8 @@ struct Assigner {
         found(std::max(problem.K, BLOCK)),
         rows(BLOCK) {
     std::fill(lengths.data, lengths.data + BLOCK, 0.0);
+    std::fill(moved.data, moved.data + BLOCK * stride, T(0));  // stays so behind the rows
+    std::fill(scores.data, scores.data + BLOCK * centers.lanes, std::numeric_limits<T>::infinity());  // and so behind the centers
     const double depth = static_cast<double>(p.D);
     exact_error = 1.01 * 0x1p-53 * (depth + 8);
     underflow = 8 * (depth + 8) * static_cast<double>(std::numeric_limits<T>::min());
@@ -194,12 +261,14 @@ struct Assigner {
     const int64_t padded = round_up(count, PADDING);
     std::fill(moved.data + count * stride, moved.data + padded * stride, T(0));
     for (int64_t column = 0; column < p.D; column += SUMMED)
-      for (int64_t k = 0, vectors; k < centers.lanes; k += vectors * LANES<T>) {
-        vectors = panel_vectors((centers.lanes - k) / LANES<T>);
+      for (int64_t k = 0, vectors; k < centers.in_panels; k += vectors * LANES<T>) {
+        vectors = panel_vectors((centers.in_panels - k) / LANES<T>);
         const auto score = vectors == 1 ? score_block<T, 1> : vectors == 2 ? score_block<T, 2> : score_block<T, 3>;
         score(moved.data, stride, centers.panels + k * p.D, centers.low + k, column, std::min(column + SUMMED, p.D), scores.data + k,
               centers.lanes, padded);
       }
+    score_left<T>(centers.left, moved.data, stride, centers.along, centers.low + centers.in_panels, round_up(p.D, LANES<T>),
+                  scores.data + centers.in_panels, centers.lanes, padded);
     for (int64_t i = 0; i < count; ++i) choose(first + i, scores.data + i * centers.lanes, i);
   }
 
