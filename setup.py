@@ -54,7 +54,7 @@ def output_of(*command: str) -> str:
 
 def cxx() -> str | None:
     """The C++ compiler: CXX, or the first of c++, g++, g++-20, ..., g++-12 that will do; None if there is none at all."""
-    asked = os.environ.get("CXX")
+    asked = os.environ.get("CXX", "").strip()
     numbered = [f"g++-{version}" for version in range(LAST_GCC, FIRST_GCC - 1, -1)]
     seen = []
     for candidate in [asked] if asked else ["c++", "g++", *numbered, "clang++"]:
