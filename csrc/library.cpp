@@ -43,7 +43,8 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
 
   // Sinkhorn (ops/sinkhorn.h): potentials, values and diagnostics of B transport problems, with the potentials of every iteration if asked for; its
   // unrolled or implicit backward; the plan and its backward; the envelope gradient of the entropic value; the same from features, whose cost
-  // is never stored.
+  // is never stored. On the CPU also whether masses are finite, not negative and, if asked for, of equal totals.
+  library.def("sinkhorn_masses_fit(Tensor a, Tensor b, bool balanced) -> bool");
   library.def(
       "sinkhorn_forward(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor? g_init, int num_iters, float tol, float rho_a, float "
       "rho_b, "

@@ -18,6 +18,7 @@ OPERATORS = (
     "prototypes_backward_resident",
     "prototypes_accumulate",
     "prototypes_blend",
+    "sinkhorn_masses_fit",
     "sinkhorn_forward",
     "sinkhorn_backward",
     "sinkhorn_plan",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from protokernels import sinkhorn, sinkhorn_divergence, sinkhorn_features
 from python_tests.cpu_levels import AtEveryLevel
@@ -35,6 +36,31 @@ def arguments(place: Place, dtype: torch.dtype, grad: bool) -> tuple[Tensor, ...
     a[1, 2] = 0
     epsilon = torch.tensor([0.1, 0.2], dtype=dtype)
     return tuple(x.to(place.device).requires_grad_(grad) for x in (cost, a, b, epsilon))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(0, 3, 2), (1, 1, 1), (3, 2, 31), (2, 33, 129)])
+def test_masses_that_fit(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    """One pass of the operator lets pass what is finite, not negative and, if balanced, of equal totals, and nothing else."""
+    B, N, M = sizes
+    a, b = (torch.rand(B, n, dtype=dtype).add(0.1) for n in (N, M))
+    a[:, 0] = 0.0 if N > 1 else a[:, 0]
+    b *= a.sum(1, keepdim=True) / b.sum(1, keepdim=True)
+    fit = OPS.sinkhorn_masses_fit
+    assert fit(a, b, True) and fit(a.double(), b.double(), True)
+    for problem in range(B):
+        for mass in (a, b):
+            for place in (0, mass.shape[1] // 2, mass.shape[1] - 1):
+                for wrong in (-1e-30, -math.inf, math.inf, math.nan):
+                    kept, mass[problem, place] = mass[problem, place].clone(), wrong
+                    assert not fit(a, b, True) and not fit(a, b, False), (problem, place, wrong)
+                    mass[problem, place] = kept
+        heavier = b.clone()
+        heavier[problem] *= 1.0002
+        assert fit(a, heavier, False) and not fit(a, heavier, True) and not fit(heavier, a, True)
+        heavier[problem] = b[problem] * 1.00005
+        assert fit(a, heavier, True)
 
 
 @pytest.mark.parametrize("place", NATIVE_PLACES)
@@ -177,6 +203,14 @@ class TestContract:
         cost = draw(2, 9, 12, dtype=torch.float32)[0].to(place.device)
         compiled = torch.compile(lambda cost: sinkhorn(cost, num_iters=2), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(cost).plan, sinkhorn(cost, num_iters=2).plan, rtol=1e-5, atol=1e-8)
+
+    def test_fake_tensors_have_no_values_to_look_at(self, place: Place) -> None:
+        with FakeTensorMode():
+            cost, a, b = (torch.rand(shape, device=place.device) for shape in ((4, 5, 6), (4, 5), (4, 6)))
+            result = sinkhorn(cost, a, b, epsilon=a[:, 0], num_iters=2)
+            assert result.plan.shape == (4, 5, 6) and result.entropic_value.shape == (4,)
+            masked = sinkhorn(cost, a, row_mask=a > 0.5, num_iters=2)
+            assert masked.f.shape == (4, 5)
 
     def test_export_with_a_free_batch_size(self, place: Place) -> None:
         class Matcher(nn.Module):

@@ -73,7 +73,7 @@ def call(name: str, *arguments: Any) -> Any:
             if x.requires_grad:
                 return _FUNCTIONS[name].apply(*arguments)
     with _below_autograd():
-        return _kernel(name)(*arguments)
+        return kernel(name)(*arguments)
 
 
 def filled(like: Tensor, shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:
@@ -89,7 +89,7 @@ def is_transformed() -> bool:
     return _transforms is not None and bool(_transforms())
 
 
-def _kernel(name: str) -> Any:
+def kernel(name: str) -> Any:
     """The operator itself: to find it by its name takes as long as a small call."""
     if name not in _KERNELS:
         _KERNELS[name] = getattr(torch.ops.protokernels, name).default
@@ -99,7 +99,7 @@ def _kernel(name: str) -> Any:
 def _function(name: str, setup: Formula | None, backward: Formula) -> type[torch.autograd.Function]:
     def forward(ctx: Any, *arguments: Any) -> Any:
         with _below_autograd():
-            output = _kernel(name)(*arguments)
+            output = kernel(name)(*arguments)
         if setup is not None:
             setup(ctx, arguments, output)
         return output

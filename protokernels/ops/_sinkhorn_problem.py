@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import backend
 from ..reference.sinkhorn import FEASIBLE_MASS
 from . import _calls, _checks
 
@@ -59,8 +60,8 @@ def prepare(
         _mass(op, ("a", "row_mask", "N"), a, row_mask, like, B, N, dtype),
         _mass(op, ("b", "column_mask", "M"), b, column_mask, like, B, M, dtype),
     )
-    if rho == (math.inf, math.inf) and not known and values_are_at_hand(like):
-        _check_totals(op, *masses)
+    if not known and values_are_at_hand(like):
+        _check_masses(op, {"a": (a, row_mask), "b": (b, column_mask)}, *masses, balanced=rho == (math.inf, math.inf))
     start = None
     if init is not None:
         _check_vector(op, "init", init, like, B, M, "M", (dtype, *_checks.FLOATING))
@@ -71,8 +72,10 @@ def prepare(
 
 
 def values_are_at_hand(like: Tensor) -> bool:
-    """Looking at values costs nothing, and there are some: on the CPU, not while tracing, nor under ``torch.func``."""
-    return like.device.type == "cpu" and not torch.compiler.is_compiling() and not _calls.is_transformed()
+    """Looking at values costs nothing, and there are some: on the CPU, not while tracing, nor under ``torch.func``, nor in fakes."""
+    if like.device.type != "cpu" or torch.compiler.is_compiling() or _calls.is_transformed():
+        return False
+    return not hasattr(like, "fake_mode")
 
 
 def anneal(
@@ -162,13 +165,6 @@ def _mass(
     _check_vector(op, name, value, like, B, n, letter, _checks.FLOATING)
     assert isinstance(value, Tensor)
     mass = value.to(dtype)
-    if values_are_at_hand(like) and mass.numel():
-        lowest, highest = (float(bound) for bound in mass.detach().aminmax())
-        if not (lowest >= 0 and highest < math.inf):
-            what = "NaN" if math.isnan(lowest) else lowest if lowest < 0 else highest
-            raise ValueError(
-                f"{op}: {name} must hold finite masses, 0 or more; got one that is {what}; 0 marks absence"
-            )
     if mask is not None:
         mass = torch.where(mask, mass, 0.0)
     return mass.expand(B, n).contiguous()
@@ -197,6 +193,31 @@ def _check_vector(
         raise ValueError(
             f"{op}: {name} is on {value.device} and the problem on {like.device}; pass {name}.to({str(like.device)!r})"
         )
+
+
+def _check_masses(
+    op: str,
+    given: dict[str, tuple[Tensor | None, Tensor | None]],  # by name: masses, mask
+    a: Tensor,  # [B, N]
+    b: Tensor,  # [B, M]
+    *,
+    balanced: bool,
+) -> None:
+    """Values of masses. The operator says in one pass that nothing is wrong; only else is it worth the time to see what."""
+    masked = any(mass is not None and mask is not None for mass, mask in given.values())  # what masks hide counts, too
+    if not masked and backend.native_serves(a.device) and _calls.kernel("sinkhorn_masses_fit")(a, b, balanced):
+        return
+    for name, (mass, _) in given.items():
+        if mass is None or not mass.numel():
+            continue
+        lowest, highest = (float(bound) for bound in mass.detach().to(a.dtype).aminmax())
+        if not (lowest >= 0 and highest < math.inf):
+            what = "NaN" if math.isnan(lowest) else lowest if lowest < 0 else highest
+            raise ValueError(
+                f"{op}: {name} must hold finite masses, 0 or more; got one that is {what}; 0 marks absence"
+            )
+    if balanced:
+        _check_totals(op, a, b)
 
 
 def _check_totals(op: str, a: Tensor, b: Tensor) -> None:

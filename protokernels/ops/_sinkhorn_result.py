@@ -149,11 +149,12 @@ def result_of(
     envelope: bool,
 ) -> SinkhornResult:
     """The result for the user: one problem without its batch; by the envelope, everything but the entropic value detached."""
-    epsilon, mass = problem.epsilon, _constant(problem.a)
+    epsilon, (mass,) = problem.epsilon, _constants(problem.a)
     if envelope or not torch.is_grad_enabled():
         value = solution.entropic_value
-        solution = reference.Solution(*map(_constant, solution))._replace(entropic_value=value)
-        source, epsilon = tuple(map(_constant, source)), _constant(epsilon)
+        solution = reference.Solution(*_constants(*solution))._replace(entropic_value=value)
+        *fixed, epsilon = _constants(*source, epsilon)
+        source = tuple(fixed)
     if single:
         solution = reference.Solution(*(t.squeeze(0) for t in solution))
         source, mass = tuple(t.squeeze(0) for t in source), mass.squeeze(0)
@@ -167,8 +168,9 @@ def _versions_of(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(-1 if x.is_inference() else x._version for x in tensors)
 
 
-def _constant(x: Tensor) -> Tensor:
-    return x.detach() if may_want_gradient(x) or x.requires_grad else x
+def _constants(*tensors: Tensor) -> list[Tensor]:
+    all_of_them = may_want_gradient()  # while compiling and under torch.func, which do not tell
+    return [x.detach() if all_of_them or x.requires_grad else x for x in tensors]
 
 
 def _in_inference_mode() -> bool:

@@ -18,9 +18,10 @@ def may_want_gradient(*tensors: Tensor) -> bool:
     ``vmap`` does not know that they require a gradient. While compiling nobody tells whether there is a ``vmap``."""
     if not torch.is_grad_enabled():
         return False
-    if torch.compiler.is_compiling() or any(x.requires_grad for x in tensors):
-        return True
-    return _transforms is not None and bool(_transforms())
+    for x in tensors:
+        if x.requires_grad:
+            return True
+    return torch.compiler.is_compiling() or (_transforms is not None and bool(_transforms()))
 
 
 def first_order(x: Tensor, message: str) -> Tensor:
