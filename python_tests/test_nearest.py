@@ -30,6 +30,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [
     (1, 1, 1, 1), (1, 2, 3, 2), (5, 1, 31, 1), (31, 33, 2, 33), (33, 31, 33, 5), (129, 129, 129, 1), (129, 600, 31, 5),
     (300, 3000, 32, 10), (4, 5000, 16, 5), (64, 700, 600, 3), (700, 50, 32, 1), (40, 900, 8, 64), (9, 400, 5, 200),
+    (37, 3000, 6, 16), (37, 3000, 6, 17), (70, 6000, 9, 100), (33, 129, 33, 65), (6, 5000, 4, 1500),
 ]  # fmt: skip
 
 
@@ -56,10 +57,10 @@ class TestValue:
         self, place: Place, query_dtype: torch.dtype, bank_dtype: torch.dtype, metric: str
     ) -> None:
         queries, bank = draw(67, 333, 19, seed=3)
-        for k in (1, 5):
+        for k in (1, 5, 18):
             check(*on(place, queries.to(query_dtype), bank.to(bank_dtype)), k, metric)
 
-    @pytest.mark.parametrize("k", [1, 4])
+    @pytest.mark.parametrize("k", [1, 4, 41])
     @pytest.mark.parametrize("metric", METRICS)
     def test_equal_distances_are_ranked_by_index(self, place: Place, metric: str, k: int) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -69,23 +70,24 @@ class TestValue:
         queries = torch.randint(-2, 3, (100, 3), generator=generator).float()
         check(*on(place, queries, bank), k, metric)
 
-    @pytest.mark.parametrize("k", [1, 5])
+    @pytest.mark.parametrize("k", [1, 5, 40])
     def test_a_bank_of_equal_rows(self, place: Place, k: int) -> None:
         queries, bank = draw(33, 1, 7)
         found = nearest(*on(place, queries, bank.expand(2000, 7)), k)
         assert (found.indices.cpu() == torch.arange(k)).all()
 
+    @pytest.mark.parametrize("k", [1, 30])
     @pytest.mark.parametrize("metric", METRICS)
     @pytest.mark.parametrize("order", ["as drawn", "nearest last", "nearest first"])
-    def test_one_of_many_rows_in_any_order(self, place: Place, order: str, metric: str) -> None:
-        """For k = 1 tiles of later rows are passed over where no row can count: here all of them count to some queries, or none."""
+    def test_some_of_many_rows_in_any_order(self, place: Place, order: str, metric: str, k: int) -> None:
+        """Tiles of later rows are passed over where no row can count: here all of them count to some queries, or none."""
         queries, bank = draw(70, 4000, 9, seed=11)
         if order != "as drawn":
             bank = bank[(bank - queries[0]).norm(dim=1).argsort(descending=order == "nearest last")].contiguous()
             queries[1:] = queries[0] + 0.05 * queries[1:]
-        check(*on(place, queries, bank), 1, metric)
+        check(*on(place, queries, bank), k, metric)
 
-    @pytest.mark.parametrize("k", [1, 2])
+    @pytest.mark.parametrize("k", [1, 2, 17])
     def test_a_late_row_that_float32_takes_for_the_second(self, place: Place, k: int) -> None:
         """Every query has two rows beside it, an early one and a late one that is nearer by less than the filter can tell."""
         queries, bank = 10 * draw(40, 1, 16, seed=12)[0], 10 * draw(1, 4000, 16, seed=13)[1]
@@ -94,7 +96,7 @@ class TestValue:
         bank[1000:2480:37] = queries + (1 - 1e-6) * ahead
         check(*on(place, queries, bank), k, "sqeuclidean")
 
-    @pytest.mark.parametrize("k", [1, 5])
+    @pytest.mark.parametrize("k", [1, 5, 40])
     def test_neighbours_closer_than_float32_can_tell(self, place: Place, k: int) -> None:
         """|b|^2 - 2 q.b of rows 1e-7 apart at length 100: all of them the same number in float32."""
         generator = torch.Generator().manual_seed(6)
@@ -103,7 +105,7 @@ class TestValue:
         spread = torch.cat([bank, 1e4 * torch.randn(50, 16, generator=generator)])  # and the mean is far from them
         check(*on(place, spread[::7].contiguous(), spread), k, "sqeuclidean")
 
-    @pytest.mark.parametrize("k", [1, 5])
+    @pytest.mark.parametrize("k", [1, 5, 40])
     def test_rows_of_very_different_length(self, place: Place, k: int) -> None:
         queries, bank = draw(65, 900, 12, seed=7)
         lengths = torch.logspace(-18, 18, 900)[torch.randperm(900, generator=torch.Generator().manual_seed(1))]
@@ -113,7 +115,7 @@ class TestValue:
     @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e18, 1e30])
     def test_squares_beyond_the_range_of_float32(self, place: Place, scale: float) -> None:
         queries, bank = draw(33, 300, 9, seed=8)
-        for k in (1, 3):
+        for k in (1, 3, 20):
             for metric in METRICS:
                 check(*on(place, scale * queries, scale * bank), k, metric)
 
@@ -230,7 +232,8 @@ class TestContract:
 class TestDeterminism:
     @pytest.mark.parametrize("metric", METRICS)
     @pytest.mark.parametrize(
-        ("N", "M", "D", "k"), [(1000, 3000, 20, 7), (40, 20000, 6, 5), (2, 9000, 6, 3), (900, 40, 20, 1)]
+        ("N", "M", "D", "k"),
+        [(1000, 3000, 20, 7), (40, 20000, 6, 5), (2, 9000, 6, 3), (900, 40, 20, 1), (70, 9000, 6, 50)],
     )
     def test_any_number_of_threads(self, place: Place, N: int, M: int, D: int, k: int, metric: Any) -> None:
         """Many blocks of queries; few queries against parts of the bank, which are merged; a pair of them without the filter."""

@@ -16,7 +16,7 @@ const NearestCpu& nearest_cpu() { return PK_CHOOSE_LEVEL(nearest_cpu); }
 // Blocks of up to 512 queries, so that reading and moving a row of the bank costs little beside its products, in about a megabyte with
 // their candidates; no longer than gives every thread several. With fewer blocks than threads, the bank is cut as well.
 NearestUnits nearest_units(const NearestProblem& p, int64_t threads) {
-  const int64_t bytes = p.D * (p.double_compute ? 8 : 4) + nearest_capacity(p.k) * 24;
+  const int64_t bytes = (p.D + 3 * nearest_capacity(p.k)) * (p.double_compute ? 8 : 4);
   const int64_t fitting = std::clamp<int64_t>((int64_t{1} << 20) / bytes, 1, 512), shared = p.N / (4 * threads);
   NearestUnits units;
   units.block = std::max<int64_t>(1, std::min(fitting, shared) / 32) * 32;

@@ -13,6 +13,8 @@
 #include "common/transpose.h"
 #include "ops/nearest.h"
 
+#define PK_MEMBER inline __attribute__((always_inline))
+
 namespace {
 
 using namespace protokernels;
@@ -24,8 +26,8 @@ constexpr int WIDTH = 2 * LANES<T>;  // queries of a panel
 constexpr int64_t TILE_BYTES = 128 << 10;
 constexpr int64_t DEPTH = 256;  // columns at a time: that much of a panel stays in the first-level cache
 constexpr int64_t FIRST_ROWS = 128 / MOST_ROWS * MOST_ROWS;
-constexpr int64_t LINEAR = 16;  // k up to which a list is searched and moved one by one
-constexpr int64_t MOST_FILTERED = 1024;  // k; a longer sorted list costs more than what it saves
+constexpr int64_t LISTED = 16;           // k up to which the smallest stand in a sorted list; more are gathered, and now and then selected from
+constexpr int64_t MOST_FILTERED = 1 << 14;  // k; the candidates of a panel of queries would take more than 25 MB
 
 template <class T>
 double error_factor(int64_t D) {  // c of ops/nearest.h
@@ -72,6 +74,45 @@ template <class T>
 PK_INLINE Vec<T> larger(Vec<T> x, Vec<T> y) {
   if constexpr (sizeof(T) == 4) return at_least(x, y);
   return x > y ? x : y;
+}
+
+// Numbers in the order of integers.
+template <class T>
+PK_INLINE int64_t key_of(T x) {
+  Lane<T> bits;
+  std::memcpy(&bits, &x, sizeof x);
+  return bits ^ (bits >> (8 * sizeof(T) - 1) & std::numeric_limits<Lane<T>>::max());
+}
+template <class T>
+PK_INLINE T number_of(int64_t key) {
+  const Lane<T> ordered = static_cast<Lane<T>>(key), bits = ordered ^ (ordered >> (8 * sizeof(T) - 1) & std::numeric_limits<Lane<T>>::max());
+  T x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// A number that no fewer than k of count numbers reach up to, and no more unless some are equal. Those behind them, up to whole vectors, become
+// infinite. By bisection, without a branch that anybody had to guess: a dozen passes over a few vectors.
+template <class T>
+T bound_of_smallest(T* x, int64_t count, int64_t k) {
+  const int64_t whole = round_up(count, LANES<T>);
+  std::fill(x + count, x + whole, std::numeric_limits<T>::infinity());
+  Vec<T> least = load(x), most = broadcast(x[0]);
+  for (int64_t i = 0; i < whole; i += LANES<T>) {
+    const Vec<T> v = load(x + i);
+    least = smaller<T>(v, least);
+    most = larger<T>(v < std::numeric_limits<T>::infinity() ? v : least, most);
+  }
+  int64_t below = key_of(reduce_min(least)) - 1, above = key_of(reduce_max(most));
+  while (below < above - 1) {
+    const int64_t middle = (below & above) + ((below ^ above) >> 1);  // their mean, whose sum might overflow
+    const Vec<T> bound = broadcast(number_of<T>(middle));
+    int reached = 0;
+    for (int64_t i = 0; i < whole; i += LANES<T>) reached += __builtin_popcount(lanes_not_above<T>(load(x + i), bound));
+    (reached < k ? below : above) = middle;
+    if (reached == k) break;
+  }
+  return number_of<T>(above);
 }
 
 template <class T>
@@ -165,9 +206,11 @@ struct Block {
         height(padded),
         trusted(padded),
         counts(padded),
+        due(padded),
         nearest(padded),
         candidates(padded * capacity),
-        heights(problem.k == 1 ? 0 : padded * problem.k) {}
+        height_stride(problem.k == 1 ? 0 : problem.k <= LISTED ? problem.k : round_up(capacity, LANES<T>)),
+        heights(padded * height_stride) {}
 
   void begin(int64_t first, int64_t count, const Tile<T>& tile) {
     constexpr T infinity = std::numeric_limits<T>::infinity(), most = std::numeric_limits<T>::max();
@@ -176,13 +219,14 @@ struct Block {
       const double square = i < count ? tile.read(p.queries, p.queries_kind, (first + i) * p.queries_stride, row) : double(NAN);
       trusted.data[i] = square <= most_square<T>(p.cosine) && !(p.cosine && tile.is_nearly_zero(square));  // everything is at distance 1 from zero
       counts.data[i] = 0;
+      due.data[i] = static_cast<int32_t>(std::min(capacity, 2 * p.k));
       limit.data[i] = trusted.data[i] ? most : -infinity;  // the latter lets nothing in
       second.data[i] = height.data[i] = infinity;
       margin.data[i] = 4 * tile.factor * (p.cosine ? 1.0 : square) + 8 * (static_cast<double>(p.D) + 8) * std::numeric_limits<T>::min();
       for (int64_t j = 0; j < (trusted.data[i] ? 0 : p.D); ++j) row[j] = 0;
       if (i % WIDTH<T> == WIDTH<T> - 1) pack(panels.data + (i - i % WIDTH<T>)*p.D);
     }
-    for (int64_t i = 0; p.k > 1 && i < padded * p.k; ++i) heights.data[i] = infinity;
+    if (p.k > 1 && p.k <= LISTED) std::fill(heights.data, heights.data + padded * p.k, infinity);
   }
 
   // -2 times the WIDTH rows, transposed.
@@ -212,25 +256,42 @@ struct Block {
       limit.data[query] = rounded_up<T>(static_cast<double>(own[p.k - 1]) + margin.data[query]);
   }
 
-  // Takes a row with s <= limit; the smallest k of s + e_b, in order, give the next limit.
+  // Takes a row with s <= limit; the smallest k of s + 2 e_b, in order, give the next limit.
   void push(int64_t query, T s, T width, int32_t row) {
     T* const own = heights.data + query * p.k;
     const T high = s + width;
     if (high < own[p.k - 1]) {
       int64_t place = p.k - 1;
-      if (p.k <= LINEAR) {
-        for (; place > 0 && own[place - 1] > high; --place) own[place] = own[place - 1];
-      } else {
-        int32_t before = 0;  // counted, not searched: no branch to guess
-        for (int64_t i = 0; i < p.k; ++i) before += own[i] <= high;
-        place = before;
-        std::memmove(own + place + 1, own + place, static_cast<size_t>(p.k - 1 - place) * sizeof(T));
-      }
+      for (; place > 0 && own[place - 1] > high; --place) own[place] = own[place - 1];
       own[place] = high;
       if (own[p.k - 1] < std::numeric_limits<T>::infinity())
         limit.data[query] = rounded_up<T>(static_cast<double>(own[p.k - 1]) + margin.data[query]);
     }
     take(query, s, row);
+  }
+
+  // The same for many: the limit stays until k more rows have come, which lets half as many again in and saves the order of the list.
+  PK_MEMBER void gather(int64_t query, T s, T width, int32_t row) {
+    const int32_t place = counts.data[query]++;
+    candidates.data[query * capacity + place] = {s, row};
+    heights.data[query * height_stride + place] = s + width;
+    if (place + 1 == due.data[query]) select(query);
+  }
+
+  // The limit that k of the candidates give, and the candidates that may still be among the nearest k.
+  __attribute__((noinline)) void select(int64_t query) {
+    T* const own = heights.data + query * height_stride;
+    limit.data[query] = rounded_up<T>(static_cast<double>(bound_of_smallest(own, counts.data[query], p.k)) + margin.data[query]);
+    Candidate<T>* const rows_of = candidates.data + query * capacity;
+    const T most = limit.data[query];
+    int32_t kept = 0;
+    for (int32_t i = 0; i < counts.data[query]; ++i) {
+      rows_of[kept] = rows_of[i], own[kept] = own[i];
+      kept += rows_of[i].low <= most;
+    }
+    counts.data[query] = kept;
+    due.data[query] = static_cast<int32_t>(std::min(capacity, kept + p.k));
+    if (kept > capacity * 3 / 4) distrust(query);  // too many rows too close to each other
   }
 
   void take(int64_t query, T s, int32_t row) {
@@ -259,9 +320,11 @@ struct Block {
   Scratch<T> height;       // k = 1: s + 2 e_b of the smallest
   Scratch<bool> trusted;
   Scratch<int32_t> counts;
+  Scratch<int32_t> due;  // k > LISTED: the count at which the next limit is selected
   Scratch<Lane<T>> nearest;  // k = 1: the row of the smallest s
   Scratch<Candidate<T>> candidates;
-  Scratch<T> heights;  // [padded, k]
+  const int64_t height_stride;
+  Scratch<T> heights;  // s + 2 e_b: [padded, k], the smallest in order; or, of more than LISTED, [padded, height_stride], of the candidates
 };
 
 }  // namespace

@@ -78,7 +78,7 @@ int64_t scan_first(const Tile<T>& tile, int64_t rows, int64_t first_query, int64
   const int64_t k = block.p.k, count = std::min(round_up(rows, MOST_ROWS), FIRST_ROWS);
   const T* const panel = block.panels.data + first_query * block.p.D;
   T* const partial = tile.partial.data;
-  Vec<T> least[LINEAR][2];
+  Vec<T> least[LISTED][2];
   for (int64_t n = 0; n < k; ++n) least[n][0] = least[n][1] = broadcast(std::numeric_limits<T>::infinity());
   for (int64_t i0 = 0; i0 < count; i0 += MOST_ROWS) {
     Vec<T> s[MOST_ROWS][2];
@@ -94,7 +94,7 @@ int64_t scan_first(const Tile<T>& tile, int64_t rows, int64_t first_query, int64
         }
     }
   }
-  alignas(64) T heights[LINEAR][WIDTH<T>];
+  alignas(64) T heights[LISTED][WIDTH<T>];
   for (int64_t n = 0; n < k; ++n)
     for (int half = 0; half < 2; ++half) store(heights[n] + half * LANES<T>, least[n][half]);
   for (int lane = 0; lane < WIDTH<T>; ++lane) block.begin_list(first_query + lane, heights[0] + lane, WIDTH<T>);
@@ -111,12 +111,12 @@ int64_t scan_first(const Tile<T>& tile, int64_t rows, int64_t first_query, int64
 }
 
 // Candidates of a panel among the rows of a tile.
-template <class T>
+template <class T, bool LIST>
 void scan(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t first_query, Block<T>& block) {
   const T* const panel = block.panels.data + first_query * block.p.D;
   T* const limit = block.limit.data + first_query;
   const int64_t column = partial_scores(tile, rows, panel, tile.partial.data);
-  int64_t i0 = first_row == 0 && block.p.k <= LINEAR ? scan_first(tile, rows, first_query, column, block) : 0;
+  int64_t i0 = LIST && first_row == 0 ? scan_first(tile, rows, first_query, column, block) : 0;
   for (; i0 < rows; i0 += MOST_ROWS) {
     Vec<T> s[MOST_ROWS][2];
     scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, column, block.p.D,
@@ -131,7 +131,11 @@ void scan(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t first_qu
       for (int half = 0; half < 2; ++half)
         for (unsigned bits = lanes_not_above<T>(load(found[i] + half * LANES<T>), load(limit + half * LANES<T>)); bits; bits &= bits - 1) {
           const int lane = half * LANES<T> + __builtin_ctz(bits);
-          block.push(first_query + lane, found[i][lane], tile.width.data[i0 + i], first_row + static_cast<int32_t>(i0) + i);
+          const int32_t row = first_row + static_cast<int32_t>(i0) + i;
+          if constexpr (LIST)
+            block.push(first_query + lane, found[i][lane], tile.width.data[i0 + i], row);
+          else
+            block.gather(first_query + lane, found[i][lane], tile.width.data[i0 + i], row);
         }
   }
 }
@@ -193,11 +197,12 @@ void scan_block(const NearestProblem& p, Tile<T>& tile, Block<T>& block, int64_t
     }
     const int32_t part_row = static_cast<int32_t>(first - first_row);
     for (int64_t query = 0; query < block.padded; query += WIDTH<T>) {
-      if (p.k > 1) {
-        scan(tile, rows, part_row, query, block);
-        continue;
-      }
-      scan_one(tile, rows, part_row, query, block);
+      if (p.k == 1)
+        scan_one(tile, rows, part_row, query, block);
+      else if (p.k <= LISTED)
+        scan<T, true>(tile, rows, part_row, query, block);
+      else
+        scan<T, false>(tile, rows, part_row, query, block);
     }
   }
 }
@@ -213,7 +218,11 @@ int64_t leave(Block<T>& block, int64_t query, int64_t first_row, NearestCandidat
     return block.second.data[query] > rounded_up<T>(static_cast<double>(block.height.data[query]) + block.margin.data[query]) ? 1 : -1;
   }
   if (block.counts.data[query] < p.k) return -1;
-  block.shrink(query);
+  if (p.k > LISTED)
+    block.select(query);
+  else
+    block.shrink(query);
+  if (!block.trusted.data[query]) return -1;
   const Candidate<T>* const own = block.candidates.data + query * block.capacity;
   for (int32_t i = 0; i < block.counts.data[query]; ++i) found[i].index = first_row + own[i].row;
   return block.counts.data[query];
