@@ -118,6 +118,24 @@ class TestForward:
         out = case.forward(emulator)
         assert np.isnan(out.transport_cost[1]) and not np.isnan(out.transport_cost[0])
 
+    @pytest.mark.parametrize(
+        ("kind", "N", "M"),
+        [("f32", 6, 7), ("f32", 40, 5), ("f32", 63, 64), ("f32", 5, 130), ("f32", 5, 260), ("f64", 70, 5)],
+    )
+    @pytest.mark.parametrize("mass", [math.inf, -math.inf, math.nan, -1.0, 3e38])
+    def test_masses_that_are_none_end_in_their_problem(self, kind: str, N: int, M: int, mass: float) -> None:
+        """Nobody looks at them on a GPU: every thread must take the same way nevertheless."""
+        emulator = load("sinkhorn")
+        emulator.configure(seed=1)
+        for tol in (0.0, 1e-6):
+            clean = Case(kind, N, M, tol=tol).forward(emulator)
+            for side in ("a", "b"):
+                case = Case(kind, N, M, tol=tol)
+                getattr(case, side)[1, 3] = mass
+                out = case.forward(emulator)
+                np.testing.assert_array_equal(out.f[0], clean.f[0])
+                assert np.isnan(out.transport_cost[1]) or not out.feasible[1]
+
     @pytest.mark.parametrize(("kind", "N", "M"), [("f32", 6, 7), ("f32", 40, 5), ("f32", 5, 130), ("f64", 70, 5)])
     def test_forbidden_pairs_alone_leave_a_problem_empty(self, kind: str, N: int, M: int) -> None:
         emulator = load("sinkhorn")

@@ -35,6 +35,9 @@ struct Mine {
   }
 };
 
+// Of a column: infinity would make NaN in rows where K is 0 and infinity in the others, which then part.
+__device__ __forceinline__ float finite_or_nan(float weight) { return fabsf(weight) < INFINITY ? weight : NAN; }
+
 // Whether the errors of all rows keep to the tolerance; for every thread.
 template <int WARPS>
 __device__ __forceinline__ bool stops(float error, float tolerance, float (&sums)[WARPS]) {
@@ -137,7 +140,7 @@ __device__ __forceinline__ void solve_problem(const Forward<float>& p) {
     layout.put_row(weight);
     if (tested && t > 0 && stops(error, p.tolerance, sums[0])) break;
     row.weight = weight, before = column.weight;
-    column.weight = column.step(layout.column_product());
+    column.weight = finite_or_nan(column.step(layout.column_product()));
     layout.put_column(column.weight);
     if (RECORD) record(p, layout, row, column, t);
     ++t;
