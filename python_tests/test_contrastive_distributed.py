@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from protokernels import _native
+from protokernels.ops._contrastive_distributed import _ReferenceKernel, class_ranges
 from protokernels.reference import contrastive as reference
 from python_tests import forks
 from python_tests.contrastive_oracle import check_close, rounding
@@ -72,3 +73,21 @@ def test_ranks_equal_one_process_with_everything(tmp_path: Path, world_size: int
         scale = grad.abs().max().item()
         check_close(torch.cat([rank[index][1] for rank in ranks]) / scale, grad / scale, 1e-5)
         index += 1
+
+
+def test_the_reference_within_autocast_multiplies_in_float32() -> None:
+    x, labels, _ = worker.embeddings(2)
+    rows, labels = reference.prepared(x, True), labels.sort().values
+    kernel = _ReferenceKernel(0.1)
+    ranges = class_ranges(labels, labels, True)
+
+    def both() -> tuple[Tensor, Tensor]:
+        statistics = kernel.statistics(rows, rows, ranges)
+        own = statistics, torch.ones_like(statistics)
+        return statistics, kernel.gradient(rows, rows, ranges, own, own)
+
+    expected = both()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = both()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

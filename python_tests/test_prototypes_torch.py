@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from protokernels import prototype_step, soft_assign, update_prototypes
+from protokernels.ops._prototypes_autograd import _backward_on_cuda
 from python_tests.cpu_levels import AtEveryLevel
 from python_tests.places import NATIVE_PLACES, PLACES, Place, needs_native
 from python_tests.prototypes_oracle import draw, oracle
@@ -151,6 +152,29 @@ class TestContract:
         oracle(z, q, 0.1, "cosine").check_assignment(from_float)
         step.assignment.square().sum().backward()
         assert linear.weight.grad is not None and linear.weight.grad.isfinite().all() and linear.weight.grad.any()
+
+    @pytest.mark.parametrize("place", NATIVE_PLACES)
+    @pytest.mark.parametrize(("K", "D"), [(10, 19), (300, 19), (10, 200)])
+    def test_a_backward_pass_within_autocast(self, place: Place, K: int, D: int) -> None:
+        leaves = [x.to(place.device).requires_grad_() for x in draw(33, K, D)]
+        loss = soft_assign(*leaves, temperature=0.1).square().sum()
+        expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+        with torch.autocast(place.device, torch.bfloat16):
+            found = torch.autograd.grad(loss, leaves)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+    @needs_native
+    def test_products_of_torch_within_autocast(self) -> None:
+        """What CUDA does where the prototypes are too many or too long for its kernel."""
+        z, q = draw(33, 300, 19)
+        c = soft_assign(z, q, temperature=0.1)
+        arguments = (2 * c, None, c, z, q, None, 0.1, True, True)
+        expected = _backward_on_cuda(*arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = _backward_on_cuda(*arguments)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
 
     def test_no_gradient_is_recorded_where_none_is_wanted(self, place: Place) -> None:
         z, q = (x.to(place.device).requires_grad_() for x in draw(33, 10, 19))

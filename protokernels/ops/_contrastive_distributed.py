@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import contrastive as reference
+from ..reference._precision import without_autocast
 from . import _calls
 from ._contrastive_autograd import numbers_kept
 
@@ -183,7 +184,9 @@ class _ReferenceKernel(_Kernel):
     def _pairs(self, rows: Tensor, columns: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         column = torch.arange(len(columns), device=rows.device)
         same = (column >= ranges[:, :1]) & (column < ranges[:, 1:2])
-        return rows @ columns.T / self.temperature, same & (column != ranges[:, 2:]), ~same
+        with without_autocast(rows.device.type):
+            s = rows @ columns.T / self.temperature
+        return s, same & (column != ranges[:, 2:]), ~same
 
     def statistics(self, rows: Tensor, columns: Tensor, ranges: Tensor) -> Tensor:
         s, positive, negative = self._pairs(rows, columns, ranges)
@@ -201,7 +204,8 @@ class _ReferenceKernel(_Kernel):
             p, n, _ = statistics.unsqueeze(1 + axis)
             dp, dn, dl = coefficients.unsqueeze(1 + axis)
             H = H + torch.where(positive, dp * _weight(s, p) + dl, 0.0) + torch.where(negative, dn * _weight(s, n), 0.0)
-        return H.to(columns.dtype) @ columns / self.temperature
+        with without_autocast(rows.device.type):
+            return H.to(columns.dtype) @ columns / self.temperature
 
 
 def _weight(s: Tensor, log_sum: Tensor) -> Tensor:

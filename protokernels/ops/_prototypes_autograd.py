@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _native
 from ..reference import prototypes as reference
+from ..reference._precision import without_autocast
 from . import _calls
 
 
@@ -115,7 +116,8 @@ def _backward_on_cuda(
             "prototypes_backward_resident", *arguments, with_prototypes
         )
         return gradients
-    return _backward_in_torch(*arguments, with_prototypes)
+    with without_autocast(z.device.type):  # a backward pass may run within it
+        return _backward_in_torch(*arguments, with_prototypes)
 
 
 def _resident(assignment: Tensor, z: Tensor) -> bool:
