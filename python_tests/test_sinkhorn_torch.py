@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from protokernels import sinkhorn, sinkhorn_divergence, sinkhorn_features
+from protokernels import SinkhornResult, sinkhorn, sinkhorn_divergence, sinkhorn_features
 from python_tests.cpu_levels import AtEveryLevel
 from python_tests.places import NATIVE_PLACES, PLACES, Place, needs_native
 from python_tests.sinkhorn_oracle import draw
@@ -211,6 +211,25 @@ class TestContract:
             assert result.plan.shape == (4, 5, 6) and result.entropic_value.shape == (4,)
             masked = sinkhorn(cost, a, row_mask=a > 0.5, num_iters=2)
             assert masked.f.shape == (4, 5)
+
+    @pytest.mark.parametrize("features", [False, True])
+    def test_a_result_of_compiled_code_outlives_what_was_solved(self, place: Place, features: bool) -> None:
+        """As after an optimiser's step; uncompiled, to read the plan then is an error."""
+        torch.compiler.reset()
+
+        def solve(cost: Tensor, a: Tensor) -> SinkhornResult:
+            if features:
+                return sinkhorn_features(cost, cost.flip(1), a, num_iters=2)
+            return sinkhorn(cost, a, num_iters=2)
+
+        cost = draw(2, 9, 12, dtype=torch.float32)[0].to(place.device)
+        a = torch.full((2, 9), 1 / 9, device=place.device)
+        expected, result = solve(cost, a), torch.compile(solve, fullgraph=True, backend="aot_eager")(cost, a)
+        plan, converged = expected.plan, expected.converged
+        cost.mul_(2)
+        a.mul_(1e6)
+        torch.testing.assert_close(result.plan, plan, rtol=1e-5, atol=1e-8)
+        assert torch.equal(result.converged, converged)
 
     def test_export_with_a_free_batch_size(self, place: Place) -> None:
         class Matcher(nn.Module):

@@ -67,7 +67,7 @@ class SinkhornResult:
         """P = exp((f + g - C) / epsilon), differentiable as ``gradient`` says. From features it costs B N M memory and has no gradient.
 
         ``RuntimeError`` where the costs, features or epsilons have been changed in place since they were solved (such as by an
-        optimiser's step) and the plan had not been read before.
+        optimiser's step) and the plan had not been read before. What compiled code has solved it keeps a copy of, and there is no error.
         """
         if "plan" not in self._kept:
             self._check_unchanged("plan", slice(len(self._source) + 1))
@@ -155,6 +155,8 @@ def result_of(
         solution = reference.Solution(*_constants(*solution))._replace(entropic_value=value)
         *fixed, epsilon = _constants(*source, epsilon)
         source = tuple(fixed)
+    if torch.compiler.is_compiling():  # nothing counts changes there, so the result has copies that nobody changes
+        source, epsilon, mass = tuple(t.clone() for t in source), epsilon.clone(), mass.clone()
     if single:
         solution = reference.Solution(*(t.squeeze(0) for t in solution))
         source, mass = tuple(t.squeeze(0) for t in source), mass.squeeze(0)
