@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from protokernels import _native
-from protokernels.ops._contrastive_distributed import _ReferenceKernel, class_ranges
+from protokernels import _native, supcon_loss
+from protokernels import backend as backends
+from protokernels.ops._contrastive_distributed import _ReferenceKernel, _Travel, class_ranges
 from protokernels.reference import contrastive as reference
 from python_tests import forks
 from python_tests.contrastive_oracle import check_close, rounding
@@ -63,7 +69,8 @@ def test_ranks_equal_one_process_with_everything(tmp_path: Path, world_size: int
             scale = grad.abs().max().item()
             check_close(torch.cat([rank[index][2] for rank in ranks]) / scale, grad / scale, min(4 * bound, 1e-4))
             index += 1
-    for form in ("supcon", "negout"):  # nt_xent_loss: partners are on the same rank
+    for denominator, _ in worker.PAIRS:  # nt_xent_loss: partners are on the same rank
+        form = {"all": "supcon", "negatives": "negout"}[denominator]
         halves = [(b - a) // 2 for a, b in pairwise(cuts)]
         parts = [x[a : a + 2 * half] for a, half in zip(cuts, halves, strict=False)]
         pairs = [torch.arange(half).repeat(2) + 1000 * rank for rank, half in enumerate(halves)]
@@ -91,3 +98,56 @@ def test_the_reference_within_autocast_multiplies_in_float32() -> None:
         found = both()
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A group of this process only."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gather", [True, "ring"])
+def test_other_derivatives_are_refused(backend: Any, gather: Any) -> None:
+    """They would lack what goes through the statistics and through the other ranks."""
+    x, labels = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+
+    def loss(x: Tensor) -> Tensor:
+        return supcon_loss(x, labels, gather=gather)
+
+    with backends.use(backend):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        with pytest.raises(NotImplementedError, match="supcon_loss: gather has no second derivative"):
+            grad.square().sum().backward()
+        with (
+            forward_ad.dual_level(),
+            pytest.raises(NotImplementedError, match=r"supcon_loss: gather has no .* forward mode"),
+        ):
+            loss(forward_ad.make_dual(x, torch.ones_like(x)))
+        for transformed in (torch.func.grad(loss), torch.func.vmap(lambda y: loss(y.expand_as(x)))):
+            with pytest.raises(NotImplementedError, match=r"supcon_loss: gather does not work under torch\.func"):
+                transformed(x)
+
+
+def test_round_a_ring_two_ranks_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts that came in, one on its way among them, of six ranks with five rows each."""
+    arrived: list[weakref.ref[Tensor]] = []
+
+    def post(moves: list[SimpleNamespace]) -> list[Any]:
+        arrived.extend(weakref.ref(move.part) for move in moves if move.what is dist.irecv)
+        return []
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 6)
+    monkeypatch.setattr(dist, "all_gather", lambda counts, own: [count.copy_(own) for count in counts])
+    monkeypatch.setattr(dist, "P2POp", lambda what, part, rank: SimpleNamespace(what=what, part=part, rank=rank))
+    monkeypatch.setattr(dist, "batch_isend_irecv", post)
+    most = 0
+    for _, parts in _Travel(5, torch.device("cpu"), ring=True).round([torch.zeros(5, 3), torch.zeros(5)]):
+        most = max(most, sum(part() is not None for part in arrived) // len(parts))
+        del parts
+    assert len(arrived) == 5 * 2 and most == 2

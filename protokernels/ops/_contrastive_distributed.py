@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import contrastive as reference
+from ..reference._derivatives import first_order, under_transforms
 from ..reference._precision import without_autocast
 from . import _calls
 from ._contrastive_autograd import numbers_kept
@@ -48,6 +49,12 @@ def gathered_losses(
         raise RuntimeError(
             f"{op}: gather needs torch.distributed; call torch.distributed.init_process_group first, or pass gather=False"
         )
+    if under_transforms():
+        raise NotImplementedError(f"{op}: gather does not work under torch.func (grad, vmap, jvp); pass gather=False")
+    # What comes from the other ranks, and the statistics, are constants to the backward pass: a second derivative would lack terms.
+    embeddings = first_order(
+        embeddings, f"{op}: gather has no second derivative and no forward mode; pass gather=False"
+    )
     kept = torch.arange(len(labels), device=labels.device)
     if ignore_index is not None:
         kept = kept[labels != ignore_index]

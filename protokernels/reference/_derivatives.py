@@ -21,7 +21,12 @@ def may_want_gradient(*tensors: Tensor) -> bool:
     for x in tensors:
         if x.requires_grad:
             return True
-    return torch.compiler.is_compiling() or (_transforms is not None and bool(_transforms()))
+    return torch.compiler.is_compiling() or under_transforms()
+
+
+def under_transforms() -> bool:
+    """Whether this is called within ``torch.func.grad``, ``vmap``, ``jvp`` or another of their kind."""
+    return _transforms is not None and bool(_transforms())
 
 
 def first_order(x: Tensor, message: str) -> Tensor:

@@ -20,6 +20,7 @@ D = 19
 SETTINGS = [(0.1, True), (0.01, True), (2.0, False), (1e-4, False)]
 """Temperature, normalize; scores are up to 4e5."""
 CASES = [(form, gather) for form in FORMS for gather in (True, "ring")]
+PAIRS = [(denominator, gather) for denominator in ("all", "negatives") for gather in (True, "ring")]
 
 
 def embeddings(world_size: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -46,9 +47,9 @@ def losses_of_rank(rank: int, world_size: int) -> list[Any]:
             loss.backward()
             results.append((loss.detach(), losses, leaf.grad))
     half = (cuts[rank + 1] - cuts[rank]) // 2
-    for denominator in ("all", "negatives"):
+    for denominator, gather in PAIRS:
         leaf = x[mine][: 2 * half].clone().requires_grad_()
-        loss = nt_xent_loss(leaf[:half], leaf[half:], denominator=denominator, gather="ring")  # type: ignore[arg-type]
+        loss = nt_xent_loss(leaf[:half], leaf[half:], denominator=denominator, gather=gather)  # type: ignore[arg-type]
         loss.backward()
         results.append((loss.detach(), leaf.grad))
     return results
