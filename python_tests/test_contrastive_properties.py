@@ -134,6 +134,17 @@ class TestValue:
 
 class TestGradient:
     @COMMON
+    @given(C=CHANNELS, H=SIZES, W=SIZES, form=FORM, temperature=TEMPERATURES, seed=SEEDS)
+    def test_of_directions_it_is_at_right_angles_to_its_vector(
+        self, place: Place, C: int, H: int, W: int, form: Any, temperature: float, seed: int
+    ) -> None:
+        features, labels = (x.to(place.device) for x in draw_maps((2, C, H, W), 3, seed, torch.float64))
+        x = features.requires_grad_()
+        grad = gradient(local_contrastive_loss(x, labels, form=form, temperature=temperature, block_size=4), x)
+        along = (x * grad).sum(1).detach()
+        assert float(along.abs().max()) <= 8 * rounding(torch.float64, C, temperature) / temperature
+
+    @COMMON
     @given(C=CHANNELS, H=SIZES, W=SIZES, form=FORM, seed=SEEDS)
     def test_background_gets_a_gradient_only_from_anchors(
         self, place: Place, C: int, H: int, W: int, form: Any, seed: int

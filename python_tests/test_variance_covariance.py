@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from protokernels.models import mlp_head
@@ -59,6 +61,27 @@ class TestGradient:
             gradients.append(torch.autograd.grad(variance_covariance_loss(z, branch=branch)[1], z)[0])  # type: ignore[arg-type]
             assert gradients[-1].sum(dim=0).abs().max() < 1e-12  # shifting all embeddings changes nothing
         torch.testing.assert_close(*gradients)
+
+    @settings(max_examples=50, deadline=None)
+    @given(
+        count=st.integers(2, 40), dim=st.integers(1, 40), scale=st.sampled_from([1e-3, 0.3, 1.0, 50.0]),
+        shift=st.sampled_from([0.0, -3.0, 100.0]), seed=st.integers(0, 2**31 - 1),
+    )  # fmt: skip
+    def test_on_any_embeddings_forms_agree_and_columns_sum_to_zero(
+        self, count: int, dim: int, scale: float, shift: float, seed: int
+    ) -> None:
+        z = torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        z = (shift + scale * z).requires_grad_()
+        found = []
+        for branch in ("gram", "covariance"):
+            terms = variance_covariance_loss(z, branch=branch)  # type: ignore[arg-type]
+            grads = [torch.autograd.grad(term, z, retain_graph=True)[0] for term in terms]
+            for grad in grads:
+                assert float(grad.sum(0).abs().max()) <= 1e-12 * (1 + float(grad.abs().max())) * count
+            found.append((*terms, *grads))
+        for one, other in zip(*found, strict=True):
+            size = float(one.detach().abs().max())
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8 * size + 1e-12 * scale**4)
 
     def test_closed_form(self) -> None:
         """4 / (D (N - 1)) c offdiag(K)."""

@@ -170,3 +170,38 @@ class TestValue:
         across = [oracle.bounced(i + int(shift[0]), W) if W > 1 else 0 for i in range(W)]
         down = [oracle.bounced(i + int(shift[1]), H) if H > 1 else 0 for i in range(H)]
         assert torch.equal(moved, images[:, :, down][:, :, :, across])
+
+
+class TestGradient:
+    @COMMON
+    @given(
+        C=CHANNELS, H=SIDES, W=SIDES, order=ORDERS, radius=st.integers(0, 9), padding=st.sampled_from(PADDINGS), seed=SEEDS,
+    )  # fmt: skip
+    def test_the_one_by_the_images_is_the_adjoint(
+        self, place: Place, C: int, H: int, W: int, order: Any, radius: int, padding: Any, seed: int
+    ) -> None:
+        """<G, T X> = <T' G, X>, of every chain without noise and every stage of it."""
+        order = [stage for stage in order if stage != "noise"]
+        images, params, _ = (t.to(place.device) for t in draw((2, C, H, W), seed, torch.float64))
+        other = draw((2, C, H, W), seed + 1, torch.float64)[0].to(place.device)
+        x = images.requires_grad_()
+        y = transform(x, params, order=order, radius=radius, blur_padding=padding)
+        (back,) = torch.autograd.grad(y, x, other)
+        size = float(y.detach().norm() * other.norm())
+        assert abs(float((other * y - back * x).detach().sum())) <= 1e-12 * (1 + size)
+
+    @COMMON
+    @given(
+        size=st.lists(SIDES, min_size=2, max_size=3), padding=st.sampled_from(AFFINE_PADDINGS), grow=st.integers(0, 3), seed=SEEDS,
+    )  # fmt: skip
+    def test_the_one_through_an_affine_map_is_the_adjoint(
+        self, place: Place, size: list[int], padding: Any, grow: int, seed: int
+    ) -> None:
+        shape = (2, 2, *(min(side, 34 if len(size) == 2 else 11) for side in size))
+        x = draw(shape, seed, torch.float64)[0].to(place.device).requires_grad_()
+        matrix = draw_matrices(shape, seed, torch.float64).to(place.device)
+        y = affine_warp(x, matrix, size=[side + grow for side in shape[2:]], padding_mode=padding)
+        other = draw(tuple(y.shape), seed + 1, torch.float64)[0].to(place.device)
+        (back,) = torch.autograd.grad(y, x, other)
+        size_of = float(y.detach().norm() * other.norm())
+        assert abs(float((other * y - back * x).detach().sum())) <= 1e-12 * (1 + size_of)
