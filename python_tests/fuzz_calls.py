@@ -29,6 +29,16 @@ def drawn(build: Any) -> st.SearchStrategy[Call]:
     return strategy()
 
 
+def meant(build: Any) -> st.SearchStrategy[Call]:
+    """Calls as drawn."""
+
+    @st.composite
+    def strategy(draw: st.DrawFn) -> Call:
+        return build(Draws(draw))  # type: ignore[no-any-return]
+
+    return strategy()
+
+
 def temperature(d: Draws) -> Any:
     """A number or a tensor; the kernel divides by it."""
     value = d.one(0.5, 1.0, 0.1, 7, 1e-3)
@@ -124,19 +134,16 @@ def features(d: Draws) -> dict[str, Any]:
 
 
 def sinkhorn_features(d: Draws) -> Call:
-    arguments = features(d) | options(d)
+    arguments = features(d) | options(d) | {"gradient": "envelope", "precision": d.one("highest", "high", "medium")}
+    if d.one(False, False, True):
+        arguments["init"] = d.tensor(*arguments["y"].shape[:2], gradient=False)
     exact = arguments["tol"] == 0 and arguments["cost"] == "cosine"
-    return Call(
-        protokernels.sinkhorn_features,
-        ("sinkhorn_features",),
-        arguments,
-        tolerance=2e4 * exact,
-        overflow=arguments["cost"] != "cosine",
-    )
+    return Call(protokernels.sinkhorn_features, ("sinkhorn_features",), arguments, tolerance=2e4 * exact, kept=("init",),
+                overflow=arguments["cost"] != "cosine" or d.huge)  # fmt: skip
 
 
 def sinkhorn_divergence(d: Draws) -> Call:
-    arguments = features(d) | {"num_iters": d.one(1, 7), "tol": d.one(0.0, 1e-2)}
+    arguments = features(d) | {"num_iters": d.one(1, 7), "tol": d.one(0.0, 1e-2), "precision": d.one("highest", "high")}
     exact = arguments["tol"] == 0 and arguments["cost"] == "cosine"
     return Call(protokernels.sinkhorn_divergence, ("sinkhorn_divergence",), arguments, tolerance=2e4 * exact,
                 overflow=arguments["cost"] != "cosine")  # fmt: skip
@@ -200,6 +207,8 @@ def views(d: Draws, function: Any, name: str) -> Call:
         "second": d.tensor(N, D),
         "denominator": d.one("all", "negatives"),
     }
+    if name == "cross_view_loss":
+        arguments["symmetric"] = d.one(False, True)
     return scaled(function, name, arguments)
 
 
@@ -233,7 +242,17 @@ def gaussian_noise(d: Draws) -> Call:
         "std": each(d, x, 0, 1, -0.5, 1e-30),
         "seed": torch.randint(*limits, (len(x),), generator=d.generator),
     }
-    return Call(protokernels.gaussian_noise, ("gaussian_noise",), arguments, tolerance=200)
+    drawn = seeds_of_a_generator(d, arguments)
+    return Call(protokernels.gaussian_noise, ("gaussian_noise",), arguments, tolerance=0 if drawn else 200)
+
+
+def seeds_of_a_generator(d: Draws, arguments: dict[str, Any]) -> bool:
+    """Now and then a generator in the place of ``seed``: no two calls give the same then."""
+    drawn = bool(d.one(False, False, True))
+    if drawn:
+        del arguments["seed"]
+        arguments["generator"] = torch.Generator()
+    return drawn
 
 
 def soft_crop(d: Draws) -> Call:
@@ -286,7 +305,9 @@ def transform(d: Draws) -> Call:
         "crop_size": d.one(0.25, 1), "sharpness": d.one(1, 0.3), "radius": d.one(6, 0, 1, 40), "blur_padding": d.one("reflect", "zeros"),
         "seed": torch.arange(len(x)),
     }  # fmt: skip
-    return Call(protokernels.transform, ("transform",), arguments)
+    drawn = seeds_of_a_generator(d, arguments)
+    half = arguments["params"].dtype in (torch.float16, torch.bfloat16)  # an angle of that many turns
+    return Call(protokernels.transform, ("transform",), arguments, tolerance=0 if drawn or half else 4e3)
 
 
 # --------------------------------------------------------------------------------------------------------------------- nearest

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from protokernels import cluster, nn
 from python_tests.fuzz import FLOATS, Call, Draws
-from python_tests.fuzz_calls import FORMS, PADDINGS
+from python_tests.fuzz_calls import FORMS, PADDINGS, contrast
 
 OPS_OF = {
     "Prototypes": ("soft_assign", "prototype_step"),
@@ -51,6 +51,7 @@ def prototypes(d: Draws) -> Call:
         "num_prototypes": K, "dim": D, "z": d.tensor(K + d.size(0, 1, 7), D), "similarity": d.one("cosine", "dot"),
         "temperature": d.one(0.5, nn.LinearTemperature()), "new_weight": d.one(0, 0.95), "sample": d.one(False, True),
         "skip_nonfinite": d.one(False, True), "revive_after": d.one(None, 1), "training": d.one(False, True),
+        "generator": d.one(None, torch.Generator()),
     }  # fmt: skip
     return call("Prototypes", run, arguments, overflow=arguments["similarity"] == "dot", kept=("training",))
 
@@ -77,10 +78,15 @@ def sinkhorn_loss(d: Draws) -> Call:
         return nn.SinkhornLoss(epsilon, num_iters, cost=cost, value=value, gradient=gradient, tol=tol, marginal_penalty=marginal_penalty,
                                annealing=annealing, reduction=reduction)(x, y)  # fmt: skip
 
-    cost = d.one("cosine", "sqeuclidean")
-    arguments = {"x": d.tensor(B, N, D), "y": d.tensor(B, M, D), "cost": cost, "value": d.one("transport", "entropic", "divergence"),
-                 "reduction": d.one("mean", "sum", "none"), "num_iters": 5}  # fmt: skip
-    return call("SinkhornLoss", run, arguments, overflow=cost != "cosine", tolerance=2e4 * (cost == "cosine"))
+    cost, value = d.one("cosine", "sqeuclidean"), d.one("transport", "entropic", "divergence")
+    arguments = {"x": d.tensor(B, N, D), "y": d.tensor(B, M, D), "cost": cost, "value": value, "epsilon": d.one(0.05, 1),
+                 "reduction": d.one("mean", "sum", "none"), "num_iters": 5, "tol": d.one(0.0, 1e-2)}  # fmt: skip
+    arguments["gradient"] = d.one(None, "unrolled", "implicit") if value == "transport" else None
+    if value != "divergence":
+        arguments["annealing"] = d.one(None, 0.5)
+        arguments["marginal_penalty"] = d.one(None, 1.0) if arguments["gradient"] != "implicit" else None
+    exact = cost == "cosine" and arguments["tol"] == 0 and arguments["gradient"] != "implicit"
+    return call("SinkhornLoss", run, arguments, overflow=cost != "cosine", tolerance=2e4 * exact)
 
 
 def sinkhorn_assignment(d: Draws) -> Call:
@@ -90,7 +96,7 @@ def sinkhorn_assignment(d: Draws) -> Call:
     return call(
         "SinkhornAssignment",
         run,
-        {"scores": d.tensor(d.size(), d.size(1, 3, 30)), "epsilon": d.one(0.05, 1)},
+        {"scores": d.tensor(d.size(), d.size(1, 3, 30)), "epsilon": d.one(0.05, 1), "num_iters": d.one(1, 3)},
         tolerance=2e5,
     )
 
@@ -110,9 +116,14 @@ def contrastive(d: Draws, name: str) -> Call:
                           precision=precision)(features, labels)  # fmt: skip
 
         features = d.tensor(2, 3, d.size(1, 5, 8), d.size(1, 5, 8))
-        return call(
-            name, run, {"features": features, "labels": d.integers(0, 3, 2, *features.shape[2:]), "form": d.one(*FORMS)}
-        )
+        edges = d.one({}, {"block_size": d.one(2, (3, 4))}, {"stride": d.one(2, (1, 3))})
+        arguments = contrast(d) | edges | {
+            "features": features, "labels": d.integers(0, 3, 2, *features.shape[2:]), "form": d.one(*FORMS),
+            "scope": d.one("group", "image"), "reduction": d.one("group", "anchor", "image", "none"), "background": d.one(0, None),
+            "ignore_index": d.one(None, 1),
+            "drop_remainder": d.one(False, True),
+        }  # fmt: skip
+        return call(name, run, arguments, overflow=not arguments["normalize"])
     if name == "SupConLoss":
 
         def run(
@@ -122,21 +133,29 @@ def contrastive(d: Draws, name: str) -> Call:
             return module(temperature, form=form, reduction=reduction, ignore_index=ignore_index, normalize=normalize, gather=gather,
                           precision=precision)(embeddings, labels)  # fmt: skip
 
-        return call(name, run, {"embeddings": d.tensor(N, D), "labels": d.integers(0, 3, N), "form": d.one(*FORMS)})
+        arguments = contrast(d) | {
+            "embeddings": d.tensor(N, D), "labels": d.integers(0, 3, N), "form": d.one(*FORMS), "reduction": d.one("mean", "none"),
+            "ignore_index": d.one(None, 1), "gather": False,
+        }  # fmt: skip
+        return call(name, run, arguments, overflow=not arguments["normalize"])
+
+    option = {"NTXentLoss": "gather", "CrossViewLoss": "symmetric"}[name]
 
     def run(
-        first: Any,
-        second: Any,
-        temperature: Any = 0.5,
-        denominator: Any = "all",
-        normalize: Any = True,
-        precision: Any = "highest",
-    ) -> Tensor:
-        return module(temperature, denominator=denominator, normalize=normalize, precision=precision)(first, second)
+        first: Any, second: Any, temperature: Any = 0.5, denominator: Any = "all", normalize: Any = True, precision: Any = "highest",
+        last: Any = False,
+    ) -> Tensor:  # fmt: skip
+        return module(temperature, denominator=denominator, normalize=normalize, precision=precision, **{option: last})(
+            first, second
+        )
 
-    return call(
-        name, run, {"first": d.tensor(N, D), "second": d.tensor(N, D), "denominator": d.one("all", "negatives")}
-    )
+    arguments = contrast(d) | {
+        "first": d.tensor(N, D),
+        "second": d.tensor(N, D),
+        "denominator": d.one("all", "negatives"),
+    }
+    arguments["last"] = d.one(False, option == "symmetric")
+    return call(name, run, arguments, overflow=not arguments["normalize"])
 
 
 def differentiable_transform(d: Draws) -> Call:
@@ -149,9 +168,14 @@ def differentiable_transform(d: Draws) -> Call:
         return module(images, params, enabled=enabled, generator=generator, seed=seed)
 
     B = d.size(1, 2, 0)
-    return call(
-        "DifferentiableTransform", run, {"images": d.tensor(B, 1, d.size(1, 5, 8, 0), 6), "params": d.tensor(B, 7)}
-    )
+    arguments = {
+        "images": d.tensor(B, 1, d.size(1, 5, 8, 0), 6), "params": d.tensor(B, 7),
+        "order": d.one(("blur", "rotate"), ["noise", "crop"], ()), "sigma_max": d.one(2.0, 0), "noise_std": d.one(0.1, 0),
+        "crop_size": d.one(0.25, 1), "sharpness": d.one(1.0, 3), "radius": d.one(0, 6),
+        "blur_padding": d.one("reflect", "replicate", "zeros"), "enabled": d.one(None, d.mask(B, 6)),
+    }  # fmt: skip
+    arguments |= d.one({"seed": torch.arange(B)}, {"generator": torch.Generator()})
+    return call("DifferentiableTransform", run, arguments)
 
 
 STRENGTHS = ("crop", "hflip", "vflip", "rotate", "jitter", "offset", "gamma", "blur", "noise", "solarise")
@@ -167,7 +191,8 @@ def random_views(d: Draws) -> Call:
         ranges = dict(crop_scale=crop_scale, crop_ratio=crop_ratio, rotation=rotation, brightness=brightness, contrast=contrast,
                       offset_normal=offset_normal, gamma_range=gamma_range, blur_sigma=blur_sigma, noise_std=noise_std,
                       blur_radius=blur_radius)  # fmt: skip
-        strength = nn.ViewStrength(**dict.fromkeys(STRENGTHS, chance), **ranges)
+        chances = dict.fromkeys(STRENGTHS, chance) | ({"solarise": 0.0} if limits is None else {})  # which needs limits
+        strength = nn.ViewStrength(**chances, **ranges)
         return nn.RandomViews(size, strength, limits=limits, padding_mode=padding_mode, antialias=antialias)(
             images, generator=generator
         )
@@ -177,8 +202,15 @@ def random_views(d: Draws) -> Call:
     if d.one(False, False, True):
         x = (torch.rand(x.shape, generator=d.generator) * 255).to(torch.uint8)
     d.moderate &= 0 not in sides
-    return call("RandomViews", run, {"images": x, "size": d.one(7, (4, 9)), "padding_mode": d.one(*PADDINGS), "chance": d.one(0, 0.5, 1),
-                                       "blur_radius": d.one(None, 0, 2)}, overflow=not d.moderate)  # fmt: skip
+    arguments = {
+        "images": x, "size": d.one(7, (4, 9)), "padding_mode": d.one(*PADDINGS), "chance": d.one(0, 0.5, 1),
+        "blur_radius": d.one(None, 0, 2), "limits": d.one((0.0, 1.0), None), "antialias": d.one(False, True),
+        "generator": d.one(None, torch.Generator()),
+        "crop_scale": d.one((0.2, 1.0), (1, 4)), "crop_ratio": d.one((0.75, 1.3), (0.1, 10)), "rotation": d.one((-1.0, 1.0), (-10, 10)),
+        "brightness": d.one(0.4, 0, 1), "contrast": d.one(0.4, 0, 1), "offset_normal": d.one((0.0, 1.0), (-5, 0)),
+        "gamma_range": d.one((0.5, 2.0), (0.1, 10)), "blur_sigma": d.one((0.1, 2.0), (0, 5)), "noise_std": d.one((0.0, 0.1), (1, 1)),
+    }  # fmt: skip
+    return call("RandomViews", run, arguments, overflow=not d.moderate)
 
 
 def variance_covariance_loss(d: Draws) -> Call:
@@ -209,8 +241,13 @@ def kmeans(d: Draws) -> Call:
         "x": d.tensor(K + d.size(0, 1, 30), D, gradient=False),
         "n_clusters": K,
         "y": d.tensor(d.size(), D, gradient=False),
+        "n_init": d.one(1, 2),
+        "max_iter": d.one(1, 5),
+        "tol": d.one(1e-4, 0),
+        "random_state": d.one(0, 7),
     }
-    return call("KMeans", run, arguments)
+    arguments["init"] = d.one("k-means++", arguments["x"][:K].clone())
+    return call("KMeans", run, arguments, kept=("init",))
 
 
 def find_elbow(d: Draws) -> Call:
@@ -221,7 +258,11 @@ def find_elbow(d: Draws) -> Call:
     return call(
         "find_elbow",
         run,
-        {"n_clusters": [2, 3, 4, 6], "inertias": [float(v) for v in torch.rand(4, generator=d.generator)]},
+        {
+            "n_clusters": [2, 3, 4, 6],
+            "inertias": [float(v) for v in torch.rand(4, generator=d.generator)],
+            "sensitivity": d.one(1.0, 0, 3),
+        },
     )
 
 
@@ -232,7 +273,12 @@ def choose_n_clusters(d: Draws) -> Call:
     return call(
         "choose_n_clusters",
         run,
-        {"x": d.tensor(12, 2, gradient=False), "candidates": d.one([1, 2, 3], (2, 3, 4, 5), range(2, 6))},
+        {
+            "x": d.tensor(12, 2, gradient=False),
+            "candidates": d.one([1, 2, 3], (2, 3, 4, 5), range(2, 6)),
+            "fallback": d.one(None, 2, 3),
+            "n_init": d.one(1, 2),
+        },
     )
 
 

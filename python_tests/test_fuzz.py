@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import protokernels
 from protokernels import cluster
 from python_tests import fuzz_calls, fuzz_modules
-from python_tests.fuzz import examples, judge
+from python_tests.fuzz import Call, examples, judge
 
 CALLS = {**fuzz_calls.CALLS, **fuzz_modules.CALLS}
 
@@ -29,3 +29,22 @@ def test_every_public_name_is_drawn() -> None:
     results = {"ViewStrength", "Elbow"}  # an argument of RandomViews, drawn with it; what choose_n_clusters returns
     public = functions | {*protokernels.nn.__all__, *cluster.__all__} - results
     assert public == set(CALLS)
+
+
+PROCESSES = {"gather"}
+"""Arguments that need other processes."""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_argument_is_drawn(name: str) -> None:
+    """Not in the place of what is meant only: with values that are."""
+    calls: list[Call] = []
+
+    @examples(few=80)
+    @given(data=st.data())
+    def draw(data: st.DataObject) -> None:
+        calls.append(data.draw(fuzz_calls.meant(CALLS[name])))
+
+    draw()
+    drawn = {argument for call in calls for argument in call.arguments}
+    assert set(inspect.signature(calls[0].run).parameters) - drawn <= PROCESSES
