@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import protokernels
+import protokernels.cluster
 import protokernels.nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,8 +165,8 @@ def public_functions() -> Iterator[tuple[str, object]]:
     for name in protokernels.__all__:
         if inspect.isfunction(getattr(protokernels, name)):
             yield f"protokernels.{name}", getattr(protokernels, name)
-    for name in protokernels.nn.__all__:
-        yield f"protokernels.nn.{name}", getattr(protokernels.nn, name)
+    for part in (protokernels.nn, protokernels.cluster):
+        yield from ((f"{part.__name__}.{name}", getattr(part, name)) for name in part.__all__ if name != "Elbow")
 
 
 class TestCpu:
@@ -184,6 +185,18 @@ class TestDocstrings:
     )
     def test_a_public_function_or_module_shows_an_example(self, name: str, value: object) -> None:
         assert ">>> " in (inspect.getdoc(value) or ""), f"{name}: its docstring needs an example that runs"
+
+    @pytest.mark.parametrize(
+        ("name", "value"), list(public_functions()), ids=lambda value: value if isinstance(value, str) else ""
+    )
+    def test_a_public_function_says_what_it_takes_gives_and_refuses(self, name: str, value: object) -> None:
+        text = inspect.getdoc(value) or ""
+        if isinstance(value, type) or re.search(r"(Same arguments|Arguments and errors are those)", text):
+            return  # a module: its function says it; or another function does
+        missing = [part for part in ("Args:", "Returns:", "Raises:") if part not in text]
+        if "Args: as in" not in text:
+            missing += [one for one in inspect.signature(value).parameters if not re.search(rf"\b{one}\b", text)]  # type: ignore[arg-type]
+        assert missing == [], f"{name}: its docstring lacks {', '.join(missing)}"
 
     @pytest.mark.parametrize(
         "path",

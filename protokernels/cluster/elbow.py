@@ -104,6 +104,9 @@ def choose_n_clusters(
         fallback: what to choose where there is no elbow; default: the middle one of the candidates.
         options: of ``KMeans``.
 
+    Returns:
+        Candidates and inertias, the chosen number, whether there was an elbow, and the ``KMeans`` of that number.
+
     Raises:
         TypeError, ValueError: as ``find_elbow`` and ``KMeans.fit``, or a fallback that is no candidate.
 

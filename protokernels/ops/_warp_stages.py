@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Each transformation alone, for images and volumes: the chain of ``transform`` with one stage, volumes folded into images."""
+"""Each transformation alone, for images and volumes: the chain of ``transform`` with one stage, volumes folded into images.
+
+Source of the blur, the noise, the crop, the flip and the rotation: Ruppli et al. 2022, Table 1.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,9 @@ def gaussian_blur(
             On the CPU taps with less than 1e-9 of the weight (float64: 1e-19) are left out; so is a NaN or infinity that only they reach.
         padding: ``"reflect"`` (mirrored without repeating the edge; any side, also shorter than the radius), ``"replicate"``, ``"zeros"``.
 
+    Returns:
+        As many images of the same size and type.
+
     Raises:
         TypeError, ValueError: arguments do not fit.
 
@@ -85,6 +91,9 @@ def gaussian_noise(
         generator: draws the seeds, on the device of the images; default: torch's own for that device.
         seed: a key for each sample, instead.
 
+    Returns:
+        As many images of the same size and type.
+
     Raises:
         TypeError, ValueError: arguments do not fit.
 
@@ -121,6 +130,9 @@ def soft_crop(
         center: of the window as shares of the sides, (x, y) or (x, y, z): one for all or one for each sample. May lie outside.
         size: side of the window as a share of the image's, in every direction.
         sharpness: how fast the window fades, per pixel.
+
+    Returns:
+        As many images of the same size and type.
 
     Raises:
         TypeError, ValueError: arguments do not fit.
@@ -160,6 +172,9 @@ def blend_flip(
         images: float32, float64, bfloat16 or float16 (computed in float32, rounded once).
         weight: one for all or one for each sample.
         dim: ``"horizontal"`` exchanges left and right, ``"vertical"`` top and bottom, ``"depth"`` (volumes only) front and back.
+
+    Returns:
+        As many images of the same size and type.
 
     Raises:
         TypeError, ValueError: arguments do not fit.
@@ -201,6 +216,9 @@ def rotate(
         padding_mode: what lies outside, see :func:`affine_warp`.
         axis: of a volume, the one that keeps its coordinates: ``"depth"`` turns x and y (every slice like an image), ``"vertical"`` x
             and z, ``"horizontal"`` y and z; R acts on the two in this order. Images know ``"depth"`` only.
+
+    Returns:
+        As many images of the same size and type.
 
     Raises:
         TypeError, ValueError: arguments do not fit.
