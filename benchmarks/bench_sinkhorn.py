@@ -20,6 +20,7 @@ from torch import Tensor
 
 import protokernels
 from benchmarks import sinkhorn_peers as peers
+from benchmarks.measure import peak_mb
 from benchmarks.measure_cuda import EAGER, GRAPH, Bind
 from benchmarks.sinkhorn_peers import Call, FeaturesProblem, Problem
 
@@ -72,6 +73,7 @@ CASES = [
     Case(16, 196, 100),
     Case(4, 1024, 50),
     Case(1, 4096, 10),
+    Case(1, 4096, 100),
 ]
 SWEEP = [Case(1, N, 20) for N in (64, 128, 256, 512, 1024, 2048)]
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -152,14 +154,15 @@ class TestValue:
 
     def test_ours(self, benchmark: Any, contest: Any, case: Case) -> None:
         ours = our_values(case.problem())
-        contest(benchmark, ours, ours, limit=case.limit(2), **facts("value, forward and backward", case, OURS))
+        row = facts("value, forward and backward", case, OURS, peak_mb=peak_mb(ours))
+        contest(benchmark, ours, ours, limit=case.limit(2), **row)
 
     @pytest.mark.parametrize("name", peers.VALUES)
     def test_peer(self, benchmark: Any, contest: Any, case: Case, name: str) -> None:
         p = case.problem()
         ours, peer = our_values(p), peer_call(name, peers.VALUES, case, p)
         admit(name, ours, peer)
-        contest(benchmark, peer, ours, **facts("value, forward and backward", case, name))
+        contest(benchmark, peer, ours, **facts("value, forward and backward", case, name, peak_mb=peak_mb(peer)))
 
 
 @EVERY_CASE
@@ -187,7 +190,7 @@ class TestPlanGradient:
 
 
 @pytest.mark.parametrize("name", [OURS, "torch, the cost written out"])
-@pytest.mark.parametrize("size", [(1, 4096, 64, 10), (8, 1024, 64, 20)], ids=str)
+@pytest.mark.parametrize("size", [(1, 4096, 64, 10), (8, 1024, 64, 20), (1, 4096, 64, 100)], ids=str)
 def test_features(benchmark: Any, contest: Any, size: tuple[int, ...], name: str) -> None:
     """Value and gradients of features at cosine cost: the N x N costs are never stored."""
     B, N, D, num_iters = size
@@ -207,7 +210,8 @@ def test_features(benchmark: Any, contest: Any, size: tuple[int, ...], name: str
     contender = ours if name == OURS else plain
     pairs = float(B * N * N)
     limit = (pairs * (2 * D * 2 * num_iters + 6 * D), 16.0 * B * N * D) if name == OURS else None
-    row = {"what": "features, forward and backward", "case": f"{B}x{N}x{N}, D = {D}, {num_iters} it", "sizes": SIZES}
+    row = {"what": "features, forward and backward", "case": f"{B}x{N}x{N}, D = {D}, {num_iters} it", "sizes": SIZES,
+           "peak_mb": peak_mb(contender)}  # fmt: skip
     contest(benchmark, contender, ours, limit=limit, **row, order=N * B, contender=name)
 
 

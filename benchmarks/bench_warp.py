@@ -51,6 +51,7 @@ class Case:
 
 
 CASES = [Case(64, 1, 28), Case(32, 1, 128), Case(16, 3, 224)]
+SWEEP = [Case(8, 1, side) for side in (16, 32, 64, 128, 256, 512)]
 
 # Operations of a pixel, forward and backward. Blur: 26 multiply-adds; backward both filters of the gradient and of the image along one axis
 # each (52) and the adjoint along the other (13). Noise: half a Philox block in the integer units, some 25 operations of a logarithm, a sine
@@ -134,6 +135,17 @@ class TestWarp:
         admit(OUR[part], function, case)
         ours, peer = (call_of(one, way, *case.tensors()) for one in (OUR[part], function))
         contest(benchmark, peer, ours, **facts(part, way, case, name, peak_mb=peak_mb(peer)))
+
+
+@pytest.mark.parametrize("case", SWEEP, ids=lambda case: f"side = {case.side}")
+@pytest.mark.parametrize("name", [OURS, "torch"])
+def test_sweep(benchmark: Any, contest: Any, case: Case, name: str) -> None:
+    """How the time of the chain with its gradients grows with the image; `size` is the number of pixels."""
+    ours = call_of(our_chain, WAYS[1], *case.tensors())
+    contender = ours if name == OURS else call_of(peer_of("chain", name), WAYS[1], *case.tensors())
+    bound = limit("chain", case, True) if name == OURS else None
+    row = {"what": "sweep over the side of the image", "case": case.name, "sizes": "B x C x H x W", "order": case.side}
+    contest(benchmark, contender, ours, limit=bound, size=case.pixels, contender=name, **row)
 
 
 def on_cuda(function: peers.Transform, way: str) -> Bind:
