@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from protokernels import _native, supcon_loss
+from protokernels import _native, cross_view_loss, supcon_loss
 from protokernels import backend as backends
 from protokernels.ops._contrastive_distributed import _ReferenceKernel, _Travel, class_ranges
 from protokernels.reference import contrastive as reference
@@ -51,6 +51,20 @@ def whole(
     return means.detach(), everyone.detach(), torch.autograd.grad(means.sum(), leaf)[0]
 
 
+def whole_crossing(
+    first: Tensor, second: Tensor, cuts: list[int], form: str, temperature: float, symmetric: bool, normalize: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Mean of every rank's pairs, and the gradients of the sum of the means, from one process in float64."""
+    views = [view.double().requires_grad_() for view in (first, second)]
+    same = torch.eye(len(first), dtype=torch.bool)
+    losses = torch.zeros(len(first), dtype=torch.float64)
+    for a, b in [(0, 1), (1, 0)][: 1 + symmetric]:
+        rows, columns = (reference.prepared(views[view], normalize) for view in (a, b))
+        losses = losses + reference.pair_losses(rows, columns, same, ~same, temperature, form)[0] / (1 + symmetric)
+    means = torch.stack([losses[a:b].sum() / max(1, b - a) for a, b in pairwise(cuts)])
+    return means.detach(), torch.autograd.grad(means.sum(), views)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_equal_one_process_with_everything(tmp_path: Path, world_size: int, backend: str) -> None:
@@ -80,6 +94,19 @@ def test_ranks_equal_one_process_with_everything(tmp_path: Path, world_size: int
         scale = grad.abs().max().item()
         check_close(torch.cat([rank[index][1] for rank in ranks]) / scale, grad / scale, 1e-5)
         index += 1
+    for denominator, symmetric, _ in worker.CROSSING:  # cross_view_loss: a rank's pairs among everybody's
+        form = {"all": "supcon", "negatives": "negout"}[denominator]
+        for temperature, normalize in worker.SETTINGS:
+            means, grads = whole_crossing(x, x.flip(1), cuts, form, temperature, symmetric, normalize)
+            bound = rounding(torch.float32, worker.D, temperature)
+            if not normalize:
+                bound *= x.square().sum(1).max().item()
+            check_close(torch.stack([rank[index][0] for rank in ranks]), means, bound)
+            for view, grad in enumerate(grads):
+                scale = grad.abs().max().item()
+                found = torch.cat([rank[index][1 + view] for rank in ranks])
+                check_close(found / scale, grad / scale, min(4 * bound, 1e-4))
+            index += 1
 
 
 def test_the_reference_within_autocast_multiplies_in_float32() -> None:
@@ -111,25 +138,26 @@ def alone(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gather", [True, "ring"])
-def test_other_derivatives_are_refused(backend: Any, gather: Any) -> None:
+@pytest.mark.parametrize("crossing", [False, True], ids=["supcon", "cross_view"])
+def test_other_derivatives_are_refused(backend: Any, gather: Any, crossing: bool) -> None:
     """They would lack what goes through the statistics and through the other ranks."""
     x, labels = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
 
     def loss(x: Tensor) -> Tensor:
-        return supcon_loss(x, labels, gather=gather)
+        return cross_view_loss(x, x.flip(0), gather=gather) if crossing else supcon_loss(x, labels, gather=gather)
 
     with backends.use(backend):
         leaf = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
-        with pytest.raises(NotImplementedError, match="supcon_loss: gather has no second derivative"):
+        with pytest.raises(NotImplementedError, match="_loss: gather has no second derivative"):
             grad.square().sum().backward()
         with (
             forward_ad.dual_level(),
-            pytest.raises(NotImplementedError, match=r"supcon_loss: gather has no .* forward mode"),
+            pytest.raises(NotImplementedError, match=r"_loss: gather has no .* forward mode"),
         ):
             loss(forward_ad.make_dual(x, torch.ones_like(x)))
         for transformed in (torch.func.grad(loss), torch.func.vmap(lambda y: loss(y.expand_as(x)))):
-            with pytest.raises(NotImplementedError, match=r"supcon_loss: gather does not work under torch\.func"):
+            with pytest.raises(NotImplementedError, match=r"_loss: gather does not work under torch\.func"):
                 transformed(x)
 
 

@@ -65,11 +65,24 @@ class TestContract:
             lambda: SupConLoss(gather="all"),  # type: ignore[arg-type]
             lambda: NTXentLoss(denominator="positives"),  # type: ignore[arg-type]
             lambda: CrossViewLoss(precision="tf32"),  # type: ignore[arg-type]
+            lambda: CrossViewLoss(gather=1),  # type: ignore[arg-type]
         ],
     )
     def test_what_is_wrong_is_refused_when_it_is_made(self, make: Any) -> None:
         with pytest.raises(ValueError, match=r"(LocalContrastiveLoss|SupConLoss|NTXentLoss|CrossViewLoss): "):
             make()
+
+    @pytest.mark.parametrize("gather", [True, "ring"])
+    def test_modules_pass_on_that_they_gather(self, gather: Any) -> None:
+        x = torch.randn(9, 4)
+        for module, other in (
+            (SupConLoss(gather=gather), torch.arange(9) % 3),
+            (NTXentLoss(gather=gather), x),
+            (CrossViewLoss(gather=gather), x),
+        ):
+            with pytest.raises(RuntimeError, match="gather needs torch.distributed"):  # there is no other process
+                module(x, other)
+            assert f"gather={gather!r}" in repr(module)
 
     def test_modules_are_copied_pickled_and_have_no_state(self) -> None:
         features, labels = draw_maps((2, 5, 8, 8), seed=3)

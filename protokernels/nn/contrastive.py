@@ -195,7 +195,7 @@ class CrossViewLoss(nn.Module):
     """InfoNCE between two views, in one direction or both: :func:`protokernels.cross_view_loss`.
 
     Args:
-        temperature, denominator, symmetric, normalize, precision: as there.
+        temperature, denominator, symmetric, normalize, gather, precision: as there.
 
     Shape: two views, [N, D] each -> [].
 
@@ -213,14 +213,18 @@ class CrossViewLoss(nn.Module):
         denominator: checks.Denominator = "all",
         symmetric: bool = True,
         normalize: bool = True,
+        gather: checks.Gather = False,
         precision: checks.Precision = "highest",
     ) -> None:
         super().__init__()
-        checks.check_choices("CrossViewLoss", temperature, checks.form_of("CrossViewLoss", denominator), precision)
+        checks.check_choices(
+            "CrossViewLoss", temperature, checks.form_of("CrossViewLoss", denominator), precision, gather
+        )
         self.temperature = temperature
         self.denominator: checks.Denominator = denominator
         self.symmetric = symmetric
         self.normalize = normalize
+        self.gather: checks.Gather = gather
         self.precision: checks.Precision = precision
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:  # [N, D], [N, D] -> []
@@ -231,8 +235,12 @@ class CrossViewLoss(nn.Module):
             denominator=self.denominator,
             symmetric=self.symmetric,
             normalize=self.normalize,
+            gather=self.gather,
             precision=self.precision,
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, denominator={self.denominator!r}, symmetric={self.symmetric}"
+        return (
+            f"temperature={self.temperature}, denominator={self.denominator!r}, symmetric={self.symmetric}, "
+            f"gather={self.gather!r}"
+        )

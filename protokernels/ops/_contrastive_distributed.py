@@ -8,7 +8,8 @@ no gradient travels. Statistics add up in float64, for a logarithm of 1e6 in flo
 float32, and what they lack goes into the coefficients, of which it is a factor (up to scores of 1e9).
 
 Per rank and step, with N embeddings of C numbers on each of W ranks: forward (W - 1) N (C + 2) numbers come in, backward (W - 1) N (C +
-8); memory is W N C gathered, 2 N C passed round.
+8); memory is W N C gathered, 2 N C passed round. Between two views of N rows: forward (W - 1) N (C + 2) in one direction, (W - 1) N (2 C +
+2) in both, backward (W - 1) N (2 C + 14), and twice the memory.
 """
 
 from __future__ import annotations
@@ -45,16 +46,7 @@ def gathered_losses(
     labels_are_local: bool = False,
 ) -> tuple[Tensor, Tensor]:  # losses [N], 0 where there is no anchor; which of them are anchors [N]
     """The losses of this rank's embeddings among those of all ranks; labels mean the same on all ranks unless they ``are_local``."""
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            f"{op}: gather needs torch.distributed; call torch.distributed.init_process_group first, or pass gather=False"
-        )
-    if under_transforms():
-        raise NotImplementedError(f"{op}: gather does not work under torch.func (grad, vmap, jvp); pass gather=False")
-    # What comes from the other ranks, and the statistics, are constants to the backward pass: a second derivative would lack terms.
-    embeddings = first_order(
-        embeddings, f"{op}: gather has no second derivative and no forward mode; pass gather=False"
-    )
+    (embeddings,) = _permitted(op, embeddings)
     kept = torch.arange(len(labels), device=labels.device)
     if ignore_index is not None:
         kept = kept[labels != ignore_index]
@@ -62,21 +54,85 @@ def gathered_losses(
     labels = labels[order]
     if labels_are_local:
         labels = labels * dist.get_world_size() + dist.get_rank()
-    if backend.native_serves(embeddings.device):
-        rows = _calls.call("contrastive_pack", embeddings.unsqueeze(-1), order, normalize)[0]
-        kernel: _Kernel = _NativeKernel(
-            embeddings.shape[1], temperature, normalize, ("highest", "high", "medium").index(precision)
-        )
-    else:
-        rows = reference.prepared(embeddings, normalize)[order]
-        kernel = _ReferenceKernel(temperature)
+    rows, kernel = _packed(embeddings, order, temperature, normalize, precision)
     travel = _Travel(len(rows), rows.device, ring)
-    p, n, linear, positives, negatives = _Statistics.apply(rows, labels, travel, kernel)
-    losses, anchors = reference.losses_of(p, n, linear, positives, negatives, form)
+    statistics, positives, negatives = _Statistics.apply(rows, labels, travel, kernel)
+    losses, anchors = reference.losses_of(*statistics, positives, negatives, form)
     losses = losses.to(rows.dtype)
     return losses.new_zeros(len(embeddings)).index_put((order,), losses), torch.zeros(
         len(embeddings), dtype=torch.bool, device=order.device
     ).index_put((order,), anchors)
+
+
+def gathered_cross_view_loss(
+    op: str,
+    first: Tensor,  # [N, D]
+    second: Tensor,  # [N, D]
+    temperature: float,
+    form: str,
+    symmetric: bool,
+    normalize: bool,
+    ring: bool,
+    precision: str,
+) -> Tensor:  # []
+    """The mean loss of this rank's pairs, each of which meets the other view's rows of all ranks."""
+    first, second = _permitted(op, first, second)
+    pairs = torch.arange(len(first), device=first.device)
+    (rows, kernel), (others, _) = (_packed(x, pairs, temperature, normalize, precision) for x in (first, second))
+    travel = _Travel(len(pairs), pairs.device, ring)
+    labels = pairs * dist.get_world_size() + dist.get_rank()
+    positives, negatives = torch.ones_like(pairs), torch.full_like(pairs, sum(travel.counts) - 1)
+    ways = _CrossStatistics.apply(rows, others, labels, travel, kernel, symmetric)
+    losses = torch.stack([reference.losses_of(*way, positives, negatives, form)[0] for way in ways])
+    return (losses.sum() / max(1, losses.numel())).to(rows.dtype)
+
+
+def _permitted(op: str, *embeddings: Tensor) -> Parts:
+    """The embeddings, whose loss has one derivative; errors where there can be no loss."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{op}: gather needs torch.distributed; call torch.distributed.init_process_group first, or pass gather=False"
+        )
+    if under_transforms():
+        raise NotImplementedError(f"{op}: gather does not work under torch.func (grad, vmap, jvp); pass gather=False")
+    # What comes from the other ranks, and the statistics, are constants to the backward pass: a second derivative would lack terms.
+    message = f"{op}: gather has no second derivative and no forward mode; pass gather=False"
+    return [first_order(x, message) for x in embeddings]
+
+
+def _packed(
+    embeddings: Tensor,  # [N, D]
+    order: Tensor,  # [R]
+    temperature: float,
+    normalize: bool,
+    precision: str,
+) -> tuple[Tensor, _Kernel]:  # rows [R, C], and what multiplies them
+    if backend.native_serves(embeddings.device):
+        rows = _calls.call("contrastive_pack", embeddings.unsqueeze(-1), order, normalize)[0]
+        number = ("highest", "high", "medium").index(precision)
+        return rows, _NativeKernel(embeddings.shape[1], temperature, normalize, number)
+    return reference.prepared(embeddings, normalize)[order], _ReferenceKernel(temperature)
+
+
+def _of_nothing(rows: Tensor) -> Tensor:  # [R, C] -> [3, R] float64
+    """p, n and l over no columns."""
+    statistics = torch.zeros(3, len(rows), dtype=torch.float64, device=rows.device)
+    statistics[:2] = -torch.inf
+    return statistics
+
+
+def _joined(statistics: Tensor, part: Tensor) -> Tensor:  # [3, R], [3, R] -> [3, R]
+    return torch.stack([*torch.logaddexp(statistics[:2], part[:2]), statistics[2] + part[2]])
+
+
+def _travelling(
+    exact: Tensor, grads: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:  # [3, R], [3, R] -> the same
+    """The statistics, and the coefficients of the derivative by them: weights are coefficient exp(s - statistic)."""
+    statistics = exact.to(dtype)
+    lost = (statistics[:2].double() - exact[:2]).exp()
+    by_log = torch.where(grads[:2] == 0, 0.0, grads[:2] * lost)
+    return statistics, torch.cat([by_log, grads[2:]]).to(dtype)
 
 
 class _Statistics(torch.autograd.Function):
@@ -84,41 +140,61 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, labels: Tensor, travel: _Travel, kernel: _Kernel) -> tuple[Tensor, ...]:
-        p = n = rows.new_full((len(rows),), -torch.inf, dtype=torch.float64)
-        linear = torch.zeros_like(p)
+        statistics = _of_nothing(rows)
         positives = negatives = torch.zeros_like(labels)
         for own, (columns, column_labels) in travel.round([rows, labels]):
             ranges = class_ranges(labels, column_labels, own)
-            part = kernel.statistics(rows, columns, ranges)
-            p, n, linear = torch.logaddexp(p, part[0]), torch.logaddexp(n, part[1]), linear + part[2]
+            statistics = _joined(statistics, kernel.statistics(rows, columns, ranges))
             in_class = (ranges[:, 1] - ranges[:, 0]).long()
             positives = positives + in_class - int(own)
             negatives = negatives + len(columns) - in_class
-        ctx.save_for_backward(rows, labels, torch.stack([p, n, linear]))
+        ctx.save_for_backward(rows, labels, statistics)
         ctx.travel, ctx.kernel = travel, kernel
         ctx.mark_non_differentiable(positives, negatives)
-        return p, n, linear, positives, negatives
+        return statistics, positives, negatives
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, labels, statistics = ctx.saved_tensors
-        exact, statistics = statistics, statistics.to(rows.dtype)
-        by_p, by_n, by_linear = grads[:3]
-        lost = (statistics[:2].double() - exact[:2]).exp()  # weights are coefficient exp(s - statistic)
-        by_log = torch.stack([by_p, by_n])
-        by_log = torch.where(by_log == 0, 0.0, by_log * lost)
-        coefficients = torch.cat([by_log, by_linear[None]]).to(rows.dtype)
+        rows, labels, exact = ctx.saved_tensors
+        mine = _travelling(exact, grads[0], rows.dtype)
         grad_rows = torch.zeros_like(rows)
-        mine = [rows, labels, statistics.T.contiguous(), coefficients.T.contiguous()]
-        for own, (columns, column_labels, column_statistics, column_coefficients) in ctx.travel.round(mine):
-            grad_rows += ctx.kernel.gradient(
-                rows,
-                columns,
-                class_ranges(labels, column_labels, own),
-                (statistics, coefficients),
-                (column_statistics.T.contiguous(), column_coefficients.T.contiguous()),
-            )
+        for own, (columns, column_labels, *theirs) in ctx.travel.round([rows, labels, *(x.T for x in mine)]):
+            ranges = class_ranges(labels, column_labels, own)
+            grad_rows += ctx.kernel.gradient(rows, columns, ranges, mine, [x.T.contiguous() for x in theirs])
         return grad_rows, None, None, None
+
+
+class _CrossStatistics(torch.autograd.Function):
+    """p, n and l of every row of the first view over the second views of all ranks; if ``symmetric`` also the other way round."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: Tensor, second: Tensor, labels: Tensor, travel: _Travel, kernel: _Kernel, symmetric: bool
+    ) -> tuple[Tensor, ...]:
+        rows, others = ([first, second], [second, first]) if symmetric else ([first], [second])
+        ways = [_of_nothing(first) for _ in rows]
+        for _, (*columns, column_labels) in travel.round([*others, labels]):
+            ranges = class_ranges(labels, column_labels, own=False)
+            for way, views in enumerate(zip(rows, columns, strict=True)):
+                ways[way] = _joined(ways[way], kernel.statistics(*views, ranges))
+        ctx.save_for_backward(first, second, labels, *ways)
+        ctx.travel, ctx.kernel = travel, kernel
+        return tuple(ways)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first, second, labels, *ways = ctx.saved_tensors
+        if len(ways) == 1:  # the second view's rows are no anchors
+            ways, grads = [*ways, _of_nothing(second)], (*grads, torch.zeros_like(grads[0]))
+        of_first, of_second = (_travelling(*both, first.dtype) for both in zip(ways, grads, strict=True))
+        grad_first, grad_second = torch.zeros_like(first), torch.zeros_like(second)
+        mine = [first, second, labels, *(x.T for x in (*of_first, *of_second))]
+        for _, (firsts, seconds, column_labels, *sent) in ctx.travel.round(mine):
+            ranges = class_ranges(labels, column_labels, own=False)
+            theirs = [x.T.contiguous() for x in sent]
+            grad_first += ctx.kernel.gradient(first, seconds, ranges, of_first, theirs[2:])
+            grad_second += ctx.kernel.gradient(second, firsts, ranges, of_second, theirs[:2])
+        return grad_first, grad_second, None, None, None, None
 
 
 def class_ranges(labels: Tensor, column_labels: Tensor, own: bool) -> Tensor:  # [R], [M] sorted -> [R, 3] int32
@@ -136,7 +212,7 @@ class _Kernel:
         raise NotImplementedError
 
     def gradient(
-        self, rows: Tensor, columns: Tensor, ranges: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
+        self, rows: Tensor, columns: Tensor, ranges: Tensor, own: Sequence[Tensor], other: Sequence[Tensor]
     ) -> Tensor:  # [R, C]
         raise NotImplementedError
 
@@ -159,7 +235,7 @@ class _NativeKernel(_Kernel):
         return statistics[:3] + torch.stack([*tops, positives * tops[0]])
 
     def gradient(
-        self, rows: Tensor, columns: Tensor, ranges: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
+        self, rows: Tensor, columns: Tensor, ranges: Tensor, own: Sequence[Tensor], other: Sequence[Tensor]
     ) -> Tensor:
         groups = self._groups(rows, columns)
         own, other = ((self._kept(rows, statistics), coefficients) for statistics, coefficients in (own, other))
@@ -202,7 +278,7 @@ class _ReferenceKernel(_Kernel):
         return torch.stack([reference.masked_logsumexp(s, positive), reference.masked_logsumexp(s, negative), linear])
 
     def gradient(
-        self, rows: Tensor, columns: Tensor, ranges: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
+        self, rows: Tensor, columns: Tensor, ranges: Tensor, own: Sequence[Tensor], other: Sequence[Tensor]
     ) -> Tensor:
         s, positive, negative = self._pairs(rows, columns, ranges)
         s = s.double()

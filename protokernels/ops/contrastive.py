@@ -302,6 +302,7 @@ def cross_view_loss(
     denominator: Denominator = "all",
     symmetric: bool = True,
     normalize: bool = True,
+    gather: Gather = False,
     precision: Precision = "highest",
 ) -> Tensor:
     """InfoNCE between two views: row i of the one and row i of the other attract, rows of the same view do not meet.
@@ -318,13 +319,14 @@ def cross_view_loss(
             normalize=False``).
         symmetric: also from the second view to the first, and the mean of both.
         normalize: compare directions (cosine); otherwise inner products.
+        gather: the other view's rows of all ranks too, see :func:`supcon_loss`.
         precision: see :func:`local_contrastive_loss`.
 
     Returns:
         The loss, float32 (float64 for float64 embeddings), differentiable once. A single pair: 0.
 
     Raises:
-        TypeError, ValueError: arguments do not fit.
+        TypeError, ValueError: arguments do not fit. RuntimeError: ``gather`` without an initialised process group.
 
     Example:
         >>> import torch, protokernels
@@ -334,11 +336,15 @@ def cross_view_loss(
     op = "cross_view_loss"
     count = checks.check_views(op, first, second)
     form = checks.form_of(op, denominator)
-    checks.check_choices(op, temperature, form, precision)
+    checks.check_choices(op, temperature, form, precision, gather)
     _checks.check_flag(op, "symmetric", symmetric)
     _checks.check_flag(op, "normalize", normalize)
     if first.dtype != second.dtype:
         first, second = _in_one_dtype(first, second)
+    if gather:
+        return _contrastive_distributed.gathered_cross_view_loss(
+            op, first, second, temperature, form, symmetric, normalize, gather == "ring", precision
+        )
     if backend.native_serves(first.device):
         plan = _views_plan(first, count, True, symmetric)
         return _native_losses(plan, temperature, form, normalize, precision, first, second)[0]

@@ -13,13 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from protokernels import backend, nt_xent_loss, supcon_loss
+from protokernels import backend, cross_view_loss, nt_xent_loss, supcon_loss
 
 FORMS = ("supcon", "in", "paper", "negout")
 D = 19
 SETTINGS = [(0.1, True), (0.01, True), (2.0, False), (1e-4, False)]
 """Temperature, normalize; scores are up to 4e5."""
 CASES = [(form, gather) for form in FORMS for gather in (True, "ring")]
+CROSSING = [
+    (denominator, symmetric, gather)
+    for denominator in ("all", "negatives")
+    for symmetric in (True, False)
+    for gather in (True, "ring")
+]
 PAIRS = [(denominator, gather) for denominator in ("all", "negatives") for gather in (True, "ring")]
 
 
@@ -52,6 +58,20 @@ def losses_of_rank(rank: int, world_size: int) -> list[Any]:
         loss = nt_xent_loss(leaf[:half], leaf[half:], denominator=denominator, gather=gather)  # type: ignore[arg-type]
         loss.backward()
         results.append((loss.detach(), leaf.grad))
+    for denominator, symmetric, gather in CROSSING:
+        for temperature, normalize in SETTINGS:
+            first, second = (view.clone().requires_grad_() for view in (x[mine], x.flip(1)[mine]))
+            loss = cross_view_loss(
+                first,
+                second,
+                temperature=temperature,
+                denominator=denominator,
+                symmetric=symmetric,
+                normalize=normalize,
+                gather=gather,
+            )  # type: ignore[arg-type]
+            loss.backward()
+            results.append((loss.detach(), first.grad, second.grad))
     return results
 
 
