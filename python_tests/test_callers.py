@@ -236,6 +236,7 @@ class TestCopies:
 PROTOTYPES = draw(4, 5).detach()
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "soft_assign": (lambda x: protokernels.soft_assign(x, PROTOTYPES, temperature=0.5), (6, 5)),  # type: ignore[dict-item]
+    "prototype_step": (lambda x: total(*protokernels.prototype_step(x, PROTOTYPES, temperature=0.5, new_weight=0.9)[:3:2]), (6, 5)),
     "sinkhorn": (lambda x: protokernels.sinkhorn(x, epsilon=0.5, num_iters=4).plan, (3, 4, 5)),
     "sinkhorn_divergence": (lambda x: protokernels.sinkhorn_divergence(x, x.flip(-2), epsilon=1.0, num_iters=4), (3, 4, 5)),
     "supcon_loss": (lambda x: protokernels.supcon_loss(x, torch.arange(6) % 2), (6, 5)),
@@ -246,9 +247,14 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 
 
 class TestTransforms:
+    @pytest.mark.parametrize("chosen", ["auto", "reference"])
     @pytest.mark.parametrize("name", FUNCTIONS)
-    def test_grad_and_vmap_agree_with_autograd_and_a_loop(self, name: str) -> None:
-        function, shape = FUNCTIONS[name]
+    def test_grad_and_vmap_agree_with_autograd_and_a_loop(self, name: str, chosen: Any) -> None:
+        with backend.use(chosen):
+            self._compare(*FUNCTIONS[name])
+
+    @staticmethod
+    def _compare(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
         x = draw(3, *shape).detach()
 
         def loss(one: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import copy
 import math
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -313,30 +314,41 @@ class TestTraining:
         assert encoder.weight.grad is not None and encoder.weight.grad.any() and encoder.weight.grad.isfinite().all()
 
 
-class TestTwoProcesses:
+def run_ranks(folder: Path, world_size: int) -> list[dict[str, Any]]:
+    words = [(rank, world_size, folder / "store", folder / f"{rank}.pt") for rank in range(world_size)]
+    forks.run_ranks(worker.__file__, folder, words)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+class TestProcesses:
     @pytest.fixture(scope="class")
     @staticmethod
     def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-        folder = tmp_path_factory.mktemp("ranks")
-        words = [(rank, 2, folder / "store", folder / f"{rank}.pt") for rank in (0, 1)]
-        forks.run_ranks(worker.__file__, folder, words)
-        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+        return run_ranks(tmp_path_factory.mktemp("ranks"), 2)
 
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+        return run_ranks(tmp_path_factory.mktemp("four_ranks"), 4)
+
+    @pytest.mark.parametrize("number", ["ranks", "four_ranks"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    def test_two_ranks_equal_one_with_the_whole_batch(self, ranks: list[dict[str, Any]], dtype: torch.dtype) -> None:
+    def test_ranks_equal_one_with_the_whole_batch(
+        self, request: pytest.FixtureRequest, number: str, dtype: torch.dtype
+    ) -> None:
         module = worker.given_start(Prototypes(worker.K, worker.D, temperature=0.1, new_weight=0.9, dtype=dtype), dtype)
         whole = worker.train(module, worker.batches(dtype))
-        first, second = (rank[str(dtype)] for rank in ranks)
+        parts = [rank[str(dtype)] for rank in request.getfixturevalue(number)]
         # The ranks' float64 sums are added in another order than one rank's; scores at temperature 0.1 carry that on.
         rounding = 2e-13 if dtype == torch.float64 else 2e-5
         for step in range(len(worker.BATCHES)):
-            assert torch.equal(first["prototypes"][step], second["prototypes"][step])
-            assert torch.equal(first["counts"][step], whole["counts"][step])
-            assert torch.equal(second["counts"][step], whole["counts"][step])
-            torch.testing.assert_close(first["prototypes"][step], whole["prototypes"][step], rtol=0.0, atol=rounding)
-            for part in ("assignments", "gradients"):
-                together = torch.cat([first[part][step], second[part][step]])
-                torch.testing.assert_close(together, whole[part][step], rtol=0.0, atol=rounding)
+            for part in parts:
+                assert torch.equal(part["prototypes"][step], parts[0]["prototypes"][step])
+                assert torch.equal(part["counts"][step], whole["counts"][step])
+            torch.testing.assert_close(parts[0]["prototypes"][step], whole["prototypes"][step], rtol=0.0, atol=rounding)
+            for name in ("assignments", "gradients"):
+                together = torch.cat([part[name][step] for part in parts])
+                torch.testing.assert_close(together, whole[name][step], rtol=0.0, atol=rounding)
 
     def test_every_rank_starts_from_the_rows_of_the_first(self, ranks: list[dict[str, Any]]) -> None:
         first, second = (rank["initial"] for rank in ranks)

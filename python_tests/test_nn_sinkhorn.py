@@ -206,18 +206,14 @@ class TestAssignment:
             SinkhornAssignment()(torch.ones(4))
 
 
-class TestTwoProcesses:
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[Tensor]]:
-        folder: Path = tmp_path_factory.mktemp("ranks")
-        words = [(rank, 2, folder / "store", folder / f"{rank}.pt") for rank in (0, 1)]
-        forks.run_ranks(worker.__file__, folder, words)
-        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-    def test_two_ranks_equal_one_with_the_whole_batch(self, ranks: list[list[Tensor]]) -> None:
+class TestProcesses:
+    @pytest.mark.parametrize("world_size", [2, 4])
+    def test_ranks_equal_one_with_the_whole_batch(self, tmp_path: Path, world_size: int) -> None:
+        words = [(rank, world_size, tmp_path / "store", tmp_path / f"{rank}.pt") for rank in range(world_size)]
+        forks.run_ranks(worker.__file__, tmp_path, words)
+        ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
         module = SinkhornAssignment(epsilon=0.3, num_iters=4)
         for index, (scores, (_, cut)) in enumerate(zip(worker.batches(), worker.BATCHES, strict=True)):
             whole = module(scores.double()).float()  # ranks iterate in float64
-            assert ranks[0][index].shape == (cut, worker.K)
+            assert ranks[0][index].shape == (-(-cut // (world_size // 2)), worker.K)
             torch.testing.assert_close(torch.cat([rank[index] for rank in ranks]), whole, rtol=1e-6, atol=1e-9)

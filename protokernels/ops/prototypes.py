@@ -306,7 +306,7 @@ def prototype_step(
             labels = reference.sample_labels(c.detach(), uniform)
         if skip_nonfinite:
             labels = torch.where(z.isfinite().all(-1), labels, -1)
-        sums, counts = reference.accumulate(z, labels, prototypes.shape[0], False)
+        sums, counts = reference.sums_and_counts(z, labels, prototypes.shape[0], False)
         updated = reference.blend(prototypes, sums, counts, new_weight)
     return PrototypeStep(
         c.to(dtype), labels, updated.detach(), counts, sums.detach(), entropy.to(dtype) if return_entropy else None

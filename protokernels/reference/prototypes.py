@@ -83,6 +83,16 @@ def accumulate(
 ) -> tuple[Tensor, Tensor]:  # sums [K, D] float64, counts [K] int64
     if not torch.compiler.is_compiling() and labels.device.type == "cpu" and bool((labels >= num_prototypes).any()):
         raise IndexError(f"prototypes: labels must be below {num_prototypes}; got {int(labels.max())}")
+    return sums_and_counts(z, labels, num_prototypes, skip_nonfinite)
+
+
+def sums_and_counts(
+    z: Tensor,  # [B, D]
+    labels: Tensor,  # [B] int64, below num_prototypes; negative labels are ignored
+    num_prototypes: int,
+    skip_nonfinite: bool,
+) -> tuple[Tensor, Tensor]:  # sums [K, D] float64, counts [K] int64
+    """What ``accumulate`` gives, without a look at the labels, which ``torch.func.vmap`` would not allow."""
     keep = labels >= 0
     if skip_nonfinite:
         keep = keep & z.isfinite().all(-1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from protokernels.nn import Prototypes
 
 K, D = 6, 5
-# rows of every batch, and where the second rank's part begins: even, uneven, nothing for the second, nothing for the first, one row
+# rows of every batch, and where the second half of the ranks begins: even, uneven, nothing for one of the halves, one row
 BATCHES = [(64, 32), (10, 7), (12, 12), (9, 0), (1, 1), (40, 20)]
 
 
@@ -55,19 +55,23 @@ def train(module: Prototypes, parts: list[Tensor]) -> dict[str, Any]:
     return history
 
 
+def share(rows: Tensor, cut: int, rank: int, world_size: int) -> Tensor:
+    """The rows of a rank: what comes before the cut lies on the first half of the ranks."""
+    parts = [part for half in (rows[:cut], rows[cut:]) for part in half.tensor_split(world_size // 2)]
+    return parts[rank]
+
+
 def main(rank: int, world_size: int, store: str, output: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     results: dict[str, Any] = {}
     for dtype in (torch.float64, torch.float32):
-        parts = [
-            rows[:cut] if rank == 0 else rows[cut:] for rows, (_, cut) in zip(batches(dtype), BATCHES, strict=True)
-        ]
+        parts = [share(rows, cut, rank, world_size) for rows, (_, cut) in zip(batches(dtype), BATCHES, strict=True)]
         module = given_start(Prototypes(K, D, temperature=0.1, new_weight=0.9, dtype=dtype), dtype)
         results[str(dtype)] = train(module, parts)
 
     # every rank starts from rank 0's rows, whatever its own generator would have chosen
-    own = batches(torch.float32)[0][32 * rank : 32 * (rank + 1)]
+    own = batches(torch.float32)[0].chunk(world_size)[rank]
     module = Prototypes(K, D, new_weight=0.0, generator=torch.Generator().manual_seed(rank)).train()
     module(own)
     results["initial"] = module.prototypes.clone()

@@ -15,7 +15,7 @@ from torch import Tensor
 from protokernels.nn import SinkhornAssignment
 
 K = 5
-# rows of every batch, and where the second rank's part begins: even, uneven, nothing for the second, nothing for the first, nothing at all
+# rows of every batch, and where the second half of the ranks begins: even, uneven, nothing for one of the halves, nothing at all
 BATCHES = [(32, 16), (11, 7), (6, 6), (9, 0), (0, 0)]
 
 
@@ -26,10 +26,16 @@ def batches() -> list[Tensor]:
     return drawn
 
 
+def share(rows: Tensor, cut: int, rank: int, world_size: int) -> Tensor:
+    """The rows of a rank: what comes before the cut lies on the first half of the ranks."""
+    parts = [part for half in (rows[:cut], rows[cut:]) for part in half.tensor_split(world_size // 2)]
+    return parts[rank]
+
+
 def main(rank: int, world_size: int, store: str, output: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    parts = [rows[:cut] if rank == 0 else rows[cut:] for rows, (_, cut) in zip(batches(), BATCHES, strict=True)]
+    parts = [share(rows, cut, rank, world_size) for rows, (_, cut) in zip(batches(), BATCHES, strict=True)]
     module = SinkhornAssignment(epsilon=0.3, num_iters=4)
     results = [module(part) for part in parts]
     torch.save(results, output)
