@@ -57,7 +57,8 @@ def gathered_losses(
     rows, kernel = _packed(embeddings, order, temperature, normalize, precision)
     travel = _Travel(len(rows), rows.device, ring)
     statistics, positives, negatives = _Statistics.apply(rows, labels, travel, kernel)
-    losses, anchors = reference.losses_of(*statistics, positives, negatives, form)
+    p, n, linear = statistics
+    losses, anchors = reference.losses_of(p, n, linear, positives, negatives, form)
     losses = losses.to(rows.dtype)
     return losses.new_zeros(len(embeddings)).index_put((order,), losses), torch.zeros(
         len(embeddings), dtype=torch.bool, device=order.device
@@ -83,7 +84,7 @@ def gathered_cross_view_loss(
     labels = pairs * dist.get_world_size() + dist.get_rank()
     positives, negatives = torch.ones_like(pairs), torch.full_like(pairs, sum(travel.counts) - 1)
     ways = _CrossStatistics.apply(rows, others, labels, travel, kernel, symmetric)
-    losses = torch.stack([reference.losses_of(*way, positives, negatives, form)[0] for way in ways])
+    losses = torch.stack([reference.losses_of(p, n, linear, positives, negatives, form)[0] for p, n, linear in ways])
     return (losses.sum() / max(1, losses.numel())).to(rows.dtype)
 
 
