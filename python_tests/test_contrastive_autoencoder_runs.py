@@ -208,13 +208,25 @@ class TestFigures:
         assert len(middle.artists) + len(middle.lines) >= 1 and len(left.collections) == 1
 
 
-class TestTwoProcesses:
-    def test_they_train_like_one(self, tmp_path: Path) -> None:
-        """Batches of odd size: the same losses and parameters up to rounding. Negatives come from both."""
-        forks.run_ranks(worker.__file__, tmp_path, [[tmp_path / "two"]] * 2)
+class TestProcesses:
+    @pytest.mark.parametrize(
+        "processes",
+        [
+            2,
+            pytest.param(
+                4,
+                marks=pytest.mark.skipif(
+                    os.environ.get("PROTOKERNELS_LARGE") != "1", reason="four processes: set PROTOKERNELS_LARGE=1"
+                ),
+            ),
+        ],
+    )
+    def test_they_train_like_one(self, tmp_path: Path, processes: int) -> None:
+        """Batches of odd size: the same losses and parameters up to rounding. Negatives come from all."""
+        forks.run_ranks(worker.__file__, tmp_path, [[tmp_path / "two"]] * processes)
         worker.main(str(tmp_path / "one"))
         one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
-        assert two.config()["processes"] == 2
+        assert two.config()["processes"] == processes
         for first, second in zip(one.metrics(), two.metrics(), strict=True):
             for name in first.keys() & {
                 "loss",

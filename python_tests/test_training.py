@@ -262,10 +262,19 @@ class TestTwoProcesses:
         """VAESim on digits, batches of odd size: same losses and parameters up to rounding, and one run folder."""
         result, folder = pair
         assert result.returncode == 0, result.stderr
+        self._compare(folder, 2, tmp_path, monkeypatch)
+
+    @pytest.mark.skipif(os.environ.get("PROTOKERNELS_LARGE") != "1", reason="four processes: set PROTOKERNELS_LARGE=1")
+    def test_four_processes_train_like_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        forks.run_ranks(two_processes.__file__, tmp_path, [["train", tmp_path / "four"]] * 4)
+        self._compare(tmp_path / "four", 4, tmp_path, monkeypatch)
+
+    @staticmethod
+    def _compare(folder: Path, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.optim, "Adam", torch.optim.Adam)  # taken back at the end: the worker replaces it
         two_processes.train(str(tmp_path / "one"), resume=False)
         one, two = RunFolder(tmp_path / "one"), RunFolder(folder)
-        assert two.config()["processes"] == 2
+        assert two.config()["processes"] == processes
         assert len(one.metrics()) == len(two.metrics()) == 2
         for first, second in zip(one.metrics(), two.metrics(), strict=True):
             for name in ("loss", "reconstruction", "kl"):
