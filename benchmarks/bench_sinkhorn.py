@@ -189,25 +189,27 @@ class TestPlanGradient:
         contest(benchmark, peer, ours, **facts("gradient through the plan", case, name, against=against))
 
 
-@pytest.mark.parametrize("name", [OURS, "torch, the cost written out"])
+def our_features(p: FeaturesProblem, backward: bool) -> Call:
+    def value(x: Tensor, y: Tensor) -> Tensor:
+        return protokernels.sinkhorn_features(x, y, epsilon=p.epsilon, num_iters=p.num_iters).entropic_value
+
+    return p.call(value, backward)
+
+
+@pytest.mark.parametrize("name", [OURS, *peers.FEATURES_ON_CPU])
 @pytest.mark.parametrize("size", [(1, 4096, 64, 10), (8, 1024, 64, 20), (1, 4096, 64, 100)], ids=str)
 def test_features(benchmark: Any, contest: Any, size: tuple[int, ...], name: str) -> None:
     """Value and gradients of features at cosine cost: the N x N costs are never stored."""
     B, N, D, num_iters = size
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(B, N, D, generator=generator).requires_grad_() for _ in range(2))
-    masses = torch.full((B, N), 1 / N)
-
-    def ours() -> tuple[Tensor, ...]:
-        result = protokernels.sinkhorn_features(x, y, num_iters=num_iters)
-        return torch.autograd.grad(result.entropic_value.sum(), (x, y))
-
-    def plain() -> tuple[Tensor, ...]:
-        unit = torch.nn.functional.normalize
-        cost = 1 - unit(x, dim=2) @ unit(y, dim=2).mT
-        return torch.autograd.grad(peers.torch_value(cost, masses, masses, 0.05, num_iters, False), (x, y))
-
-    contender = ours if name == OURS else plain
+    p = FeaturesProblem(*(torch.randn(B, N, D, generator=generator) for _ in range(2)), 0.05, num_iters)
+    ours = contender = our_features(p, True)
+    if name != OURS:
+        module, solve = peers.FEATURES_ON_CPU[name]
+        pytest.importorskip(module, reason=f"{name}: {module} is not installed")
+        contender = solve(p, True)
+        apart = max(distance(one, other) for one, other in zip(ours(), contender(), strict=True))
+        assert apart <= 1e-3, f"{name} gives something else: {apart:.2g} of its length apart"
     pairs = float(B * N * N)
     limit = (pairs * (2 * D * 2 * num_iters + 6 * D), 16.0 * B * N * D) if name == OURS else None
     row = {"what": "features, forward and backward", "case": f"{B}x{N}x{N}, D = {D}, {num_iters} it", "sizes": SIZES,
@@ -292,13 +294,6 @@ def test_on_cuda(cuda_contest: Any, case: Case, mode: str, what: str, name: str)
 
 
 FEATURES_ON_CUDA = [(1, 4096, 64, 10), (1, 4096, 64, 100), (1, 10240, 64, 100), (64, 196, 512, 50)]
-
-
-def our_features(p: FeaturesProblem, backward: bool) -> Call:
-    def value(x: Tensor, y: Tensor) -> Tensor:
-        return protokernels.sinkhorn_features(x, y, epsilon=p.epsilon, num_iters=p.num_iters).entropic_value
-
-    return p.call(value, backward)
 
 
 @pytest.mark.cuda

@@ -179,6 +179,32 @@ def flash_sinkhorn(p: FeaturesProblem, backward: bool) -> Call:
     return p.call(value, backward)
 
 
+def keops_features(p: FeaturesProblem, backward: bool) -> Call:
+    """Lazy matrices of KeOps, two log-sum-exps an iteration; by the envelope theorem the gradient is that of the plan's mass."""
+    from pykeops.torch import LazyTensor  # type: ignore[import-not-found, unused-ignore]
+
+    log_mass = -math.log(p.x.shape[1])
+
+    def score(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Any:
+        rows, columns = LazyTensor(x.unsqueeze(2).contiguous()), LazyTensor(y.unsqueeze(1).contiguous())
+        potentials = LazyTensor(u[:, :, None, None].contiguous()) + LazyTensor(v[:, None, :, None].contiguous())
+        return potentials - (1 - (rows | columns)) / p.epsilon
+
+    def value(x: Tensor, y: Tensor) -> Tensor:
+        x, y = F.normalize(x, dim=2), F.normalize(y, dim=2)
+        u, v = torch.zeros_like(x[:, :, 0]), torch.zeros_like(y[:, :, 0])
+        with torch.no_grad():
+            for _ in range(p.num_iters):
+                u = log_mass - score(x, y, torch.zeros_like(u), v).logsumexp(dim=2).squeeze(-1)
+                v = log_mass - score(x, y, u, torch.zeros_like(v)).logsumexp(dim=1).squeeze(-1)
+            marginal = score(x, y, u, v).exp().sum(dim=2).squeeze(-1)
+            known = p.epsilon * ((u * marginal).sum(1) + v.mean(1) - marginal.sum(1))
+        mass = score(x, y, u, v).exp().sum(dim=2).sum((1, 2))
+        return known - p.epsilon * (mass - mass.detach())
+
+    return p.call(value, backward)
+
+
 # ------------------------------------------------------------------------------------------------------------------ OTT
 
 
@@ -243,6 +269,10 @@ PLAN_GRADIENTS: dict[str, tuple[str, Callable[[Problem], Call]]] = {
 FEATURES: dict[str, tuple[str, Callable[[FeaturesProblem, bool], Call]]] = {
     "torch, the cost written out": ("torch", torch_features),
     "flash-sinkhorn": ("flash_sinkhorn", flash_sinkhorn),
+}
+FEATURES_ON_CPU: dict[str, tuple[str, Callable[[FeaturesProblem, bool], Call]]] = {
+    "torch, the cost written out": ("torch", torch_features),
+    "KeOps": ("pykeops", keops_features),
 }
 TAKE_MASKS = frozenset({"torch", "torch.compile", "torch, envelope", "POT solve_batch, scaling"})
 """Peers that accept masses of zero."""

@@ -78,6 +78,7 @@ def op_of(schema: str) -> str:
 
 
 OPERATORS = [name for name in schemas() if name not in LIBRARY_SERVICES]
+ABOUT_VALUES = {"sinkhorn_masses_fit"}  # no tensor comes out: values are looked at on the CPU only, and never while tracing
 OPS = sorted({op_of(name) for name in OPERATORS})
 
 
@@ -111,14 +112,15 @@ class TestOps:
         op = op_of(operator)
         torch_side = "\n".join(path.read_text() for path in (ROOT / "csrc/ops").glob(f"{op}*.cpp"))
         python_side = "\n".join(path.read_text() for path in (ROOT / "protokernels/ops").glob(f"*{op}*.py"))
-        for key in ("CPU", "CUDA"):
+        about_values = operator in ABOUT_VALUES
+        for key in ("CPU",) if about_values else ("CPU", "CUDA"):
             blocks = re.findall(
                 rf"STABLE_TORCH_LIBRARY_IMPL\(protokernels, {key},.*?^}}", torch_side, flags=re.M | re.S
             )
             in_library = any(f'"{operator}"' in block for block in blocks)
             in_python = f'torch.library.impl("protokernels::{operator}", "{key}")' in python_side
             assert in_library or in_python, f"{operator}: not registered for {key}"
-        assert f'_calls.register("{operator}", ' in python_side, f"{operator}: no fake kernel"
+        assert about_values or f'_calls.register("{operator}", ' in python_side, f"{operator}: no fake kernel"
         called = re.findall(r"torch\.ops\.protokernels\.(\w+)\(", python_side)
         assert called == [], f"{', '.join(called)}: call native operators by _calls.call"
 
