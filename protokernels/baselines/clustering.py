@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ..data import ImageDataset, Split, to_tensor
+from ..data import ImageDataset, Split
 from ..data.datasets import data_name
+from ..data.mapped import Images, tensor_batches
 from ..evaluation import EvaluationConfig, Representation
 from ..evaluation.linear import LinearProtocol
 from ..training import RunFolder, Session, derived_generator
@@ -161,7 +162,7 @@ def active_dimensions(z: Tensor) -> float:  # [N, D] means
 
 
 @torch.no_grad()
-def watch(model: ClusteringModel, images: Tensor) -> dict[str, float]:  # images [N, C, H, W]
+def watch(model: ClusteringModel, images: Images) -> dict[str, float]:  # images [N, C, H, W]
     """An epoch's measures of collapse, in evaluation mode."""
     model.eval()
     chosen = images[:: -(-len(images) // WATCHED)]
@@ -178,8 +179,8 @@ def represent(model: ClusteringModel, split: Split, config: Any, *, name: str, s
     device = next(model.parameters()).device
     generator = derived_generator(seed, "evaluation", name) if config.embedding == "sample" else None
     parts = [
-        model.represent(to_tensor(images.numpy(), size=config.image_size).to(device), generator)
-        for images in torch.as_tensor(split.images).split(1000)
+        model.represent(images.to(device), generator)
+        for images in tensor_batches(split.images, 1000, size=config.image_size)
     ]
     clusters = [labels.cpu() for _, labels in parts if labels is not None]
     z = torch.cat([embeddings.float().cpu() for embeddings, _ in parts])
@@ -216,7 +217,7 @@ class ClusteringBaseline(Experiment[Any]):
         name: str,
         config: type[ClusteringConfig],
         build: Callable[[Any, int, int], Any],
-        fit: Callable[[Any, Tensor, Session, Any], None] | None,
+        fit: Callable[[Any, Images, Session, Any], None] | None,
         description: str | None,
         paper: PaperResults,
     ) -> None:

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.mapped import Images
 from ..papers._vaesim_published import paper_results
 from ..training import Session
 from .clustering import (
@@ -204,7 +205,7 @@ def gmvae_loss(images: Tensor, output: GMVAEOutput) -> dict[str, Tensor]:  # ima
     }
 
 
-def fit(model: GMVAE, images: Tensor, session: Session, config: GMVAEConfig) -> None:  # images [N, C, H, W] in [0, 1]
+def fit(model: GMVAE, images: Images, session: Session, config: GMVAEConfig) -> None:  # images [N, C, H, W] in [0, 1]
     """The loop."""
     for epoch in session.epochs():
         temperature = config.temperature(epoch)

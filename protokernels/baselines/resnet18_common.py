@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from ..data import ImageDataset, Split, to_tensor
+from ..data import ImageDataset, Split
 from ..data.datasets import data_name
+from ..data.mapped import tensor_batches
 from ..evaluation import classification_scores, clustering_scores
 from ..models import ResNet18, pooled
 from ..papers._contrastive_autoencoder_config import PAPER_RESULTS
@@ -72,10 +73,7 @@ def features(encoder: ResNet18, split: Split, image_size: int) -> Tensor:  # -> 
     """:func:`pooled_features` of all images of a split."""
     device = next(encoder.parameters()).device
     return torch.cat(
-        [
-            pooled_features(encoder, to_tensor(images.numpy(), size=image_size).to(device))
-            for images in torch.as_tensor(split.images).split(100)
-        ]
+        [pooled_features(encoder, images.to(device)) for images in tensor_batches(split.images, 100, size=image_size)]
     )
 
 

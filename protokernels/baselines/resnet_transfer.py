@@ -130,12 +130,14 @@ class _Transfer(ClusteringBaseline):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        images, labels = torch.as_tensor(split.images), torch.as_tensor(split.labels)
+        labels = torch.as_tensor(split.labels)
         layout = preferred_layout(session.accelerator)
         for _ in session.epochs():
             for step in session.steps():
                 chosen = step.indices.cpu()
-                x = to_tensor(images[chosen], size=config.image_size).to(session.device, memory_format=layout)
+                x = to_tensor(split.images[chosen.numpy()], size=config.image_size).to(
+                    session.device, memory_format=layout
+                )
                 targets = labels[chosen].to(session.device)
                 logits = session.model(x)
                 loss = F.cross_entropy(logits, targets)

@@ -19,7 +19,7 @@ from ..evaluation.classifier import label_loss
 from ..models import pooled
 from ..training import RunFolder, Session
 from ..training.checkpoints import fitting
-from ..training.self_supervised import Method, PretrainingConfig, as_bytes, load_method, without_weight_file
+from ..training.self_supervised import Method, PretrainingConfig, load_method, training_bytes, without_weight_file
 from ..training.views import two_views
 from .common import Baseline, spread
 
@@ -67,7 +67,7 @@ class _WithLabels(Baseline):
 
 def fit(split: Split, session: Session, config: PretrainingConfig) -> None:
     """The loop: both views of every image, and its labels."""
-    images, targets = as_bytes(split.images).to(session.device), targets_of(split).to(session.device)
+    images, targets = training_bytes(split, session), targets_of(split).to(session.device)
     views = config.views()
     for _ in session.epochs():
         for step in session.steps():

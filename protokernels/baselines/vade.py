@@ -48,6 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import ImageDataset, Split
+from ..data.mapped import Images
 from ..evaluation.threads import one_thread
 from ..papers._vaesim_published import paper_results
 from ..training import Session
@@ -238,7 +239,7 @@ def autoencoder_loss(images: Tensor, output: VaDEOutput) -> dict[str, Tensor]:  
     return {"squared_error": (images - torch.sigmoid(output.pixel_logits)).square().flatten(1).sum(dim=1).mean()}
 
 
-def fit(model: VaDE, images: Tensor, session: Session, config: VaDEConfig) -> None:  # images [N, C, H, W] in [0, 1]
+def fit(model: VaDE, images: Images, session: Session, config: VaDEConfig) -> None:  # images [N, C, H, W] in [0, 1]
     """Both stages."""
     for epoch in session.epochs():
         pretraining = epoch < config.pretraining_epochs
@@ -256,7 +257,7 @@ def fit(model: VaDE, images: Tensor, session: Session, config: VaDEConfig) -> No
 
 
 @torch.no_grad()
-def initialize_mixture(model: VaDE, images: Tensor, config: VaDEConfig, seed: int) -> None:  # images [N, C, H, W]
+def initialize_mixture(model: VaDE, images: Images, config: VaDEConfig, seed: int) -> None:  # images [N, C, H, W]
     """Sets the mixture to scikit-learn's fit to the latent vectors, and the log-variance's layer to its start.
 
     Raises:

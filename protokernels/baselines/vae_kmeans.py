@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ..cluster import Elbow, KMeans, choose_n_clusters
 from ..data import ImageDataset, Split
+from ..data.mapped import Images
 from ..evaluation import Representation
 from ..models import NetworkName, build_networks
 from ..papers._vaesim_published import paper_results
@@ -171,7 +172,7 @@ def vae_loss(
     return {"loss": error + config.beta * kl, "reconstruction": error, "kl": kl}
 
 
-def fit(model: VAE, images: Tensor, session: Session, config: VAEKMeansConfig) -> None:  # images [N, C, H, W] in [0, 1]
+def fit(model: VAE, images: Images, session: Session, config: VAEKMeansConfig) -> None:  # images [N, C, H, W] in [0, 1]
     """Trains the VAE; KMeans comes after it."""
     for _ in session.epochs():
         for step in session.steps():

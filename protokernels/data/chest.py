@@ -81,7 +81,7 @@ def _read_split(archive: NpzFile, split: str, labels: str, targets: int) -> Spli
     if findings is not None and findings.max(initial=0) > 1:
         raise DataError(f"{archive.path}: {split}_labels14 must be 0 or 1; got {int(findings.max())}")
     patients = read_patients(archive, split, count)
-    images = archive.read(f"{split}_images")
+    images = archive.read(f"{split}_images", may_map=True)
     try:
         return Split(images, classes, None if findings is None else findings.astype(np.uint8), patients)
     except DataError as error:

@@ -16,7 +16,14 @@ _NAMES = ("digits", "mnist", *chest.NAMES, *brain.NAMES, *brats.NAMES)
 
 
 def load_dataset(name: str | Path, root: str | Path | None = None, *, download: bool = False) -> ImageDataset:
-    """Loads a data set into memory.
+    """Loads a data set into memory, but for large images that an ``.npz`` file holds as they are.
+
+    Image arrays of 256 MB or more that were saved by ``numpy.savez`` (not ``savez_compressed``) are mapped: an ``np.memmap`` that
+    cannot be written to and may be larger than memory. They are read through for their checksum and
+    for the file's md5. Training and scoring take a batch of them at a time; :meth:`Split.take` of single images and :meth:`Split.join`
+    copy what they give, so validation and test images are in memory together while they are scored, and training images where a part of
+    them is held out for want of a validation split. The file must not change while the data set is in use: its values would, and where
+    it is cut short the process ends.
 
     Args:
         name: ``"digits"`` (inside scikit-learn, needs no file); ``"mnist"`` (four idx files, ``.gz`` or unzipped); a

@@ -145,7 +145,7 @@ def _read_splits(path: Path, *, targets: int = 0) -> tuple[dict[str, Split], tup
                 f"{', '.join(archive.names) or 'nothing'}"
             )
         check_headers(archive, split, targets=targets)
-        images = archive.read(f"{split}_images")
+        images = archive.read(f"{split}_images", may_map=True)
         if images.shape[-1] == 1 and images.ndim == 4:
             images = images[..., 0]
         if targets:

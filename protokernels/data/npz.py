@@ -23,6 +23,9 @@ LIMIT = 1 << 35  # bytes in one array; the largest of MedMNIST, pathmnist_224, h
 BLOCK = 1 << 20  # bytes read at a time
 MAX_HEADER = 10_000  # bytes; numpy's own limit
 LARGE, MAX_RATIO = 1 << 28, 100  # images shrink by less than this; a larger array that does not is an archive bomb
+MAP_FROM = 1 << 28  # bytes from which on an array that may be mapped is not read
+ADVICE = "; in C order and saved with numpy.savez, not numpy.savez_compressed, they stay in the file"
+LOCAL_HEADER = 30  # bytes in front of a member; in the last four the lengths of its name and extra field, which follow
 DAMAGE = (  # every way in which zipfile, zlib and numpy's header parser report a bad file
     zipfile.BadZipFile,
     zlib.error,
@@ -44,6 +47,11 @@ class Header(NamedTuple):
     dtype: np.dtype
     fortran_order: bool
     offset: int  # bytes before the data
+
+    @property
+    def size(self) -> int:
+        """Bytes of the data."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class NpzFile:
@@ -70,13 +78,27 @@ class NpzFile:
 
     def header(self, name: str) -> Header:
         """Shape and dtype of an array, without reading it."""
-        with self._open(name) as file:
+        with self._open(name) as (_, file):
             return self._read_header(name, file)
 
-    def read(self, name: str) -> np.ndarray:
-        """An array in C order; zipfile compares the checksum with the last block."""
-        with self._open(name) as file:
+    def read(self, name: str, *, may_map: bool = False) -> np.ndarray:
+        """An array in C order; zipfile compares the checksum with the last block.
+
+        With ``may_map``, one of :data:`MAP_FROM` bytes or more that lies in the file as it would in memory (stored, as ``numpy.savez``
+        does, and in C order) is an ``np.memmap`` that cannot be written to: it may be larger than memory. Its bytes are read once for the
+        checksum and not kept. Who changes the file afterwards changes the array, and who shortens it ends the process.
+        """
+        with self._open(name) as (archive, file):
             header = self._read_header(name, file)
+            stored = self._members[f"{name}.npy"].compress_type == zipfile.ZIP_STORED
+            if may_map and stored and not header.fortran_order and header.size >= MAP_FROM:
+                return self._map(name, header, archive, file)
+            limit = min(LIMIT, system_memory())
+            if header.size > limit:
+                raise DataError(
+                    f"{self.path}: {name} claims {list(header.shape)} of {header.dtype}, {header.size:,} bytes; at most "
+                    f"{limit:,} are loaded on this machine{ADVICE if may_map else ''}"
+                )
             array = np.empty(math.prod(header.shape), dtype=header.dtype)
             target = memoryview(cast("bytearray", array.view(np.uint8)))
             position = 0
@@ -90,8 +112,26 @@ class NpzFile:
             return np.ascontiguousarray(array.reshape(header.shape[::-1]).T)
         return array.reshape(header.shape)
 
+    def _map(self, name: str, header: Header, archive: zipfile.ZipFile, file: IO[bytes]) -> np.ndarray:
+        """The array where it lies in the archive, of which ``file`` has just read the header."""
+        left = header.size
+        while block := file.read(BLOCK):  # zipfile compares the checksum with the last one
+            left -= len(block)
+        if left:
+            raise EOFError(f"{left:,} bytes are missing")
+        info, whole = self._members[f"{name}.npy"], archive.fp
+        assert whole is not None
+        whole.seek(info.header_offset)
+        local = whole.read(LOCAL_HEADER)
+        more = int.from_bytes(local[-4:-2], "little") + int.from_bytes(local[-2:], "little")
+        start = info.header_offset + LOCAL_HEADER + more
+        behind = [other.header_offset for other in archive.infolist() if other.header_offset > info.header_offset]
+        if start + info.compress_size > min(behind, default=archive.start_dir):  # not every version of zipfile looks
+            raise DataError(f"{self.path}: {name} is damaged: it overlaps what follows in the archive")
+        return np.memmap(whole, header.dtype, "r", start + header.offset, header.shape)
+
     @contextmanager
-    def _open(self, name: str) -> Iterator[IO[bytes]]:
+    def _open(self, name: str) -> Iterator[tuple[zipfile.ZipFile, IO[bytes]]]:
         info = self._members.get(f"{name}.npy")
         if info is None:
             raise DataError(f"{self.path}: no array {name!r}; it holds {', '.join(self.names) or 'nothing'}")
@@ -100,7 +140,7 @@ class NpzFile:
                 f"{self.path}: {name} is encrypted or packed in a way numpy does not use; save with numpy.savez"
             )
         with self._named_errors(name), zipfile.ZipFile(self.path) as archive, archive.open(info) as file:
-            yield file
+            yield archive, file
 
     def _read_header(self, name: str, file: IO[bytes]) -> Header:
         version = np.lib.format.read_magic(file)
@@ -133,12 +173,6 @@ class NpzFile:
             raise DataError(
                 f"{self.path}: {name} would unpack to {size:,} bytes from a file of {self.path.stat().st_size:,}; no "
                 "images shrink so much, so it is not read"
-            )
-        limit = min(LIMIT, system_memory())
-        if size > limit:
-            raise DataError(
-                f"{self.path}: {name} claims {list(shape)} of {dtype}, {size:,} bytes; at most {limit:,} are loaded "
-                "on this machine"
             )
         return Header(shape, dtype, fortran_order, offset)
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
+from ..data.mapped import MappedImages
 from ..models.modes import evaluating
 from .roc import auroc
 from .threads import one_thread
@@ -29,7 +30,7 @@ BIAS_DECAY = 1e-4  # keeps the bias finite for a class that all images have, or 
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Inputs of a classifier (images or features) with one label each, or several.
+    """Inputs of a classifier (images or features) with one label each, or several. Images of a mapped file stay in it.
 
     Raises:
         ValueError: no image, other lengths, targets of another kind.
@@ -39,7 +40,7 @@ class Labelled:
     targets: Tensor  # [N] int64, or [N, K] float with 0 and 1
 
     def __post_init__(self) -> None:
-        tensors = isinstance(self.inputs, Tensor) and isinstance(self.targets, Tensor)
+        tensors = isinstance(self.inputs, Tensor | MappedImages) and isinstance(self.targets, Tensor)
         single = tensors and self.targets.ndim == 1 and self.targets.dtype == torch.int64
         several = tensors and self.targets.ndim == 2 and self.targets.is_floating_point()
         if not (single or several) or len(self.targets) != len(self.inputs) or len(self.inputs) == 0:
@@ -54,7 +55,9 @@ class Labelled:
     def subset(self, indices: Tensor) -> Labelled:  # [n] int64
         """The images at ``indices``."""
         indices = indices.to(self.targets.device)
-        return Labelled(self.inputs[indices], self.targets[indices])
+        inputs: Any = self.inputs
+        chosen: Any = inputs.subset(indices) if isinstance(inputs, MappedImages) else inputs[indices]
+        return Labelled(chosen, self.targets[indices])
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data import ImageDataset, Split, to_tensor
+from ..data import ImageDataset, Split
+from ..data.mapped import tensor_batches
 from ..evaluation import (
     Representation,
     classification_scores,
@@ -57,8 +58,8 @@ def represent(model: ContrastiveAutoencoder, split: Split) -> Embeddings:
     model.eval()
     device = model.inertias.device
     parts_h, parts_z = [], []
-    for images in torch.as_tensor(split.images).split(1000):
-        h = model.encode(to_tensor(images.numpy(), size=model.config.image_size).to(device))
+    for images in tensor_batches(split.images, 1000, size=model.config.image_size):
+        h = model.encode(images.to(device))
         parts_h.append(h)
         parts_z.append(model.projector(h).float())
     h = torch.cat(parts_h)

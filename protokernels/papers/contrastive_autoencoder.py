@@ -64,6 +64,7 @@ import protokernels
 
 from ..cluster import KMeans, choose_n_clusters
 from ..data import ImageDataset, Split
+from ..data.mapped import Images
 from ..models import PhasedDecoder, contrastive_encoder, contrastive_projector
 from ..training import RunFolder, Session, derived_generator, gather_batch, process_count
 from ..training.checkpoints import fitting
@@ -203,7 +204,7 @@ def contrastive_autoencoder_loss(
     return {"loss": loss, "reconstruction": reconstruction, "contrastive": contrastive}
 
 
-def fit(model: ContrastiveAutoencoder, images: Tensor, session: Session, config: ContrastiveAutoencoderConfig) -> None:
+def fit(model: ContrastiveAutoencoder, images: Images, session: Session, config: ContrastiveAutoencoderConfig) -> None:
     """Algorithm 1. ``images`` [N, C, S, S] in [0, 1], on the device."""
     views = config.views()
     for epoch in session.epochs():
@@ -229,7 +230,7 @@ def diagnostics(output: Output) -> dict[str, Tensor]:
 
 
 def start_second_phase(
-    model: ContrastiveAutoencoder, images: Tensor, session: Session, config: ContrastiveAutoencoderConfig, epoch: int
+    model: ContrastiveAutoencoder, images: Images, session: Session, config: ContrastiveAutoencoderConfig, epoch: int
 ) -> None:
     """The step between the phases: prototypes, conditional decoder, and a new optimiser on the schedule that goes on."""
     prototypes, inertias, found = find_prototypes(model, images, config, session.seed, session.accelerator)
@@ -251,7 +252,7 @@ def candidates(config: ContrastiveAutoencoderConfig) -> list[int]:
 @torch.no_grad()
 def find_prototypes(
     model: ContrastiveAutoencoder,
-    images: Tensor,  # [N, C, S, S]
+    images: Images,  # [N, C, S, S]
     config: ContrastiveAutoencoderConfig,
     seed: int,
     accelerator: Accelerator,

@@ -56,6 +56,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 from ..data import ImageDataset, Split, to_tensor
 from ..data.augmentations import Augmentation, augment
 from ..data.datasets import data_name
+from ..data.mapped import Images, tensor_batches
 from ..evaluation import EvaluationConfig, Representation
 from ..models import NetworkName, build_networks
 from ..nn import LinearTemperature, Prototypes
@@ -252,7 +253,7 @@ def vaesim_loss(images: Tensor, output: VAESimOutput, prototypes: Tensor, config
     return {"loss": loss, "reconstruction": reconstruction, "kl": kl, "orthogonality": ortho}
 
 
-def fit(model: VAESim, images: Tensor, session: Session, config: VAESimConfig) -> None:  # images [N, C, H, W] in [0, 1]
+def fit(model: VAESim, images: Images, session: Session, config: VAESimConfig) -> None:  # images [N, C, H, W] in [0, 1]
     """Algorithm 1."""
     Q = model.prototypes
     for _ in session.epochs():
@@ -288,9 +289,8 @@ def represent(model: VAESim, split: Split, config: VAESimConfig, *, name: str, s
     model.prototypes.progress = 1.0
     generator = derived_generator(seed, "evaluation", name)
     embeddings = []
-    for images in torch.as_tensor(split.images).split(1000):
-        batch = to_tensor(images.numpy(), size=config.image_size).to(model.prototypes.prototypes.device)
-        mean, log_variance = model.encode(batch)
+    for images in tensor_batches(split.images, 1000, size=config.image_size):
+        mean, log_variance = model.encode(images.to(model.prototypes.prototypes.device))
         if config.embedding == "sample":
             mean = mean + torch.exp(log_variance / 2) * torch.randn(mean.shape, generator=generator).to(mean.device)
         embeddings.append(mean)

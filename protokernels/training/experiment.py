@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import ImageDataset, Split, load_dataset, to_tensor
 from ..data.content import content_md5
+from ..data.mapped import Images, prepared
 from .checkpoints import fitting
 from .configuration import Config
 from .randomness import own_settings, seed_everything
@@ -273,7 +274,7 @@ class Experiment(Generic[Config]):
         return self.score_model(model, dataset, config, run.config()["seed"])
 
 
-def training_images(split: Split, size: int, session: Session) -> Tensor:  # -> [N, C, S, S] in [0, 1]
+def training_images(split: Split, size: int, session: Session) -> Images:  # [N, C, S, S] in [0, 1]
     """All images of a split, resized, on the device and in the layout of the model."""
-    images = to_tensor(split.images, size=size)
-    return images.to(session.device, memory_format=preferred_layout(session.accelerator))
+    layout = preferred_layout(session.accelerator)
+    return prepared(split.images, lambda rows: to_tensor(rows, size=size).to(session.device, memory_format=layout))

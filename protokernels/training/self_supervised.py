@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..data import ImageDataset, Split
 from ..data.datasets import data_name
+from ..data.mapped import Images, prepared
 from ..evaluation import TransferProtocol
 from ..models import ResNet18, Stem, pooled
 from ..nn import RandomViews
@@ -187,7 +188,7 @@ def move_towards(teacher: nn.Module, student: nn.Module, momentum: float) -> Non
         before.copy_(after)
 
 
-def pretrain(method: Method, images: Tensor, session: Session, views: RandomViews) -> None:
+def pretrain(method: Method, images: Images, session: Session, views: RandomViews) -> None:
     """The loop: two views, losses, one step.
 
     Args:
@@ -238,7 +239,7 @@ class SelfSupervised(Experiment[Config]):
         return optimizer, LambdaLR(optimizer, warmup_cosine(config.epochs, config.warmup_epochs))
 
     def fit_split(self, model: Method, split: Split, session: Session, config: Any) -> None:
-        pretrain(model, as_bytes(split.images).to(session.device), session, config.views())
+        pretrain(model, training_bytes(split, session), session, config.views())
 
     def load_model(self, run: RunFolder, config: Any, dataset: ImageDataset) -> Method:
         return load_method(run, self.new_model(without_weight_file(config), dataset))
@@ -269,7 +270,12 @@ def in_fast_layout(method: Method) -> Method:
     return method
 
 
+def training_bytes(split: Split, session: Session) -> Images:  # [N, C, H, W] uint8
+    """All images of a split on the device."""
+    return prepared(split.images, lambda rows: as_bytes(rows).to(session.device))
+
+
 def as_bytes(images: np.ndarray) -> Tensor:  # [N, H, W] or [N, H, W, 3] uint8 -> [N, C, H, W] uint8
     """Images as the views take them: a quarter of the memory of floating point."""
-    values = torch.as_tensor(images)
+    values = torch.as_tensor(images if images.flags.writeable else images.copy())
     return values[:, None] if values.ndim == 3 else values.permute(0, 3, 1, 2)

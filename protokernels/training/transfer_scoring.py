@@ -6,12 +6,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data import ImageDataset, Split, to_tensor
+from ..data.mapped import Images, prepared
 from ..evaluation import TRANSFER_PROTOCOLS, Labelled, evaluate_transfer
 from .distributed import ordinary_batch_norm
 from .scoring import evaluation_splits, hold_out
@@ -45,10 +47,11 @@ def transfer_scores(encoder: nn.Module, dataset: ImageDataset, config: Pretraini
     encoder = ordinary_batch_norm(copy.deepcopy(encoder))  # the main process fine-tunes it alone
     encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     splits = {"train": train, "val" if name != "val" else "choosing": val, name: test}
-    images = [
-        to_tensor(split.images, size=config.image_size).to(device, memory_format=torch.channels_last)
-        for split in splits.values()
-    ]
+
+    def prepare(images: np.ndarray) -> Tensor:
+        return to_tensor(images, size=config.image_size).to(device, memory_format=torch.channels_last)
+
+    images = [prepared(split.images, prepare) for split in splits.values()]
     tasks: dict[str, Any] = {}
     for task, class_names in (("labels", dataset.class_names), ("targets", dataset.target_names)):
         if class_names:
@@ -99,6 +102,6 @@ def left_out_notes(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _labelled(images: torch.Tensor, split: Split, task: str) -> Labelled:
+def _labelled(images: Images, split: Split, task: str) -> Labelled:
     targets = torch.as_tensor(split.labels if task == "labels" else split.targets)
-    return Labelled(images, (targets if targets.ndim == 1 else targets.float()).to(images.device))
+    return Labelled(cast(Tensor, images), (targets if targets.ndim == 1 else targets.float()).to(images.device))

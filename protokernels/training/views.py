@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..data.mapped import Images
 from ..nn import RandomViews
 from .session import Session, Step
 
 
-def two_views(views: RandomViews, images: Tensor, step: Step, session: Session) -> tuple[Tensor, Tensor]:
+def two_views(views: RandomViews, images: Images, step: Step, session: Session) -> tuple[Tensor, Tensor]:
     """Both views of this process's images of a batch: the same for an image however many processes share the batch, and in a run
     that is resumed.
 
