@@ -78,7 +78,9 @@ def op_of(schema: str) -> str:
 
 
 OPERATORS = [name for name in schemas() if name not in LIBRARY_SERVICES]
-ABOUT_VALUES = {"sinkhorn_masses_fit"}  # no tensor comes out: values are looked at on the CPU only, and never while tracing
+ABOUT_VALUES = {
+    "sinkhorn_masses_fit"
+}  # no tensor comes out: values are looked at on the CPU only, and never while tracing
 OPS = sorted({op_of(name) for name in OPERATORS})
 
 
