@@ -75,6 +75,7 @@ CASES = [
     Case(1, 4096, 10),
     Case(1, 4096, 100),
 ]
+TO_TOLERANCE, TOLERANCE = [Case(64, 49, 1000), Case(16, 196, 1000)], 1e-3
 SWEEP = [Case(1, N, 20) for N in (64, 128, 256, 512, 1024, 2048)]
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -187,6 +188,24 @@ class TestPlanGradient:
         admit(name, ours, peer)
         against = IMPLICIT if kind == "implicit" else OURS
         contest(benchmark, peer, ours, **facts("gradient through the plan", case, name, against=against))
+
+
+@pytest.mark.parametrize("name", [OURS, *peers.TO_TOLERANCE])
+@pytest.mark.parametrize("case", TO_TOLERANCE, ids=lambda case: case.name)
+def test_to_tolerance(benchmark: Any, contest: Any, case: Case, name: str) -> None:
+    """Plans whose rows miss their masses by no more than TOLERANCE, in sum; each stops by its own measure (POT: the root of the
+    sum of squares), and the row says how far the worst of its problems is off."""
+    p = case.problem()
+    ours = contender = torch.no_grad()(
+        lambda: protokernels.sinkhorn(p.cost, p.a, p.b, epsilon=p.epsilon, num_iters=p.num_iters, tol=TOLERANCE).plan
+    )
+    if name != OURS:
+        module, prepare = peers.TO_TOLERANCE[name]
+        pytest.importorskip(module, reason=f"{name}: {module} is not installed")
+        contender = prepare(p, TOLERANCE)
+    error = float(np.abs(np.asarray(contender()).sum(2) - p.a.numpy()).sum(1).max())
+    row = facts("until rows miss their masses by less than 1e-3", case, name, row_error=error)
+    contest(benchmark, contender, ours, **row)
 
 
 def our_features(p: FeaturesProblem, backward: bool) -> Call:

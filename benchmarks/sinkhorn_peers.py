@@ -73,19 +73,37 @@ def torch_plan_gradients(p: Problem) -> Call:
     return lambda: torch.autograd.grad(torch_plan(leaf, p.a, p.b, p.epsilon, p.num_iters), leaf, p.weight)[0]
 
 
+def torch_to_tolerance(p: Problem, tol: float) -> Call:
+    """All problems go on until the last has converged; looked at every ten iterations, as the libraries do."""
+
+    def solve() -> Tensor:
+        scores, log_a, log_b = -p.cost / p.epsilon, p.a.log(), p.b.log()
+        v = torch.zeros_like(log_b)
+        for t in range(p.num_iters):
+            u = log_a - torch.logsumexp(scores + v.unsqueeze(1), 2)
+            v = log_b - torch.logsumexp(scores + u.unsqueeze(2), 1)
+            if t % 10 == 9:
+                plan = (scores + u.unsqueeze(2) + v.unsqueeze(1)).exp()
+                if float((plan.sum(2) - p.a).abs().sum(1).max()) < tol:
+                    break
+        return plan
+
+    return torch.no_grad()(solve)
+
+
 # -------------------------------------------------------------------------------------------------------------- POT
 
 
-def pot_batch(cost: Tensor, p: Problem, method: str, grad: str) -> Any:
+def pot_batch(cost: Tensor, p: Problem, method: str, grad: str, tol: float = 0.0) -> Any:
     import ot.batch  # type: ignore[import-not-found, unused-ignore]
 
     return ot.batch.solve_batch(
-        cost, reg=p.epsilon, a=p.a, b=p.b, max_iter=p.num_iters, tol=0.0, method=method, grad=grad
+        cost, reg=p.epsilon, a=p.a, b=p.b, max_iter=p.num_iters, tol=tol, method=method, grad=grad
     )
 
 
-def pot_plans(p: Problem, method: str) -> Call:
-    return lambda: pot_batch(p.cost, p, method, "detach").plan
+def pot_plans(p: Problem, tol: float = 0.0, *, method: str) -> Call:
+    return lambda: pot_batch(p.cost, p, method, "detach", tol).plan
 
 
 def pot_values(p: Problem) -> Call:
@@ -208,13 +226,16 @@ def keops_features(p: FeaturesProblem, backward: bool) -> Call:
 # ------------------------------------------------------------------------------------------------------------------ OTT
 
 
-def ott_solver(p: Problem) -> tuple[Any, tuple[Any, ...]]:
+def ott_solver(p: Problem, tol: float = 0.0) -> tuple[Any, tuple[Any, ...]]:
     import jax.numpy as jnp  # type: ignore[import-not-found, unused-ignore]
     from ott.geometry import geometry  # type: ignore[import-not-found, unused-ignore]
     from ott.problems.linear import linear_problem  # type: ignore[import-not-found, unused-ignore]
     from ott.solvers.linear import sinkhorn  # type: ignore[import-not-found, unused-ignore]
 
-    solver = sinkhorn.Sinkhorn(min_iterations=p.num_iters, max_iterations=p.num_iters, inner_iterations=p.num_iters)
+    every = 10 if tol > 0 else p.num_iters  # iterations between two looks at the error
+    solver = sinkhorn.Sinkhorn(
+        threshold=tol, min_iterations=0 if tol > 0 else p.num_iters, max_iterations=p.num_iters, inner_iterations=every
+    )
 
     def solve(c: Any, a: Any, b: Any) -> Any:
         return solver(linear_problem.LinearProblem(geometry.Geometry(c, epsilon=p.epsilon), a, b))
@@ -222,10 +243,10 @@ def ott_solver(p: Problem) -> tuple[Any, tuple[Any, ...]]:
     return solve, tuple(jnp.asarray(x) for x in p.numpy())
 
 
-def ott_plans(p: Problem) -> Call:
+def ott_plans(p: Problem, tol: float = 0.0) -> Call:
     import jax
 
-    solve, (c, a, b, _) = ott_solver(p)
+    solve, (c, a, b, _) = ott_solver(p, tol)
     run = jax.jit(jax.vmap(lambda c, a, b: solve(c, a, b).matrix))
     return lambda: run(c, a, b).block_until_ready()
 
@@ -252,6 +273,12 @@ PLANS: dict[str, tuple[str, Callable[[Problem], Call]]] = {
     "POT solve_batch, log domain": ("ot", partial(pot_plans, method="log_sinkhorn")),
     "POT solve_batch, scaling": ("ot", partial(pot_plans, method="sinkhorn")),
     "POT, one by one, log domain": ("ot", pot_loop),
+    "OTT-JAX": ("ott", ott_plans),
+}
+TO_TOLERANCE: dict[str, tuple[str, Callable[[Problem, float], Call]]] = {
+    "torch": ("torch", torch_to_tolerance),
+    "POT solve_batch, log domain": ("ot", partial(pot_plans, method="log_sinkhorn")),
+    "POT solve_batch, scaling": ("ot", partial(pot_plans, method="sinkhorn")),
     "OTT-JAX": ("ott", ott_plans),
 }
 VALUES: dict[str, tuple[str, Callable[[Problem], Call]]] = {

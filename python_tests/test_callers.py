@@ -62,7 +62,8 @@ def _sinkhorn(gradient: str) -> Callable[[], Tensor]:
 
 
 def _features() -> Tensor:
-    result = protokernels.sinkhorn_features(draw(19, 8), draw(23, 8), epsilon=1.0, num_iters=12)
+    a, b = torch.full((19,), 1 / 19), torch.full((23,), 1 / 23)
+    result = protokernels.sinkhorn_features(draw(19, 8), draw(23, 8), a, b, epsilon=1.0, num_iters=12)
     return result.entropic_value.double() + total(
         protokernels.sinkhorn_divergence(draw(2, 19, 8), draw(2, 23, 8), epsilon=1.0, num_iters=12)
     )
@@ -97,8 +98,9 @@ def _affine() -> Tensor:
 
 
 def _nearest() -> Tensor:
-    found = protokernels.nearest(draw(40, 9), draw(300, 9), k=5)
-    return total(found.distances, found.indices, draw(2))
+    queries, bank = draw(40, 9), draw(300, 9)
+    few, many = (protokernels.nearest(queries, bank, k) for k in (5, 50))
+    return total(few.distances, few.indices, many.distances, many.indices, draw(2))
 
 
 def _kmeans() -> Tensor:

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Nearest on the CPU: the filter of ops/nearest.h. Queries stand in the lanes, two vectors of them side by side; rows of the bank are broadcast.
 // A register tile of rows x 2 vectors of s meets the limits of its queries while it is in registers. What is below goes to a query's
-// candidates and into the sorted list of its k smallest s + e_b, whose last one is the next limit.
+// candidates; the k-th smallest s + 2 e_b among them is the next limit: the last of a sorted list, or, of many, selected when k more have come.
 //
 // Limit at N = 60000, M = 10000, D = 32: 38.4 GFLOP of FMA. Beside it: an instruction for every s to compare it, k (1 + ln(M / k)) rows of
-// a query to keep, and the bank, converted and moved to its center once for every block of queries (1 part in 500).
+// a query to keep (gathered: k (1 + log2(M / k))), and the bank, converted and moved to its center once for every block of queries (1 part in 500).
 
 #include <algorithm>
 #include <cmath>
