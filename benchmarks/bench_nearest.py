@@ -63,6 +63,7 @@ CASES = [
     Case(10_000, 10_000, 32, 5, copies=2),
     Case(64, 100_000, 64, 5),
     Case(1, 100_000, 64, 5),
+    Case(60_000, 10_000, 32, 200),
 ]
 SWEEP = [Case(20_000, M, 32, 5) for M in (100, 1_000, 10_000, 100_000)]
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
