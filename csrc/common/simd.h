@@ -10,6 +10,7 @@
 #include <utility>
 
 #define PK_INLINE static inline __attribute__((always_inline))
+#define PK_MEMBER inline __attribute__((always_inline))  // of a class
 
 namespace {
 

@@ -16,8 +16,6 @@
 #include "common/transpose.h"
 #include "ops/contrastive.h"
 
-#define PK_MEMBER inline __attribute__((always_inline))
-
 namespace {
 
 using namespace protokernels;

@@ -13,8 +13,6 @@
 #include "common/transpose.h"
 #include "ops/nearest.h"
 
-#define PK_MEMBER inline __attribute__((always_inline))
-
 namespace {
 
 using namespace protokernels;

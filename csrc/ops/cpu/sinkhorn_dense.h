@@ -16,8 +16,6 @@
 #include "ops/cpu/sinkhorn_fused.h"
 #include "ops/sinkhorn.h"
 
-#define PK_MEMBER inline __attribute__((always_inline))
-
 namespace {
 
 using namespace protokernels;
