@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The op `sinkhorn`: values against a float64 oracle and closed forms, wrong arguments, repetition.
 
-`test_sinkhorn_gradient.py` holds the three gradients, `test_sinkhorn_edges.py` and `test_sinkhorn_absent.py` masks, forbidden pairs, zero mass, NaN
-and unbalanced marginals, `test_sinkhorn_stops.py` early stop and starts, `test_sinkhorn_features.py` clouds of features and the divergence,
+`test_sinkhorn_gradient.py` holds the three gradients, `test_sinkhorn_edges.py` masks, forbidden pairs, NaN and unbalanced marginals,
+`test_sinkhorn_absent.py` zero mass, `test_sinkhorn_stops.py` early stop and starts, `test_sinkhorn_features.py` clouds of features and
+the divergence,
 `test_sinkhorn_properties.py` invariants on random problems, `test_sinkhorn_torch.py` what torch does with the op,
 `test_sinkhorn_peers.py` other libraries, `test_nn_sinkhorn.py` the modules.
 """
