@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,11 @@ import torch
 import tyro
 
 from .commands import experiment_of, plain_warnings
-from .data import DataError, ImageDataset, Split, to_tensor
+from .data import DataError, ImageDataset, Split
+from .data.array_folder import header_of, shard_files, sharded
+from .data.mapped import tensor_batches
+from .data.npy import Header
+from .data.sharded import ShardedArray
 from .training import CheckpointError, RunFolder
 from .training.files import TEMPORARY_SUFFIX, check_target, explained, remove
 from .training.runs import load_runs
@@ -29,7 +32,8 @@ class EmbedOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder written by `protokernels train`; of several seeds the first counts."""
     images: Annotated[Path, tyro.conf.Positional]
-    """A .npy file of images, uint8 [N, H, W] or [N, H, W, 3], or a folder of such files, which are taken in order of their names."""
+    """A .npy file of images, uint8 [N, H, W] or [N, H, W, 3], or a folder of such files, which are taken in the order
+    of their names, numbers in them by value."""
     out: Path | None = None
     """File of the embeddings, float32 [N, D]; default: IMAGES with -embeddings.npy in place of .npy.
     Means, also where a preset scores samples."""
@@ -117,16 +121,15 @@ def embed_files(
     read = {path.resolve() for path in (source, *shard_files(source))}
     if any(not read.isdisjoint((*_places(target), target.parent.resolve())) for target in targets):
         raise ValueError(f"embed: {source} holds the images; pass --out and --clusters that lie elsewhere")
-    shards = open_shards(source)
-    count = sum(len(shard) for shard in shards)
+    shown = open_images(source)
     first = load_runs(run)[0]
     experiment = experiment_of(first.path)
     config = experiment.config_of(first)
-    model = _load_model(experiment, first, config, shards[0][:1]).to(device)
+    model = _load_model(experiment, first, config, shown[:1]).to(device)
     files: list[_Rows] = []
     with ExitStack() as stack, torch.no_grad():
-        for batch in batches(shards, batch_size):
-            z, assigned = experiment.embed(model, to_tensor(batch, size=config.image_size).to(device))
+        for batch in tensor_batches(shown, batch_size, size=config.image_size):
+            z, assigned = experiment.embed(model, batch.to(device))
             if not bool(z.isfinite().all()):
                 raise ValueError(
                     f"embed: the embeddings hold NaN or infinity; {first.path} did not learn a usable model"
@@ -136,7 +139,7 @@ def embed_files(
             values = [z.float().cpu().numpy(), assigned.cpu().numpy() if clusters is not None else None]
             if not files:
                 files = [
-                    stack.enter_context(_Rows(target, count, value))
+                    stack.enter_context(_Rows(target, len(shown), value))
                     for target, value in zip(targets, values, strict=False)
                 ]
             for file, value in zip(files, values, strict=False):
@@ -144,13 +147,8 @@ def embed_files(
     return {file.path: file.shape for file in files}
 
 
-def shard_files(path: Path) -> list[Path]:
-    """The files of images: ``path`` itself, or those in it, in order of their names."""
-    return sorted(path.glob("*.npy")) if path.is_dir() else [path]
-
-
-def open_shards(path: Path) -> list[np.ndarray]:
-    """The image arrays of a file or a folder, mapped into memory.
+def open_images(path: Path) -> ShardedArray:  # [N, H, W] or [N, H, W, 3] uint8
+    """The images of a file or a folder, which stay there.
 
     Raises:
         DataError: there is none, one is no such array or cut short, or they differ in size.
@@ -160,46 +158,26 @@ def open_shards(path: Path) -> list[np.ndarray]:
         raise DataError(
             f"{path} has no .npy files; write images with numpy.save(file, images), uint8 [N, H, W] or [N, H, W, 3]"
         )
-    shards: list[np.ndarray] = []
+    headers: list[Header] = []
     for file in files:
         if file.suffix != ".npy" or not file.is_file():
             raise DataError(
                 f"{file}: expected a .npy file of images or a folder of them; write them with numpy.save(file, images), "
                 "uint8 [N, H, W] or [N, H, W, 3]"
             )
-        try:
-            images = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise DataError(f"{file} cannot be read as an array ({error})") from error
-        if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
+        shape, dtype, *_ = header = header_of(file)
+        if dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))):
+            raise DataError(f"{file}: images must be uint8 [N, H, W] or [N, H, W, 3]; got {dtype} {list(shape)}")
+        if headers and shape[1:] != headers[0].shape[1:]:
             raise DataError(
-                f"{file}: images must be uint8 [N, H, W] or [N, H, W, 3]; got {images.dtype} {list(images.shape)}"
+                f"{file}: images must all have the size of those in {files[0]}, {list(headers[0].shape[1:])}; got "
+                f"{list(shape[1:])}"
             )
-        if shards and images.shape[1:] != shards[0].shape[1:]:
-            raise DataError(
-                f"{file}: images must all have the size of those in {files[0]}, {list(shards[0].shape[1:])}; got "
-                f"{list(images.shape[1:])}"
-            )
-        shards.append(images)
-    if not any(map(len, shards)) or 0 in shards[0].shape[1:]:
+        headers.append(header)
+    images = sharded(headers, files)
+    if 0 in images.shape:
         raise DataError(f"{path} has no images")
-    return shards
-
-
-def batches(shards: Sequence[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Arrays of ``size`` images, the last of what is left; a batch can span files, so that it does not depend on how they are cut."""
-    parts: list[np.ndarray] = []
-    for shard in shards:
-        start = 0
-        while start < len(shard):
-            part = shard[start : start + size - sum(map(len, parts))]
-            start += len(part)
-            parts.append(part)
-            if sum(map(len, parts)) == size:
-                yield np.concatenate(parts)
-                parts = []
-    if parts:
-        yield np.concatenate(parts)
+    return images.squeeze(3) if images.shape[3:] == (1,) else images
 
 
 class _Rows:

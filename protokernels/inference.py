@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .data.errors import DataError
 from .data.nifti import SUFFIXES, read_nifti
 from .data.slicing import image_slices
-from .data.types import DataError
 from .models.modes import evaluating
 
 

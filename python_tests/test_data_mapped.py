@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from protokernels.data import DataError, load_dataset, npz
+from protokernels.data import DataError, load_dataset, npy
 from protokernels.data.content import content_md5
 from protokernels.data.mapped import MappedImages
 from protokernels.data.npz import NpzFile
@@ -28,7 +28,7 @@ SHAPE = (6, 28, 28)  # of the training images
 @pytest.fixture
 def mapping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every array that may be mapped is, however small."""
-    monkeypatch.setattr(npz, "MAP_FROM", 1)
+    monkeypatch.setattr(npy, "MAP_FROM", 1)
 
 
 def stored(path: Path, arrays: dict[str, np.ndarray] | None = None) -> Path:
@@ -61,9 +61,9 @@ class TestWhatIsMapped:
     def test_only_what_may_be_is_mapped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = NpzFile(stored(tmp_path / "x.npz"))
         assert not isinstance(file.read("train_images"), np.memmap)
-        monkeypatch.setattr(npz, "MAP_FROM", 6 * 28 * 28)
-        assert isinstance(file.read("train_images", may_map=True), np.memmap)
-        assert not isinstance(file.read("test_images", may_map=True), np.memmap)  # 4 images
+        monkeypatch.setattr(npy, "MAP_FROM", 6 * 28 * 28)
+        assert isinstance(file.read_or_map("train_images"), np.memmap)
+        assert not isinstance(file.read_or_map("test_images"), np.memmap)  # 4 images
 
     def test_behind_other_bytes_and_beside_long_names(self, tmp_path: Path) -> None:
         """A zip archive may begin late, and a member may have an extra field of any length."""
@@ -79,11 +79,11 @@ class TestWhatIsMapped:
         np.testing.assert_array_equal(load_dataset(tmp_path / "x.npz").val.images, arrays["val_images"])  # type: ignore[union-attr]
 
     def test_memory_sets_no_limit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(npz, "system_memory", lambda: 2000)
-        monkeypatch.setattr(npz, "LIMIT", 3000)
+        monkeypatch.setattr(npy, "system_memory", lambda: 2000)
+        monkeypatch.setattr(npy, "LIMIT", 3000)
         path = stored(tmp_path / "x.npz")
         assert load_dataset(path).train.images.nbytes == 4704
-        monkeypatch.setattr(npz, "MAP_FROM", 5000)
+        monkeypatch.setattr(npy, "MAP_FROM", 5000)
         with pytest.raises(DataError, match=r"train_images claims .* at most 2,000 are loaded on this machine"):
             load_dataset(path)
         with pytest.raises(DataError, match=r"at most 2,000 .*saved with numpy\.savez, not numpy\.savez_compressed"):
@@ -256,7 +256,7 @@ def test_training_gives_the_same_bits(tmp_path: Path, name: str, monkeypatch: py
     known = {key: value for key, value in fields.items() if key in experiment.CONFIG.__dataclass_fields__}
     config = experiment.CONFIG.preset("fair", data=str(path), **known)
     for limit in (1 << 28, 1):
-        monkeypatch.setattr(npz, "MAP_FROM", limit)
+        monkeypatch.setattr(npy, "MAP_FROM", limit)
         dataset = load_dataset(path)
         assert isinstance(dataset.train.images, np.memmap) == (limit == 1)
         folder, settings = tmp_path / str(limit), {"quiet": True, "device": "cpu"}
@@ -269,7 +269,7 @@ def test_training_gives_the_same_bits(tmp_path: Path, name: str, monkeypatch: py
 
 PROGRAM = """
 import sys, threading, time
-from protokernels.data import load_dataset, npz
+from protokernels.data import load_dataset, npy
 from protokernels.data.mapped import tensor_batches
 from python_tests.test_experiment import Brightness, Config
 
@@ -287,7 +287,7 @@ def train(path):
     for images in tensor_batches(dataset.train.images, 100, size=64):
         images.mean()
 
-npz.MAP_FROM = int(sys.argv[3])
+npy.MAP_FROM = int(sys.argv[3])
 seen, peaks = [], []
 threading.Thread(target=look, daemon=True).start()
 for path in sys.argv[1:3]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch
 from protokernels.baselines import byol, resnet_transfer, supervised, vade
 from protokernels.cli import main
 from protokernels.data import DataError, load_dataset
-from protokernels.embedding import batches, embed_files
+from protokernels.embedding import embed_files, open_images
 from protokernels.evaluation import knn_predict
 from protokernels.papers import contrastive_autoencoder, optimized_views, vaesim
 from protokernels.training import CheckpointError, RunFolder
@@ -119,10 +120,17 @@ def test_a_folder_may_be_the_one_that_one_is_in(
         assert np.load(path).shape == (3, 3)
 
 
-def test_batches_span_files() -> None:
-    shards = [np.full((n, 1, 1), n, np.uint8) for n in (3, 0, 4, 1)]
-    found = list(batches(shards, 3))
-    assert [part[:, 0, 0].tolist() for part in found] == [[3, 3, 3], [4, 4, 4], [4, 1]]
+def test_any_number_of_files_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """More than a process may have open; 9 comes before 10."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number in range(120):
+        np.save(tmp_path / f"part-{number}.npy", np.full((2, 4, 4), number, np.uint8))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        found = open_images(tmp_path)[:]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (found[:, 0, 0] == np.arange(240) // 2).all()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +140,7 @@ def test_batches_span_files() -> None:
         (np.zeros((2, 8, 8, 2), np.uint8), "images must be uint8"),
         (np.zeros((0, 8, 8), np.uint8), "has no images"),
         (np.zeros((2, 0, 8), np.uint8), "has no images"),
-        (np.array([{"a": 1}]), "cannot be read as an array"),
+        (np.array([{"a": 1}]), "pickled Python objects"),
     ],
 )
 def test_wrong_images_are_named(array: np.ndarray, message: str, run: Path, tmp_path: Path) -> None:
@@ -148,7 +156,7 @@ def test_other_mistakes_are_named(run: Path, images: Path, tmp_path: Path, capsy
     np.save(tmp_path / "colour.npy", np.zeros((2, 8, 8, 3), np.uint8))
     out = str(tmp_path / "out.npy")
     for words, message in (
-        ([cut, "--out", out], "cannot be read as an array"),
+        ([cut, "--out", out], "the file holds 872 bytes"),
         ([tmp_path / "none.npy", "--out", out], "expected a .npy file of images or a folder"),
         ([images, "--out", cut], "exists; pass --overwrite"),
         ([images, "--out", tmp_path / "out.txt"], "end in .npy"),
@@ -254,12 +262,12 @@ from protokernels import embedding
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
-def watched(*arguments):
-    for batch in batches(*arguments):
+def watched(*arguments, **size):
+    for batch in batches(*arguments, **size):
         yield batch
         used.append(anonymous())
 
-used, batches, embedding.batches = [], embedding.batches, watched
+used, batches, embedding.tensor_batches = [], embedding.tensor_batches, watched
 embedding.embed_files(*sys.argv[1:4], batch_size=64)
 print(max(used))
 """

@@ -9,8 +9,9 @@ torch.Size([1, 32, 32])
 """
 
 from .datasets import available_datasets, load_dataset
+from .errors import DataError
 from .tensors import to_tensor
-from .types import DataError, ImageDataset, Split
+from .types import ImageDataset, Split
 from .volumes import LabelledVolume, SegmentationDataset, load_segmentation
 
 __all__ = [

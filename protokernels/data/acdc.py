@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from .download import file_md5, find_file, searched
+from .errors import DataError
 from .npz import NpzFile
 from .slicing import image_slices, label_slices
-from .types import DataError
 from .volume_types import LabelledVolume, SegmentationDataset
 
 FILE = "acdc_slices_128.npz"

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from .download import file_md5, find_file, searched
+from .errors import DataError
 from .medmnist import check_headers
 from .npz import NpzFile
-from .types import DataError, ImageDataset, Split
+from .types import ImageDataset, Split
 
 NAMES = ("brain_tumor", "brain_tumor_types")
 FILE = "brain_tumor_4class_128.npz"
@@ -81,7 +82,7 @@ def _read_split(archive: NpzFile, split: str, binary: bool) -> Split:
     if lowest < 0 or highest >= len(CLASSES):
         raise DataError(f"{archive.path}: {wanted[1]} must lie in 0..{len(CLASSES) - 1}; got {lowest}..{highest}")
     classes = (labels > 0 if binary else labels).astype(np.int64)
-    images, groups = archive.read(wanted[0], may_map=True), archive.read(wanted[2]).astype(str)
+    images, groups = archive.read_or_map(wanted[0]), archive.read(wanted[2]).astype(str)
     try:
         return Split(images, classes, groups=groups)
     except DataError as error:

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import DataError
 from .nifti import read_nifti, whole_labels
 from .nifti_folders import VolumeFolder, decathlon_folder, same_place
-from .types import DataError, ImageDataset, Split
+from .types import ImageDataset, Split
 
 NAMES = ("brats",)
 FOLDERS = ("Task01_BrainTumour", "brats")

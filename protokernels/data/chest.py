@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from .download import file_md5, find_file, searched
+from .errors import DataError
 from .medmnist import check_headers, read_patients, shared_patients
 from .npz import NpzFile
-from .types import DataError, ImageDataset, Split
+from .types import ImageDataset, Split
 
 NAMES = ("chest_nih", "chest_kermany", "chest_kermany_subtype")
 MAX_TARGETS = 1000
@@ -81,7 +82,7 @@ def _read_split(archive: NpzFile, split: str, labels: str, targets: int) -> Spli
     if findings is not None and findings.max(initial=0) > 1:
         raise DataError(f"{archive.path}: {split}_labels14 must be 0 or 1; got {int(findings.max())}")
     patients = read_patients(archive, split, count)
-    images = archive.read(f"{split}_images", may_map=True)
+    images = archive.read_or_map(f"{split}_images")
     try:
         return Split(images, classes, None if findings is None else findings.astype(np.uint8), patients)
     except DataError as error:

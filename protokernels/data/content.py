@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .types import ImageDataset, Split
+from .types import ImageArray, ImageDataset, Split
 from .volume_types import LabelledVolume, SegmentationDataset
 
 
@@ -29,7 +29,7 @@ def content_md5(dataset: ImageDataset | SegmentationDataset) -> str:
     return digest.hexdigest()
 
 
-def _of_images(split: Split, pixels: bool) -> Iterator[np.ndarray]:
+def _of_images(split: Split, pixels: bool) -> Iterator[ImageArray]:
     yield from [split.images] * pixels
     yield from (array for array in (split.labels, split.targets, split.groups) if array is not None)
 

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from . import brain, brats, chest, digits, idx, medmnist
-from .types import DataError, ImageDataset
+from .errors import DataError
+from .types import ImageDataset
 
 ROOT_VARIABLE = "PROTOKERNELS_DATA"
 DEFAULT_ROOT = "~/.cache/protokernels"
@@ -16,14 +17,14 @@ _NAMES = ("digits", "mnist", *chest.NAMES, *brain.NAMES, *brats.NAMES)
 
 
 def load_dataset(name: str | Path, root: str | Path | None = None, *, download: bool = False) -> ImageDataset:
-    """Loads a data set into memory, but for large images that an ``.npz`` file holds as they are.
+    """Loads a data set into memory, but for large images that stay on the disk.
 
-    Image arrays of 256 MB or more that were saved by ``numpy.savez`` (not ``savez_compressed``) are mapped: an ``np.memmap`` that
-    cannot be written to and may be larger than memory. They are read through for their checksum and
-    for the file's md5. Training and scoring take a batch of them at a time; :meth:`Split.take` of single images and :meth:`Split.join`
-    copy what they give, so validation and test images are in memory together while they are scored, and training images where a part of
-    them is held out for want of a validation split. The file must not change while the data set is in use: its values would, and where
-    it is cut short the process ends.
+    Image arrays of 256 MB or more stay on the disk, and may be larger than memory, if they lie in a folder or in an ``.npz`` file
+    saved by ``numpy.savez`` (not ``savez_compressed``): an ``np.memmap`` that cannot be written to or, of several files, a
+    :class:`~protokernels.data.sharded.ShardedArray`. They are read through for checksums. Training and scoring take a batch of them at
+    a time; :meth:`Split.take` of single images and :meth:`Split.join` copy what they give, so validation and test images are in memory
+    together while they are scored, and training images where a part of them is held out for want of a validation split. The files must
+    not change while the data set is in use: its values would, and where one is cut short the process can end.
 
     Args:
         name: ``"digits"`` (inside scikit-learn, needs no file); ``"mnist"`` (four idx files, ``.gz`` or unzipped); a
@@ -33,7 +34,9 @@ def load_dataset(name: str | Path, root: str | Path | None = None, *, download: 
             ``"brain_tumor"`` or ``"brain_tumor_types"`` (slices of brain MRI, see :mod:`protokernels.data.brain`);
             ``"brats"`` (see :mod:`protokernels.data.brats`); or the path of an ``.npz`` file with MedMNIST's arrays
             ``{train,val,test}_{images,labels}`` (``val`` may be absent), as text or ``Path``, taken as it stands or below ``root``;
-            ``class_names`` and ``{train,val,test}_patient_ids``, both text, are read where they are there.
+            ``class_names`` and ``{train,val,test}_patient_ids``, both text, are read where they are there; or the path of a folder
+            (``"./mnist"`` where its name is one of those above) of the same arrays: a file ``train_images.npy``, or a folder
+            ``train_images`` of any number of ``.npy`` files, in the order of their names, and so on. An unpacked ``.npz`` is such a folder.
         root: folder of the files; default: the environment variable ``PROTOKERNELS_DATA``, else
             ``~/.cache/protokernels``. Files are looked for in ``root`` itself and in its folders ``mnist``,
             ``medmnist``, ``MNIST/raw``, ``chest_nih``, ``chest_kermany`` and ``brain_tumor_4class``.
@@ -71,8 +74,10 @@ def load_dataset(name: str | Path, root: str | Path | None = None, *, download: 
         return medmnist.load_flag(key, folder, download=download)
     if key in _VOLUMES:
         raise DataError(f"{name} holds labelled volumes; load them with protokernels.data.load_segmentation")
+    if name and (found := next((path for path in _places(name, folder) if path.is_dir()), None)):
+        return medmnist.load_file(found)
     raise DataError(
-        f"unknown data set {name!r}; expected one of {', '.join(available_datasets())}, or the path of an .npz file"
+        f"unknown data set {name!r}; expected one of {', '.join(available_datasets())}, or the path of an .npz file or a folder"
     )
 
 
@@ -101,12 +106,15 @@ def data_root(root: str | Path | None) -> Path:
     return Path(os.path.expanduser(chosen))
 
 
+def _places(name: str, root: Path) -> tuple[Path, Path]:
+    return Path(os.path.expanduser(name)), root / name
+
+
 def _existing_file(name: str, root: Path) -> Path:
-    candidates = [Path(os.path.expanduser(name)), root / name]
-    for path in candidates:
+    first, second = _places(name, root)
+    for path in (first, second):
         if path.is_file():
             return path
     raise DataError(
-        f"no file {candidates[0]}, nor {candidates[1]}; give the path of an existing .npz file, or the "
-        "folder it lies in as data root"
+        f"no file {first}, nor {second}; give the path of an existing .npz file, or the folder it lies in as data root"
     )

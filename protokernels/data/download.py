@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from .types import DataError
+from .errors import DataError
 
 FOLDERS = (
     "",
@@ -41,12 +41,13 @@ def searched(root: Path) -> str:
     )
 
 
-def file_md5(path: Path) -> str:
-    """md5 of a file as 32 hexadecimal digits; a fingerprint, not a protection."""
+def file_md5(*paths: Path) -> str:
+    """md5 of a file, or of several one after another, as 32 hexadecimal digits; a fingerprint, not a protection."""
     digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
     return digest.hexdigest()
 
 

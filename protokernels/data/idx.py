@@ -15,7 +15,8 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 
 from .download import fetch, file_md5, find_file, searched
-from .types import DataError, ImageDataset, Split
+from .errors import DataError
+from .types import ImageDataset, Split
 
 LIMIT = 1 << 30  # bytes in one array; the largest of MNIST has 47 million
 MAX_RATIO = 1100  # gzip shrinks nothing by more

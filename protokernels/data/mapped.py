@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Images of a mapped file as training and evaluation take them: a batch in memory at a time."""
+"""Images on the disk as training and evaluation take them: a batch in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .sharded import ShardedArray
 from .tensors import to_tensor
+from .types import ImageArray
 
 
 class MappedImages:
     """Stands for the tensor that ``prepare`` would make of all images, whose rows it makes when they are asked for, with the same bits.
 
     Args:
-        images: mapped from a file.
+        images: on the disk.
         prepare: some of them -> tensor [n, C, S, S], on the device.
         rows: which of the images these are, and in which order; default: all.
     """
 
     def __init__(
         self,
-        images: np.memmap,  # [N, H, W] or [N, H, W, 3] uint8
+        images: ImageArray,  # [N, H, W] or [N, H, W, 3] uint8
         prepare: Callable[[np.ndarray], Tensor],
         rows: np.ndarray | None = None,  # [n] int64
     ) -> None:
@@ -53,11 +55,11 @@ class MappedImages:
 Images = Tensor | MappedImages  # [N, C, S, S]
 
 
-def prepared(images: np.ndarray, prepare: Callable[[np.ndarray], Tensor]) -> Images:
-    """What ``prepare`` makes of all images: at once, or where they are mapped when it is asked for."""
-    return MappedImages(images, prepare) if isinstance(images, np.memmap) else prepare(images)
+def prepared(images: ImageArray, prepare: Callable[[np.ndarray], Tensor]) -> Images:
+    """What ``prepare`` makes of all images: at once, or where they are on the disk when it is asked for."""
+    return MappedImages(images, prepare) if isinstance(images, (np.memmap, ShardedArray)) else prepare(images)
 
 
-def tensor_batches(images: np.ndarray, count: int, *, size: int) -> Iterator[Tensor]:
+def tensor_batches(images: ImageArray, count: int, *, size: int) -> Iterator[Tensor]:
     """:func:`to_tensor` of all images, ``count`` at a time."""
     return (to_tensor(images[start : start + count], size=size) for start in range(0, len(images), count))

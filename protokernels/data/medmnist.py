@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """MedMNIST and files made like it: ``{train,val,test}_images`` uint8 [N, H, W] or [N, H, W, 3] and
-``{train,val,test}_labels`` [N, 1] in one ``.npz``; ChestMNIST has [N, 14], one column per finding.
+``{train,val,test}_labels`` [N, 1] in one ``.npz``, or as the files of a folder; ChestMNIST has [N, 14], one column per finding.
 
 Only medmnist's table of names, addresses and md5s is used. Its own loader needs torchvision to download and trusts what
 a file claims.
@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from .download import fetch, file_md5, find_file, searched
+from .array_folder import ArrayFolder, Arrays, open_arrays
+from .download import fetch, find_file, searched
+from .errors import DataError
 from .npz import NpzFile
-from .types import DataError, ImageDataset, Split
+from .sharded import ShardedArray
+from .types import ImageArray, ImageDataset, Split
 
 FLAG = re.compile(r"([a-z]+mnist(?:3d)?)(?:_(28|64|128|224))?")
 MAX_SIDE = 4096  # pixels
@@ -67,7 +70,8 @@ def load_flag(name: str, root: Path, *, download: bool) -> ImageDataset:
         fetch((url,), path, md5)
     labels = tuple(info["label"][str(label)] for label in range(len(info["label"])))
     target_names = labels if info["task"].startswith("multi-label") else ()
-    splits, _ = _read_splits(path, targets=len(target_names))
+    archive = NpzFile(path)
+    splits, _ = _read_splits(archive, targets=len(target_names))
     shape = splits["train"].images.shape[1:]
     expected = (size, size) if info["n_channels"] == 1 else (size, size, 3)
     if shape != expected or "val" not in splits:
@@ -75,8 +79,8 @@ def load_flag(name: str, root: Path, *, download: bool) -> ImageDataset:
             f"{path} is not {name}: expected the splits train, val, test with images {list(expected)}; got "
             f"{', '.join(splits)} with {list(shape)}"
         )
-    found = file_md5(path)
-    provenance = _provenance(path, found)
+    provenance = _provenance(archive)
+    found = provenance["md5s"][filename]
     provenance.update(source="MedMNIST", url=url, license=info["license"])
     provenance["published_md5s"][filename] = md5
     if found != md5:
@@ -90,13 +94,14 @@ def load_flag(name: str, root: Path, *, download: bool) -> ImageDataset:
 
 
 def load_file(path: Path) -> ImageDataset:
-    """Loads any ``.npz`` with MedMNIST's arrays; works without medmnist.
+    """Loads any ``.npz``, or any folder of ``.npy`` files, with MedMNIST's arrays; works without medmnist.
 
     Class names come from an array ``class_names`` where there is one; otherwise the classes are 0 to the largest label
     and are named ``"class 0"``, ``"class 1"``, ... ``{train,val,test}_patient_ids``, text [N], say whose image it is; patients
     who occur in two splits are counted in a warning.
     """
-    splits, class_names = _read_splits(path)
+    archive = open_arrays(path)
+    splits, class_names = _read_splits(archive)
     if class_names is None:
         highest = max(int(split.labels.max(initial=0)) for split in splits.values())
         if highest >= MAX_CLASSES:
@@ -104,7 +109,7 @@ def load_file(path: Path) -> ImageDataset:
                 f"{path}: labels go up to {highest}; expected class numbers from 0 to fewer than {MAX_CLASSES:,}"
             )
         class_names = tuple(f"class {label}" for label in range(highest + 1))
-    provenance = _provenance(path, file_md5(path))
+    provenance = _provenance(archive)
     provenance["warnings"] += shared_patients(path.name, splits)
     for message in provenance["warnings"]:
         warnings.warn(message, UserWarning, stacklevel=3)
@@ -128,12 +133,11 @@ def _unsupported(flag: str, info: dict[str, Any]) -> str | None:
     return None
 
 
-def _read_splits(path: Path, *, targets: int = 0) -> tuple[dict[str, Split], tuple[str, ...] | None]:
-    """The splits of a file, and its class names where it tells them.
+def _read_splits(archive: Arrays, *, targets: int = 0) -> tuple[dict[str, Split], tuple[str, ...] | None]:
+    """The splits of a file or folder, and its class names where it tells them.
 
     With ``targets``, the labels are that many columns of findings; the one label is then whether there is any.
     """
-    archive = NpzFile(path)
     splits: dict[str, Split] = {}
     for split in ("train", "val", "test"):
         present = [kind for kind in ("images", "labels") if f"{split}_{kind}" in archive]
@@ -141,26 +145,28 @@ def _read_splits(path: Path, *, targets: int = 0) -> tuple[dict[str, Split], tup
             continue
         if len(present) < 2:
             raise DataError(
-                f"{path}: expected the arrays {split}_images and {split}_labels; it holds "
+                f"{archive.path}: expected the arrays {split}_images and {split}_labels; it holds "
                 f"{', '.join(archive.names) or 'nothing'}"
             )
+        if isinstance(archive, ArrayFolder):
+            archive.check_parts(f"{split}_images", f"{split}_labels", f"{split}_patient_ids")
         check_headers(archive, split, targets=targets)
-        images = archive.read(f"{split}_images", may_map=True)
-        if images.shape[-1] == 1 and images.ndim == 4:
-            images = images[..., 0]
+        images = archive.read_or_map(f"{split}_images")
+        if images.ndim == 4 and images.shape[3] == 1:
+            images = images.squeeze(3) if isinstance(images, ShardedArray) else images[..., 0]
         if targets:
             splits[split] = multi_label(archive, f"{split}_labels", images)
             continue
         labels = archive.read(f"{split}_labels").reshape(-1)
         if labels.size and (int(labels.min()) < 0 or int(labels.max()) > np.iinfo(np.int64).max):
             raise DataError(
-                f"{path}: {split}_labels must not be negative; got {int(labels.min())}..{int(labels.max())}"
+                f"{archive.path}: {split}_labels must not be negative; got {int(labels.min())}..{int(labels.max())}"
             )
         splits[split] = Split(images, labels.astype(np.int64), groups=read_patients(archive, split, len(images)))
     return splits, _class_names(archive)
 
 
-def multi_label(archive: NpzFile, name: str, images: np.ndarray) -> Split:
+def multi_label(archive: Arrays, name: str, images: ImageArray) -> Split:
     """A split whose targets are the columns of ``name``; its label is 1 where there is any finding."""
     values = archive.read(name)
     if values.size and (values.min() < 0 or values.max() > 1):
@@ -168,7 +174,7 @@ def multi_label(archive: NpzFile, name: str, images: np.ndarray) -> Split:
     return Split(images, np.any(values, axis=1).astype(np.int64), values.astype(np.uint8))
 
 
-def check_headers(archive: NpzFile, split: str, *, targets: int = 0) -> None:
+def check_headers(archive: Arrays, split: str, *, targets: int = 0) -> None:
     """Refuses what is not a list of small images with one label (or ``targets`` findings) each, before any pixel is
     read."""
     images, labels = archive.header(f"{split}_images"), archive.header(f"{split}_labels")
@@ -202,7 +208,7 @@ def check_headers(archive: NpzFile, split: str, *, targets: int = 0) -> None:
         )
 
 
-def read_patients(archive: NpzFile, split: str, count: int) -> np.ndarray | None:  # [count] text
+def read_patients(archive: Arrays, split: str, count: int) -> np.ndarray | None:  # [count] text
     """Whose the images of a split are, where the file tells."""
     if (name := f"{split}_patient_ids") not in archive:
         return None
@@ -228,7 +234,7 @@ def shared_patients(filename: str, splits: dict[str, Split]) -> list[str]:
     return messages
 
 
-def _class_names(archive: NpzFile) -> tuple[str, ...] | None:
+def _class_names(archive: Arrays) -> tuple[str, ...] | None:
     if "class_names" not in archive:
         return None
     header = archive.header("class_names")
@@ -239,8 +245,9 @@ def _class_names(archive: NpzFile) -> tuple[str, ...] | None:
     return tuple(str(name) for name in archive.read("class_names"))
 
 
-def _provenance(path: Path, md5: str) -> dict[str, Any]:
-    return {"source": "npz file", "files": [path.name], "md5s": {path.name: md5}, "published_md5s": {}, "warnings": []}
+def _provenance(archive: Arrays) -> dict[str, Any]:
+    md5s = archive.md5s()
+    return {"source": archive.source, "files": list(md5s), "md5s": md5s, "published_md5s": {}, "warnings": []}
 
 
 def _dataset(

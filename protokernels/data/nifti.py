@@ -16,8 +16,8 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
-from .npz import system_memory
-from .types import DataError
+from .errors import DataError
+from .npy import system_memory
 
 SUFFIXES = (".nii.gz", ".nii")
 LIMIT = 1 << 33  # bytes of one volume; the largest CT of the Decathlon has 0.4e9

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from .download import file_md5
+from .errors import DataError
 from .nifti import SUFFIXES, NiftiVolume, read_nifti, whole_labels, without_suffix
 from .slicing import image_slices, label_slices
-from .types import DataError
 from .volume_types import MAX_CLASSES, LabelledVolume
 
 SLICE_AXIS = "third axis after turning to right, anterior, superior: from inferior to superior"

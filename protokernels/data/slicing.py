@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .types import DataError
+from .errors import DataError
 
 
 def scaled_to_unit(volume: np.ndarray) -> np.ndarray:  # [X, Y, Z] -> the same, float32 in [0, 1]

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from .errors import DataError
+from .sharded import ShardedArray
 
-class DataError(ValueError):
-    """A data set is unknown, missing, damaged or not supported; the message says which, and what to do."""
+ImageArray = np.ndarray | ShardedArray
 
 
 def check_names_differ(dataset: str, names: tuple[str, ...]) -> None:
@@ -35,13 +36,15 @@ class Split:
         DataError: for another dtype or shape, or when lengths differ.
     """
 
-    images: np.ndarray  # [N, H, W] or [N, H, W, 3] uint8
+    images: ImageArray  # [N, H, W] or [N, H, W, 3] uint8
     labels: np.ndarray  # [N] int64
     targets: np.ndarray | None = None  # [N, L] uint8, 0 or 1
     groups: np.ndarray | None = None  # [N] text
 
     def __post_init__(self) -> None:
         for name, value in zip(("images", "labels", "targets", "groups"), self._values(), strict=True):
+            if isinstance(value, ShardedArray) and name == "images":
+                continue
             if not isinstance(value, np.ndarray) and (value is not None or name in ("images", "labels")):
                 raise DataError(f"{name} must be a numpy array; got {type(value).__name__}")
         images, labels = self.images, self.labels
@@ -82,7 +85,7 @@ class Split:
         joined = [None if one is None or two is None else np.concatenate([one, two]) for one, two in pairs]
         return Split(*joined)  # type: ignore[arg-type]
 
-    def _values(self) -> tuple[np.ndarray | None, ...]:
+    def _values(self) -> tuple[ImageArray | None, ...]:
         return self.images, self.labels, self.targets, self.groups
 
 
@@ -91,7 +94,7 @@ class ImageDataset:
     """A labelled image data set.
 
     Attributes:
-        name: as asked for, or the file's name without ``.npz``.
+        name: as asked for, or the name of the file, without ``.npz``, or folder.
         train: training split.
         val: validation split; None where the source has none.
         test: test split.

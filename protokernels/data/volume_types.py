@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .types import DataError, check_names_differ
+from .errors import DataError
+from .types import check_names_differ
 
 MAX_CLASSES = 256  # labels are uint8
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import acdc, nifti_folders, phantoms
 from .datasets import data_root
-from .types import DataError
+from .errors import DataError
 from .volume_types import LabelledVolume, SegmentationDataset
 
 __all__ = [

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..data import load_dataset, to_tensor
@@ -99,7 +100,7 @@ def pixels(data: str, data_root: Path | None, download: bool) -> ResultRow:
     """kNN (k = 5) and the `fair` linear probe on the pixels themselves, at the size of the file: the floor under any
     embedding."""
     dataset = load_dataset(data, data_root, download=download)
-    x = {split: to_tensor(part.images, size=None).flatten(1) for split, part in dataset.splits.items()}
+    x = {split: to_tensor(np.asarray(part.images), size=None).flatten(1) for split, part in dataset.splits.items()}
     y = {split: torch.as_tensor(part.labels) for split, part in dataset.splits.items()}
     probe = linear_probe(x["train"], y["train"], num_classes=dataset.num_classes, protocol="fair", seed=0)
     splits = {}
