@@ -15,6 +15,7 @@ import pathlib
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,7 +125,9 @@ def child(work: Callable[[], Any]) -> Any:
         os._exit(status or 0)
 
     process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # from Python 3.12 on
+        process.start()
     return process
 
 
