@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from PIL import Image
@@ -61,6 +62,7 @@ GALLERY = (
         {
             "masses": "two views, the mass of each position, and the transport plan between them",
             "label_fractions_labels": "linear probe with 1 to 100 % of the labels",
+            "grad_cam": "what in a test image speaks for its class, by Grad-CAM",
         },
     ),
     Shown(
@@ -106,16 +108,18 @@ def draw(shown: Shown, run: Path) -> None:
 
 
 def as_markdown() -> str:
-    """The README's section below its heading: for every paper its command, its pictures and what they show."""
+    """The README's section below its heading: for every paper its command, its pictures in pairs, and what they show."""
     parts = []
     for shown in GALLERY:
-        pictures = [
-            f"![{name} of {shown.paper} on {shown.data}](benchmarks/results/gallery/{shown.picture(name)})"
-            for name in shown.figures
-        ]
-        bar = "|" + "---|" * len(pictures)
-        captions = list(shown.figures.values())
-        parts.append("\n".join([f"`{shown.command}`", "", _line(pictures), bar, _line(captions)]))
+        parts.append(f"`{shown.command}`")
+        for pair in zip_longest(*[iter(shown.figures.items())] * 2):
+            named = [item for item in pair if item is not None]
+            pictures = [
+                f"![{name} of {shown.paper} on {shown.data}](benchmarks/results/gallery/{shown.picture(name)})"
+                for name, _ in named
+            ]
+            bar = "|" + "---|" * len(named)
+            parts.append("\n".join([_line(pictures), bar, _line([caption for _, caption in named])]))
     return "\n\n".join(parts) + "\n"
 
 

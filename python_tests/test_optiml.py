@@ -320,6 +320,7 @@ class TestRun:
             "100%",
             "transport.png",
             "masses.png",
+            "grad_cam.png",
             "losses.png",
             "label_fractions_labels.png",
         ):
@@ -343,7 +344,7 @@ class TestRun:
         capsys.readouterr()
         assert main(["figures", str(folder)]) == 0
         printed = capsys.readouterr().out.split()
-        assert len(printed) == 4 and all(Path(path).stat().st_size > 1000 for path in printed)
+        assert len(printed) == 5 and all(Path(path).stat().st_size > 1000 for path in printed)
 
     def test_ablate_runs_what_is_asked_for_and_continues(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

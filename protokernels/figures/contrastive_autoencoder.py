@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..data import ImageDataset, Split, to_tensor
+from ..data import ImageDataset, to_tensor
 from ..evaluation import statistical_mapping, tsne_embedding
 from ..papers._contrastive_autoencoder_scoring import Embeddings, represent, subset
 from ..training import RunFolder, derived_generator
@@ -20,7 +20,7 @@ from .canvas import save_figure
 from .curves import loss_curves
 from .elbow import elbow_curve
 from .embedding import embedding_triptych
-from .grids import image_grid, labelled_rows
+from .grids import image_grid, labelled_rows, of_each_class
 
 if TYPE_CHECKING:
     from ..papers.contrastive_autoencoder import ContrastiveAutoencoder, ContrastiveAutoencoderConfig
@@ -42,7 +42,7 @@ def draw(
     seed, class_names = run.config()["seed"], dataset.class_names
     train, tests = evaluation_splits(dataset, config.selection)
     split_name, split = next(iter(tests.items()))
-    shown = _of_each_class(split, _IMAGES)
+    shown = of_each_class(split, _IMAGES)
     images = to_tensor(split.images[shown.numpy()], size=config.image_size)
     captions = [class_names[int(label)] for label in split.labels[shown.numpy()]]
     first, second = config.views()(images, generator=derived_generator(seed, "figures"))
@@ -85,16 +85,6 @@ def draw(
                 title=f"{name}: KMeans on h",
             )
     return [save_figure(figure, folder / f"{key}.png") for key, figure in figures.items()]
-
-
-def _of_each_class(split: Split, count: int) -> Tensor:  # -> [n] int64
-    """The first images of every class in turn, ordered by class."""
-    labels = torch.as_tensor(split.labels)
-    rank = torch.zeros_like(labels)
-    for label in labels.unique():
-        rank[labels == label] = torch.arange(int((labels == label).sum()))
-    chosen = (rank * (int(labels.max()) + 1) + labels).argsort(stable=True)[:count]
-    return chosen[labels[chosen].argsort(stable=True)]
 
 
 def _prototype_grid(pictures: Tensor, train: Embeddings, class_names: Sequence[str], title: str) -> Figure:

@@ -7,12 +7,14 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from ..data import Split
 from .canvas import as_pixels, new_figure
 
 _GAP = 0.06
@@ -82,6 +84,16 @@ def labelled_rows(
         axes.text(-0.1 * place.get_width(), place.get_y() + place.get_height() / 2, name, fontsize=8,
                   ha="right", va="center", rotation=90, multialignment="center")  # fmt: skip
     return figure
+
+
+def of_each_class(split: Split, count: int) -> Tensor:  # -> [n] int64
+    """The first images of every class in turn, ordered by class."""
+    labels = torch.as_tensor(split.labels)
+    rank = torch.zeros_like(labels)
+    for label in labels.unique():
+        rank[labels == label] = torch.arange(int((labels == label).sum()))
+    chosen = (rank * (int(labels.max()) + 1) + labels).argsort(stable=True)[:count]
+    return chosen[labels[chosen].argsort(stable=True)]
 
 
 def _folded(captions: Sequence[str]) -> tuple[list[str], float]:

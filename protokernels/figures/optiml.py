@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The figures of OPTiML (Singh et al. 2024): transport plans, masses, label fractions, and what training went through."""
+"""The figures of OPTiML (Singh et al. 2024): transport plans, masses, Grad-CAM, label fractions, and what training went through."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..data import ImageDataset, to_tensor
 from ..nn.random_views import ViewParameters
-from ..training import RunFolder
+from ..training import RunFolder, derived_generator
+from ..training.scoring import evaluation_splits
+from ..training.self_supervised import as_bytes
 from .canvas import save_figure
 from .curves import loss_curves
 from .fractions import label_fraction_curves
+from .grad_cam import class_probe, grad_cam_figure
+from .grids import of_each_class
 from .transport import mass_maps, transport_maps
 
 if TYPE_CHECKING:
     from ..papers.optiml import OPTiML
 
+_IMAGES = 8
 _CURVES = ("loss", "alignment", "variance", "covariance", "q_std", "cost_range", "positions", "marginal_error")
 
 
@@ -29,17 +35,19 @@ def draw(
     folder: Path,
     method: OPTiML,
     run: RunFolder,
-    images: Tensor,  # [N, C, H, W] uint8
-    generator: torch.Generator,
+    dataset: ImageDataset,
 ) -> list[Path]:
     """Draws everything into ``folder / "figures"`` and returns the paths."""
-    config = method.config
+    config, seed = method.config, run.config()["seed"]
     name = f"OPTiML, {config.preset_name}, {Path(config.data).stem}"
+    train, tests = evaluation_splits(dataset, config.selection)
+    split_name, split = next(iter(tests.items()))
     metrics = run.metrics()
     figures = {
         "losses": loss_curves(metrics, [key for key in _CURVES if key in metrics[-1]], title=f"{name}: training")
     }
     if config.alignment == "transport":
+        images, generator = as_bytes(split.images[:4]), derived_generator(seed, "figures")
         views = replace(config, view_maker="RandomViews").views()  # also for a run that saw those of an earlier version
         drawn = [views.draw(len(images), view, sides=images.shape[2:], generator=generator) for view in (0, 1)]
         first, second = (views.make(images, parameters, view) for view, parameters in enumerate(drawn))
@@ -56,6 +64,19 @@ def draw(
         )
         figures["masses"] = mass_maps(
             first, second, aligned.a.cpu(), aligned.b.cpu(), plan, side=side, title=f"{name}: masses and plans"
+        )
+    encoder, size = method.encoder, config.image_size
+    fitted = class_probe(encoder, train, size=size, num_classes=dataset.num_classes, seed=seed)
+    if fitted is not None:
+        probe, count = fitted
+        shown = of_each_class(split, _IMAGES).numpy()
+        figures["grad_cam"] = grad_cam_figure(
+            encoder,
+            probe,
+            to_tensor(split.images[shown], size=size),
+            torch.as_tensor(split.labels[shown]),
+            class_names=dataset.class_names,
+            title=f"{name}: Grad-CAM of an image's class ({split_name}; logistic regression on {count} training images)",
         )
     results = RunFolder(folder).results() or {}
     for task, figure in fraction_figures(name, results).items():

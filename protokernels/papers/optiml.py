@@ -68,9 +68,8 @@ import protokernels
 from ..data import ImageDataset
 from ..models import mlp_head, pooled
 from ..nn import variance_covariance_loss
-from ..training import RunFolder, derived_generator, own_rows, whole_batch
-from ..training.scoring import evaluation_splits
-from ..training.self_supervised import Method, PretrainingConfig, SelfSupervised, as_bytes
+from ..training import RunFolder, own_rows, whole_batch
+from ..training.self_supervised import Method, PretrainingConfig, SelfSupervised
 from ..training.transfer_report import results_table
 
 __all__ = ["ABLATIONS", "CONFIG", "OPTiML", "OPTiMLConfig", "draw_figures", "evaluate", "results_table", "train"]
@@ -284,9 +283,7 @@ class _OPTiML(SelfSupervised[OPTiMLConfig]):
 
         method = self.load_model(run, config, dataset)
         assert isinstance(method, OPTiML)
-        split = next(iter(evaluation_splits(dataset, config.selection)[1].values()))
-        generator = derived_generator(run.config()["seed"], "figures")
-        return draw(folder, method, run, as_bytes(split.images[:4]), generator)
+        return draw(folder, method, run, dataset)
 
 
 EXPERIMENT = _OPTiML("optiml", OPTiMLConfig, OPTiML)
