@@ -12,12 +12,19 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 PICTURES = Path(__file__).resolve().parent / "results" / "gallery"
 WIDTH, COLOURS = 720, 256
@@ -30,6 +37,7 @@ class Shown:
     paper: str  # as `protokernels train` takes it
     data: str
     figures: dict[str, str]
+    make: Callable[[], Figure] | None = None  # of its only figure, where no run draws it
 
     @property
     def command(self) -> str:
@@ -37,6 +45,30 @@ class Shown:
 
     def picture(self, figure: str) -> str:
         return f"{self.paper}-{figure.replace('_', '-')}.png"
+
+
+def contours() -> Figure:
+    """Slices of phantoms and what random parameters make of them, with the lesion's contour: what ``views.png`` of a run on BraTS shows."""
+    from protokernels.data import Split, phantoms
+    from protokernels.figures import labelled_rows
+    from protokernels.papers._optimized_views_networks import OptimizedViews
+    from protokernels.papers._optimized_views_scoring import example_views, examples
+    from protokernels.papers.optimized_views import OptimizedViewsConfig
+
+    volumes = phantoms.make(64)[:4]
+    masks = np.concatenate([volume.label == phantoms.CLASSES.index("phantom lesion") for volume in volumes])
+    images = np.concatenate([np.rint(255 * volume.image).astype(np.uint8) for volume in volumes])
+    split = Split(images, masks.any(axis=(1, 2)).astype(np.int64), masks=masks)
+    config = OptimizedViewsConfig.preset("fair", data="phantoms", strategy="simclr", image_size=64)
+    _, x, shown = examples(split, config)
+    generator = torch.Generator().manual_seed(0)
+    rows = {"X": (x, shown), "X_M": example_views(OptimizedViews(config, 1), x, shown, generator)}
+    return labelled_rows(
+        [(name, images) for name, (images, _) in rows.items()],
+        captions=["no lesion"] * 4 + ["lesion"] * 4,
+        title="Phantoms, each transformation with probability 1/2: the lesion's contour",
+        masks=[moved for _, moved in rows.values()],
+    )
 
 
 GALLERY = (
@@ -81,6 +113,14 @@ GALLERY = (
             "views": "images, and twice what M makes of them",
         },
     ),
+    Shown(
+        "optimized-views",
+        "phantoms",
+        {
+            "contours": "where a data set has masks, as `brats` does, their contours go along with the images (random parameters)"
+        },
+        make=contours,
+    ),
 )
 
 
@@ -97,7 +137,12 @@ def shrink(source: Path, target: Path) -> None:
 def draw(shown: Shown, run: Path) -> None:
     """Trains if ``run`` lacks a figure that is shown, and puts those among the pictures."""
     figures = {name: run / "figures" / f"{name}.png" for name in shown.figures}
-    if not all(figure.exists() for figure in figures.values()):
+    if shown.make is not None:
+        from protokernels.figures import save_figure
+
+        for figure in figures.values():
+            save_figure(shown.make(), figure)
+    elif not all(figure.exists() for figure in figures.values()):
         subprocess.run(
             [sys.executable, "-m", *shown.command.split(), "--out", str(run), "--resume", "--quiet"], check=True
         )
@@ -111,7 +156,8 @@ def as_markdown() -> str:
     """The README's section below its heading: for every paper its command, its pictures in pairs, and what they show."""
     parts = []
     for shown in GALLERY:
-        parts.append(f"`{shown.command}`")
+        if shown.make is None:
+            parts.append(f"`{shown.command}`")
         for pair in zip_longest(*[iter(shown.figures.items())] * 2):
             named = [item for item in pair if item is not None]
             pictures = [
@@ -128,7 +174,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    papers = [shown.paper for shown in GALLERY]
+    papers = list(dict.fromkeys(shown.paper for shown in GALLERY))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=papers, default=papers)
     parser.add_argument(

@@ -86,6 +86,10 @@ class TestBrats:
         assert set.union(*owners) == set(volumes) and sum(map(len, owners)) == 5  # no patient in two splits
         assert data.train.images.shape[1:] == (BRATS_SHAPE[1], BRATS_SHAPE[0])
         assert data.test.labels.tolist() == [0, 0, 1, 0, 1]  # slices 1 to 5
+        assert data.train.masks is None and data.val is not None and data.val.masks is not None
+        assert data.test.masks is not None
+        rows = BRATS_SHAPE[1] - 1  # the last
+        assert np.argwhere(data.test.masks).tolist() == [[2, rows - 1, 2], [4, rows - 2, 5]]
         first = data.test.images[0]  # slice 1: two rows of Y; rows run from anterior, so they are the last
         assert first[:-2].max() == 0 and first[-1, -1] == 255
         assert data.provenance["sequence"] == "FLAIR" and data.provenance["patients"] == {
@@ -100,8 +104,11 @@ class TestBrats:
         volume[:2, :, 1] = 5
         volume[2, 0, 1] = 7  # 79 %
         volume[:, :, 2] = 3  # no black, and constant
-        slices, labels = kept_slices(volume, np.zeros(volume.shape, np.int64))
-        assert BLACK == 0.8 and slices.shape == (2, 10, 10) and labels.tolist() == [0, 0]
+        marked = np.zeros(volume.shape, np.int64)
+        marked[2, 9, 1:] = 4
+        slices, masks = kept_slices(volume, marked)
+        assert BLACK == 0.8 and slices.shape == (2, 10, 10)
+        assert masks.dtype == bool and np.argwhere(masks).tolist() == [[0, 0, 2], [1, 0, 2]]
         assert slices[0].max() == 255 and slices[0][-1, 2] == 255 and slices[0][-1, 0] == round(255 * 5 / 7)
         assert slices[1].max() == 0
 

@@ -32,7 +32,7 @@ SEED = 0
 
 
 def load(root: Path) -> ImageDataset:
-    """Loads all slices into memory, a byte a pixel.
+    """Loads all slices into memory, a byte a pixel, and of validation and test set the tumours, another byte.
 
     Raises:
         DataError: no folder, fewer than three patients, files that are missing or damaged, volumes of different sizes.
@@ -50,10 +50,12 @@ def load(root: Path) -> ImageDataset:
         image, label = read_nifti(pair.image, channel=channel), read_nifti(pair.label)
         same_place(image, label)
         try:
-            slices, shown = kept_slices(image.values, whole_labels(label))
+            slices, masks = kept_slices(image.values, whole_labels(label))
         except DataError as error:
             raise DataError(f"{pair.name}: {error}") from error
-        parts[split].append(Split(slices, shown, groups=np.full(len(shown), pair.group)))
+        shown = np.any(masks, axis=(1, 2)).astype(np.int64)
+        held = None if split == "train" else masks  # for figures, which show images that were held out
+        parts[split].append(Split(slices, shown, groups=np.full(len(shown), pair.group), masks=held))
     sizes = sorted({one.images.shape[1:] for split in parts.values() for one in split})
     if len(sizes) > 1:
         raise DataError(f"{folder}: all volumes must have slices of one size; got {', '.join(map(str, sizes))}")
@@ -83,8 +85,8 @@ def assigned(folder: VolumeFolder) -> list[tuple[str, str]]:
 def kept_slices(
     volume: np.ndarray,  # [X, Y, Z], right, anterior, superior
     labels: np.ndarray,  # [X, Y, Z] whole numbers, 0 is no tumour
-) -> tuple[np.ndarray, np.ndarray]:  # [N, Y, X] uint8, [N] int64
-    """The slices that are not mostly black, scaled one by one, and whether each shows tumour.
+) -> tuple[np.ndarray, np.ndarray]:  # [N, Y, X] uint8, [N, Y, X] bool
+    """The slices that are not mostly black, scaled one by one, and where each shows tumour.
 
     Raises:
         DataError: NaN or infinity.
@@ -96,9 +98,10 @@ def kept_slices(
     slices = stacked[kept].astype(np.float32)
     low, high = slices.min(axis=(1, 2), keepdims=True), slices.max(axis=(1, 2), keepdims=True)
     scaled = (slices - low) / np.where(high > low, high - low, 1)
-    return np.rint(255 * scaled).astype(np.uint8), (marked[kept] > 0).any(axis=(1, 2)).astype(np.int64)
+    return np.rint(255 * scaled).astype(np.uint8), marked[kept] > 0
 
 
 def _joined(parts: list[Split]) -> Split:
-    images, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels"))
-    return Split(images, labels, groups=np.concatenate([part.groups for part in parts if part.groups is not None]))
+    names = ("images", "labels", "targets", "groups", "masks")
+    columns = {name: [getattr(part, name) for part in parts] for name in names}
+    return Split(**{name: np.concatenate(values) for name, values in columns.items() if values[0] is not None})

@@ -31,6 +31,8 @@ class Split:
         labels: one class per image.
         targets: findings, any number of them per image; None where the source has none.
         groups: whose image it is, such as a patient number; None where it is not known.
+        masks: where in an image that is which its label tells of, such as a tumour; for figures only, nothing learns from them. None
+            where they are not known.
 
     Raises:
         DataError: for another dtype or shape, or when lengths differ.
@@ -40,9 +42,10 @@ class Split:
     labels: np.ndarray  # [N] int64
     targets: np.ndarray | None = None  # [N, L] uint8, 0 or 1
     groups: np.ndarray | None = None  # [N] text
+    masks: np.ndarray | None = None  # [N, H, W] bool
 
     def __post_init__(self) -> None:
-        for name, value in zip(("images", "labels", "targets", "groups"), self._values(), strict=True):
+        for name, value in zip(("images", "labels", "targets", "groups", "masks"), self._values(), strict=True):
             if isinstance(value, ShardedArray) and name == "images":
                 continue
             if not isinstance(value, np.ndarray) and (value is not None or name in ("images", "labels")):
@@ -71,6 +74,11 @@ class Split:
                 raise DataError(f"targets must be 0 or 1; got {int(targets.max())}")
         if groups is not None and (groups.dtype.kind != "U" or groups.shape != labels.shape):
             raise DataError(f"groups must be text of shape [{len(images)}]; got {groups.dtype} {list(groups.shape)}")
+        masks = self.masks
+        if masks is not None and (masks.dtype != np.bool_ or masks.shape != images.shape[:3]):
+            raise DataError(
+                f"masks must be bool of shape {list(images.shape[:3])}; got {masks.dtype} {list(masks.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,13 +88,13 @@ class Split:
         return Split(*(None if value is None else value[indices] for value in self._values()))  # type: ignore[arg-type]
 
     def join(self, other: Split) -> Split:
-        """These images, then those of ``other``; targets and groups where both have them."""
+        """These images, then those of ``other``; targets, groups and masks where both have them."""
         pairs = zip(self._values(), other._values(), strict=True)
         joined = [None if one is None or two is None else np.concatenate([one, two]) for one, two in pairs]
         return Split(*joined)  # type: ignore[arg-type]
 
     def _values(self) -> tuple[ImageArray | None, ...]:
-        return self.images, self.labels, self.targets, self.groups
+        return self.images, self.labels, self.targets, self.groups, self.masks
 
 
 @dataclass(frozen=True, eq=False)

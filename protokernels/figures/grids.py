@@ -23,6 +23,8 @@ _CAPTION = 0.2
 """Height of a line of a caption, likewise."""
 _LETTERS = 15
 """In a line of a caption, which is as wide as an image."""
+_OUTLINE = "tab:red"
+"""Of masks."""
 
 
 def image_grid(
@@ -63,8 +65,10 @@ def labelled_rows(
     *,
     title: str,
     captions: Sequence[str] = (),
+    masks: Sequence[Tensor | None] = (),  # of each row [N, 1, H, W]
 ) -> Figure:
-    """One row per name, one column per image; ``captions``, if there are any, stand above the columns.
+    """One row per name, one column per image; ``captions``, if there are any, stand above the columns. Where a row has ``masks``, each
+    image has a line around what is above 1/2 in its mask.
 
     Raises:
         ValueError: no row, no image, or rows or captions of different lengths.
@@ -83,7 +87,22 @@ def labelled_rows(
     for (name, _), place in zip(rows, places[::count], strict=True):
         axes.text(-0.1 * place.get_width(), place.get_y() + place.get_height() / 2, name, fontsize=8,
                   ha="right", va="center", rotation=90, multialignment="center")  # fmt: skip
+    for index, row in enumerate(masks):
+        for mask, place in zip([] if row is None else row, places[index * count :], strict=False):
+            _outline(axes, mask[0].numpy(), place)
     return figure
+
+
+def _outline(axes: Axes, mask: np.ndarray, place: Rectangle) -> None:
+    """The line at 1/2, closed at the border of the image in ``place``; none where the mask does not reach it."""
+    if not mask.max() > 0.5:
+        return
+    rows, columns = (np.arange(-1, length + 1) + 0.5 for length in mask.shape)
+    limits = axes.get_xlim(), axes.get_ylim()
+    axes.contour(
+        columns + place.get_x(), rows + place.get_y(), np.pad(mask, 1), levels=[0.5], colors=_OUTLINE, linewidths=0.9
+    )
+    axes.set(xlim=limits[0], ylim=limits[1])
 
 
 def of_each_class(split: Split, count: int) -> Tensor:  # -> [n] int64

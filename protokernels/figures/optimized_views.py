@@ -29,7 +29,7 @@ def draw(
     run: RunFolder,
     split: str,
     config: OptimizedViewsConfig,
-    images: tuple[Tensor, Tensor, Tensor],  # [N, C, S, S] each: untransformed, transformed twice
+    rows: Mapping[str, tuple[Tensor, Tensor | None]],  # name -> images [N, C, S, S], masks [N, 1, S, S]
     captions: Sequence[str],
     chosen: Sequence[Mapping[str, Any]],
 ) -> list[Path]:
@@ -40,18 +40,20 @@ def draw(
         run: whose metrics are drawn.
         split: name of the scored set.
         config: of the run.
-        images: see above.
+        rows: images, untransformed and transformed, each with what its masks have become, whose outlines are drawn.
         captions: one per image.
         chosen: lines ``{"epoch": ..., "counts": {parameter: [counts]}}``; empty where there is no M.
     """
     name = f"{config.recipe.title}, {config.preset_name}, {Path(config.data).stem}"
     metrics = run.metrics()
     names = [key for key in _CURVES if any(key in line for line in metrics)]
-    rows = {"X": images[0], "X_M": images[1], "again": images[2]}
     figures = {
         "losses": loss_curves(metrics, names, title=f"{name}: training, AUC in {split}"),
         "views": labelled_rows(
-            list(rows.items()), captions=captions, title=f"{name}: images and their transformed versions"
+            [(row, images) for row, (images, _) in rows.items()],
+            captions=captions,
+            title=f"{name}: images and their transformed versions",
+            masks=[masks for _, masks in rows.values()],
         ),
     }
     if chosen:

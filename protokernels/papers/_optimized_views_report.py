@@ -117,7 +117,8 @@ def compare_curves(results: Mapping[str, Any]) -> Any:
 
 
 def compare_views(folders: Mapping[str, str | Path], *, data_root: str | Path | None = None) -> Any:
-    """A matplotlib figure: the same images, transformed by several strategies (the paper's Fig. 3, without contours).
+    """A matplotlib figure: the same images, transformed by several strategies (the paper's Fig. 3), with the contours of what they
+    show where the data set has masks.
 
     Args:
         folders: name -> run folder, all of one data set and image size.
@@ -125,18 +126,19 @@ def compare_views(folders: Mapping[str, str | Path], *, data_root: str | Path | 
     """
     from ..figures import labelled_rows
 
-    rows: dict[str, Tensor] = {}
+    rows: dict[str, tuple[Tensor, Tensor | None]] = {}
     captions: list[str] = []
     for name, folder in folders.items():
         run = load_runs(folder)[0]
         dataset = load_presence(run.config_as(OptimizedViewsConfig).data, data_root)
         model, config = load_model(run, dataset.channels)
-        indices, x = examples(split := scored_split(dataset, config)[1], config)
+        indices, x, masks = examples(split := scored_split(dataset, config)[1], config)
         captions = captions or [dataset.class_names[label] for label in split.labels[indices]]
-        rows = rows or {"X": x}
-        rows[name] = example_views(model, x, derived_generator(0, "figures"))
-    lines = [(name.replace("+", "\n+ ").replace("-", "-\n"), images) for name, images in rows.items()]
-    return labelled_rows(lines, captions=captions, title=f"{Path(config.data).stem}: X_M of several strategies")
+        rows = rows or {"X": (x, masks)}
+        rows[name] = example_views(model, x, masks, derived_generator(0, "figures"))
+    lines = [(name.replace("+", "\n+ ").replace("-", "-\n"), images) for name, (images, _) in rows.items()]
+    title = f"{Path(config.data).stem}: X_M of several strategies"
+    return labelled_rows(lines, captions=captions, title=title, masks=[moved for _, moved in rows.values()])
 
 
 def run_curves(folder: Path) -> list[list[tuple[int, float]]]:

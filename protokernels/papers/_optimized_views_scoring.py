@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import protokernels
+
 from ..data import DataError, ImageDataset, Split, load_dataset, to_tensor
 from ..evaluation import Labelled, TransferConfig, evaluate_transfer, label_subsets, linear_evaluation
 from ..evaluation.hold_out import hold_out_sets
@@ -156,15 +158,28 @@ def score(model: OptimizedViews, dataset: ImageDataset, config: OptimizedViewsCo
     }
 
 
-def examples(split: Split, config: OptimizedViewsConfig) -> tuple[np.ndarray, Tensor]:  # [8] indices, [8, C, S, S]
-    """Four images of each class, the first ones, as the networks see them."""
+def examples(
+    split: Split, config: OptimizedViewsConfig
+) -> tuple[np.ndarray, Tensor, Tensor | None]:  # [8], [8, C, S, S], [8, 1, S, S]
+    """Four images of each class, the first ones: their indices, the images as the networks see them, and in [0, 1] the masks that the
+    data set has of them."""
     indices = np.concatenate([np.flatnonzero(split.labels == label)[:4] for label in (0, 1)])
-    return indices, to_tensor(split.images[indices], size=config.image_size)
+    masks = (
+        None if split.masks is None else to_tensor(255 * split.masks[indices].view(np.uint8), size=config.image_size)
+    )
+    return indices, to_tensor(split.images[indices], size=config.image_size), masks
 
 
 @torch.no_grad()
-def example_views(model: OptimizedViews, images: Tensor, generator: torch.Generator) -> Tensor:  # [B, C, S, S]
-    """X_M as the strategy of ``model`` makes it, on the CPU."""
+def example_views(
+    model: OptimizedViews, images: Tensor, masks: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:  # [B, C, S, S], [B, 1, S, S]
+    """X_M as the strategy of ``model`` makes it, on the CPU, and the masks carried along: cropped, mirrored and turned like their images,
+    with neither blur nor noise."""
     half = model.config.recipe.views == "half"
     Lambda, enabled = (model.M(images), None) if model.M is not None else drawn_parameters(len(images), half, generator)
-    return model.transform(images, Lambda, torch.randint(2**63 - 1, (len(images),), generator=generator), enabled)
+    views = model.transform(images, Lambda, torch.randint(2**63 - 1, (len(images),), generator=generator), enabled)
+    if masks is None:
+        return views, None
+    order: list[Any] = [stage for stage in model.config.order if stage not in ("blur", "noise")]
+    return views, protokernels.transform(masks, Lambda, order=order, enabled=enabled)

@@ -388,11 +388,12 @@ class _OptimizedViews(Experiment[OptimizedViewsConfig]):
 
         model = self.load_model(run, config, dataset)
         name, split = scored_split(dataset, config)
-        indices, x = examples(split, config)
+        indices, x, masks = examples(split, config)
         generator = derived_generator(run.config()["seed"], "figures")
-        view, again = (example_views(model.cpu(), x, generator) for _ in range(2))
+        view, again = (example_views(model.cpu(), x, masks, generator) for _ in range(2))
         captions = [dataset.class_names[label] for label in split.labels[indices]]
-        return draw(folder, run, name, config, (x, view, again), captions, read_json_lines(run.path / CHOSEN))
+        rows = {"X": (x, masks), "X_M": view, "again": again}
+        return draw(folder, run, name, config, rows, captions, read_json_lines(run.path / CHOSEN))
 
 
 def _evaluated_epochs(config: OptimizedViewsConfig) -> set[int]:
