@@ -95,6 +95,7 @@ GALLERY = (
             "masses": "two views, the mass of each position, and the transport plan between them",
             "label_fractions_labels": "linear probe with 1 to 100 % of the labels",
             "grad_cam": "what in a test image speaks for its class, by Grad-CAM",
+            "architecture": "networks and losses of the run, with the shapes that a forward pass has",
         },
     ),
     Shown(
@@ -103,6 +104,8 @@ GALLERY = (
         {
             "overlays": "image, ground truth and segmentation, 20 % of the volumes labelled",
             "features": "features of pixels in the network after all three stages, by class",
+            "architecture": "the network with the heads and losses of its three stages",
+            "partners": "the pixels that an anchor meets in the local loss, in blocks and on a stride, and what they do to it",
         },
     ),
     Shown(

@@ -267,7 +267,7 @@ class TestRun:
         text = capsys.readouterr().out
         for expected in ("statistical", "kNN", "linear", "majority", "val+test (538)", "±", "results.json", "tsne.png"):
             assert expected in text, expected
-        assert len(list((folder / "figures").glob("*.png"))) == 6
+        assert len(list((folder / "figures").glob("*.png"))) == 7
         assert json.loads((folder / "config.json").read_text())["config"]["epochs"] == 1
 
     def test_a_second_run_does_not_overwrite_the_first(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,7 +289,7 @@ class TestRun:
             path.unlink()
         assert main(["figures", str(run)]) == 0
         printed = capsys.readouterr().out.split()
-        assert len(printed) == 6 and all(Path(path).stat().st_size > 1000 for path in printed)
+        assert len(printed) == 7 and all(Path(path).stat().st_size > 1000 for path in printed)
 
     def test_ctrl_c_leaves_a_usable_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = tmp_path / "run"

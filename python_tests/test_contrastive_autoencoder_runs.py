@@ -28,7 +28,7 @@ TINY = CONFIG.preset(
     "official", "digits", epochs=3, warmup_epochs=2, ramp_epochs=1, batch_size=500, image_size=16, latent_dim=8,
     encoder_widths=(4, 8, 8), decoder_widths=(8, 4), most_clusters=5, subset=200, condition="concatenated",
 )  # fmt: skip
-FIGURES = {"views", "reconstructions", "losses", "prototypes", "tsne_test", "tsne_val", "elbow"}
+FIGURES = {"architecture", "views", "reconstructions", "losses", "prototypes", "tsne_test", "tsne_val", "elbow"}
 
 
 def train_tiny(folder: Path, config: ContrastiveAutoencoderConfig = TINY, **settings: Any) -> dict[str, Any]:

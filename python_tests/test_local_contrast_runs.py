@@ -122,6 +122,8 @@ class TestRun:
             "losses_fine_tune.png",
             "overlays.png",
             "features.png",
+            "architecture.png",
+            "partners.png",
         }
         assert all((trained / "figures" / name).stat().st_size > 5000 for name in names)
 

@@ -238,7 +238,7 @@ class TestRun:
         assert "hold-out" in text and "untrained" in text and "126 of 1259" in text
         assert main(["figures", str(trained)]) == 0
         paths = [Path(line) for line in capsys.readouterr().out.split()]
-        assert {path.name for path in paths} == {"losses.png", "views.png", "parameters.png"}
+        assert {path.name for path in paths} == {"architecture.png", "losses.png", "views.png", "parameters.png"}
         assert all(path.stat().st_size > 5000 for path in paths)
         first = (trained / "figures" / "views.png").read_bytes()
         assert main(["figures", str(trained)]) == 0 and (trained / "figures" / "views.png").read_bytes() == first

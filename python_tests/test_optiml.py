@@ -321,6 +321,7 @@ class TestRun:
             "transport.png",
             "masses.png",
             "grad_cam.png",
+            "architecture.png",
             "losses.png",
             "label_fractions_labels.png",
         ):
@@ -344,7 +345,7 @@ class TestRun:
         capsys.readouterr()
         assert main(["figures", str(folder)]) == 0
         printed = capsys.readouterr().out.split()
-        assert len(printed) == 5 and all(Path(path).stat().st_size > 1000 for path in printed)
+        assert len(printed) == 6 and all(Path(path).stat().st_size > 1000 for path in printed)
 
     def test_ablate_runs_what_is_asked_for_and_continues(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

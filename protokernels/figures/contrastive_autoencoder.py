@@ -18,6 +18,7 @@ from ..training import RunFolder, derived_generator
 from ..training.scoring import evaluation_splits
 from .canvas import save_figure
 from .curves import loss_curves
+from .diagram import Box, Shapes, diagram
 from .elbow import elbow_curve
 from .embedding import embedding_triptych
 from .grids import image_grid, labelled_rows, of_each_class
@@ -56,6 +57,7 @@ def draw(
             title=f"{name}: reconstructions ({split_name})",
             captions=captions,
         ),
+        "architecture": architecture(model, images[:2], title=f"{name}: networks and phases"),
         "losses": loss_curves(run.metrics(), _CURVES, title=f"{name}: training", boundary=config.warmup_epochs + 0.5),
     }
     if model.prototypes is not None:
@@ -85,6 +87,34 @@ def draw(
                 title=f"{name}: KMeans on h",
             )
     return [save_figure(figure, folder / f"{key}.png") for key, figure in figures.items()]
+
+
+@torch.no_grad()
+def architecture(model: ContrastiveAutoencoder, images: Tensor, *, title: str) -> Figure:  # [B, C, S, S]
+    """The networks, what they give each other, and which phase each loss belongs to; prototypes and assignment once there are any."""
+    shapes = Shapes(model, len(images))
+    with shapes.measured():
+        h = model.encode(images)
+        model.projector(h)
+        model.decode(h)
+    boxes = {
+        "views": Box(0, 1, shapes.value("two views of x", images), "data"),
+        "e": Box(1, 1, shapes.module("encoder", "e"), "module"),
+        "p": Box(2, 0, shapes.module("projector", "p"), "module"),
+        "d": Box(3, 1, shapes.module("decoder", "d"), "module"),
+        "contrastive": Box(4, 0, "NT-Xent of the views' z\nphase 1", "loss"),
+        "reconstruction": Box(4, 1, f"squared error\nphase 1: weight {model.config.alpha:g}, phase 2: 1", "loss"),
+    }
+    arrows = [("views", "e"), ("e", "p"), ("e", "d"), ("p", "contrastive"), ("d", "reconstruction")]
+    if model.prototypes is not None and model.decoder.mix is not None:
+        boxes["prototypes"] = Box(
+            1, 2, f"between the phases\nprototypes = k-means on h\n{list(model.prototypes.shape)}"
+        )
+        boxes["c"] = Box(2, 2, shapes.value("phase 2, e and p frozen\nc = soft assignment", model.assign(h)))
+        arrows += [("e", "prototypes"), ("e", "c"), ("prototypes", "c")]
+        if model.decoder.mix.in_channels > model.decoder.seed_channels:  # otherwise c is ignored
+            arrows.append(("c", "d"))
+    return diagram(boxes, arrows, title=title)
 
 
 def _prototype_grid(pictures: Tensor, train: Embeddings, class_names: Sequence[str], title: str) -> Figure:

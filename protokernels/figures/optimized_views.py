@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from ..papers._optimized_views_networks import OptimizedViews, drawn_parameters
 from ..training import RunFolder
 from .canvas import class_colours, legend_name, new_figure, save_figure
 from .curves import loss_curves
+from .diagram import Box, Shapes, diagram
 from .grids import labelled_rows
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ def draw(
     rows: Mapping[str, tuple[Tensor, Tensor | None]],  # name -> images [N, C, S, S], masks [N, 1, S, S]
     captions: Sequence[str],
     chosen: Sequence[Mapping[str, Any]],
+    model: OptimizedViews,
 ) -> list[Path]:
     """Draws everything into ``folder / "figures"`` and returns the paths.
 
@@ -43,11 +47,13 @@ def draw(
         rows: images, untransformed and transformed, each with what its masks have become, whose outlines are drawn.
         captions: one per image.
         chosen: lines ``{"epoch": ..., "counts": {parameter: [counts]}}``; empty where there is no M.
+        model: whose networks are drawn.
     """
     name = f"{config.recipe.title}, {config.preset_name}, {Path(config.data).stem}"
     metrics = run.metrics()
     names = [key for key in _CURVES if any(key in line for line in metrics)]
     figures = {
+        "architecture": architecture(model, rows["X"][0][:2], title=f"{name}: networks and losses"),
         "losses": loss_curves(metrics, names, title=f"{name}: training, AUC in {split}"),
         "views": labelled_rows(
             [(row, images) for row, (images, _) in rows.items()],
@@ -59,6 +65,49 @@ def draw(
     if chosen:
         figures["parameters"] = parameter_histograms(chosen, title=f"{name}: parameters that M chooses in {split}")
     return [save_figure(figure, folder / "figures" / f"{key}.png") for key, figure in figures.items()]
+
+
+@torch.no_grad()
+def architecture(model: OptimizedViews, images: Tensor, *, title: str) -> Figure:  # [B, C, S, S]
+    """M or a random Lambda, the transformations T, the networks f, g and p, and the losses that the strategy has."""
+    config, shapes = model.config, Shapes(model, len(images))
+    recipe, (alpha_0, alpha_1, alpha_2, alpha_3, alpha_4) = config.recipe, config.weights
+    with shapes.measured():
+        Lambda = model.M(images) if model.M is not None else drawn_parameters(len(images), False, torch.Generator())[0]
+        view = model.transform(images, Lambda, torch.zeros(len(images), dtype=torch.int64))
+        h, _ = model.embed(view)
+        model.p(h)
+    half = "\neach with probability 1/2" if recipe.views == "half" else ""
+    stages = [", ".join(config.order[start : start + 3]) for start in range(0, len(config.order), 3)]
+    boxes = {
+        "X": Box(0, 1, shapes.value("X", images), "data"),
+        "T": Box(2, 0, shapes.value("\n".join(["T = " + ",\n".join(stages) + half, "X_M"]), view)),
+        "f": Box(3, 1, shapes.module("f"), "module"),
+    }
+    chosen = (
+        Box(1, 0, shapes.value("Λ uniform", Lambda)) if model.M is None else Box(1, 0, shapes.module("M"), "module")
+    )
+    arrows = [("X", "T"), ("Λ", "T"), ("T", "f")]
+    if model.M is not None:
+        arrows.append(("X", "Λ"))
+    boxes["Λ"] = chosen
+    if recipe.loss != "classes":
+        arrows += [("X", "f"), ("f", "g"), ("g", "contrast")]
+        boxes["g"] = Box(4, 0, shapes.module("g"), "module")
+        sign = ["+", "-"] if config.sign == "text" else ["-", "+"]
+        parts = [f"f, g, p: {sign[0]}{alpha_2:g}"] + [f"M: {sign[1]}{alpha_0:g}"] * (model.M is not None)
+        text = (
+            "Khosla's loss, labelled images"
+            if recipe.loss == "class pairs"
+            else f"I_NCE of X_M and X\n{', '.join(parts)}"
+        )
+        boxes["contrast"] = Box(5, 0, text, "loss")
+    if recipe.loss == "classes" or max(alpha_1, alpha_3, alpha_4) > 0:
+        arrows += [("f", "p"), ("p", "classes")]
+        boxes["p"] = Box(4, 2, shapes.module("p"), "module")
+        weights = f"\nf, g, p: {alpha_3:g} (X_M), {alpha_4:g} (X)" + f"; M: {alpha_1:g}" * (model.M is not None)
+        boxes["classes"] = Box(5, 2, "cross-entropy, labelled images" + weights * (recipe.loss == "pairs"), "loss")
+    return diagram(boxes, arrows, title=title)
 
 
 def auc_curves(

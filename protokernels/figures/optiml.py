@@ -18,6 +18,7 @@ from ..training.scoring import evaluation_splits
 from ..training.self_supervised import as_bytes
 from .canvas import save_figure
 from .curves import loss_curves
+from .diagram import Box, Shapes, diagram
 from .fractions import label_fraction_curves
 from .grad_cam import class_probe, grad_cam_figure
 from .grids import of_each_class
@@ -46,6 +47,8 @@ def draw(
     figures = {
         "losses": loss_curves(metrics, [key for key in _CURVES if key in metrics[-1]], title=f"{name}: training")
     }
+    example = to_tensor(split.images[:2], size=config.image_size)
+    figures["architecture"] = architecture(method, example, title=f"{name}: networks and losses")
     if config.alignment == "transport":
         images, generator = as_bytes(split.images[:4]), derived_generator(seed, "figures")
         views = replace(config, view_maker="RandomViews").views()  # also for a run that saw those of an earlier version
@@ -82,6 +85,44 @@ def draw(
     for task, figure in fraction_figures(name, results).items():
         figures[f"label_fractions_{task}"] = figure
     return [save_figure(figure, folder / "figures" / f"{key}.png") for key, figure in figures.items()]
+
+
+@torch.no_grad()
+def architecture(method: OPTiML, images: Tensor, *, title: str) -> Figure:  # [B, C, S, S]
+    """From two views to the objective: encoder and expander, and where transport aligns them, costs, masses and plan."""
+    config, shapes = method.config, Shapes(method, len(images))
+    transport, variance = config.alignment == "transport", config.beta / (2 if config.halve_variance else 1)
+    with shapes.measured():
+        aligned = method.align(images, images) if transport else None
+        method.embed(images)
+    boxes = {
+        "views": Box(0, 1, shapes.value("two views, each", images), "data"),
+        "encoder": Box(1, 1, shapes.module("encoder"), "module"),
+        "expander": Box(2, 2, f"of the mean over positions\n{shapes.module('expander')}", "module"),
+        "q": Box(3, 2, f"{variance:g} variance + {config.eta:g} covariance\nof each view's q", "loss"),
+    }
+    arrows = [("views", "encoder"), ("encoder", "expander"), ("expander", "q")]
+    if aligned is None:
+        boxes["mse"] = Box(3, 1, f"{config.alpha:g} squared distance of q_s and q_t", "loss")
+        return diagram(boxes, [*arrows, ("expander", "mse")], title=title)
+    solution = aligned.solution
+    cost = {"cosine": "1 - cos", "neg_cos": "-cos", "similarity": "cos"}[config.cost]
+    value = "<P, C>" if config.value == "transport" else "<P, C> + ε Σ P (log P - 1)"
+    boxes |= {
+        "cost": Box(2, 0, shapes.value(f"C = {cost} of positions", aligned.cost)),
+        "plan": Box(
+            4, 0, shapes.value(f"Sinkhorn, ε = {config.epsilon:g}\n{config.num_iters} iterations, P", solution.plan)
+        ),
+        "transport": Box(5, 0, f"{config.alpha:g} ({value})", "loss"),
+    }
+    arrows += [("encoder", "cost"), ("cost", "plan"), ("plan", "transport")]
+    if method.cvsim is None:
+        boxes["masses"] = Box(3, 1, shapes.value("uniform masses a, b", aligned.a))
+    else:
+        masses = f"{shapes.module('cvsim')}\n{shapes.value('softmax: masses a, b', aligned.a)}"
+        boxes["masses"] = Box(3, 1, masses, "module")
+        arrows.append(("encoder" if config.cvsim == "dense" else "expander", "masses"))
+    return diagram(boxes, [*arrows, ("masses", "plan")], title=title)
 
 
 def fraction_figures(name: str, results: dict[str, Any]) -> dict[str, Figure]:

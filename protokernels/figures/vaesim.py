@@ -15,6 +15,7 @@ from ..evaluation import Representation, tsne_embedding
 from ..training import RunFolder, derived_generator
 from .canvas import save_figure
 from .curves import loss_curves
+from .diagram import Box, Shapes, diagram
 from .embedding import embedding_pair
 from .grids import image_grid, reconstruction_rows
 from .heatmap import similarity_heatmap
@@ -58,10 +59,46 @@ def draw(
         "prior_samples": image_grid(
             model.decode(config.prior_std * noise), title=f"{name}: samples from the prior N(0, {config.prior_std:g}²)"
         ),
+        "architecture": architecture(model, config, images[:2], title=f"{name}: networks, losses and update of Q"),
         "losses": loss_curves(run.metrics(), _CURVES, title=f"{name}: training"),
         "prototype_similarity": similarity_heatmap(prototypes, title=f"{name}: similarity of the prototypes"),
     }
     return [save_figure(figure, folder / f"{key}.png") for key, figure in figures.items()]
+
+
+@torch.no_grad()
+def architecture(model: VAESim, config: VAESimConfig, images: Tensor, *, title: str) -> Figure:  # [B, C, S, S]
+    """Encoder, prototypes and decoder, the losses, and how a step moves the prototypes Q."""
+    shapes = Shapes(model, len(images))
+    with shapes.measured():
+        output = model(images, torch.zeros(len(images), config.latent_dim))
+    Q, eta = model.prototypes.prototypes, config.new_weight
+    labels = "drawn from c" if config.sample_labels else "argmax c"
+    boxes = {
+        "x": Box(0, 0, shapes.value("x", images), "data"),
+        "e": Box(1, 0, shapes.module("encoder", "e"), "module"),
+        "z": Box(2, 0, shapes.value("z = mean + e^(log-variance / 2) noise", output.z)),
+        "d": Box(3, 0, shapes.module("decoder", "d"), "module"),
+        "reconstruction": Box(4, 0, "squared error", "loss"),
+        "kl": Box(1, 1, f"{config.beta:g} KL(N(mean, variance) | N(0, {config.prior_std:g}²))", "loss"),
+        "c": Box(
+            2, 1, f"{shapes.module('prototypes', 'c')}\nsoftmax({config.similarity}(z, Q) / temperature)", "module"
+        ),
+        "Q": Box(2, 2, f"k = {labels}\nQ_k ← {eta:g} mean of z with label k + {1 - eta:g} Q_k\nQ {list(Q.shape)}"),
+        "orthogonality": Box(3, 2, f"{config.ortho_weight:g} |Q Q^T - I|²\nwithout a gradient", "loss"),
+    }
+    arrows = [
+        ("x", "e"),
+        ("e", "z"),
+        ("z", "d"),
+        ("d", "reconstruction"),
+        ("e", "kl"),
+        ("z", "c"),
+        ("c", "d"),
+        ("c", "Q"),
+        ("Q", "c"),
+    ]
+    return diagram(boxes, [*arrows, ("Q", "orthogonality")], title=title)
 
 
 def _prototype_grid(decoded: Tensor, representation: Representation, class_names: Sequence[str], title: str) -> Figure:

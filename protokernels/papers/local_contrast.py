@@ -353,6 +353,12 @@ class _LocalContrast(Experiment[LocalContrastConfig]):
         overlays, features, seed = pictures / "overlays.png", pictures / "features.png", run.config()["seed"]
         paths.append(figures.draw_predictions(overlays, {name: model}, volumes, class_names=names, title=title))
         paths.append(figures.draw_features(features, model, volumes, class_names=names, title=title, seed=seed))
+        paths.append(figures.draw_architecture(pictures / "architecture.png", model, config, title=f"{title}: stages"))
+        if config.recipe.local_contrast in ("block", "stride"):
+            place, text = pictures / "partners.png", f"{title}:\npixels that an anchor (star) meets in stage 2"
+            paths += [
+                drawn for drawn in [figures.draw_partners(place, volumes, config, title=text)] if drawn is not None
+            ]
         return paths
 
 

@@ -393,7 +393,7 @@ class _OptimizedViews(Experiment[OptimizedViewsConfig]):
         view, again = (example_views(model.cpu(), x, masks, generator) for _ in range(2))
         captions = [dataset.class_names[label] for label in split.labels[indices]]
         rows = {"X": (x, masks), "X_M": view, "again": again}
-        return draw(folder, run, name, config, rows, captions, read_json_lines(run.path / CHOSEN))
+        return draw(folder, run, name, config, rows, captions, read_json_lines(run.path / CHOSEN), model)
 
 
 def _evaluated_epochs(config: OptimizedViewsConfig) -> set[int]:
