@@ -126,7 +126,9 @@ def child(work: Callable[[], Any]) -> Any:
 
     process = multiprocessing.get_context("fork").Process(target=run)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # from Python 3.12 on
+        warnings.filterwarnings(
+            "ignore", "This process .* is multi-threaded", DeprecationWarning
+        )  # from Python 3.12 on
         process.start()
     return process
 
