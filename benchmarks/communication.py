@@ -81,6 +81,11 @@ def contrast_step(mode: bool | str) -> Callable[..., Callable[[], object]]:
     return step
 
 
+def views_step(N: int, D: int) -> Callable[[], object]:
+    first, second = torch.randn(2, N, D, requires_grad=True)
+    return lambda: protokernels.cross_view_loss(first, second, symmetric=True, gather=True).backward()
+
+
 def assignment_step(N: int, K: int) -> Callable[[], object]:
     module = SinkhornAssignment(epsilon=0.05, num_iters=3)
     return lambda: module(torch.randn(N, K))
@@ -96,6 +101,11 @@ def contrast_formula(W: int, N: int, D: int) -> float:
     return gather(W, 1, 8) + 2 * gather(W, N * D) + 2 * gather(W, N, 8) + gather(W, 6 * N)
 
 
+def views_formula(W: int, N: int, D: int) -> float:
+    """Forward: how many, both views, which pair (int64); backward: both views, pair, and for both directions as above."""
+    return gather(W, 1, 8) + 4 * gather(W, N * D) + 2 * gather(W, N, 8) + gather(W, 12 * N)
+
+
 CASES = [
     Case(
         "prototypes: sums and counts, float64",
@@ -105,6 +115,7 @@ CASES = [
     ),
     Case("contrast, gathered", {"N": 512, "D": 128}, contrast_step(True), contrast_formula),
     Case("contrast, passed round a ring", {"N": 512, "D": 128}, contrast_step("ring"), contrast_formula),
+    Case("contrast of two views, both directions", {"N": 256, "D": 128}, views_step, views_formula),
     Case(
         "balanced assignment: 3 iterations, float64",
         {"N": 256, "K": 300},
