@@ -131,15 +131,20 @@ def sinkhorn(
     )
     check_gradient(op, gradient, problem.rho)
     check_annealing(op, annealing)
-    given = any(x is not None for x in (a, b, row_mask, column_mask))
-    if given and batch.device.type != "cpu":
-        # The CUDA kernels read the costs of what is absent, which may be anything.
-        batch = torch.where((problem.a == 0).unsqueeze(2) | (problem.b == 0).unsqueeze(1), 0.0, batch)
+    if any(x is not None for x in (a, b, row_mask, column_mask)):
+        batch = _readable(batch, problem.a, problem.b)
     if annealing is not None:
         fixed = batch.detach()
         problem = anneal(problem, annealing, _spread(fixed, problem), lambda step: _solve(fixed, step, "envelope").g)
     solution = _solve(batch, problem, gradient)
     return result_of(solution, problem, (batch,), "dense", single=single, envelope=gradient == "envelope")
+
+
+def _readable(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:  # [B, N, M], [B, N], [B, M] -> [B, N, M]
+    """The CUDA kernels read the costs of what is absent, which may be anything."""
+    if cost.device.type == "cpu":
+        return cost
+    return torch.where((a == 0).unsqueeze(2) | (b == 0).unsqueeze(1), 0.0, cost)
 
 
 def _solve(
