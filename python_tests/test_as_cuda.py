@@ -16,7 +16,7 @@ from torch import Tensor
 import protokernels
 from protokernels import backend
 from python_tests import forks
-from python_tests.emulator import build, missing_tools
+from python_tests.emulator import as_cuda, build, missing_tools
 from python_tests.places import needs_native
 
 pytestmark = [needs_native, pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))]
@@ -36,7 +36,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def check(function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> None:
-    """Values and gradients in float32, of the backend in use, beside the reference in float64."""
+    """Native values and gradients in float32, beside those of the reference in float64."""
 
     def run(dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
@@ -44,7 +44,8 @@ def check(function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> None:
         total = sum((x.square().sum() for x in values), torch.zeros((), dtype=dtype))
         return [*(x.detach() for x in values), *torch.autograd.grad(total, leaves)]
 
-    found = run(torch.float32)
+    with backend.use("native"):
+        found = run(torch.float32)
     with backend.use("reference"):
         expected = run(torch.float64)
     for a, b in zip(found, expected, strict=True):
@@ -96,10 +97,18 @@ class TestFunctions:
 
     def test_nearest(self) -> None:
         queries, bank = draw(20, 9), draw(100, 9)
-        found = protokernels.nearest(queries, bank, 5)
+        with backend.use("native"):
+            found = protokernels.nearest(queries, bank, 5)
         distances, indices = torch.cdist(queries.double(), bank.double()).square().topk(5, largest=False)
         assert torch.equal(found.indices, indices)
         torch.testing.assert_close(found.distances.double(), distances)
+
+
+@pytest.mark.parametrize("name", as_cuda.OTHERWISE)
+def test_what_is_left_out_is_there(name: str) -> None:
+    file, part, test = name.split("::")
+    text = (ROOT / "python_tests" / file).read_text().partition(f"\nclass {part}:\n")[2].partition("\nclass ")[0]
+    assert f"    def {test}(" in text
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89"])
