@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,7 @@ class TestInitialisation:
             ({"num_prototypes": 0}, "num_prototypes and dim must be at least 1; got 0 and 5"),
             ({"dim": 0}, "got 4 and 0"),
             ({"similarity": "l2"}, "similarity must be 'cosine' or 'dot'; got 'l2'"),
+            ({"similarity": np.zeros(2)}, "similarity must be 'cosine' or 'dot'; got array"),
             ({"new_weight": 1.01}, r"new_weight must lie in \[0, 1\]; got 1.01"),
             ({"temperature": 0.0}, "temperature must be positive and finite, or a schedule; got 0.0"),
             ({"temperature": math.inf}, "got inf"),

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -274,6 +275,7 @@ class TestContract:
                 r"z is on cpu and prototypes on meta; move one",
             ),
             ({"similarity": "euclidean"}, ValueError, r"similarity must be 'cosine' or 'dot'; got 'euclidean'"),
+            ({"similarity": np.zeros(2)}, ValueError, r"similarity must be 'cosine' or 'dot'; got array"),
             ({"temperature": 0.0}, ValueError, r"temperature must be positive and finite; got 0.0"),
             ({"temperature": -1}, ValueError, r"temperature must be positive and finite; got -1"),
             ({"temperature": math.nan}, ValueError, r"temperature must be positive and finite; got nan"),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -126,6 +127,19 @@ class TestValue:
             for now, then in zip(*results, strict=True):
                 assert torch.equal(now[[0, 2]], then[[0, 2]])
 
+    @pytest.mark.parametrize("huge", [10**30, -(2**63) - 1])
+    def test_integers_beyond_64_bits(self, place: Place, huge: int) -> None:
+        images = draw((2, 1, 9, 9), seed=7)[0].to(place.device)
+        seed = torch.arange(2, device=place.device)
+        for of in (
+            lambda number: gaussian_blur(images, number),
+            lambda number: gaussian_noise(images, number, seed=seed),
+            lambda number: blend_flip(images, number),
+            lambda number: soft_crop(images, (number, 0)),
+            lambda number: rotate(images, number, padding_mode="border"),
+        ):
+            assert torch.equal(of(huge), of(float(huge)))
+
     @pytest.mark.parametrize("huge", [1e4, 1e9, 1e18, 1e30, 3e38])
     def test_huge_parameters_do_no_harm(self, place: Place, huge: float) -> None:
         """Rotation: whole turns. Blur: equal weights. A crop far away: zeros. An affine map: zeros, the edge, or some pixel."""
@@ -184,6 +198,8 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "integer parameters": (lambda: transform(IMAGES, PARAMS.int()), TypeError, "params must be a floating-point tensor"),
     "unknown stage": (lambda: transform(IMAGES, PARAMS, order=["zoom"]), ValueError, "names out of 'blur', 'noise'"),
     "a name for the order": (lambda: transform(IMAGES, PARAMS, order="blur"), ValueError, "order must be a sequence"),
+    "an array in the order": (lambda: transform(IMAGES, PARAMS, order=[np.zeros(2)]), ValueError, "order must be a sequence"),
+    "an array enabled": (lambda: transform(IMAGES, PARAMS, enabled=[np.zeros(2)]), ValueError, "enabled must be None, a sequence"),
     "a stage twice": (lambda: transform(IMAGES, PARAMS, order=["blur", "crop", "blur"]), ValueError, "once at most"),
     "unknown enabled": (lambda: transform(IMAGES, PARAMS, enabled=["zoom"]), ValueError, "enabled must be None, a sequence"),
     "enabled of numbers": (lambda: transform(IMAGES, PARAMS, enabled=torch.ones(2, 6)), ValueError, "must be a bool tensor"),

@@ -123,7 +123,7 @@ class Prototypes(nn.Module):
             raise ValueError(f"Prototypes: num_prototypes and dim must be at least 1; got {num_prototypes} and {dim}")
         if revive_after is not None and revive_after < 1:
             raise ValueError(f"Prototypes: revive_after must be at least 1 or None; got {revive_after}")
-        if similarity not in ("cosine", "dot"):
+        if not isinstance(similarity, str) or similarity not in ("cosine", "dot"):
             raise ValueError(f"Prototypes: similarity must be 'cosine' or 'dot'; got {similarity!r}")
         if not 0.0 <= new_weight <= 1.0:
             raise ValueError(f"Prototypes: new_weight must lie in [0, 1]; got {new_weight}")

@@ -81,7 +81,8 @@ def filled(like: Tensor, shape: Sequence[int], value: float, dtype: torch.dtype)
     operator, as a constant and compiles anew for the next one; the product of a tensor and a number it compiles once for all."""
     if torch.compiler.is_compiling():
         return (like.new_ones(shape, dtype=torch.float64) * value).to(dtype)
-    return like.new_full(shape, value, dtype=dtype)
+    # torch takes no integer of more than 64 bits
+    return like.new_full(shape, float(value) if isinstance(value, int) else value, dtype=dtype)
 
 
 def is_transformed() -> bool:

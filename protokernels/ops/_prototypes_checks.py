@@ -25,7 +25,7 @@ def check_pair(op: str, z: object, prototypes: object, similarity: str) -> None:
         raise ValueError(
             f"{op}: prototypes must hold at least one vector of at least one dimension; got {list(prototypes.shape)}"
         )
-    if similarity not in ("cosine", "dot"):
+    if not isinstance(similarity, str) or similarity not in ("cosine", "dot"):
         raise ValueError(f"{op}: similarity must be 'cosine' or 'dot'; got {similarity!r}")
 
 

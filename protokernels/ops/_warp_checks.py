@@ -129,8 +129,12 @@ def check_radius(op: str, value: object, name: str = "radius") -> int:
     return value
 
 
+def is_stage(value: object) -> bool:
+    return isinstance(value, str) and value in STAGES
+
+
 def stage_numbers(op: str, order: object) -> list[int]:
-    if isinstance(order, str) or not isinstance(order, Sequence) or any(stage not in STAGES for stage in order):
+    if isinstance(order, str) or not isinstance(order, Sequence) or not all(is_stage(stage) for stage in order):
         raise ValueError(
             f"{op}: order must be a sequence of names out of {', '.join(map(repr, STAGES))}; got {order!r}"
         )
@@ -155,7 +159,7 @@ def enabled_bits(op: str, images: Tensor, enabled: object) -> Tensor | None:  # 
         _checks.check_same_device(op, "images", images, "enabled", enabled)
         powers = 1 << torch.arange(len(STAGES), dtype=torch.int32, device=images.device)
         return (enabled * powers).sum(1, dtype=torch.int32)
-    if isinstance(enabled, str) or not isinstance(enabled, Sequence) or any(stage not in STAGES for stage in enabled):
+    if isinstance(enabled, str) or not isinstance(enabled, Sequence) or not all(is_stage(stage) for stage in enabled):
         raise ValueError(
             f"{op}: enabled must be None, a sequence of names out of {', '.join(map(repr, STAGES))} or a bool tensor "
             f"[B, {len(STAGES)}]; got {enabled!r}"
