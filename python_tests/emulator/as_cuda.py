@@ -9,7 +9,8 @@ and other kernels where that is too little). A launch takes milliseconds and mor
 Where the package asks for the device it takes CUDA's way; the reference backend is as it was. What the torch side of `csrc/ops` does for
 CUDA is not run but written once more in `operators.py`: a mistake there does not show.
 
-Tests in `OTHERWISE` are skipped. Beyond the files of the five ops, tests that count bytes, copies or milliseconds may fail here.
+Tests in `OTHERWISE` are skipped. Others may fail beyond the files of the five ops: those that count operators, or compare with another
+process, which starts without the plugin (two of test_callers.py).
 """
 
 from __future__ import annotations
