@@ -157,7 +157,7 @@ def test_classes_that_training_does_not_show_are_warned_of() -> None:
     paper, config = Brightness(), Config(batch_size=2)
     assert paper.provenance(config, dataset()) == {}
     assert paper.provenance(config, unseen)["warnings"] == [
-        "no training image has the class yes: nothing can be learned of it, and its scores say nothing"
+        "no training image has the label yes: nothing can be learned of it, and its scores say nothing"
     ]
     nowhere = ImageDataset("mine", images(), None, images(1), ("no", "yes", "of nobody"))
     assert paper.provenance(config, nowhere) == {}
@@ -178,7 +178,7 @@ def test_classes_that_no_labelled_volume_has_are_warned_of() -> None:
     assert provenance(config, volumes({}))["warnings"] == []
     unseen = volumes({}, label=np.zeros((2, 4, 4), np.uint8))
     assert provenance(config, unseen)["warnings"] == [
-        "no labelled volume has the class yes: nothing can be learned of it, and its scores say nothing"
+        "no labelled volume has the label yes: nothing can be learned of it, and its scores say nothing"
     ]
 
 

@@ -160,7 +160,7 @@ def provenance(dataset: SegmentationDataset, config: LocalContrastConfig) -> dic
     if unknown:
         names = ", ".join(dataset.class_names[label] for label in unknown)
         warnings.append(
-            f"no labelled volume has the class {names}: nothing can be learned of it, and its scores say nothing"
+            f"no labelled volume has the label {names}: nothing can be learned of it, and its scores say nothing"
         )
     return {**dataset.provenance, "warnings": warnings}
 

@@ -77,7 +77,7 @@ def unknown_classes_warning(dataset: ImageDataset, train: Split) -> str | None:
     unknown = [dataset.class_names[label] for label in np.setdiff1d(present, train.labels)]
     if not unknown:
         return None
-    return f"no training image has the class {', '.join(unknown)}: nothing can be learned of it, and its scores say nothing"
+    return f"no training image has the label {', '.join(unknown)}: nothing can be learned of it, and its scores say nothing"
 
 
 def check_neighbours(knn_k: int, bank: int) -> None:
