@@ -139,6 +139,8 @@ LOCAL = [
     Local(C=64),
     Local(side=512),
     Local(block=0),
+    Local(temperature=0.07),
+    Local(temperature=0.7),
 ]
 EMBEDDINGS = [
     Embeddings(512),
