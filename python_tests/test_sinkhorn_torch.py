@@ -212,6 +212,14 @@ class TestContract:
             masked = sinkhorn(cost, a, row_mask=a > 0.5, num_iters=2)
             assert masked.f.shape == (4, 5)
 
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+    def test_a_trace_does_not_look_at_values(self, place: Place) -> None:
+        cost, a, b = (x.to(place.device) for x in draw(2, 9, 12, dtype=torch.float32))
+        traced = torch.jit.trace(lambda *problem: sinkhorn(*problem, num_iters=2).f, (cost, a, b))
+        torch.testing.assert_close(
+            traced(2 * cost, a, b), sinkhorn(2 * cost, a, b, num_iters=2).f, rtol=1e-5, atol=1e-6
+        )
+
     @pytest.mark.parametrize("features", [False, True])
     def test_a_result_of_compiled_code_outlives_what_was_solved(self, place: Place, features: bool) -> None:
         """As after an optimiser's step; uncompiled, to read the plan then is an error."""

@@ -73,7 +73,7 @@ def prepare(
 
 def values_are_at_hand(like: Tensor) -> bool:
     """Looking at values costs nothing, and there are some: on the CPU, not while tracing, nor under ``torch.func``, nor in fakes."""
-    if like.device.type != "cpu" or torch.compiler.is_compiling() or _calls.is_transformed():
+    if like.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or _calls.is_transformed():
         return False
     return not hasattr(like, "fake_mode")
 
