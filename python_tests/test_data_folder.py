@@ -89,6 +89,8 @@ def test_an_unpacked_archive_is_such_a_folder(tmp_path: Path, monkeypatch: pytes
     for name in (tmp_path / "mnist", "./mnist", "mnist/"):  # not the name of a known data set
         np.testing.assert_array_equal(load_dataset(name).val.images, arrays["val_images"])  # type: ignore[union-attr]
     (tmp_path / "mnist").rename(tmp_path / "mine.v2")
+    monkeypatch.chdir(tmp_path / "mine.v2")
+    assert load_dataset(".").name == "mine.v2"
     monkeypatch.chdir("/")
     assert load_dataset("mine.v2").name == "mine.v2"
     with pytest.raises(
@@ -163,7 +165,9 @@ class TestRowsOfSeveralFiles:
             with pytest.raises(ValueError, match="cannot be left out"):
                 one.squeeze(axis)
 
-    @pytest.mark.parametrize("index", [23, -24, np.array([0, 23]), np.zeros(22, bool), np.array([0.5]), "3"])
+    @pytest.mark.parametrize(
+        "index", [23, -24, np.array([0, 23]), np.zeros(22, bool), np.array([0.5]), "3", (0, 1), (0,)]
+    )
     def test_that_do_not_exist_are_refused(self, files: ShardedArray, index: Any) -> None:
         with pytest.raises(IndexError):
             files[index]

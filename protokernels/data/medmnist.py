@@ -8,6 +8,7 @@ a file claims.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -100,7 +101,7 @@ def load_file(path: Path) -> ImageDataset:
     and are named ``"class 0"``, ``"class 1"``, ... ``{train,val,test}_patient_ids``, text [N], say whose image it is; patients
     who occur in two splits are counted in a warning.
     """
-    archive = open_arrays(path)
+    archive, name = open_arrays(path), Path(os.path.abspath(path)).name  # of a folder called "." too
     splits, class_names = _read_splits(archive)
     if class_names is None:
         highest = max(int(split.labels.max(initial=0)) for split in splits.values())
@@ -110,10 +111,10 @@ def load_file(path: Path) -> ImageDataset:
             )
         class_names = tuple(f"class {label}" for label in range(highest + 1))
     provenance = _provenance(archive)
-    provenance["warnings"] += shared_patients(path.name, splits)
+    provenance["warnings"] += shared_patients(name, splits)
     for message in provenance["warnings"]:
         warnings.warn(message, UserWarning, stacklevel=3)
-    return _dataset(path, path.name.removesuffix(".npz"), splits, class_names, provenance)
+    return _dataset(path, name.removesuffix(".npz"), splits, class_names, provenance)
 
 
 def _table() -> dict[str, dict[str, Any]]:

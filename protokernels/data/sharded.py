@@ -47,6 +47,8 @@ class ShardedArray:
     def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
         if isinstance(index, slice):
             return self._rows(np.arange(*index.indices(len(self))))
+        if isinstance(index, tuple):  # np.asarray would make a list of rows of it
+            raise IndexError(f"indices are for the first dimension alone, [i][...] for more; got {len(index)} of them")
         chosen = np.asarray(index)
         if chosen.dtype == bool:
             if chosen.shape != self.shape[:1]:
