@@ -221,6 +221,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "sigma of others": (lambda: gaussian_blur(IMAGES, torch.ones(3)), ValueError, r"sigma must have shape \[B\] = \[2\]"),
     "sigma of names": (lambda: gaussian_blur(IMAGES, "1"), TypeError, "sigma must be a number or a floating-point tensor"),
     "centre of three": (lambda: soft_crop(IMAGES, (0.5, 0.5, 0.5)), ValueError, r"center must have shape \[2\]"),
+    "centre of NumPy's": (lambda: soft_crop(IMAGES, (np.float32(1), 0)), TypeError, "each number of center must .* numpy.float32; pass"),
     "centre of two": (lambda: soft_crop(VOLUMES, torch.zeros(2, 2)), ValueError, r"center must have shape \[B, 3\] = \[2, 3\]"),
     "depth of an image": (lambda: blend_flip(IMAGES, 1.0, dim="depth"), ValueError, "dim must be one of 'horizontal', 'vertical'"),
     "axis of an image": (lambda: rotate(IMAGES, 1.0, axis="vertical"), ValueError, "axis must be one of 'depth'"),

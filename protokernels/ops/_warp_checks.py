@@ -100,8 +100,9 @@ def check_range(op: str, name: str, value: float, dtype: torch.dtype) -> None:
 def positions(op: str, images: Tensor, value: object) -> Tensor:  # [B, 2] or [B, 3]
     """The centre of the crop for every sample, from one for all or [B, axes]."""
     B, axes = images.shape[0], images.dim() - 2
-    if isinstance(value, Sequence) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
+    if isinstance(value, Sequence):
         for number in value:
+            _checks.check_real(op, "each number of center", number)
             check_range(op, "center", number, compute_dtype(images))
         numbers = [
             _calls.filled(images, (), number, compute_dtype(images)) for number in value
