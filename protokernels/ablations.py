@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from .data.datasets import data_title
 from .results import Job, Outcome, run_jobs
 from .results.fields import as_record, completed
 from .results.jobs import differing
@@ -104,7 +105,7 @@ def new_folder(out: Path | None, name: str, config: Any, kind: str, summary: str
     Raises:
         RunFolderError: it holds such runs already, and is not to be resumed; it is a run's own folder, or lies in a file.
     """
-    default = Path("runs") / f"{name}-{Path(config.data).stem}-{config.preset_name}-{kind}"
+    default = Path("runs") / f"{name}-{data_title(config.data)}-{config.preset_name}-{kind}"
     return told_by_main(lambda: _free_folder(out, default, summary, resume=settings.resume), settings)
 
 

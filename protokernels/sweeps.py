@@ -24,6 +24,7 @@ from .commands import (
     parse_options,
     with_underscores,
 )
+from .data.datasets import data_title
 from .papers import PAPERS
 from .results import Format, Job, Outcome, ResultTable, Row, Score, rendered, run_jobs
 from .results.fields import as_record, changed, completed, field_name, field_value, named_values
@@ -332,7 +333,7 @@ def sweep_tables(content: Mapping[str, Any], scores: Scores) -> list[ResultTable
                 cells = (*others, *(Score.of(values.get(title)) for title in titles), len(point["seeds"]))
                 bold = f"**{name}**" if point["folder"] == BASE else name
                 rows.append(Row(bold, cells, point.get("protocol", {})))
-            group = f"{content['paper']}, {literal(Path(content['data']).stem)}, preset `{content['preset']}`, {split}"
+            group = f"{content['paper']}, {literal(data_title(content['data']))}, preset `{content['preset']}`, {split}"
             made.append(ResultTable((*names, *titles, "seeds"), tuple(rows), group=group))
     return made
 
@@ -366,7 +367,7 @@ def draw_sweep(content: Mapping[str, Any], scores: Scores, folder: Path) -> list
                 }
                 spreads = {line: [_std(at.get(value)) for value in x] for line, at in several.items()}
                 panels.append(Panel(names[0].replace("_", " "), panel or "score", x, means, spreads))
-        title = f"{content['paper']}, {Path(content['data']).stem}, {content['preset']}: {split}"
+        title = f"{content['paper']}, {data_title(content['data'])}, {content['preset']}: {split}"
         paths.append(save_figure(sweep_figure(panels, title=title), folder / f"sweep_{split.replace('+', '_')}.png"))
     return paths
 

@@ -17,7 +17,7 @@ import tyro
 
 from .ablations import with_shared_stages
 from .commands import find_paper, leave_processes, name_unknown, plain_warnings, with_repeats_joined, with_underscores
-from .data.datasets import data_name
+from .data.datasets import data_name, data_title
 from .papers import PAPERS
 from .results import (
     FinishedRun,
@@ -316,9 +316,15 @@ def train_missing(
             )
     jobs = [job for _, job in made]
     check_seeds(described, folder, jobs, complete_config, data_root=options.data_root, keep_finished=options.keep)
+    made_once: dict[Path, str] = {}
+    for values in (values for values in combinations if values.get("preset") in described.computed):
+        path, data = computed_file(folder, values), values["data"]
+        if made_once.setdefault(path, data) != data:
+            raise RunFolderError(
+                f"the rows of {made_once[path]} and of {data} would both be {path}; take a --folder for each"
+            )
     if not options.keep:
-        made_once = [values for values in combinations if values.get("preset") in described.computed]
-        check_computed({computed_file(folder, values): values["data"] for values in made_once}, options.data_root)
+        check_computed(made_once, options.data_root)
     if is_main_process() and jobs:
         done = 0
         for job in jobs:
@@ -373,7 +379,7 @@ def job_of(described: PaperTable, values: Values, seed: int, folder: Path, optio
 
 def computed_file(folder: Path, values: Values) -> Path:
     """Where the row of these values is kept, if it is one that needs no training."""
-    return folder / COMPUTED / f"{Path(values['data']).stem}-{values.get('preset')}.json"
+    return folder / COMPUTED / f"{data_title(values['data'])}-{values.get('preset')}.json"
 
 
 def computed_rows(folders: Sequence[Path]) -> list[ResultRow]:
@@ -396,7 +402,7 @@ def draw(
     groups: dict[tuple[str, str], list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault((run.config["data"], run.config["preset_name"]), []).append(run)
-    names = [f"{Path(data).stem}-{preset}" for data, preset in groups]
+    names = [f"{data_title(data)}-{preset}" for data, preset in groups]
     paths = []
     for index, (name, members) in enumerate(zip(names, groups.values(), strict=True)):
         number = names[:index].count(name)  # files in two folders can have one name

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from protokernels.data import DataError, Split, load_dataset, npy
 from protokernels.data.array_folder import ArrayFolder, open_arrays, shard_files
 from protokernels.data.content import content_md5
+from protokernels.data.datasets import data_title
 from protokernels.data.sharded import ShardedArray
 from python_tests.data_files import make_arrays, save
 
@@ -259,6 +260,24 @@ def test_a_folder_without_arrays_says_what_it_lacks(tmp_path: Path) -> None:
         load_dataset(tmp_path)
     with pytest.raises(DataError, match="no array 'x'; it holds nothing"):
         open_arrays(tmp_path).read("x")
+
+
+def test_a_link_that_leads_nowhere_is_no_smaller_data_set(tmp_path: Path) -> None:
+    folder = write(tmp_path / "mine", make_arrays(), parts=True)
+    for name in ("train_images", "train_labels"):
+        (folder / name / "part-9.npy").unlink()
+        (folder / name / "part-9.npy").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(FileNotFoundError, match=r"mine/train_images/part-9\.npy"):
+        load_dataset(folder)
+
+
+def test_names_of_folders_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "scans.v2", make_arrays(), parts=False)
+    assert data_title(folder) == "scans.v2" and data_title("a/scans.v2.npz") == data_title("scans.v2.NPZ") == "scans.v2"
+    (folder / "x").mkdir()
+    for place, name in ((folder, "."), (folder / "x", "..")):
+        monkeypatch.chdir(place)
+        assert data_title(name) == load_dataset(name).name == "scans.v2"
 
 
 def test_a_part_without_rows_is_named(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ class TestRuns:
             ({"md5s": {"a": "1", "b": "2"}}, {"md5s": {"a": "3", "b": "2"}}, "a has md5 3, then 1"),
             ({"md5s": {"a": "1"}, "content_md5": "4"}, {"md5s": {"a": "3"}, "content_md5": "5"}, "a has md5 3, then 1"),
             ({"md5": "1"}, {"md5": "2"}, "the folder of volumes has md5 2, then 1"),
-            ({"content_md5": "1"}, {"content_md5": "2"}, "the data set in memory has md5 2, then 1"),
+            ({"content_md5": "1"}, {"content_md5": "2"}, "the data set has md5 2, then 1"),
             ({"md5": "1"}, {"md5": "1", "content_md5": "2"}, ""),  # an older run
             ({"md5s": {"a": "1"}}, {"md5s": {"b": "2"}}, ""),
         ],
@@ -129,7 +129,7 @@ class TestRuns:
             lambda: paper.evaluate(tmp_path / "run", dataset=other),
             lambda: paper.draw_figures(tmp_path / "run", dataset=other),
         ):
-            with pytest.raises(RunFolderError, match="the data set in memory has md5"):
+            with pytest.raises(RunFolderError, match="the data set has md5"):
                 work()
         paper.train(config, tmp_path / "run", dataset=dataset(), resume=True, **QUIET)
 

@@ -29,6 +29,7 @@ from protokernels.results.fields import as_record
 from protokernels.results.jobs import check_folders
 from protokernels.results.tables import as_json
 from protokernels.tables import TableOptions, chosen_values, job_of, table_of, train_missing
+from protokernels.training import RunFolderError
 from protokernels.training.report import results_table
 from protokernels.training.summary import summarize_runs
 
@@ -206,6 +207,15 @@ class TestSeveralData:
             assert {
                 job.folder.parent for job in jobs if job.config.data == own and job.config.preset_name == preset
             } == {tmp_path / name for name in names}
+
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_computed_rows_of_one_name_are_refused(self, keep: bool, tmp_path: Path) -> None:
+        described = table_of("vaesim")
+        options = TableOptions(data=("a/mine.npz", "b/mine.npz"), preset=("pixels",), keep=keep)
+        with pytest.raises(
+            RunFolderError, match=r"rows of a/mine\.npz and of b/mine\.npz would both be .*mine-pixels\.json"
+        ):
+            train_missing(described, tmp_path, chosen_values(described, options), options)
 
 
 class TestOPTiML:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import ImageDataset
+from ..data.datasets import data_title
 from ..training import RunFolder
 from ..training.runs import load_runs
 from ..training.self_supervised import Method, PretrainingConfig, SelfSupervised
@@ -52,7 +53,7 @@ class Baseline(SelfSupervised[Any]):
 
         run: RunFolder = load_runs(folder)[0]
         metrics, config = run.metrics(), run.config()["config"]
-        name = f"{self.name}, {config['preset_name']}, {Path(config['data']).stem}"
+        name = f"{self.name}, {config['preset_name']}, {data_title(config['data'])}"
         figures = {}
         if metrics:
             curves = [key for key in metrics[0] if key not in ("epoch", "seconds")]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageDataset, Split
-from ..data.datasets import data_name
+from ..data.datasets import data_name, data_title
 from ..data.mapped import tensor_batches
 from ..evaluation import classification_scores, clustering_scores
 from ..models import ResNet18, pooled
@@ -162,7 +162,7 @@ class FrozenResNet18(Experiment[Any]):
             fitted["inertias"].tolist(),
             len(fitted["centres"]),
             found=bool(fitted["elbow_found"]),
-            title=f"ResNet18, {_weights(config.initial_weights)} weights, {Path(config.data).stem}: KMeans on features",
+            title=f"ResNet18, {_weights(config.initial_weights)} weights, {data_title(config.data)}: KMeans on features",
         )
         return [save_figure(figure, Path(folder) / "figures" / "elbow.png")]
 

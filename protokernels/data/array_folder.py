@@ -112,7 +112,8 @@ def shard_files(path: Path) -> list[Path]:
     """The ``.npy`` files of a folder, in the order of their names, numbers in them by value; a file is itself."""
     if not path.is_dir():
         return [path]
-    files = [file for file in path.glob("*.npy") if file.is_file() and not file.name.startswith(".")]
+    # A link that leads nowhere stays: to read it fails, where without it the data would silently be fewer.
+    files = [file for file in path.glob("*.npy") if not file.is_dir() and not file.name.startswith(".")]
     return sorted(files, key=_natural_order)
 
 

@@ -58,7 +58,7 @@ def load_dataset(name: str | Path, root: str | Path | None = None, *, download: 
     """
     folder, name = data_root(root), os.fspath(name)
     if name.lower().endswith(".npz"):
-        return medmnist.load_file(_existing_file(name, folder))
+        return medmnist.load_file(_existing_file(name, folder), data_title(name))
     key = name.lower()
     if key == "digits":
         return digits.load()
@@ -75,7 +75,7 @@ def load_dataset(name: str | Path, root: str | Path | None = None, *, download: 
     if key in _VOLUMES:
         raise DataError(f"{name} holds labelled volumes; load them with protokernels.data.load_segmentation")
     if name and (found := next((path for path in _places(name, folder) if path.is_dir()), None)):
-        return medmnist.load_file(found)
+        return medmnist.load_file(found, data_title(name))
     raise DataError(
         f"unknown data set {name!r}; expected one of {', '.join(available_datasets())}, or the path of an .npz file or a folder"
     )
@@ -99,6 +99,16 @@ def data_name(name: str | Path) -> str:
     name = str(name)
     small = name.lower()
     return small if small in (*_NAMES, *_VOLUMES) or medmnist.is_flag(small) else name
+
+
+def data_title(name: str | Path) -> str:
+    """A data set in titles and names of folders: of a path the last part, of ``.`` that of the folder, without ``.npz``.
+
+    >>> data_title("mnist"), data_title("Data/Mine.npz"), data_title("scans.v2/")
+    ('mnist', 'Mine', 'scans.v2')
+    """
+    path = Path(os.path.abspath(name)) if Path(name).name in ("", "..") else Path(name)
+    return path.stem if path.suffix.lower() == ".npz" else path.name
 
 
 def data_root(root: str | Path | None) -> Path:

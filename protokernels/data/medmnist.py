@@ -8,7 +8,6 @@ a file claims.
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from pathlib import Path
@@ -94,14 +93,14 @@ def load_flag(name: str, root: Path, *, download: bool) -> ImageDataset:
     return _dataset(path, name, splits, class_names, provenance, target_names)
 
 
-def load_file(path: Path) -> ImageDataset:
-    """Loads any ``.npz``, or any folder of ``.npy`` files, with MedMNIST's arrays; works without medmnist.
+def load_file(path: Path, name: str) -> ImageDataset:
+    """Loads any ``.npz``, or any folder of ``.npy`` files, with MedMNIST's arrays, under a name; works without medmnist.
 
     Class names come from an array ``class_names`` where there is one; otherwise the classes are 0 to the largest label
     and are named ``"class 0"``, ``"class 1"``, ... ``{train,val,test}_patient_ids``, text [N], say whose image it is; patients
     who occur in two splits are counted in a warning.
     """
-    archive, name = open_arrays(path), Path(os.path.abspath(path)).name  # of a folder called "." too
+    archive = open_arrays(path)
     splits, class_names = _read_splits(archive)
     if class_names is None:
         highest = max(int(split.labels.max(initial=0)) for split in splits.values())
@@ -111,10 +110,10 @@ def load_file(path: Path) -> ImageDataset:
             )
         class_names = tuple(f"class {label}" for label in range(highest + 1))
     provenance = _provenance(archive)
-    provenance["warnings"] += shared_patients(name, splits)
+    provenance["warnings"] += shared_patients(path.name, splits)
     for message in provenance["warnings"]:
         warnings.warn(message, UserWarning, stacklevel=3)
-    return _dataset(path, name.removesuffix(".npz"), splits, class_names, provenance)
+    return _dataset(path, name, splits, class_names, provenance)
 
 
 def _table() -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..data import ImageDataset, to_tensor
+from ..data.datasets import data_title
 from ..evaluation import Representation, tsne_embedding
 from ..training import RunFolder
 from ..training.scoring import evaluation_splits
@@ -32,7 +33,7 @@ def draw(
     folder: Path, baseline: ClusteringBaseline, model: Any, config: Any, run: RunFolder, dataset: ImageDataset
 ) -> list[Path]:
     """Draws everything for the first scored set into ``folder`` and returns the paths."""
-    name = f"{baseline.title(config)}, {config.preset_name}, {Path(config.data).stem}"
+    name = f"{baseline.title(config)}, {config.preset_name}, {data_title(config.data)}"
     figures = {"losses": training_curves(run, name)}
     split_name, split = next(iter(evaluation_splits(dataset, config.selection)[1].items()))
     if model.generative:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..data import ImageDataset, to_tensor
+from ..data.datasets import data_title
 from ..evaluation import statistical_mapping, tsne_embedding
 from ..papers._contrastive_autoencoder_scoring import Embeddings, represent, subset
 from ..training import RunFolder, derived_generator
@@ -39,7 +40,7 @@ def draw(
     dataset: ImageDataset,
 ) -> list[Path]:
     """Draws everything into ``folder`` and returns the paths. What belongs to the clusters is left out before the second phase."""
-    name = f"Contrastive autoencoder, {config.preset_name}, {Path(config.data).stem}"
+    name = f"Contrastive autoencoder, {config.preset_name}, {data_title(config.data)}"
     seed, class_names = run.config()["seed"], dataset.class_names
     train, tests = evaluation_splits(dataset, config.selection)
     split_name, split = next(iter(tests.items()))

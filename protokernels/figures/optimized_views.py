@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from ..data.datasets import data_title
 from ..papers._optimized_views_networks import OptimizedViews, drawn_parameters
 from ..training import RunFolder
 from .canvas import class_colours, legend_name, new_figure, save_figure
@@ -49,7 +50,7 @@ def draw(
         chosen: lines ``{"epoch": ..., "counts": {parameter: [counts]}}``; empty where there is no M.
         model: whose networks are drawn.
     """
-    name = f"{config.recipe.title}, {config.preset_name}, {Path(config.data).stem}"
+    name = f"{config.recipe.title}, {config.preset_name}, {data_title(config.data)}"
     metrics = run.metrics()
     names = [key for key in _CURVES if any(key in line for line in metrics)]
     figures = {

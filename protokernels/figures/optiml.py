@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..data import ImageDataset, to_tensor
+from ..data.datasets import data_title
 from ..nn.random_views import ViewParameters
 from ..training import RunFolder, derived_generator
 from ..training.scoring import evaluation_splits
@@ -40,7 +41,7 @@ def draw(
 ) -> list[Path]:
     """Draws everything into ``folder / "figures"`` and returns the paths."""
     config, seed = method.config, run.config()["seed"]
-    name = f"OPTiML, {config.preset_name}, {Path(config.data).stem}"
+    name = f"OPTiML, {config.preset_name}, {data_title(config.data)}"
     train, tests = evaluation_splits(dataset, config.selection)
     split_name, split = next(iter(tests.items()))
     metrics = run.metrics()

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..data.datasets import data_title
 from ..evaluation import Representation, tsne_embedding
 from ..training import RunFolder, derived_generator
 from .canvas import save_figure
@@ -39,7 +40,7 @@ def draw(
     class_names: Sequence[str],
 ) -> list[Path]:
     """Draws everything into ``folder`` and returns the paths."""
-    name = f"VAESim, {config.preset_name}, {Path(config.data).stem}"
+    name = f"VAESim, {config.preset_name}, {data_title(config.data)}"
     assert representation.clusters is not None
     prototypes = model.prototypes.prototypes
     decoded = model.decode(prototypes)

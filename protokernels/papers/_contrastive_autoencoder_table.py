@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.datasets import data_title
 from ..results import FinishedRun, PaperTable, Recipe, ResultRow, ResultTable, Row, Score, Values
 from ..results.tables import literal
 from ..training.classification_report import METHODS, digits
@@ -97,7 +98,7 @@ TABLE = PaperTable(
     tables=tables,
     recipe=recipe,
     folder=lambda values, seed: (
-        Path(f"{values['paper']}-{Path(values['data']).stem}-{values['preset']}") / f"seed-{seed}"
+        Path(f"{values['paper']}-{data_title(values['data'])}-{values['preset']}") / f"seed-{seed}"
     ),
     sweep={"latent_dim": (16, 32, 64, 128, 256), "num_prototypes": (2, 4, 8, 16, 32), "batch_size": (125, 250, 500)},
     check=_check,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ..data.datasets import data_title
 from ..results import Cell, FinishedRun, PaperTable, ResultRow, ResultTable, Row, Score, Values
 from ..results.description import folder_of_data
 from ..results.tables import literal
@@ -184,7 +185,7 @@ def compare(runs: Sequence[FinishedRun], out: Path, data_root: Path | None) -> l
         config = LocalContrastConfig.from_dict(chosen[0].config | {"fold": fold})
         dataset = load_volumes(config, data_root)
         volumes, names = dataset.val if config.selection else dataset.test, dataset.class_names
-        data = Path(config.data).stem
+        data = data_title(config.data)
         title = f"{data}, {percent(share)} labelled"
         paths.append(draw_validation(place / "validation.png", scored, title=title))
         title += f", fold {fold}"

@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from ..data.datasets import data_title
 from ..training import derived_generator
 from ..training.runs import load_runs
 from ..training.summary import unfinished_notes
@@ -112,7 +113,7 @@ def compare_curves(results: Mapping[str, Any]) -> Any:
     }
     flat = {name for name, result in results.items() if STRATEGIES[result["config"]["strategy"]].loss == "classes"}
     first = next(iter(results.values()))
-    title = f"{Path(first['config']['data']).stem}, {next(iter(first['splits']))}: linear evaluation in hold-out sets"
+    title = f"{data_title(first['config']['data'])}, {next(iter(first['splits']))}: linear evaluation in hold-out sets"
     return auc_curves(curves, flat=flat, title=title)
 
 
@@ -137,7 +138,7 @@ def compare_views(folders: Mapping[str, str | Path], *, data_root: str | Path | 
         rows = rows or {"X": (x, masks)}
         rows[name] = example_views(model, x, masks, derived_generator(0, "figures"))
     lines = [(name.replace("+", "\n+ ").replace("-", "-\n"), images) for name, (images, _) in rows.items()]
-    title = f"{Path(config.data).stem}: X_M of several strategies"
+    title = f"{data_title(config.data)}: X_M of several strategies"
     return labelled_rows(lines, captions=captions, title=title, masks=[moved for _, moved in rows.values()])
 
 

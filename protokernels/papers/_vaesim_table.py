@@ -19,6 +19,7 @@ import torch
 
 from ..data import load_dataset, to_tensor
 from ..data.content import content_md5
+from ..data.datasets import data_title
 from ..evaluation import classification_scores, knn_predict, linear_probe
 from ..results import Cell, FinishedRun, PaperTable, Recipe, ResultRow, ResultTable, Row, Score, Values
 from ..results.fields import completed
@@ -243,7 +244,7 @@ def recipe(values: Values, _paper: str) -> Recipe | None:
 
 def folder(values: Values, seed: int) -> Path:
     """``vaesim-mnist-fair/seed-0``."""
-    return Path(f"{values['paper']}-{Path(values['data']).stem}-{values['preset']}") / f"seed-{seed}"
+    return Path(f"{values['paper']}-{data_title(values['data'])}-{values['preset']}") / f"seed-{seed}"
 
 
 def main_scores(scores: Mapping[str, Any]) -> dict[str, Any]:

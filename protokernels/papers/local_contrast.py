@@ -71,6 +71,7 @@ from torch import Tensor, nn
 
 import protokernels
 
+from ..data.datasets import data_title
 from ..data.segmentation_views import IntensityConfig, SpatialConfig, View, spatial_views, view_pair
 from ..data.volumes import SegmentationDataset, slices_of
 from ..models import UNet, UNetEncoder, global_head, local_head
@@ -264,7 +265,7 @@ class _LocalContrast(Experiment[LocalContrastConfig]):
         return config.data, config.fold, config.split, config.image_size
 
     def folder_name(self, config: LocalContrastConfig) -> str:
-        return f"{self.name}-{Path(config.data).stem}-{config.method}-{config.preset_name}"
+        return f"{self.name}-{data_title(config.data)}-{config.method}-{config.preset_name}"
 
     def check(self, config: LocalContrastConfig, dataset: SegmentationDataset) -> None:
         size = config.image_size
@@ -347,7 +348,7 @@ class _LocalContrast(Experiment[LocalContrastConfig]):
         from ..figures import local_contrast as figures  # matplotlib is not needed for training
 
         model, pictures, name = self.load_model(run, config, dataset), folder / "figures", config.recipe.title
-        title = f"{name}, {config.preset_name}, {Path(config.data).stem}, {percent(config.labelled)} labelled"
+        title = f"{name}, {config.preset_name}, {data_title(config.data)}, {percent(config.labelled)} labelled"
         volumes, names = dataset.val if config.selection else dataset.test, dataset.class_names
         paths = figures.draw_curves(pictures, run, (run.results() or {}).get("stages", {}), title=title)
         overlays, features, seed = pictures / "overlays.png", pictures / "features.png", run.config()["seed"]

@@ -75,6 +75,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 import protokernels
 
 from ..data import ImageDataset, Split, to_tensor
+from ..data.datasets import data_title
 from ..training import (
     Plan,
     RunFolder,
@@ -331,7 +332,7 @@ class _OptimizedViews(Experiment[OptimizedViewsConfig]):
         return new_model(config, dataset.channels)
 
     def folder_name(self, config: OptimizedViewsConfig) -> str:
-        return f"{self.name}-{Path(config.data).stem}-{config.strategy}-{config.preset_name}"
+        return f"{self.name}-{data_title(config.data)}-{config.strategy}-{config.preset_name}"
 
     def run(self, trial: Trial, config: OptimizedViewsConfig, dataset: ImageDataset) -> dict[str, Any]:
         """Every seed draws its own labels."""

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..data.datasets import data_title
 from .finished import FinishedRun, find_finished
 from .rows import ResultRow, common_row, grouped, merged
 from .scores import main_scores
@@ -39,7 +40,7 @@ def folder_of_data(values: Values, data: str, preset: str = "fair") -> Path:
     """
     if (values["data"], values["preset"]) == (data, preset):
         return Path()
-    return Path(f"{Path(values['data']).stem}-{values['preset']}")
+    return Path(f"{data_title(values['data'])}-{values['preset']}")
 
 
 @dataclass(frozen=True)

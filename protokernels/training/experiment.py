@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import ImageDataset, Split, load_dataset, to_tensor
 from ..data.content import content_md5
+from ..data.datasets import data_title
 from ..data.mapped import Images, prepared
 from .checkpoints import fitting
 from .configuration import Config
@@ -219,7 +220,7 @@ class Experiment(Generic[Config]):
 
     def folder_name(self, config: Any) -> str:
         """Of the default folder."""
-        return f"{self.title(config)}-{Path(config.data).stem}-{config.preset_name}"
+        return f"{self.title(config)}-{data_title(config.data)}-{config.preset_name}"
 
     def epochs(self, config: Any, dataset: Any) -> int:
         """How many a finished run has."""

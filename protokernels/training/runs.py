@@ -202,7 +202,7 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     """What has another md5 in the provenance ``now`` than in ``before``: its md5 now and then. Files, or where none has, the values."""
     then, new = before.get("md5s") or {}, now.get("md5s") or {}
     changed = {name: (new[name], then[name]) for name in sorted(then.keys() & new.keys())}
-    for name, key in (("the folder of volumes", "md5"), ("the data set in memory", "content_md5")):
+    for name, key in (("the folder of volumes", "md5"), ("the data set", "content_md5")):
         if before.get(key) and now.get(key):
             changed[name] = (now[key], before[key])
     changed = {name: pair for name, pair in changed.items() if len(set(pair)) == 2}
