@@ -173,6 +173,14 @@ class TestModel:
         torch.testing.assert_close(plan.sum(dim=2), aligned.a, rtol=1e-2, atol=1e-4)
         assert aligned.cost.min() >= -1e-6 and aligned.cost.max() <= 2
 
+    def test_masses_of_a_diverged_model_say_so(self) -> None:
+        diverged = model()
+        diverged.encoder.conv1.weight.data.fill_(math.nan)
+        with pytest.raises(
+            ValueError, match="masses of the positions are not finite; the model has diverged: train anew"
+        ):
+            diverged.align(*views())
+
     def test_swapping_the_views_transposes_the_plan(self) -> None:
         network = model(replace(TINY, num_iters=300)).eval()
         first, second = views()

@@ -232,9 +232,17 @@ class OPTiML(Method):
             own, other = (whole_batch(x) if batched else x for x in (own, other))
             masses = (torch.softmax(self.cvsim(*pair), dim=1) for pair in ((own, other), (other, own)))
             a, b = (own_rows(x) if batched else x for x in masses)
-        solution = protokernels.sinkhorn(
-            cost, a, b, epsilon=self.config.epsilon, num_iters=self.config.num_iters, gradient=self.config.gradient
-        )
+        try:
+            solution = protokernels.sinkhorn(
+                cost, a, b, epsilon=self.config.epsilon, num_iters=self.config.num_iters, gradient=self.config.gradient
+            )
+        except ValueError as error:
+            if bool((torch.isfinite(a) & torch.isfinite(b)).all()):
+                raise
+            raise ValueError(
+                "OPTiML: the masses of the positions are not finite; the model has diverged: train anew, into another folder, with a "
+                "lower learning rate or precision fp32"
+            ) from error
         return Alignment(q_s, q_t, cost, a, b, solution)
 
     def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
