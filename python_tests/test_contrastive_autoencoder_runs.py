@@ -192,6 +192,8 @@ class TestFigures:
         for found, text in ((True, "elbow: 3 clusters"), (False, "no elbow: 3 clusters by default")):
             axes = elbow_curve([2, 3, 4], [9.0, 4.0, 3.0], 3, found=found, title="x").axes[0]
             assert axes.get_legend_handles_labels()[1] == [text]
+            legend = axes.get_legend()  # hides what it lies over: the line itself, where the choice is on the right
+            assert legend is not None and legend.get_frame_on() and legend.get_frame().get_alpha() == 1
         with pytest.raises(ValueError, match="choice among them"):
             elbow_curve([2, 3], [1.0, 2.0], 4, found=True, title="x")
 

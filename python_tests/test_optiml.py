@@ -354,6 +354,8 @@ class TestRun:
         assert main(["figures", str(folder)]) == 0
         printed = capsys.readouterr().out.split()
         assert len(printed) == 6 and all(Path(path).stat().st_size > 1000 for path in printed)
+        (folder / "metrics.jsonl").unlink()
+        assert main(["figures", str(folder)]) == 1 and "there are no metrics to draw" in capsys.readouterr().err
 
     def test_ablate_runs_what_is_asked_for_and_continues(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

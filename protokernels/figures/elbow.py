@@ -42,5 +42,5 @@ def elbow_curve(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9, frameon=False)
+    axes.legend(fontsize=9, framealpha=1, edgecolor="none")  # opaque: the line may stand behind it
     return figure

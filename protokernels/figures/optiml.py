@@ -46,7 +46,9 @@ def draw(
     split_name, split = next(iter(tests.items()))
     metrics = run.metrics()
     figures = {
-        "losses": loss_curves(metrics, [key for key in _CURVES if key in metrics[-1]], title=f"{name}: training")
+        "losses": loss_curves(
+            metrics, [key for key in _CURVES if any(key in line for line in metrics)], title=f"{name}: training"
+        )
     }
     example = to_tensor(split.images[:2], size=config.image_size)
     figures["architecture"] = architecture(method, example, title=f"{name}: networks and losses")
