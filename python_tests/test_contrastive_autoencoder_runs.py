@@ -153,7 +153,7 @@ class TestRuns:
         results = paper.evaluate(tmp_path / "run")
         assert "statistical" not in results["splits"]["test"] and not results["complete"]
         drawn = {path.stem for path in paper.draw_figures(tmp_path / "run")}
-        assert drawn == {"views", "reconstructions", "losses"}
+        assert drawn == {"views", "reconstructions", "losses", "architecture"}
 
 
 class TestCommands:

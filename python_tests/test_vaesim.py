@@ -337,7 +337,7 @@ class TestRuns:
         config = replace(TINY, data=str(tmp_path / "colour.npz"), image_size=40, batch_size=30, epochs=1)
         results = vaesim.train(config, tmp_path / "run", figures=True, quiet=True, device="cpu")
         assert results["images"] == {"train": 60, "test": 10, "val": 10, "val+test": 20}
-        assert len(list((tmp_path / "run" / "figures").glob("*.png"))) == 6
+        assert len(list((tmp_path / "run" / "figures").glob("*.png"))) == 7
 
     def test_unknown_data_names_what_is_known(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="digits"):
