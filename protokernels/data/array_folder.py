@@ -31,7 +31,7 @@ class ArrayFolder:
         whole = {file.stem: [file] for file in shard_files(path)}
         parts = {folder.name: files for folder in path.iterdir() if folder.is_dir() and (files := shard_files(folder))}
         self._files = {**whole, **parts}
-        self._used: set[str] = set()
+        self._seen: dict[str, list[Header]] = {}  # of the arrays that were asked for, a header of each file
         if both := sorted(whole.keys() & parts.keys()):
             raise DataError(f"{path}: {both[0]} is a file {both[0]}.npy and a folder {both[0]}; expected one of them")
 
@@ -75,7 +75,7 @@ class ArrayFolder:
         return {
             files[0].name if files[0].parent == self.path else f"{name}/": file_md5(*files)
             for name, files in sorted(self._files.items())
-            if name in self._used
+            if name in self._seen
         }
 
     def check_parts(self, *names: str) -> None:
@@ -96,8 +96,9 @@ class ArrayFolder:
     def _headers(self, name: str) -> list[Header]:
         if name not in self._files:
             raise DataError(f"{self.path}: no array {name!r}; it holds {', '.join(self.names) or 'nothing'}")
-        self._used.add(name)
-        return [header_of(file) for file in self._files[name]]
+        if name not in self._seen:
+            self._seen[name] = [header_of(file) for file in self._files[name]]
+        return self._seen[name]
 
 
 Arrays = NpzFile | ArrayFolder
