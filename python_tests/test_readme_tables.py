@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("tyro", reason="the tables need the extra protokernels[train]")
 
-from benchmarks import pivots, readme
+from benchmarks import paper_tables, pivots, readme
 from protokernels.cli import main
 from protokernels.results import read_rows, rendered
 from protokernels.tables import papers_with_a_table, table_of
@@ -130,7 +130,7 @@ class TestDice:
     def test_the_papers_numbers_stand_beside_ours(self) -> None:
         one = [["a, 5 %", *self.HEAD], ["Random", "0.5", "0.6", "4"], ["Global", "0.7", "0.8", "4"]]
         other = [["b, 10 %", "Dice", "folds"], ["Random", "0.1", "4"], ["Global", "0.2", "4"]]
-        assert readme.dice_cells([("test", one), ("test", other)]) == [
+        assert paper_tables.dice_cells([("test", one), ("test", other)]) == [
             ["Dice", "a, 5 %", "*paper (4 folds)*", "b, 10 %"],
             ["Random", "0.5", "0.6", "0.1"],
             ["Global", "0.7", "0.8", "0.2"],
@@ -139,7 +139,50 @@ class TestDice:
     def test_rows_in_another_order_are_an_error(self) -> None:
         one = [["a, 5 %", *self.HEAD], ["Random", "0.5", "0.6", "4"], ["Global", "0.7", "0.8", "4"]]
         with pytest.raises(ValueError, match="other methods"):
-            readme.dice_cells([("test", one), ("test", [one[0], one[2], one[1]])])
+            paper_tables.dice_cells([("test", one), ("test", [one[0], one[2], one[1]])])
+
+
+class TestShortTables:
+    """README's tables of the papers: what the long ones say, the published number beside ours."""
+
+    def test_vaesim_stands_beside_the_paper(self) -> None:
+        head = ["method", "preset", "set", "statistical", "kNN", "linear", "supervised"]
+        long = [
+            head,
+            ["the larger class", "", "test", "0.6", "", "", ""],
+            ["vaesim", "*paper, Table 1*", "val+test", "0.1", "0.2", "0.3", ""],
+            ["vaesim", "`official`", "val", "0.9", "0.9", "0.9", ""],
+            ["vaesim", "`official`", "val+test", "0.11", "0.21", "", ""],
+            ["vaesim", "`fair`", "test", "0.4", "", "", ""],
+            ["vade", "*paper, Table 1*", "test", "0.5", "", "", ""],
+            ["vade", "`pytorch`", "test", "0.51", "", "", ""],
+            ["raw pixels", "", "test", "", "0.7", "", ""],
+            ["resnet_transfer", "*paper, Table 1*", "test", "", "", "", "0.8"],
+            ["resnet50_random_init", "`fair`", "test", "", "0.1", "", "0.81"],
+        ]
+        assert paper_tables.vaesim_cells(long) == [
+            ["", "set", "score", "paper", "released code", "`paper`", "`fair`"],
+            ["VAESim", "val+test", "statistical", "0.1", "0.11", "", ""],
+            ["VAESim", "val+test", "kNN", "0.2", "0.21", "", ""],
+            ["VAESim", "test", "statistical", "", "", "", "0.4"],
+            ["VaDE", "test", "statistical", "0.5", "0.51", "", ""],
+            ["ResNet50, all labels", "test", "supervised", "0.8", "", "", "0.81"],
+            ["the larger class", "test", "any", "0.6", "0.6", "0.6", "0.6"],
+        ]
+
+    def test_the_autoencoder_by_presets(self) -> None:
+        long = [
+            ["", "accuracy"],
+            ["most frequent class", "0.1"],
+            ["paper, kNN on h", "0.8"],
+            ["paper, ResNet18", "0.9"],
+        ]
+        long += [["kNN on h, `fair`", "0.7"], ["kNN on z, `paper`", "0.6"]]
+        assert paper_tables.autoencoder_cells(long) == [
+            ["accuracy", "paper", "`paper`", "`fair`"],
+            ["kNN on h", "0.8", "", "0.7"],
+            ["kNN on z", "", "0.6", ""],
+        ]
 
 
 class TestReplacing:
