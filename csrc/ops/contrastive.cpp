@@ -108,19 +108,37 @@ void check_plan(const ContrastiveProblem& p) {
 
 // ------------------------------------------------------------------------------------------------------ pack and unpack
 
+// Maps whose planes have their pixels side by side and of which most are taken, every pixel once, go in their own order: row_at, the inverse of
+// order, lies in what is returned.
+OptionalTensor row_of_each(ContrastivePack& p, const Tensor& order) {
+  const int64_t positions = p.N * p.P;
+  const bool planes = p.C > 1 && p.stride_c != 1 && p.stride_p == 1 && p.P >= 16;
+  if (!planes || p.R > positions || 2 * p.R < positions || positions > std::numeric_limits<int32_t>::max()) return std::nullopt;
+  const Tensor memory = empty_beside(order, {positions}, ScalarType::Int);
+  int32_t* const row_at = static_cast<int32_t*>(memory.data_ptr());
+  std::fill(row_at, row_at + positions, -1);
+  for (int64_t r = 0; r < p.R; ++r) {
+    if (row_at[p.order[r]] >= 0) return std::nullopt;
+    row_at[p.order[r]] = static_cast<int32_t>(r);
+  }
+  p.row_at = row_at;
+  return memory;
+}
+
+// numbers: that are moved for every row or position.
+template <class Problem, class Kernel>
+void for_vectors(Problem p, const Tensor& order, int64_t numbers, const Kernel& kernel) {
+  const OptionalTensor memory = row_of_each(p, order);
+  for_rows(p.row_at ? p.N * p.P : p.R, numbers, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
 std::tuple<Tensor, Tensor> pack_cpu(Tensor x, Tensor order, bool normalize) {
-  const auto run = [](const ContrastivePack& p) {
-    const ContrastivePackCpu& cpu = PK_CHOOSE_LEVEL(contrastive_pack_cpu);
-    for_rows(p.R, 2 * p.C, [&](int64_t begin, int64_t end) { cpu.pack(p, begin, end); });
-  };
+  const auto run = [&](const ContrastivePack& p) { for_vectors(p, order, 2 * p.C, PK_CHOOSE_LEVEL(contrastive_pack_cpu).pack); };
   return pack_by(run, x, order, normalize, true);
 }
 
 Tensor unpack_cpu(Tensor grad_packed, Tensor packed, Tensor norms, Tensor order, Tensor like, bool normalize, bool channels_last) {
-  const auto run = [](const ContrastiveUnpack& p) {
-    const ContrastivePackCpu& cpu = PK_CHOOSE_LEVEL(contrastive_pack_cpu);
-    for_rows(p.R, 3 * p.C, [&](int64_t begin, int64_t end) { cpu.unpack(p, begin, end); });
-  };
+  const auto run = [&](const ContrastiveUnpack& p) { for_vectors(p, order, 3 * p.C, PK_CHOOSE_LEVEL(contrastive_pack_cpu).unpack); };
   return unpack_by(run, grad_packed, packed, norms, order, like, normalize, channels_last, true);
 }
 

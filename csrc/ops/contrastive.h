@@ -120,6 +120,7 @@ struct ContrastivePack {
   bool double_compute;
   void* packed;  // T [R, Cp]
   void* norms;   // T [R]: the length, infinity for a vector that counts as zero; 1 without normalize
+  const int32_t* row_at;  // on the CPU, [N P]: the row of every position, -1 where there is none; null: work goes row by row, else by position
 };
 
 struct ContrastiveUnpack : ContrastivePack {  // packed and norms as pack left them; x is not read
@@ -164,9 +165,9 @@ struct ContrastiveViews {
 struct ContrastiveSchedule;
 struct ContrastivePart;
 
-struct ContrastivePackCpu {
-  void (*pack)(const ContrastivePack&, int64_t first_row, int64_t last_row);
-  void (*unpack)(const ContrastiveUnpack&, int64_t first_row, int64_t last_row);
+struct ContrastivePackCpu {  // of rows [first, last), with row_at of positions
+  void (*pack)(const ContrastivePack&, int64_t first, int64_t last);
+  void (*unpack)(const ContrastiveUnpack&, int64_t first, int64_t last);
 };
 
 struct ContrastiveBytes {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Vectors out of images or embeddings and gradients back into them, on the CPU. Limit: memory, every number read and written once.
 //
-// LANES rows go together, as squares transposed in registers where the channels of a vector lie in planes. Rows that are neighbours in the map,
-// which most are after a stable sort by class, are read and written by the vector.
+// LANES vectors go together, as squares transposed in registers where the channels of a vector lie in planes. With row_at they go in the order of the
+// map: its planes are read and written by the vector, and the rows, which are sorted by class, are whole lines wherever they lie.
 
 #include <algorithm>
 #include <cmath>
@@ -45,7 +45,7 @@ PK_INLINE void with_kind(Kind kind, const Function& function) {
   }
 }
 
-// Rows from those at work to those that memory is asked for: planes are read across, which it does not see coming.
+// From the vectors at work to those that memory is asked for: planes and sorted rows are read across, which it does not see coming.
 constexpr int64_t AHEAD = 32;
 
 // Where a row lies in x. Rows in turn mostly come from the same map, which spares a division.
@@ -69,21 +69,23 @@ template <class T>
 struct Places {
   int64_t offset[LANES<T>];
   int64_t count;
-  int64_t first_run;  // so many, and then the rest, lie one behind the other in memory; 0: in more than two pieces
-  bool surrounded;    // whole vectors from the first and up to the last row lie within x
 
-  Places(const ContrastivePack& p, Finder& finder, int64_t row, int64_t last) : count(std::min<int64_t>(LANES<T>, last - row)) {
-    int64_t pieces = 1;
-    first_run = LANES<T>;
-    for (int64_t r = 0; r < LANES<T>; ++r) {
-      offset[r] = finder.offset(row + std::min(r, count - 1));
-      if (r > 0 && offset[r] != offset[r - 1] + 1) first_run = pieces++ == 1 ? r : 0;
-    }
-    if (pieces > 2) first_run = 0;
-    const int64_t most = (p.N - 1) * p.stride_n + (p.P - 1) * p.stride_p;
-    surrounded = p.stride_n >= 0 && p.stride_p == 1 && offset[0] + LANES<T> - 1 <= most && offset[LANES<T> - 1] >= LANES<T> - 1;
+  Places(Finder& finder, int64_t row, int64_t last) : count(std::min<int64_t>(LANES<T>, last - row)) {
+    for (int64_t r = 0; r < LANES<T>; ++r) offset[r] = finder.offset(row + std::min(r, count - 1));
   }
-  bool neighbours() const { return first_run == LANES<T> && count == LANES<T>; }
+};
+
+// Up to LANES positions of one map, beside each other in every plane, and their rows.
+template <class T>
+struct Stretch {
+  int64_t base, count;  // base: where the first lies in x
+  const int32_t* rows;
+
+  Stretch(const ContrastivePack& p, int64_t position, int64_t last) {
+    const int64_t n = position / p.P, place = position - n * p.P;
+    base = n * p.stride_n + place * p.stride_p, count = std::min({static_cast<int64_t>(LANES<T>), p.P - place, last - position});
+    rows = p.row_at + position;
+  }
 };
 
 // ------------------------------------------------------------------------------------------- channels beside each other
@@ -163,18 +165,6 @@ PK_INLINE Vec<T> gather(const E* x, const int64_t* offset, std::integer_sequence
 
 template <class T, class E>
 PK_INLINE void read_lanes(const E* x, const ContrastivePack& p, const Places<T>& places, Lanes<T>& lanes) {
-  if constexpr (std::is_same_v<T, E>) {
-    const T *const front = x + places.offset[0], *const back = x + places.offset[LANES<T> - 1] - (LANES<T> - 1);
-    if (places.first_run == LANES<T>) {
-      for (int64_t c = 0; c < p.C; ++c) store(lanes.at(c), load(front + c * p.stride_c));
-      return;
-    }
-    if (places.first_run > 0 && places.surrounded) {
-      const Index<T> in_front = lane_numbers<T>() < (Index<T>{} + static_cast<int>(places.first_run));
-      for (int64_t c = 0; c < p.C; ++c) store(lanes.at(c), in_front ? load(front + c * p.stride_c) : load(back + c * p.stride_c));
-      return;
-    }
-  }
   for (int64_t c = 0; c < p.C; ++c)
     store(lanes.at(c), gather<T>(x + c * p.stride_c, places.offset, std::make_integer_sequence<int, LANES<T>>{}));
 }
@@ -221,6 +211,23 @@ PK_INLINE void normalise(Lanes<T>& lanes, int64_t C, int64_t Cp, T* norm) {
   }
 }
 
+// Calls write(lane, channel, vector) for the parts of all rows that are in lanes.
+template <class T, class Write>
+PK_INLINE void rows_of(Lanes<T>& lanes, int64_t Cp, int64_t count, const Write& write) {
+  for (int64_t c = 0; c < Cp; c += LANES<T>) {
+    Vec<T> square[LANES<T>];
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < LANES<T>; ++j) square[j] = load(lanes.at(c + j));
+    transpose<T>(square);
+    if (count == LANES<T>) {
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < LANES<T>; ++r) write(r, c, square[r]);
+    } else {
+      for (int64_t r = 0; r < count; ++r) write(r, c, square[r]);
+    }
+  }
+}
+
 template <class T, class E>
 void pack_planes(const ContrastivePack& p, int64_t first, int64_t last) {
   const E* const x = static_cast<const E*>(p.x);
@@ -230,7 +237,7 @@ void pack_planes(const ContrastivePack& p, int64_t first, int64_t last) {
   T norm[LANES<T>];
   std::fill(norm, norm + LANES<T>, T(1));
   for (int64_t row = first; row < last; row += LANES<T>) {
-    const Places<T> places(p, finder, row, last);
+    const Places<T> places(finder, row, last);
     if (row + AHEAD < last) {
       const E* const ahead = x + ahead_finder.offset(row + AHEAD);
       for (int64_t c = 0; c < p.C; ++c) __builtin_prefetch(ahead + c * p.stride_c);
@@ -238,33 +245,74 @@ void pack_planes(const ContrastivePack& p, int64_t first, int64_t last) {
     read_lanes(x, p, places, lanes);
     if (p.normalize) normalise(lanes, p.C, p.Cp, norm);
     std::copy(norm, norm + places.count, norms + row);
-    for (int64_t c = 0; c < p.Cp; c += LANES<T>) {
-      Vec<T> square[LANES<T>];
-#pragma GCC unroll 16
-      for (int64_t j = 0; j < LANES<T>; ++j) square[j] = load(lanes.at(c + j));
-      transpose<T>(square);
-      T* const out = packed + row * p.Cp + c;
-      if (places.count == LANES<T>) {
-#pragma GCC unroll 16
-        for (int64_t r = 0; r < LANES<T>; ++r) store(out + r * p.Cp, square[r]);
-      } else {
-        for (int64_t r = 0; r < places.count; ++r) store(out + r * p.Cp, square[r]);
-      }
-    }
+    rows_of(lanes, p.Cp, places.count, [&](int64_t r, int64_t c, Vec<T> v) { store(packed + (row + r) * p.Cp + c, v); });
   }
 }
 
-// Rows [row, row + count) into lanes; the last one is repeated.
-template <class T>
-PK_INLINE void transpose_rows(const T* rows, int64_t count, int64_t Cp, Lanes<T>& lanes) {
+// The first `count` lanes, converted; of those behind them nothing is read or written.
+template <class T, class E>
+PK_INLINE Vec<T> load_first(const E* x, int64_t count) {
+  if (std::is_same_v<T, E> && count == LANES<T>) return load(reinterpret_cast<const T*>(x));
+  T lane[LANES<T>]{};
+  if (count == LANES<T>)
+    for (int64_t l = 0; l < LANES<T>; ++l) lane[l] = static_cast<T>(x[l]);
+  else
+    for (int64_t l = 0; l < count; ++l) lane[l] = static_cast<T>(x[l]);
+  return load(lane);
+}
+
+template <class T, class E>
+PK_INLINE void store_first(E* x, int64_t count, Vec<T> v) {
+  if (std::is_same_v<T, E> && count == LANES<T>) return store(reinterpret_cast<T*>(x), v);
+  E lane[LANES<T>];
+  for (int64_t l = 0; l < LANES<T>; ++l) lane[l] = converted<E>(v[l]);
+  std::memcpy(static_cast<void*>(x), lane, static_cast<size_t>(count) * sizeof(E));
+}
+
+template <class T, class E>
+void pack_map(const ContrastivePack& p, int64_t first, int64_t last) {
+  T *const packed = static_cast<T*>(p.packed), *const norms = static_cast<T*>(p.norms);
+  Lanes<T> lanes(p.Cp);
+  T norm[LANES<T>];
+  std::fill(norm, norm + LANES<T>, T(1));
+  for (int64_t position = first; position < last;) {
+    const Stretch<T> at(p, position, last);
+    position += at.count;
+    const E* const x = static_cast<const E*>(p.x) + at.base;
+    if (position + AHEAD < last)
+      for (int64_t c = 0; c < p.C; ++c) __builtin_prefetch(x + c * p.stride_c + AHEAD);
+    for (int64_t c = 0; c < p.C; ++c) store(lanes.at(c), load_first<T>(x + c * p.stride_c, at.count));
+    if (p.normalize) normalise(lanes, p.C, p.Cp, norm);
+    for (int64_t l = 0; l < at.count; ++l)
+      if (at.rows[l] >= 0) norms[at.rows[l]] = norm[l];
+    rows_of(lanes, p.Cp, at.count, [&](int64_t r, int64_t c, Vec<T> v) {
+      if (at.rows[r] >= 0) store(packed + at.rows[r] * p.Cp + c, v);
+    });
+  }
+}
+
+// The rows at row(0), row(1), ..., [Cp] each, into lanes.
+template <class T, class Row>
+PK_INLINE void transpose_rows(const Row& row, int64_t Cp, Lanes<T>& lanes) {
   for (int64_t c = 0; c < Cp; c += LANES<T>) {
     Vec<T> square[LANES<T>];
 #pragma GCC unroll 16
-    for (int64_t r = 0; r < LANES<T>; ++r) square[r] = load(rows + std::min(r, count - 1) * Cp + c);
+    for (int64_t r = 0; r < LANES<T>; ++r) square[r] = load(row(r) + c);
     transpose<T>(square);
 #pragma GCC unroll 16
     for (int64_t j = 0; j < LANES<T>; ++j) store(lanes.at(c + j), square[j]);
   }
+}
+
+// Gradients of unit vectors f in lanes become those of what they were divided by.
+template <class T>
+PK_INLINE void through_division(Lanes<T>& grad, Lanes<T>& f, const T* norm, int64_t C, int64_t Cp) {
+  Vec<T> along[4]{};
+  for (int64_t c = 0; c < Cp; c += 4)
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < 4; ++k) along[k] += load(f.at(c + k)) * load(grad.at(c + k));
+  const Vec<T> total = (along[0] + along[1]) + (along[2] + along[3]), scale = T(1) / load(norm);
+  for (int64_t c = 0; c < C; ++c) store(grad.at(c), (load(grad.at(c)) - load(f.at(c)) * total) * scale);
 }
 
 template <class T, class E>
@@ -274,40 +322,70 @@ void unpack_planes(const ContrastiveUnpack& p, int64_t first, int64_t last) {
   Finder finder(p), ahead_finder(p);
   Lanes<T> grad(p.Cp), f(p.Cp);
   for (int64_t row = first; row < last; row += LANES<T>) {
-    const Places<T> places(p, finder, row, last);
+    const Places<T> places(finder, row, last);
+    const auto row_of = [&](int64_t r) { return row + std::min(r, places.count - 1); };
     if (row + AHEAD < last) {
       const E* const ahead = x + ahead_finder.offset(row + AHEAD);
       for (int64_t c = 0; c < p.C; ++c) __builtin_prefetch(ahead + c * p.stride_c, 1);
     }
-    transpose_rows(all + row * p.Cp, places.count, p.Cp, grad);
+    transpose_rows([&](int64_t r) { return all + row_of(r) * p.Cp; }, p.Cp, grad);
     if (p.normalize) {
-      transpose_rows(vectors + row * p.Cp, places.count, p.Cp, f);
+      transpose_rows([&](int64_t r) { return vectors + row_of(r) * p.Cp; }, p.Cp, f);
       T norm[LANES<T>];
-      for (int64_t l = 0; l < LANES<T>; ++l) norm[l] = static_cast<const T*>(p.norms)[row + std::min(l, places.count - 1)];
-      Vec<T> along[4]{};
-      for (int64_t c = 0; c < p.Cp; c += 4)
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < 4; ++k) along[k] += load(f.at(c + k)) * load(grad.at(c + k));
-      const Vec<T> total = (along[0] + along[1]) + (along[2] + along[3]), scale = T(1) / load(norm);
-      for (int64_t c = 0; c < p.C; ++c) store(grad.at(c), (load(grad.at(c)) - load(f.at(c)) * total) * scale);
+      for (int64_t l = 0; l < LANES<T>; ++l) norm[l] = static_cast<const T*>(p.norms)[row_of(l)];
+      through_division(grad, f, norm, p.C, p.Cp);
     }
-    if (std::is_same_v<T, E> && places.neighbours()) {
-      for (int64_t c = 0; c < p.C; ++c) std::memcpy(static_cast<void*>(x + places.offset[0] + c * p.stride_c), grad.at(c), sizeof(Vec<T>));
-    } else {
-      for (int64_t c = 0; c < p.C; ++c)
-        for (int64_t r = 0; r < places.count; ++r) x[places.offset[r] + c * p.stride_c] = converted<E>(grad.at(c)[r]);
-    }
+    for (int64_t c = 0; c < p.C; ++c)
+      for (int64_t r = 0; r < places.count; ++r) x[places.offset[r] + c * p.stride_c] = converted<E>(grad.at(c)[r]);
   }
 }
 
 template <class T, class E>
+void unpack_map(const ContrastiveUnpack& p, int64_t first, int64_t last) {
+  const T *const all = static_cast<const T*>(p.grad_packed), *const vectors = static_cast<const T*>(p.packed);
+  const std::vector<T> nothing(static_cast<size_t>(p.Cp));
+  Lanes<T> grad(p.Cp), f(p.Cp);
+  for (int64_t position = first; position < last;) {
+    const Stretch<T> at(p, position, last);
+    position += at.count;
+    const T *rows[LANES<T>], *units[LANES<T>];
+    T norm[LANES<T>];
+    for (int64_t r = 0; r < LANES<T>; ++r) {
+      const int64_t row = at.rows[std::min(r, at.count - 1)];
+      rows[r] = row < 0 ? nothing.data() : all + row * p.Cp, units[r] = row < 0 ? nothing.data() : vectors + row * p.Cp;
+      norm[r] = row < 0 ? T(1) : static_cast<const T*>(p.norms)[row];
+    }
+    if (position + AHEAD < last)
+      for (int64_t r = 0; r < LANES<T>; ++r) {
+        const int64_t ahead = p.row_at[position + AHEAD - LANES<T> + r];
+        __builtin_prefetch(all + ahead * p.Cp), __builtin_prefetch(vectors + ahead * p.Cp);
+      }
+    transpose_rows([&](int64_t r) { return rows[r]; }, p.Cp, grad);
+    if (p.normalize) {
+      transpose_rows([&](int64_t r) { return units[r]; }, p.Cp, f);
+      through_division(grad, f, norm, p.C, p.Cp);
+    }
+    E* const x = static_cast<E*>(p.grad_x) + at.base;
+    for (int64_t c = 0; c < p.C; ++c) store_first<T>(x + c * p.stride_c, at.count, load(grad.at(c)));
+  }
+}
+
+bool channels_beside_each_other(const ContrastivePack& p) { return p.stride_c == 1 || p.C == 1; }
+
+template <class T, class E>
 void pack_any(const ContrastivePack& p, int64_t first, int64_t last) {
-  p.stride_c == 1 || p.C == 1 ? pack_rows<T, E>(p, first, last) : pack_planes<T, E>(p, first, last);
+  if (p.row_at)
+    pack_map<T, E>(p, first, last);
+  else
+    channels_beside_each_other(p) ? pack_rows<T, E>(p, first, last) : pack_planes<T, E>(p, first, last);
 }
 
 template <class T, class E>
 void unpack_any(const ContrastiveUnpack& p, int64_t first, int64_t last) {
-  p.stride_c == 1 || p.C == 1 ? unpack_rows<T, E>(p, first, last) : unpack_planes<T, E>(p, first, last);
+  if (p.row_at)
+    unpack_map<T, E>(p, first, last);
+  else
+    channels_beside_each_other(p) ? unpack_rows<T, E>(p, first, last) : unpack_planes<T, E>(p, first, last);
 }
 
 void pack(const ContrastivePack& p, int64_t first, int64_t last) {
