@@ -194,3 +194,12 @@ def test_the_examples_of_a_module_run(name: str) -> None:
     assert tests or name not in SHOWN
     for test in tests:
         run_examples(test)
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if not name.endswith(("__main__", "._C"))])
+def test_the_examples_of_public_names_run_as_copied(name: str) -> None:
+    """Without the names that the module around them happens to know."""
+    module = importlib.import_module(name)
+    for public in getattr(module, "__all__", ()):
+        for test in doctest.DocTestFinder().find(getattr(module, public), public, globs={}):
+            run_examples(test)

@@ -35,8 +35,8 @@ def find_elbow(n_clusters: Sequence[int], inertias: Sequence[float], *, sensitiv
     """The number of clusters from which on more of them lower the inertia no more than on the whole.
 
     Both axes are stretched to [0, 1]; the elbow is the first point whose distance ``(1 - y) - x`` from the diagonal is a
-    local maximum and from which it falls by ``sensitivity`` mean steps of x before it rises to the next one (kneedle, for
-    a convex decreasing curve).
+    local maximum and from which it falls by ``sensitivity`` mean steps of x before the next one; behind a local minimum
+    that it falls below 0 is enough (kneedle, for a convex decreasing curve).
 
     Args:
         n_clusters: at least three whole numbers, ascending.
@@ -51,6 +51,7 @@ def find_elbow(n_clusters: Sequence[int], inertias: Sequence[float], *, sensitiv
         finite.
 
     Example:
+        >>> from protokernels.cluster import find_elbow
         >>> find_elbow([2, 3, 4, 5, 6], [100.0, 40.0, 10.0, 8.0, 7.0])
         4
     """
@@ -112,6 +113,7 @@ def choose_n_clusters(
 
     Example:
         >>> import torch
+        >>> from protokernels.cluster import choose_n_clusters
         >>> x = torch.cat([center + 0.1 * torch.randn(50, 2) for center in torch.tensor([[0.0, 0], [9, 0], [0, 9], [9, 9]])])
         >>> choose_n_clusters(x, range(2, 9)).chosen
         4

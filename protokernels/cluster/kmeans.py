@@ -60,6 +60,8 @@ class KMeans:
         n_iter_: iterations of the best start.
 
     Example:
+        >>> import torch
+        >>> from protokernels.cluster import KMeans
         >>> x = torch.tensor([[0.0], [0.2], [9.0], [9.4]])
         >>> model = KMeans(2, random_state=0).fit(x)
         >>> sorted(model.cluster_centers_[:, 0].tolist()), round(model.inertia_, 2)

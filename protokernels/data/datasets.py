@@ -36,7 +36,8 @@ def load_dataset(name: str | Path, root: str | Path | None = None, *, download: 
             ``{train,val,test}_{images,labels}`` (``val`` may be absent), as text or ``Path``, taken as it stands or below ``root``;
             ``class_names`` and ``{train,val,test}_patient_ids``, both text, are read where they are there; or the path of a folder
             (``"./mnist"`` where its name is one of those above) of the same arrays: a file ``train_images.npy``, or a folder
-            ``train_images`` of any number of ``.npy`` files, in the order of their names, and so on. An unpacked ``.npz`` is such a folder.
+            ``train_images`` of any number of ``.npy`` files, in the order of their names, numbers in them by value (``2.npy`` before
+            ``10.npy``), and so on. An unpacked ``.npz`` is such a folder.
         root: folder of the files; default: the environment variable ``PROTOKERNELS_DATA``, else
             ``~/.cache/protokernels``. Files are looked for in ``root`` itself and in its folders ``mnist``,
             ``medmnist``, ``MNIST/raw``, ``chest_nih``, ``chest_kermany`` and ``brain_tumor_4class``.
@@ -53,6 +54,7 @@ def load_dataset(name: str | Path, root: str | Path | None = None, *, download: 
         ImportError: scikit-learn (digits) or medmnist (flags) is not installed.
 
     Example:
+        >>> from protokernels.data import load_dataset
         >>> load_dataset("digits").num_classes
         10
     """

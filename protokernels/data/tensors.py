@@ -34,6 +34,7 @@ def to_tensor(
 
     Example:
         >>> import numpy as np
+        >>> from protokernels.data import to_tensor
         >>> to_tensor(np.full((2, 8, 8), 255, np.uint8), size=4)[0, 0, 0].tolist()
         [1.0, 1.0, 1.0, 1.0]
     """

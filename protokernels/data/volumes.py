@@ -86,6 +86,7 @@ def load_segmentation(
         ImportError: nibabel is not installed and the data are NIfTI files.
 
     Example:
+        >>> from protokernels.data import load_segmentation
         >>> phantoms = load_segmentation("phantoms", split="official", fold=3)
         >>> len(phantoms.train), len(phantoms.val), len(phantoms.test), phantoms.num_classes
         (10, 5, 5, 3)

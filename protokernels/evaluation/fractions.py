@@ -40,6 +40,7 @@ def label_subsets(
 
     Example:
         >>> import torch
+        >>> from protokernels.evaluation import label_subsets
         >>> subsets = label_subsets(torch.tensor([0, 1] * 50), [0.1, 1.0], num_classes=2)
         >>> len(subsets[0.1]), len(subsets[1.0])
         (10, 100)

@@ -37,6 +37,8 @@ def hold_out_sets(
         ValueError: fewer groups, or images of a class, than parts.
 
     Example:
+        >>> import numpy as np
+        >>> from protokernels.evaluation import hold_out_sets
         >>> parts = hold_out_sets(np.array([0, 1] * 6), np.repeat(["a", "b", "c", "d", "e", "f"], 2))
         >>> [len(part) for part in parts]
         [4, 4, 4]
@@ -119,8 +121,9 @@ def linear_evaluation(
         seed: of both cuts.
 
     Returns:
-        ``auc``, the mean over the sets of their means over folds, and ``auc_std`` the sample standard deviation over sets; by set its
-        ``auc``, ``images``, ``positive`` and ``folds`` (scored ones). Without ``auc`` where nothing could be scored.
+        ``auc``, the mean over the sets of their means over folds, and ``auc_std`` the sample standard deviation over sets; ``sets``, by
+        number (``"1"``, ...) each one's ``auc``, ``images``, ``positive`` and ``folds`` (scored ones). Without ``auc`` where nothing could
+        be scored.
 
     Raises:
         ValueError: see :func:`cross_validated_auc`.

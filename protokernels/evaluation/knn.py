@@ -38,6 +38,8 @@ def knn_predict(
         ValueError: NaN or infinity, wrong shapes, labels out of range, or k larger than the bank.
 
     Example:
+        >>> import torch
+        >>> from protokernels.evaluation import knn_predict
         >>> bank, labels = torch.tensor([[0.0], [1.0], [10.0]]), torch.tensor([0, 0, 1])
         >>> knn_predict(bank, labels, torch.tensor([[9.0], [0.4]]), k=1, num_classes=2).tolist()
         [1, 0]

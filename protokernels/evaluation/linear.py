@@ -101,6 +101,8 @@ def linear_probe(
         ImportError: ``fair`` without scikit-learn.
 
     Example:
+        >>> import torch
+        >>> from protokernels.evaluation import linear_probe
         >>> embeddings, labels = torch.tensor([[-1.0], [-2.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
         >>> linear_probe(embeddings, labels, num_classes=2, protocol="fair").predict(embeddings).tolist()
         [0, 0, 1, 1]

@@ -29,6 +29,8 @@ def statistical_mapping(train: Representation, num_classes: int, num_clusters: i
         ValueError: no sample, no clusters, or a label or cluster out of range.
 
     Example:
+        >>> import torch
+        >>> from protokernels.evaluation import Representation, statistical_mapping
         >>> train = Representation(torch.zeros(4, 1), torch.tensor([2, 2, 1, 0]), torch.tensor([0, 0, 0, 1]))
         >>> statistical_mapping(train, num_classes=3, num_clusters=3).tolist()
         [2, 0, 2]

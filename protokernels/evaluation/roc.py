@@ -60,6 +60,7 @@ def auroc(
 
     Example:
         >>> import torch
+        >>> from protokernels.evaluation import auroc
         >>> scores = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
         >>> auroc(scores, torch.tensor([1, 0, 0]), ["normal", "pneumonia"]).per_class
         {'pneumonia': 1.0}

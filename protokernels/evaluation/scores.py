@@ -31,6 +31,8 @@ def classification_scores(
         ValueError: no sample, wrong shapes, labels out of range.
 
     Example:
+        >>> import torch
+        >>> from protokernels.evaluation import classification_scores
         >>> classification_scores(torch.tensor([1, 1, 1, 0]), torch.tensor([1, 1, 0, 0]), num_classes=2)["accuracy"]
         0.75
     """
@@ -81,6 +83,8 @@ def clustering_scores(
         ImportError: scikit-learn is not installed.
 
     Example:
+        >>> import torch
+        >>> from protokernels.evaluation import clustering_scores
         >>> scores = clustering_scores(torch.tensor([5, 5, 7, 9]), torch.tensor([0, 0, 1, 1]))
         >>> scores["hungarian_accuracy"], scores["clusters_used"]
         (0.75, 3.0)

@@ -31,6 +31,8 @@ class DiceCounter:
         device: of the counts.
 
     Example:
+        >>> import torch
+        >>> from protokernels.evaluation import DiceCounter
         >>> counter = DiceCounter(3)
         >>> counter.add(torch.tensor([[[1, 1, 0, 0]]]), torch.tensor([[[1, 0, 0, 0]]]))
         >>> counter.dice()  # class 2 is in neither
@@ -129,7 +131,8 @@ def segmentation_scores(
         ImportError: MONAI is not installed.
 
     Example:
-        >>> from protokernels.data.volumes import load_segmentation
+        >>> from protokernels.data import load_segmentation
+        >>> from protokernels.evaluation import segmentation_scores
         >>> volumes = load_segmentation("phantoms", split="paper").test
         >>> scores = segmentation_scores([volume.label for volume in volumes], volumes)
         >>> scores["pooled_dice"]["mean"], scores["hausdorff95"]["mean"], scores["unit"]

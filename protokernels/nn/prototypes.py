@@ -24,6 +24,7 @@ class LinearTemperature:
     """From ``start`` to ``end`` while training progress runs from 0 to ``until``, then constant. VAESim, Algorithm 1:
     1 to 0.01 in half of the epochs.
 
+    >>> from protokernels.nn import LinearTemperature
     >>> LinearTemperature(start=1.0, end=0.01, until=0.5)(0.25)
     0.505
     """

@@ -181,7 +181,7 @@ class RandomViews(nn.Module):
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> ViewParameters:
-        """Parameters of view number ``view`` for ``count`` images, on the device of the generator.
+        """Parameters of view number ``view`` for ``count`` images, on ``device``, which must be that of the generator.
 
         ``sides``: (H, W) of the images, ``images.shape[2:]``, for the shape of the crops; default: those of a square.
         """

@@ -28,7 +28,8 @@ class SinkhornLoss(nn.Module):
     Args:
         cost: ``"cosine"`` or ``"sqeuclidean"`` between features; None: the costs are given.
         value: what the loss is. ``"transport"``: <P, C>, by :func:`protokernels.sinkhorn`. ``"entropic"``: with the entropy (may be
-            negative). ``"divergence"``: :func:`protokernels.sinkhorn_divergence`, which is 0 for equal clouds.
+            negative). ``"divergence"``: :func:`protokernels.sinkhorn_divergence`, which is 0 for equal clouds; between features, without
+            ``marginal_penalty`` and ``annealing``.
         gradient: as in :func:`protokernels.sinkhorn`; default ``"unrolled"``, for the divergence ``"envelope"``. With ``"envelope"``
             features are never turned into a matrix of costs, and the value must be one that has this gradient (not ``"transport"``).
         epsilon, num_iters, tol, marginal_penalty, annealing: as in :func:`protokernels.sinkhorn`.

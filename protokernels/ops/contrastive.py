@@ -63,7 +63,7 @@ def local_contrastive_loss(
     ``y[:, None] == y`` and its opposite. Here no S x S matrix exists: memory grows with the number of pixels.
 
     Without labels (``labels=None``) the maps are two views of N / 2 images, stacked: the positive of a pixel is the same pixel of the
-    other view, and every pixel is an anchor.
+    other view, and every pixel is an anchor; ``background`` has no meaning, ``scope`` and ``ignore_index`` stay as they are by default.
 
     Args:
         features: maps of both views, stacked along N; float32, float64, bfloat16 or float16 (computed in float32), any strides.
@@ -88,7 +88,7 @@ def local_contrastive_loss(
         in the features, once.
 
     Raises:
-        TypeError: features or labels are no tensors of the dtypes above.
+        TypeError: features or labels are no tensors of the dtypes above, or an option is of another type.
         ValueError: shapes, devices or values do not fit.
 
     Example:

@@ -63,15 +63,18 @@ def nearest(
         metric: ``"sqeuclidean"``, or ``"cosine"``, in which a vector no longer than 1e-12 is at distance 1 from everything.
 
     Returns:
-        ``distances`` [N, k], squared for ``sqeuclidean``, ascending, and ``indices`` [N, k]. A distance that is NaN, because of NaN or
-        infinity in a row, comes after all others. Sums of squares are float64: rows of float32, bfloat16 and float16 never leave its range,
-        float64 rows longer than 1.3e154 do. Their squared distances are infinite and tie, their cosine distances NaN or 1; scale such data.
+        ``distances`` [N, k], squared for ``sqeuclidean``, ascending, float64 if queries or bank are, else float32, and ``indices``
+        [N, k]. A distance that is NaN, because of NaN or infinity in a row, comes after all others. Sums of squares are float64: rows
+        of float32, bfloat16 and float16 never leave its range, float64 rows longer than 1.3e154 do. Their squared distances are
+        infinite and tie, their cosine distances NaN or 1; scale such data.
 
     Raises:
         TypeError: no floating-point tensors, or k is no integer.
         ValueError: wrong shapes or devices, k not in 1..M, unknown metric.
 
     Example:
+        >>> import torch
+        >>> from protokernels import nearest
         >>> bank = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0], [-1.0, 0.0]])
         >>> distances, indices = nearest(torch.tensor([[0.0, 0.0]]), bank, k=3)
         >>> distances.tolist(), indices.tolist()

@@ -98,8 +98,9 @@ def sinkhorn(
             On a GPU that price is rounded, in float32 to about 1e-7 rho: for a rho far above the costs take None or float64.
         init: potential g to start from, such as that of an earlier result; no gradient. n iterations from g continue those that led to it;
             -inf (a column that was absent there) counts as 0.
-        annealing: factor in (0, 1): beforehand, one iteration each at epsilons falling by it from the range of the costs (or 10^4 epsilon)
-            to epsilon. These are not counted and not differentiated.
+        annealing: factor in (0, 1): beforehand, one iteration each at epsilons falling by it from the range of the costs, none below
+            epsilon; log 10^4 / -log factor of them, rounded up, whatever the range (14 for 0.5), so that one beyond 10^4 epsilon ends
+            in a jump. These are not counted and not differentiated.
 
     Returns:
         A :class:`SinkhornResult`: plan (computed when asked for), transport cost, entropic value, potentials, diagnostics.

@@ -36,6 +36,7 @@ class Score(NamedTuple):
     def over(cls, values: Sequence[float], *, digits: int = 3, signed: bool = False) -> Score | None:
         """The score of single values; none of none.
 
+        >>> from protokernels.results import Score
         >>> str(Score.over([0.5, 0.7]))
         '0.600 ± 0.141'
         """

@@ -14,6 +14,7 @@ def summarize_runs(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     The standard deviation (denominator n - 1) is ``None`` for a single run: one run says nothing about spread. A number
     that some runs lack is summarised over those that have it.
 
+    >>> from protokernels.training import summarize_runs
     >>> summarize_runs([{"knn": {"accuracy": 0.5}}, {"knn": {"accuracy": 0.7}}])["knn"]["accuracy"]["mean"]
     0.6
     """
