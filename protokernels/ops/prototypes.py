@@ -264,8 +264,10 @@ def prototype_step(
     With ``sample=True`` and half precision throughout that holds up to rounding: here labels are drawn from the assignment in float32,
     there from what ``soft_assign`` returned, rounded to the half type, so that a few may differ. Nor are probabilities looked at here.
 
-    Arguments and errors are those of the two functions. ``sums`` and ``counts`` are returned for data-parallel training: add them
-    up over the ranks, then blend (``protokernels.nn.Prototypes`` does).
+    ``labels`` are the clusters that the rows have gone to: with ``sample=True`` the ones drawn, -1 where ``skip_nonfinite`` left a row out.
+
+    Arguments and errors are those of the two functions. ``sums`` [K, D], float64, and ``counts`` are returned for data-parallel
+    training: add them up over the ranks, then blend (``protokernels.nn.Prototypes`` does).
 
     Example:
         >>> import torch, protokernels

@@ -103,7 +103,7 @@ class LocalContrastConfig(RunConfig):
     block_size: int = 16  # pixels; methods with "block"
     stride: int = 4  # pixels; methods with "stride" and "self"
     form: Literal["supcon", "in", "paper", "negout"] = "supcon"  # of methods with labels; without: "supcon"
-    scope: Literal["group", "image"] = "group"
+    scope: Literal["group", "image"] = "group"  # a pixel meets the pixels of all images, or of its own
     reduction: Literal["group", "anchor", "image"] = "group"  # image: Eq. 3, of every block and then over blocks
     drop_remainder: bool = False  # leave out the pixels beyond the last whole block
     identical_views: bool = False  # both views the same, as in the released code

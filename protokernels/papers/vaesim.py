@@ -83,6 +83,7 @@ class VAESimConfig(RunConfig):
     latent_dim: int = 32  # q in the paper
     num_prototypes: int = 40  # K
     similarity: Literal["cosine", "dot"] = "cosine"
+    # tau: 1 to 0.01 in the first half; 5 in the first quarter, then 1 to 0.05 in two more; 1
     temperature: Literal["algorithm-1", "section-3.2", "constant"] = "algorithm-1"
     new_weight: float = 0.95  # eta: weight of the new mean
     sample_labels: bool = False  # labels for the update: drawn from c (Algorithm 2) or its largest entry (section 3.2)
