@@ -69,7 +69,8 @@ def _load() -> tuple[Path | None, str | None]:
     try:
         torch.ops.load_library(str(path))
     except Exception as error:  # an unloadable file must not take the reference backend down with it
-        return None, f"{path} does not load beside torch {torch.__version__}: {error}; {REINSTALL}"
+        reason = error.__cause__ or error  # torch names the file only, the system's loader what is wrong with it
+        return None, f"{path} does not load beside torch {torch.__version__}: {reason}; {REINSTALL}"
     missing = [name for name in OPERATORS if not hasattr(torch.ops.protokernels, name)]
     if missing:
         return None, f"{path} does not load: it is from another version and lacks {', '.join(missing)}; {REINSTALL}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import textwrap
@@ -254,6 +255,10 @@ class TestBrokenLibrary:
         done = copied(CALLS, library=content[: len(content) // 3])
         assert done.returncode == 0, done.stderr
         assert "_C.abi3.so does not load" in done.stdout
+
+    def test_the_reason_is_that_of_the_systems_loader(self, copied: Run) -> None:
+        done = copied(CALLS, library=b"\x7fELF" + bytes(200))
+        assert re.search(r"_C\.abi3\.so does not load beside torch [\w.+]+: [^;]*ELF", done.stdout)
 
     def test_a_library_of_something_else_is_refused(self, copied: Run) -> None:
         content = _unrelated_library()
