@@ -30,6 +30,12 @@ def generator() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
+def test_an_output_of_any_shape_is_poisoned(shape: tuple[int, ...]) -> None:
+    assert np.isnan(poisoned(shape)).all() and (poisoned(shape, np.int64) == -1).all()
+    assert poisoned(shape).shape == shape
+
+
 class TestLaunch:
     @pytest.mark.parametrize("seed", SEEDS)
     def test_every_thread_of_a_grid_knows_its_place(self, emulator: Any, seed: int) -> None:

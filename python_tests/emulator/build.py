@@ -230,5 +230,5 @@ def run_under_address_sanitizer(op: str, code: str, timeout: float = 120.0) -> s
 def poisoned(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """Returns an array for an output: what a kernel forgets to write stays NaN (all bits set, for integers)."""
     array = np.empty(shape, dtype=dtype)
-    array.view(np.uint8).reshape(-1)[:] = 0xFF
+    array.reshape(-1).view(np.uint8)[:] = 0xFF
     return array
