@@ -2,6 +2,7 @@
 """What each CUDA kernel takes of a multiprocessor, by the assembler's own report; needs nvcc, no GPU.
 
     python benchmarks/resources.py            # every csrc/ops/cuda/*.cu -> benchmarks/results/resources.json
+    python benchmarks/resources.py csrc/ops/cuda/warp_kernel.cu --arch sm_80            # these only, on the screen
 
 Registers, spills, stack and static shared memory are read from `ptxas -v`; the threads of a block from the kernel's
 `__launch_bounds__`. A kernel with dynamic shared memory says how much in a comment above it, at the size that counts:
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sources", nargs="*", type=Path, help="default: every csrc/ops/cuda/*.cu")
     parser.add_argument("--arch", nargs="+", default=list(LIMITS), choices=list(LIMITS))
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/resources.json if everything is measured")
     parser.add_argument(
         "--all", action="store_true", help="compile also what has not changed since the JSON was written"
     )
@@ -305,14 +306,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{kernel.spill_stores + kernel.spill_loads:>7}{kernel.stack:>7}{shared:>9}{share:>8}"
             f"  {kernel.limited_by or '?'}"
         )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "toolkit": toolkit_version(),
-        "problems": problems,
-        "code": {str(path.relative_to(ROOT)): digest(path) for path in sources if path.is_relative_to(ROOT)},
-        "kernels": [asdict(kernel) for kernel in kernels],
-    }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    everything = not options.sources and set(options.arch) == set(LIMITS)
+    if out := options.out or (RESULT if everything else None):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        report = {
+            "toolkit": toolkit_version(),
+            "problems": problems,
+            "code": {str(path.relative_to(ROOT)): digest(path) for path in sources if path.is_relative_to(ROOT)},
+            "kernels": [asdict(kernel) for kernel in kernels],
+        }
+        out.write_text(json.dumps(report, indent=1) + "\n")
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

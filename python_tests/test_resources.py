@@ -216,6 +216,19 @@ class TestDigest:
 
 
 @needs_nvcc
+def test_some_files_or_architectures_leave_the_table_of_all_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, table = tmp_path / "a.cu", tmp_path / "table.json"
+    source.write_text("__global__ void __launch_bounds__(32) own_kernel(float* x) { x[threadIdx.x] = 1; }\n")
+    monkeypatch.setattr(resources, "RESULT", table)
+    monkeypatch.setattr(resources, "project_kernels", lambda: [source])
+    assert resources.main([str(source)]) == resources.main(["--arch", "sm_80"]) == 0
+    assert "own_kernel" in capsys.readouterr().out and not table.exists()
+    assert resources.main([]) == 0 and table.exists()
+
+
+@needs_nvcc
 def test_every_kernel_passes_and_the_table_is_current(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "resources.json"
     status = resources.main(["--out", str(out)])
