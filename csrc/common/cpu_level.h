@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Instruction sets: every CPU kernel is compiled once per level and the best one the machine can run is chosen at run time.
 //
-// PK_LEVEL_TABLE(name) is name_generic, name_avx2 or name_avx512, whichever this file is being compiled for.
+// PK_LEVEL_TABLE(name) is name_generic, name_avx2 or name_avx512, whichever this file is being compiled for. A kernel's table is declared
+// `extern const` before it is defined: a const alone is of its file only, the compiler drops it with all that it points to, and the library,
+// built without a warning, does not load.
 #pragma once
 
 #define PK_JOIN_(a, b) a##_##b

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The names a kernel may use. A kernel file includes this header and its op header, nothing else, so that the same source
-// is compiled by nvcc for a GPU and by g++ for the emulator (csrc/emulator), where every memory access is watched.
+// The names a kernel may use. A kernel file includes this header, its op header and headers that include no more, nothing else, so that the
+// same source is compiled by nvcc for a GPU and by g++ for the emulator (csrc/emulator), where every memory access is watched.
 //
 // Shared memory is declared through macros; the result behaves as a plain array (or pointer) in both worlds:
 //

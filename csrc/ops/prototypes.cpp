@@ -11,18 +11,8 @@
 
 namespace protokernels {
 
-#if defined(PROTOKERNELS_X86)
-extern const PrototypesCpu prototypes_cpu_avx512, prototypes_cpu_avx2;
-#endif
-extern const PrototypesCpu prototypes_cpu_generic;
-
-const PrototypesCpu& prototypes_cpu() {
-#if defined(PROTOKERNELS_X86)
-  if (cpu_level() == CpuLevel::avx512) return prototypes_cpu_avx512;
-  if (cpu_level() == CpuLevel::avx2) return prototypes_cpu_avx2;
-#endif
-  return prototypes_cpu_generic;
-}
+PK_DECLARE_LEVELS(PrototypesCpu, prototypes_cpu);
+const PrototypesCpu& prototypes_cpu() { return PK_CHOOSE_LEVEL(prototypes_cpu); }
 
 // At least 128 and at least K rows a chunk, or clearing and adding up partial sums costs more than filling them. At most 64 chunks while their sums
 // fit into 4 MB, else 16, and fewer beyond 64 MB. Never a function of the number of threads.
