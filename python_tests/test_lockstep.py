@@ -7,7 +7,7 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -77,6 +77,13 @@ def op_of(schema: str) -> str:
     return max(owners, key=len, default=schema.rpartition("_")[0] or schema)
 
 
+def check_list(place: str, found: Iterable[str], wanted: Iterable[str]) -> None:
+    """Fails with what to do about a list."""
+    lacking, odd = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
+    assert not lacking, f"{place}: add {', '.join(lacking)}"
+    assert not odd, f"{place}: remove {', '.join(odd)}"
+
+
 OPERATORS = [name for name in schemas() if name not in LIBRARY_SERVICES]
 ABOUT_VALUES = {
     "sinkhorn_masses_fit"
@@ -107,7 +114,23 @@ class TestOps:
     def test_the_build_compiles_every_op(self) -> None:
         listed = re.search(r"^set\(OPS ([^)]*)\)", read("CMakeLists.txt"), flags=re.M)
         assert listed is not None
-        assert sorted(listed[1].split()) == OPS
+        check_list("OPS in CMakeLists.txt", listed[1].split(), OPS)
+
+    def test_the_reference_names_every_op(self) -> None:
+        check_list("protokernels/reference/__init__.py", protokernels.reference.__all__, OPS)
+
+    def test_the_emulator_runs_every_operator_in_the_place_of_the_cpu(self) -> None:
+        """Without this `-p python_tests.emulator.as_cuda` passes on the CPU's kernels."""
+        from python_tests.emulator import operators
+        from python_tests.test_as_cuda import LAUNCHED
+
+        check_list("python_tests/emulator/operators.py", operators.OPERATORS, {*OPERATORS} - ABOUT_VALUES)
+        check_list("LAUNCHED in python_tests/test_as_cuda.py", LAUNCHED, OPS)
+
+    def test_the_sanitizers_run_over_every_op(self) -> None:
+        tests = re.search(r"python_tests/test_\{([\w,]*)\}", read("csrc/sanitize.sh"))
+        assert tests is not None
+        check_list("the tests in csrc/sanitize.sh", tests[1].split(","), OPS)
 
     @pytest.mark.parametrize("operator", OPERATORS)
     def test_an_operator_is_there_for_cpu_cuda_and_tracing(self, operator: str) -> None:
@@ -129,13 +152,19 @@ class TestOps:
     def test_the_loader_knows_every_operator(self) -> None:
         from protokernels import _native
 
-        assert sorted(_native.OPERATORS) == sorted(schemas())
+        check_list("OPERATORS in protokernels/_native.py", _native.OPERATORS, schemas())
 
     @pytest.mark.parametrize("op", OPS)
     def test_the_tests_of_an_op_have_their_four_parts(self, op: str) -> None:
-        trees = (ast.parse(path.read_text()) for path in (ROOT / "python_tests").glob(f"test_{op}*.py"))
+        files = (ROOT / "python_tests").glob(f"test_{op}*.py")
+        trees = [ast.parse(path.read_text()) for path in files if not path.stem.endswith(("_cuda", "_emulator"))]
         classes = {node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
-        assert {"TestValue", "TestGradient", "TestContract", "TestDeterminism"} - classes == set()
+        missing = {"TestValue", "TestGradient", "TestContract", "TestDeterminism"} - classes
+        assert missing == set(), f"python_tests/test_{op}.py: add {', '.join(sorted(missing))}"
+        text = read(f"python_tests/test_{op}_cuda.py")
+        assert "(CudaContract):" in text, (
+            f"python_tests/test_{op}_cuda.py: no class is a CudaContract (cuda_contract.py)"
+        )
 
     @pytest.mark.parametrize("op", OPS)
     def test_the_public_functions_of_an_op_are_exported(self, op: str) -> None:
@@ -174,6 +203,15 @@ def public_functions() -> Iterator[tuple[str, object]]:
 
 
 class TestCpu:
+    @pytest.mark.parametrize("path", sorted((ROOT / "csrc/ops/cpu").glob("*.cpp")), ids=lambda path: path.name)
+    def test_a_table_of_a_level_is_seen_beyond_its_file(self, path: Path) -> None:
+        """Without the declaration the library is built, and does not load."""
+        tables = re.findall(r"^const (\w+ PK_LEVEL_TABLE\(\w+\)) =", path.read_text(), flags=re.M)
+        headers = [f"csrc/{name}" for name in re.findall(r'^#include "(ops/cpu/.*)"', path.read_text(), flags=re.M)]
+        declared = path.read_text() + read(*headers)
+        missing = [f"extern const {table};" for table in tables if f"extern const {table};" not in declared]
+        assert missing == [], "write this above the table"
+
     def test_every_avx_512_instruction_is_written_out(self) -> None:
         """So that `EMULATE=avx512 csrc/sanitize.sh` compiles what the AVX-512 level does, where no processor has it."""
         folders = (ROOT / "csrc" / "ops" / "cpu", ROOT / "csrc" / "common")
