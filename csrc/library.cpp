@@ -93,7 +93,8 @@ STABLE_TORCH_LIBRARY(protokernels, library) {
       "contrastive_losses(Tensor x, Tensor? second, Tensor order, Tensor groups, Tensor ranges, Tensor weights, float temperature, bool "
       "normalize, int form, int precision) -> (Tensor total, Tensor losses, Tensor packed, Tensor norms, Tensor statistics)");
   library.def(
-      "contrastive_losses_backward(Tensor? grad_total, Tensor? grad_losses, Tensor packed, Tensor norms, Tensor order, Tensor groups, Tensor "
+      "contrastive_losses_backward(Tensor? grad_total, Tensor? grad_losses, Tensor packed, Tensor norms, Tensor order, Tensor groups, "
+      "Tensor "
       "ranges, Tensor weights, Tensor statistics, Tensor like, Tensor losses, float temperature, bool normalize, int form, int precision, "
       "bool channels_last) -> Tensor grad");
 

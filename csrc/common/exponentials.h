@@ -11,7 +11,7 @@ namespace {
 // exp(x) for x <= 0, to one unit in the last place; 0 below -87.3 at full speed, where libraries fall into denormals. NaN stays NaN.
 PK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));  // they wrap where x is too small, and are not used there
-  const Vec<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
+  const Vec<float> magic = broadcast(12582912.0f);                   // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
   const Vec<float> t = x * 1.44269504f + magic;
   const Vec<float> n = t - magic;
   const Vec<float> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts

@@ -251,9 +251,7 @@ __device__ __forceinline__ void wait_for_previous() {
 }
 
 // What the block wrote before its barrier is visible to whoever waits.
-__device__ __forceinline__ void arrive(unsigned* count) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
-}
+__device__ __forceinline__ void arrive(unsigned* count) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory"); }
 __device__ __forceinline__ void wait_for(const unsigned* count, unsigned target) {
   unsigned arrived;
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(count) : "memory");

@@ -48,7 +48,8 @@ PK_INLINE void transpose(Vec<T> (&square)[LANES<T>]) {
       other[g] = unpack<T, 1, false>(square[g], square[g + 1], every);
       other[g + 1] = unpack<T, 1, true>(square[g], square[g + 1], every);
     } else {
-      const Vec<T> low01 = unpack<T, 1, false>(square[g], square[g + 1], every), high01 = unpack<T, 1, true>(square[g], square[g + 1], every);
+      const Vec<T> low01 = unpack<T, 1, false>(square[g], square[g + 1], every),
+                   high01 = unpack<T, 1, true>(square[g], square[g + 1], every);
       const Vec<T> low23 = unpack<T, 1, false>(square[g + 2], square[g + 3], every);
       const Vec<T> high23 = unpack<T, 1, true>(square[g + 2], square[g + 3], every);
       other[g] = unpack<T, 2, false>(low01, low23, every);

@@ -119,9 +119,9 @@ void unpack(const Array& grad_packed_array, const Array& packed_array, const Arr
 }
 
 // The numbers of a plan: labels [N, D, H, W]; background and ignored are lists, empty for none.
-void plan(const Array& labels_array, const std::vector<int64_t>& block, const std::vector<int64_t>& stride, bool per_image, bool drop_remainder,
-          const std::vector<int64_t>& background, const std::vector<int64_t>& ignored, int form, int reduction, const Array& order_array,
-          const Array& groups_array, const Array& ranges_array, const Array& weights_array) {
+void plan(const Array& labels_array, const std::vector<int64_t>& block, const std::vector<int64_t>& stride, bool per_image,
+          bool drop_remainder, const std::vector<int64_t>& background, const std::vector<int64_t>& ignored, int form, int reduction,
+          const Array& order_array, const Array& groups_array, const Array& ranges_array, const Array& weights_array) {
   const Input<int64_t> labels(labels_array, "labels");
   const Output<int64_t> order(order_array, "order");
   const Output<int32_t> groups(groups_array, "groups"), ranges(ranges_array, "ranges");
@@ -159,8 +159,10 @@ PK_EMULATOR_MODULE(module) {
   module.def("views", &views);
   module.def("forward_f32", &forward<float>);
   module.def("forward_f64", &forward<double>);
-  module.def("coefficients_f32", &coefficients<float>, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg() = py::none());
-  module.def("coefficients_f64", &coefficients<double>, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg() = py::none());
+  module.def("coefficients_f32", &coefficients<float>, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+             py::arg() = py::none());
+  module.def("coefficients_f64", &coefficients<double>, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+             py::arg() = py::none());
   module.def("backward_f32", &backward<float>);
   module.def("backward_f64", &backward<double>);
   module.def("pack_f32", &pack<float, float>);

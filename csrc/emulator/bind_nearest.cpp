@@ -13,15 +13,14 @@ namespace {
 // Rows of D values, as far apart as the arrays are wide. Returns how many queries the filter left to the comparison with the whole bank.
 template <typename Q, typename B>
 int64_t search(const Array& queries_array, const Array& bank_array, int64_t D, int64_t k, bool cosine, const Array& distances_array,
-            const Array& indices_array) {
+               const Array& indices_array) {
   constexpr bool wide = std::is_same_v<Q, double> || std::is_same_v<B, double>;
   const Input<Q> queries(queries_array, "queries");
   const Input<B> bank(bank_array, "bank");
   const Output<std::conditional_t<wide, double, float>> distances(distances_array, "distances");
   const Output<int64_t> indices(indices_array, "indices");
-  const NearestProblem p{queries.shape(0), bank.shape(0),    D,           k,             queries.data(), kind_of<Q>,
-                         queries.shape(1), bank.data(),      kind_of<B>,  bank.shape(1), cosine,         wide,
-                         distances.data(), indices.data()};
+  const NearestProblem p{queries.shape(0), bank.shape(0), D,      k,    queries.data(),   kind_of<Q>,    queries.shape(1), bank.data(),
+                         kind_of<B>,       bank.shape(1), cosine, wide, distances.data(), indices.data()};
   const Workspace workspace(nearest_workspace(p));
   check(launch_nearest(p, workspace.data(), nullptr));
   if (p.N == 0 || D == 0) return p.N;

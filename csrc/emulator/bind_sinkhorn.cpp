@@ -60,9 +60,8 @@ template <typename T>
 void plan(const Array& cost_array, const Array& f_array, const Array& g_array, const Array& epsilon_array, const Array& plan_array) {
   const Input<T> cost(cost_array, "cost"), f(f_array, "f"), g(g_array, "g"), epsilon(epsilon_array, "epsilon");
   const Output<T> plan(plan_array, "plan");
-  check(launch_sinkhorn_plan({cost.shape(0), cost.shape(1), cost.shape(2), kind_of<T>, cost.data(), f.data(), g.data(), epsilon.data(),
-                              plan.data()},
-                             nullptr));
+  check(launch_sinkhorn_plan(
+      {cost.shape(0), cost.shape(1), cost.shape(2), kind_of<T>, cost.data(), f.data(), g.data(), epsilon.data(), plan.data()}, nullptr));
 }
 
 template <typename T>
@@ -73,9 +72,9 @@ void plan_backward(const Array& grad_plan_array, const Array& plan_array, const 
       g(g_array, "g"), epsilon(epsilon_array, "epsilon");
   const Output<T> grad_cost(grad_cost_array, "grad_cost"), grad_f(grad_f_array, "grad_f"), grad_g(grad_g_array, "grad_g"),
       grad_epsilon(grad_epsilon_array, "grad_epsilon");
-  const SinkhornPlanBackward p{cost.shape(0), cost.shape(1), cost.shape(2),  kind_of<T>,       grad_plan.data(), plan.data(),   cost.data(),
-                               f.data(),      g.data(),      epsilon.data(), grad_cost.data(), grad_f.data(),    grad_g.data(),
-                               grad_epsilon.data()};
+  const SinkhornPlanBackward p{cost.shape(0),    cost.shape(1), cost.shape(2), kind_of<T>,         grad_plan.data(),
+                               plan.data(),      cost.data(),   f.data(),      g.data(),           epsilon.data(),
+                               grad_cost.data(), grad_f.data(), grad_g.data(), grad_epsilon.data()};
   const Workspace workspace(sinkhorn_plan_backward_workspace(p));
   check(launch_sinkhorn_plan_backward(p, workspace.data(), nullptr));
 }
@@ -94,9 +93,9 @@ void envelope(const Array& cost_array, const Array& f_array, const Array& g_arra
 
 template <typename T>
 void features(const Array& x_array, const Array& y_array, const Array& a_array, const Array& b_array, const Array& epsilon_array,
-              const Array& g_init_array, bool cosine, int64_t num_iters, double tolerance, double rho_a, double rho_b,
-              const Array& f_array, const Array& g_array, const Array& transport_cost_array, const Array& entropic_value_array,
-              const Array& marginal_error_array, const Array& iterations_array, const Array& feasible_array) {
+              const Array& g_init_array, bool cosine, int64_t num_iters, double tolerance, double rho_a, double rho_b, const Array& f_array,
+              const Array& g_array, const Array& transport_cost_array, const Array& entropic_value_array, const Array& marginal_error_array,
+              const Array& iterations_array, const Array& feasible_array) {
   const Input<T> x(x_array, "x"), y(y_array, "y"), a(a_array, "a"), b(b_array, "b"), epsilon(epsilon_array, "epsilon"),
       g_init(g_init_array, "g_init");
   const Output<T> f(f_array, "f"), g(g_array, "g"), transport_cost(transport_cost_array, "transport_cost"),
@@ -120,9 +119,9 @@ void features_backward(const Array& x_array, const Array& y_array, const Array& 
   const Input<T> x(x_array, "x"), y(y_array, "y"), f(f_array, "f"), g(g_array, "g"), epsilon(epsilon_array, "epsilon"),
       gradient(gradient_array, "grad_entropic_value");
   const Output<T> grad_x(grad_x_array, "grad_x"), grad_y(grad_y_array, "grad_y"), grad_epsilon(grad_epsilon_array, "grad_epsilon");
-  const SinkhornFeaturesBackward p{x.shape(0), x.shape(1), y.shape(1),     x.shape(2),      kind_of<T>,    cosine,        x.data(),
-                                   y.data(),   f.data(),   g.data(),       epsilon.data(),  gradient.data(), grad_x.data(), grad_y.data(),
-                                   grad_epsilon.data()};
+  const SinkhornFeaturesBackward p{x.shape(0),     x.shape(1),      y.shape(1),    x.shape(2),    kind_of<T>,
+                                   cosine,         x.data(),        y.data(),      f.data(),      g.data(),
+                                   epsilon.data(), gradient.data(), grad_x.data(), grad_y.data(), grad_epsilon.data()};
   const Workspace workspace(sinkhorn_features_backward_workspace(p));
   check(launch_sinkhorn_features_backward(p, workspace.data(), nullptr));
 }

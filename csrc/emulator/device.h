@@ -259,7 +259,8 @@ inline float reciprocal_fast(float x) {
 }
 
 inline float2 unpack_f16(unsigned bits) {
-  return {emulator::half_bits_to_float(static_cast<std::uint16_t>(bits)), emulator::half_bits_to_float(static_cast<std::uint16_t>(bits >> 16))};
+  return {emulator::half_bits_to_float(static_cast<std::uint16_t>(bits)),
+          emulator::half_bits_to_float(static_cast<std::uint16_t>(bits >> 16))};
 }
 inline unsigned pack_bf16(float low, float high) {
   return emulator::float_to_bfloat16_bits(low) | static_cast<unsigned>(emulator::float_to_bfloat16_bits(high)) << 16;

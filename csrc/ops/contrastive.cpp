@@ -92,7 +92,8 @@ void check_plan(const ContrastiveProblem& p) {
                       group.row_end <= p.R;
     const bool columns = 0 <= group.column_begin && group.column_begin <= group.column_anchor_end &&
                          group.column_anchor_end <= group.column_end && group.column_end <= p.M;
-    const bool one_set = mirrors(group, group) || (g + 1 < p.G && crosses(group, p.groups[g + 1])) || (g > 0 && crosses(p.groups[g - 1], group));
+    const bool one_set =
+        mirrors(group, group) || (g + 1 < p.G && crosses(group, p.groups[g + 1])) || (g > 0 && crosses(p.groups[g - 1], group));
     STD_TORCH_CHECK(rows && columns && (!p.one_set || one_set), "contrastive: group ", g,
                     " does not lie within the rows and columns, in order");
     bool fit = true;
@@ -210,8 +211,8 @@ void coefficients_of_group(const ContrastiveCoefficients& c, const ContrastiveGr
   }
 }
 
-Tensor coefficients_cpu(OptionalTensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form, OptionalTensor grad_total,
-                        OptionalTensor weights) {
+Tensor coefficients_cpu(OptionalTensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form,
+                        OptionalTensor grad_total, OptionalTensor weights) {
   ContrastiveCoefficients c{};
   fill_coefficients(c, grad_losses, statistics, groups, ranges, form, grad_total, weights, CONTRASTIVE_STATISTICS_CPU);
   for (int64_t g = 0; g < c.G; ++g)
@@ -277,8 +278,8 @@ LossesOfVectors losses_cpu(Tensor x, OptionalTensor second, Tensor order, Tensor
 Tensor losses_backward_cpu(OptionalTensor grad_total, OptionalTensor grad_losses, Tensor packed, Tensor norms, Tensor order, Tensor groups,
                            Tensor ranges, Tensor weights, Tensor statistics, Tensor like, Tensor, double temperature, bool normalize,
                            int64_t form, int64_t precision, bool channels_last) {
-  return losses_backward_by(coefficients_cpu, backward_cpu, unpack_cpu, grad_total, grad_losses, packed, norms, order, groups, ranges, weights,
-                            statistics, like, temperature, normalize, form, precision, channels_last);
+  return losses_backward_by(coefficients_cpu, backward_cpu, unpack_cpu, grad_total, grad_losses, packed, norms, order, groups, ranges,
+                            weights, statistics, like, temperature, normalize, form, precision, channels_last);
 }
 
 }  // namespace

@@ -45,7 +45,11 @@ constexpr int64_t CONTRASTIVE_ALIGN = 16;  // elements to which a vector's lengt
 constexpr int64_t CONTRASTIVE_STATISTICS_CPU = 5, CONTRASTIVE_STATISTICS_CUDA = 3;
 
 enum class ContrastiveForm : int { supcon = 0, in = 1, paper = 2, negout = 3 };
-enum class ContrastivePrecision : int { highest = 0, high = 1, medium = 2 };  // products on CUDA: as float32; with 11 bits, for raw vectors tf32 or bf16
+enum class ContrastivePrecision : int {
+  highest = 0,
+  high = 1,
+  medium = 2
+};  // products on CUDA: as float32; with 11 bits, for raw vectors tf32 or bf16
 
 // Rows [row_begin, row_end) meet columns [column_begin, column_end); the anchors among them come first. Rows and columns outside all groups (ignored
 // labels) take no part. With one set of vectors a group's columns are its rows or, crossing, those of the next group, which has the rows of
@@ -120,7 +124,8 @@ struct ContrastivePack {
   bool double_compute;
   void* packed;  // T [R, Cp]
   void* norms;   // T [R]: the length, infinity for a vector that counts as zero; 1 without normalize
-  const int32_t* row_at;  // on the CPU, [N P]: the row of every position, -1 where there is none; null: work goes row by row, else by position
+  const int32_t*
+      row_at;  // on the CPU, [N P]: the row of every position, -1 where there is none; null: work goes row by row, else by position
 };
 
 struct ContrastiveUnpack : ContrastivePack {  // packed and norms as pack left them; x is not read

@@ -169,10 +169,10 @@ LossesOfVectors losses_by(const Pack& pack, const Forward& forward, const Tensor
 }
 
 template <class Coefficients, class Backward, class Unpack>
-Tensor losses_backward_by(const Coefficients& coefficients_of, const Backward& backward, const Unpack& unpack, const OptionalTensor& grad_total,
-                          const OptionalTensor& grad_losses, const Tensor& packed, const Tensor& norms, const Tensor& order,
-                          const Tensor& groups, const Tensor& ranges, const Tensor& weights, const Tensor& statistics, const Tensor& like,
-                          double temperature, bool normalize, int64_t form, int64_t precision, bool channels_last) {
+Tensor losses_backward_by(const Coefficients& coefficients_of, const Backward& backward, const Unpack& unpack,
+                          const OptionalTensor& grad_total, const OptionalTensor& grad_losses, const Tensor& packed, const Tensor& norms,
+                          const Tensor& order, const Tensor& groups, const Tensor& ranges, const Tensor& weights, const Tensor& statistics,
+                          const Tensor& like, double temperature, bool normalize, int64_t form, int64_t precision, bool channels_last) {
   const OptionalTensor by_loss = grad_losses ? OptionalTensor(as_contiguous(*grad_losses)) : std::nullopt;
   const Tensor coefficients =
       coefficients_of(by_loss, statistics, groups, ranges, form, grad_total, grad_total ? OptionalTensor(weights) : std::nullopt);

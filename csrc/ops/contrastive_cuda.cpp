@@ -55,8 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(Tensor rows, OptionalTensor colu
   return {total, losses, statistics};
 }
 
-Tensor coefficients_cuda(OptionalTensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form, OptionalTensor grad_total,
-                         OptionalTensor weights) {
+Tensor coefficients_cuda(OptionalTensor grad_losses, Tensor statistics, Tensor groups, Tensor ranges, int64_t form,
+                         OptionalTensor grad_total, OptionalTensor weights) {
   const torch::stable::accelerator::DeviceGuard guard(statistics.get_device_index());
   ContrastiveCoefficients c{};
   fill_coefficients(c, grad_losses, statistics, groups, ranges, form, grad_total, weights, CONTRASTIVE_STATISTICS_CUDA);
@@ -81,17 +81,17 @@ Tensor backward_cuda(Tensor rows, OptionalTensor columns, Tensor groups, Tensor 
 }
 
 LossesOfVectors losses_cuda(Tensor x, OptionalTensor second, Tensor order, Tensor groups, Tensor ranges, Tensor weights, double temperature,
-                           bool normalize, int64_t form, int64_t precision) {
+                            bool normalize, int64_t form, int64_t precision) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   return losses_by(pack_cuda, forward_cuda, x, second, order, groups, ranges, weights, temperature, normalize, form, precision);
 }
 
 Tensor losses_backward_cuda(OptionalTensor grad_total, OptionalTensor grad_losses, Tensor packed, Tensor norms, Tensor order, Tensor groups,
-                           Tensor ranges, Tensor weights, Tensor statistics, Tensor like, Tensor, double temperature, bool normalize,
-                           int64_t form, int64_t precision, bool channels_last) {
+                            Tensor ranges, Tensor weights, Tensor statistics, Tensor like, Tensor, double temperature, bool normalize,
+                            int64_t form, int64_t precision, bool channels_last) {
   const torch::stable::accelerator::DeviceGuard guard(packed.get_device_index());
-  return losses_backward_by(coefficients_cuda, backward_cuda, unpack_cuda, grad_total, grad_losses, packed, norms, order, groups, ranges, weights,
-                            statistics, like, temperature, normalize, form, precision, channels_last);
+  return losses_backward_by(coefficients_cuda, backward_cuda, unpack_cuda, grad_total, grad_losses, packed, norms, order, groups, ranges,
+                            weights, statistics, like, temperature, normalize, form, precision, channels_last);
 }
 
 }  // namespace

@@ -151,8 +151,8 @@ void weigh(const ContrastivePlan& p) {
   each([&](size_t set, int64_t r) { p.weights[r] = 1 / (static_cast<double>(counts[set]) * static_cast<double>(filled)); });
 }
 
-PlanTensors plan_cpu(Tensor labels, IntList block, IntList stride, bool per_image, bool drop_remainder, std::optional<int64_t> background_label,
-                     std::optional<int64_t> ignore_index, int64_t form, int64_t reduction) {
+PlanTensors plan_cpu(Tensor labels, IntList block, IntList stride, bool per_image, bool drop_remainder,
+                     std::optional<int64_t> background_label, std::optional<int64_t> ignore_index, int64_t form, int64_t reduction) {
   PlanArguments arguments(labels, block, stride, per_image, drop_remainder, background_label, ignore_index, form, reduction);
   const ContrastivePlan& p = arguments.plan;
   const Planner planner(p);

@@ -64,7 +64,8 @@ class Builder {
 
   double pairs(const ContrastiveGroup& g, bool row_losses, bool column_losses) const {
     const double rows = count(g.row_begin, g.row_end), anchors = count(g.row_begin, g.row_anchor_end);
-    if (symmetric && crossing(g)) return g.column_begin < g.row_begin ? 0 : rows * count(g.column_begin, g.column_end);  // the mirror image is done
+    if (symmetric && crossing(g))
+      return g.column_begin < g.row_begin ? 0 : rows * count(g.column_begin, g.column_end);  // the mirror image is done
     if (symmetric) return anchors == 0 ? 0 : anchors * (anchors + 1) / 2 + anchors * (rows - anchors);
     const double columns = count(g.column_begin, g.column_end), column_anchors = count(g.column_begin, g.column_anchor_end);
     const double with_all = row_losses ? anchors * columns : 0,

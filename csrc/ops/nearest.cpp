@@ -69,7 +69,8 @@ std::tuple<Tensor, Tensor> search_cpu(Tensor queries_any, Tensor bank_any, int64
   const NearestUnits units = nearest_units(p, threads);
   const Tensor center = empty_beside(queries, {p.D + 1}, p.double_compute ? ScalarType::Double : ScalarType::Float);
   const Tensor merging = empty_beside(
-      queries, {units.parts > 1 ? p.N * units.parts * k * static_cast<int64_t>(sizeof(NearestCandidate) / sizeof(int64_t)) : 0}, ScalarType::Long);
+      queries, {units.parts > 1 ? p.N * units.parts * k * static_cast<int64_t>(sizeof(NearestCandidate) / sizeof(int64_t)) : 0},
+      ScalarType::Long);
   NearestCandidate* const candidates = units.parts > 1 ? reinterpret_cast<NearestCandidate*>(merging.data_ptr()) : nullptr;
   cpu.find_center(p, center.data_ptr());
   const auto search = [&](int64_t begin, int64_t end) { cpu.search(p, units, center.data_ptr(), candidates, begin, end); };

@@ -122,7 +122,8 @@ const NearestSeedCpu& nearest_seed_cpu();
 
 // ---------------------------------------------------------------------------------------------- CUDA (csrc/ops/cuda)
 
-constexpr int64_t NEAREST_MOST_CUDA = 64;  // the largest k of the CUDA kernels; protokernels/ops/nearest.py sends larger ones to the reference
+constexpr int64_t NEAREST_MOST_CUDA =
+    64;  // the largest k of the CUDA kernels; protokernels/ops/nearest.py sends larger ones to the reference
 
 // Returns a cudaError_t as int; the workspace is in bytes and depends on shape and device only.
 int64_t nearest_workspace(const NearestProblem&);

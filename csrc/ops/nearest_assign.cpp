@@ -25,8 +25,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign_cpu(Tensor x_any, Tensor cente
                   "nearest_assign: x [N, D] and centers [K, D], D and K at least 1, do not fit");
   STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Double) && centers.scalar_type() == type,
                   "nearest_assign: x and centers must both be float32 or both float64");
-  NearestAssign p{x.size(0), centers.size(0), x.size(1), x.data_ptr(), x.stride(0), centers.data_ptr(), type == ScalarType::Double, nullptr,
-                  nullptr};
+  NearestAssign p{x.size(0), centers.size(0), x.size(1), x.data_ptr(), x.stride(0), centers.data_ptr(), type == ScalarType::Double,
+                  nullptr,   nullptr};
   Tensor labels = empty_beside(x, {p.N}, ScalarType::Long), distances = empty_beside(x, {with_distances ? p.N : 0}, type);
   Tensor sums = empty_beside(x, {with_sums ? p.K : 0, p.D}, ScalarType::Double);
   Tensor counts = empty_beside(x, {with_sums ? p.K : 0}, ScalarType::Long);
@@ -41,20 +41,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign_cpu(Tensor x_any, Tensor cente
   int64_t* const counts_data = with_sums ? static_cast<int64_t*>(partial_counts.data_ptr()) : nullptr;
   cpu.pack(p, packed.data_ptr());
   const double work = static_cast<double>(p.N) * static_cast<double>(p.K + 8) * static_cast<double>(p.D + 8);
-  const int64_t grain =
-      std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(chunks.count) * SERIAL_WORK / std::max(work, 1.0)));
+  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(chunks.count) * SERIAL_WORK / std::max(work, 1.0)));
   if (chunks.count > 0)
-    parallel_for(0, chunks.count, grain, [&](int64_t begin, int64_t end) {
-      cpu.assign(p, packed.data_ptr(), chunks, sums_data, counts_data, begin, end);
-    });
+    parallel_for(0, chunks.count, grain,
+                 [&](int64_t begin, int64_t end) { cpu.assign(p, packed.data_ptr(), chunks, sums_data, counts_data, begin, end); });
   if (with_sums) {
     const double of_one = static_cast<double>(p.D) * static_cast<double>(chunks.count) * 4;
-    parallel_for(0, p.K, std::max<int64_t>(1, static_cast<int64_t>(SERIAL_WORK / std::max(of_one, 1.0))),
-                                [&](int64_t first, int64_t last) {
-                                  prototypes_cpu().finish_sums(p.K, p.D, chunks, sums_data, counts_data,
-                                                               static_cast<double*>(sums.data_ptr()),
-                                                               static_cast<int64_t*>(counts.data_ptr()), first, last);
-                                });
+    parallel_for(0, p.K, std::max<int64_t>(1, static_cast<int64_t>(SERIAL_WORK / std::max(of_one, 1.0))), [&](int64_t first, int64_t last) {
+      prototypes_cpu().finish_sums(p.K, p.D, chunks, sums_data, counts_data, static_cast<double*>(sums.data_ptr()),
+                                   static_cast<int64_t*>(counts.data_ptr()), first, last);
+    });
   }
   return {labels, sums, counts, distances};
 }

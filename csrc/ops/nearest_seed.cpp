@@ -25,11 +25,13 @@ std::tuple<Tensor, Tensor> seed_cpu(Tensor x_any, Tensor candidates_any, Tensor 
   STD_TORCH_CHECK(x.dim() == 2 && candidates.dim() == 2 && closest.dim() == 1 && x.size(1) == candidates.size(1) && x.size(1) > 0 &&
                       closest.size(0) == x.size(0),
                   "nearest_seed: x [N, D], candidates [K, D], D at least 1, and closest [N] do not fit");
-  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Double) && candidates.scalar_type() == type && closest.scalar_type() == type,
-                  "nearest_seed: x, candidates and closest must all be float32 or all float64");
+  STD_TORCH_CHECK(
+      (type == ScalarType::Float || type == ScalarType::Double) && candidates.scalar_type() == type && closest.scalar_type() == type,
+      "nearest_seed: x, candidates and closest must all be float32 or all float64");
   const int64_t N = x.size(0), K = candidates.size(0), D = x.size(1);
   const Tensor closer = empty_beside(x, {K, N}, type), totals = empty_beside(x, {K}, ScalarType::Double);
-  const NearestSeed p{N, K, D, x.data_ptr(), x.stride(0), candidates.data_ptr(), closest.data_ptr(), type == ScalarType::Double, closer.data_ptr()};
+  const NearestSeed p{
+      N, K, D, x.data_ptr(), x.stride(0), candidates.data_ptr(), closest.data_ptr(), type == ScalarType::Double, closer.data_ptr()};
   const int64_t chunks = (N + NEAREST_SEED_ROWS - 1) / NEAREST_SEED_ROWS;
   const Tensor partial = empty_beside(x, {chunks, K}, ScalarType::Double);
   double* const parts = static_cast<double*>(partial.data_ptr());

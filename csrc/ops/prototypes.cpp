@@ -151,8 +151,7 @@ BackwardOutputs allocate_backward(PrototypesBackward& p, const Tensor& grad_assi
     STD_TORCH_CHECK(grad_entropy->numel() == p.B && grad_entropy->scalar_type() == compute && grad_entropy->is_contiguous(),
                     "prototypes: the gradient of the entropy must be contiguous [B] of the compute type");
   BackwardOutputs out{empty_beside(z, {p.B, p.D}, z.scalar_type()),
-                      empty_beside(z, {with_prototypes ? p.K : 0, p.D}, prototypes.scalar_type()),
-                      empty_beside(z, {}, compute)};
+                      empty_beside(z, {with_prototypes ? p.K : 0, p.D}, prototypes.scalar_type()), empty_beside(z, {}, compute)};
   p.assignment = assignment.data_ptr();
   p.grad_assignment = grad_assignment.data_ptr();
   p.grad_entropy = data_or_null<const void>(grad_entropy);
@@ -233,9 +232,7 @@ struct BlendInputs {
   Tensor prototypes, sums, counts, updated;
 
   BlendInputs(const Tensor& prototypes_any, const Tensor& sums_any, const Tensor& counts_any)
-      : prototypes(as_contiguous(prototypes_any)),
-        sums(as_contiguous(sums_any)),
-        counts(as_contiguous(counts_any)) {
+      : prototypes(as_contiguous(prototypes_any)), sums(as_contiguous(sums_any)), counts(as_contiguous(counts_any)) {
     STD_TORCH_CHECK(prototypes.dim() == 2 && sums.dim() == 2 && sums.size(0) == prototypes.size(0) && sums.size(1) == prototypes.size(1) &&
                         counts.numel() == prototypes.size(0) && sums.scalar_type() == ScalarType::Double &&
                         counts.scalar_type() == ScalarType::Long,

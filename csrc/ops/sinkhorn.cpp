@@ -145,7 +145,7 @@ Tensor plan(Tensor cost, Tensor f, Tensor g, Tensor epsilon) {
   if constexpr (!ON_CUDA) {
     const SinkhornPlanCpu& cpu = PK_CHOOSE_LEVEL(sinkhorn_plan_cpu);
     parallel_for(0, p.B * p.N, std::max<int64_t>(1, static_cast<int64_t>(SERIAL_WORK) / p.M),
-                                [&](int64_t begin, int64_t end) { cpu.plan(p, begin, end); });
+                 [&](int64_t begin, int64_t end) { cpu.plan(p, begin, end); });
   } else {
 #if defined(PROTOKERNELS_WITH_CUDA)
     check_cuda(launch_sinkhorn_plan(p, current_cuda_stream(cost)), "sinkhorn_plan");

@@ -15,8 +15,8 @@ PK_DECLARE_LEVELS(WarpCpu, warp_cpu);
 
 namespace {
 
-Tensor forward_cpu(Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed, std::vector<int64_t> order, std::vector<int64_t> radius,
-                   double sigma_max, double noise_std, double crop_size, double sharpness, int64_t padding) {
+Tensor forward_cpu(Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed, std::vector<int64_t> order,
+                   std::vector<int64_t> radius, double sigma_max, double noise_std, double crop_size, double sharpness, int64_t padding) {
   const auto run = [&](const WarpForward& f) {
     const WarpCpu& cpu = PK_CHOOSE_LEVEL(warp_cpu);
     for_planes(f.B * f.C, f.H * f.W, cpu.scratch_bytes(f, false), images,
@@ -36,9 +36,9 @@ void add_up(const WarpBackward& b, const std::vector<double>& partials) {
     }
 }
 
-std::tuple<Tensor, Tensor> backward_cpu(Tensor grad, Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed, std::vector<int64_t> order,
-                                        std::vector<int64_t> radius, double sigma_max, double noise_std, double crop_size,
-                                        double sharpness, int64_t padding, bool need_images, bool need_params) {
+std::tuple<Tensor, Tensor> backward_cpu(Tensor grad, Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed,
+                                        std::vector<int64_t> order, std::vector<int64_t> radius, double sigma_max, double noise_std,
+                                        double crop_size, double sharpness, int64_t padding, bool need_images, bool need_params) {
   const auto run = [&](const WarpBackward& b) {
     const WarpCpu& cpu = PK_CHOOSE_LEVEL(warp_cpu);
     std::vector<double> partials(b.grad_params ? static_cast<size_t>(b.B * b.C * WARP_PARAMS) : 0);

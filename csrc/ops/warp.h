@@ -58,10 +58,10 @@ struct WarpProblem {
   const void* images;  // [B, C, H, W] of kind
   Kind kind;
   bool double_compute;
-  const void* params;      // T [B, 7]
-  const int32_t* enabled;  // [B], bit k: stage k is on for the sample; on CUDA null: all are
-  const int64_t* seed;     // [B]; on CUDA null: 0 for all
-  int stages;              // entries of order
+  const void* params;            // T [B, 7]
+  const int32_t* enabled;        // [B], bit k: stage k is on for the sample; on CUDA null: all are
+  const int64_t* seed;           // [B]; on CUDA null: 0 for all
+  int stages;                    // entries of order
   WarpStage order[WARP_STAGES];  // distinct, in the order applied
   int64_t radius_y, radius_x;    // of the blur, 0: this axis is left alone
   double sigma_max, noise_std;
@@ -82,13 +82,13 @@ struct WarpBackward : WarpProblem {
 
 struct WarpAffineProblem {
   int64_t B, C;
-  int dims;             // 2 or 3
-  int64_t in[3];        // D, H, W of images; D = 1 if dims is 2
-  int64_t out[3];       // D, H, W of the output
-  const void* images;   // [B, C, D, H, W] of kind
+  int dims;            // 2 or 3
+  int64_t in[3];       // D, H, W of images; D = 1 if dims is 2
+  int64_t out[3];      // D, H, W of the output
+  const void* images;  // [B, C, D, H, W] of kind
   Kind kind;
   bool double_compute;
-  const void* matrix;   // T [B, dims, dims + 1]: [A | t], coordinates in the order x, y, z
+  const void* matrix;  // T [B, dims, dims + 1]: [A | t], coordinates in the order x, y, z
   WarpAffinePadding padding;
 };
 

@@ -18,9 +18,7 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int32_t ALL_STAGES = (1 << WARP_STAGES) - 1;
 constexpr int64_t MOST_PIXELS = int64_t{1} << 30;  // of a plane or a volume, and of a side
 
-inline double product(int64_t a, int64_t b, int64_t c) {
-  return static_cast<double>(a) * static_cast<double>(b) * static_cast<double>(c);
-}
+inline double product(int64_t a, int64_t b, int64_t c) { return static_cast<double>(a) * static_cast<double>(b) * static_cast<double>(c); }
 
 // Whether a plane or a volume has fewer, and its copy inside the CPU kernels, with two pixels more on every side and rows of whole vectors, can be
 // counted in 32 bits.
@@ -63,8 +61,7 @@ inline void fill_problem(WarpProblem& p, const Tensor& images, const Tensor& par
     p.order[p.stages++] = static_cast<WarpStage>(stage);
   }
   const bool reach = radius.size() == 2 && std::min(radius[0], radius[1]) >= 0 && std::max(radius[0], radius[1]) <= WARP_MOST_RADIUS;
-  STD_TORCH_CHECK(reach && padding >= 0 && padding <= 2,
-                  "warp: radius must be two of 0 to 64 and padding 0 to 2");
+  STD_TORCH_CHECK(reach && padding >= 0 && padding <= 2, "warp: radius must be two of 0 to 64 and padding 0 to 2");
   p.radius_y = radius[0], p.radius_x = radius[1], p.sigma_max = sigma_max, p.noise_std = noise_std;
   p.crop_half_y = static_cast<double>(p.H) * crop_size / 2, p.crop_half_x = static_cast<double>(p.W) * crop_size / 2;
   p.sharpness = sharpness;
@@ -98,9 +95,8 @@ Tensor forward_by(const Run& run, const Tensor& images, const Tensor& params, co
 template <class Run>
 std::tuple<Tensor, Tensor> backward_by(const Run& run, const Tensor& grad, const Tensor& images, const Tensor& params,
                                        const OptionalTensor& enabled, const OptionalTensor& seed, const std::vector<int64_t>& order,
-                                       const std::vector<int64_t>& radius, double sigma_max, double noise_std,
-                                       double crop_size, double sharpness, int64_t padding, bool need_images,
-                                       bool need_params) {
+                                       const std::vector<int64_t>& radius, double sigma_max, double noise_std, double crop_size,
+                                       double sharpness, int64_t padding, bool need_images, bool need_params) {
   WarpBackward b{};
   const OptionalTensor on = of_samples(enabled, images, ScalarType::Int, ALL_STAGES),
                        keys = of_samples(seed, images, ScalarType::Long, int64_t{0});

@@ -16,8 +16,8 @@ void launch_on(const Tensor& like, const Problem& problem, const Bytes& bytes, c
   check_cuda(launch(problem, workspace.data_ptr(), current_cuda_stream(like)), what);
 }
 
-Tensor forward_cuda(Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed, std::vector<int64_t> order, std::vector<int64_t> radius,
-                    double sigma_max, double noise_std, double crop_size, double sharpness, int64_t padding) {
+Tensor forward_cuda(Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed, std::vector<int64_t> order,
+                    std::vector<int64_t> radius, double sigma_max, double noise_std, double crop_size, double sharpness, int64_t padding) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const auto run = [&](const WarpForward& f) { launch_on(images, f, warp_forward_workspace, launch_warp_forward, "warp_forward"); };
   return forward_by(run, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_size, sharpness, padding);
@@ -25,8 +25,7 @@ Tensor forward_cuda(Tensor images, Tensor params, OptionalTensor enabled, Option
 
 std::tuple<Tensor, Tensor> backward_cuda(Tensor grad, Tensor images, Tensor params, OptionalTensor enabled, OptionalTensor seed,
                                          std::vector<int64_t> order, std::vector<int64_t> radius, double sigma_max, double noise_std,
-                                         double crop_size, double sharpness, int64_t padding, bool need_images,
-                                         bool need_params) {
+                                         double crop_size, double sharpness, int64_t padding, bool need_images, bool need_params) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const auto run = [&](const WarpBackward& b) { launch_on(images, b, warp_backward_workspace, launch_warp_backward, "warp_backward"); };
   return backward_by(run, grad, images, params, enabled, seed, order, radius, sigma_max, noise_std, crop_size, sharpness, padding,

@@ -107,10 +107,12 @@ __global__ void broken_kernel(float* in, float* out, int size) {
   } else if constexpr (mistake == Mistake::spin_on_memory) {
     __syncthreads();
     volatile float* flag = out + size - 1;
-    if (thread == 40) while (*flag != 1.0f) continue;  // mistake: nobody sets it
+    if (thread == 40)
+      while (*flag != 1.0f) continue;  // mistake: nobody sets it
     if (i < size - 1) out[i] = in[i];
   } else if constexpr (mistake == Mistake::spin_on_an_atomic) {
-    if (i == 0) while (atomicAdd(out, 0.0f) != 1.0f) continue;  // mistake: nobody sets it
+    if (i == 0)
+      while (atomicAdd(out, 0.0f) != 1.0f) continue;  // mistake: nobody sets it
     __syncthreads();
   } else if constexpr (mistake == Mistake::grid_barrier) {
     auto* arrived = reinterpret_cast<unsigned*>(out);  // starts as 0xffffffff

@@ -249,8 +249,7 @@ void backward_part(const ContrastiveBackward& b, const ContrastiveSchedule& sche
     prepare_range(b, static_cast<const T*>(b.row_statistics), static_cast<const T*>(b.row_coefficients), b.R, room.rows, begin, end);
   };
   if (part.x_turn == 0) {
-    pack_strips(static_cast<const T*>(b.rows) + part.x_begin * b.Cp, part.x_end - part.x_begin, b.C, b.Cp,
-                Scale<T>::of(b).panels, panels);
+    pack_strips(static_cast<const T*>(b.rows) + part.x_begin * b.Cp, part.x_end - part.x_begin, b.C, b.Cp, Scale<T>::of(b).panels, panels);
     std::fill(gradient + part.x_begin * b.Cp, gradient + part.x_end * b.Cp, T(0));
     if (b.row_statistics) prepare_rows(part.x_begin, part.x_end);
   }

@@ -20,11 +20,14 @@ namespace {
 
 using namespace protokernels;
 
-constexpr int64_t SUMMED = 128;  // columns summed in one go: fewer roundings, and a block and its part of the panels stay in the first-level cache
+constexpr int64_t SUMMED =
+    128;  // columns summed in one go: fewer roundings, and a block and its part of the panels stay in the first-level cache
 constexpr int64_t BLOCK = 4 * MOST_ROWS;
 template <int VECTORS>
-constexpr int ROWS = VECTORS == 1 ? 2 * MOST_ROWS : VECTORS == 2 ? MOST_ROWS : 2 * MOST_ROWS / 3;  // of a register tile; they divide BLOCK
-constexpr int64_t PADDING = 2 * MOST_ROWS;  // what they all divide
+constexpr int ROWS = VECTORS == 1   ? 2 * MOST_ROWS
+                     : VECTORS == 2 ? MOST_ROWS
+                                    : 2 * MOST_ROWS / 3;  // of a register tile; they divide BLOCK
+constexpr int64_t PADDING = 2 * MOST_ROWS;                // what they all divide
 
 constexpr int MOST_ALONG = 10;  // centers that are multiplied along the rows
 
@@ -114,14 +117,12 @@ void pack_centers(const NearestAssign& p, void* memory) {
   for (int64_t k = 0; k < centers.in_panels;) {
     const int64_t width = panel_vectors((centers.in_panels - k) / LANES<T>) * LANES<T>;
     for (int64_t i = 0; i < width; ++i)
-      for (int64_t j = 0; j < p.D; ++j)
-        centers.panels[k * p.D + j * width + i] = k + i < p.K ? moved.data[(k + i) * p.D + j] : T(0);
+      for (int64_t j = 0; j < p.D; ++j) centers.panels[k * p.D + j * width + i] = k + i < p.K ? moved.data[(k + i) * p.D + j] : T(0);
     k += width;
   }
   const int64_t padded = round_up(p.D, LANES<T>);
   std::fill(centers.along, centers.along + centers.left * padded, T(0));
-  for (int64_t k = 0; k < centers.left; ++k)
-    std::copy_n(moved.data + (centers.in_panels + k) * p.D, p.D, centers.along + k * padded);
+  for (int64_t k = 0; k < centers.left; ++k) std::copy_n(moved.data + (centers.in_panels + k) * p.D, p.D, centers.along + k * padded);
   centers.facts[0] = most;
   centers.facts[1] = trusted;
 }
@@ -225,8 +226,8 @@ struct Assigner {
   Assigner(const NearestAssign& problem, const void* packed)
       : p(problem),
         centers(problem.K, problem.D, const_cast<void*>(packed)),
-        search{problem.N,        problem.K, problem.D, 1,    problem.x, kind_of<T>, problem.x_stride, problem.centers, kind_of<T>, problem.D, false,
-               sizeof(T) == 8, nullptr,   nullptr},
+        search{problem.N,       problem.K,  problem.D, 1,     problem.x,      kind_of<T>, problem.x_stride,
+               problem.centers, kind_of<T>, problem.D, false, sizeof(T) == 8, nullptr,    nullptr},
         stride(round_up(problem.D, LANES<T>) + LANES<T>),  // rows a power of two apart would fall on the same lines of the cache
         error(product_error<T>(problem.D)),
         moved(BLOCK * stride),
@@ -236,7 +237,7 @@ struct Assigner {
         found(std::max(problem.K, BLOCK)),
         rows(BLOCK) {
     std::fill(lengths.data, lengths.data + BLOCK, 0.0);
-    std::fill(moved.data, moved.data + BLOCK * stride, T(0));  // stays so behind the rows
+    std::fill(moved.data, moved.data + BLOCK * stride, T(0));                                         // stays so behind the rows
     std::fill(scores.data, scores.data + BLOCK * centers.lanes, std::numeric_limits<T>::infinity());  // and so behind the centers
     const double depth = static_cast<double>(p.D);
     exact_error = 1.01 * 0x1p-53 * (depth + 8);
@@ -254,7 +255,8 @@ struct Assigner {
     const double most = centers.facts[0], largest = most_square<T>(false), unit = std::numeric_limits<T>::epsilon();
     const double depth = static_cast<double>(p.D), least = depth * static_cast<double>(std::numeric_limits<T>::min());
     for (int64_t i = 0; i < BLOCK; ++i) {  // all together, or each would wait for its root
-      const double square = lengths.data[i], length = std::sqrt(square * (1 + (depth + 8) * unit) + least), error_here = error_of(length, most);
+      const double square = lengths.data[i], length = std::sqrt(square * (1 + (depth + 8) * unit) + least),
+                   error_here = error_of(length, most);
       lengths.data[i] = length;
       margins.data[i] = square <= largest ? 2 * error_here : std::numeric_limits<double>::infinity();  // so for NaN
     }
@@ -284,9 +286,7 @@ struct Assigner {
 
  private:
   // e of ops/nearest.h for a row and a center of these lengths.
-  double error_of(double row, double center) const {
-    return error * center * (2 * row + center) + exact_error * row * row + underflow;
-  }
+  double error_of(double row, double center) const { return error * center * (2 * row + center) + exact_error * row * row + underflow; }
 
   void choose(int64_t row, const T* s, int64_t i) {
     if (margins.data[i] == std::numeric_limits<double>::infinity()) return label_exactly(row);
@@ -330,8 +330,8 @@ struct Assigner {
   const int64_t stride;
   const double error;
   double exact_error, underflow;
-  Scratch<T> moved;       // [BLOCK, stride]
-  Scratch<T> scores;      // [BLOCK, lanes]
+  Scratch<T> moved;   // [BLOCK, stride]
+  Scratch<T> scores;  // [BLOCK, lanes]
   Scratch<double> lengths, margins;
   Scratch<NearestCandidate> found;
   Scratch<int64_t> rows;
@@ -367,9 +367,7 @@ int64_t center_elements(const NearestAssign& p) {
   return p.double_compute ? Centers<double>::elements(p.K, p.D) : Centers<float>::elements(p.K, p.D);
 }
 
-void pack(const NearestAssign& p, void* packed) {
-  p.double_compute ? pack_centers<double>(p, packed) : pack_centers<float>(p, packed);
-}
+void pack(const NearestAssign& p, void* packed) { p.double_compute ? pack_centers<double>(p, packed) : pack_centers<float>(p, packed); }
 
 void assign(const NearestAssign& p, const void* packed, PrototypesChunks chunks, double* partial_sums, int64_t* partial_counts,
             int64_t begin, int64_t end) {

@@ -24,7 +24,7 @@ constexpr int WIDTH = 2 * LANES<T>;  // queries of a panel
 constexpr int64_t TILE_BYTES = 128 << 10;
 constexpr int64_t DEPTH = 256;  // columns at a time: that much of a panel stays in the first-level cache
 constexpr int64_t FIRST_ROWS = 128 / MOST_ROWS * MOST_ROWS;
-constexpr int64_t LISTED = 16;           // k up to which the smallest stand in a sorted list; more are gathered, and now and then selected from
+constexpr int64_t LISTED = 16;  // k up to which the smallest stand in a sorted list; more are gathered, and now and then selected from
 constexpr int64_t MOST_FILTERED = 1 << 14;  // k; the candidates of a panel of queries would take more than 25 MB
 
 template <class T>
@@ -50,11 +50,15 @@ T rounded_up(double x) {
 template <class T>
 PK_INLINE unsigned lanes_not_above(Vec<T> x, Vec<T> y) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return __builtin_ia32_cmpps512_mask(x, y, 18, -1, 4);  // 18: <=, false for NaN, quiet
-  else return __builtin_ia32_cmppd512_mask(x, y, 18, -1, 4);
+  if constexpr (sizeof(T) == 4)
+    return __builtin_ia32_cmpps512_mask(x, y, 18, -1, 4);  // 18: <=, false for NaN, quiet
+  else
+    return __builtin_ia32_cmppd512_mask(x, y, 18, -1, 4);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return static_cast<unsigned>(__builtin_ia32_movmskps256((Vec<float>)(x <= y)));
-  else return static_cast<unsigned>(__builtin_ia32_movmskpd256((Vec<double>)(x <= y)));
+  if constexpr (sizeof(T) == 4)
+    return static_cast<unsigned>(__builtin_ia32_movmskps256((Vec<float>)(x <= y)));
+  else
+    return static_cast<unsigned>(__builtin_ia32_movmskpd256((Vec<double>)(x <= y)));
 #else
   unsigned bits = 0;
   for (int lane = 0; lane < LANES<T>; ++lane) bits |= static_cast<unsigned>(x[lane] <= y[lane]) << lane;
@@ -83,7 +87,8 @@ PK_INLINE int64_t key_of(T x) {
 }
 template <class T>
 PK_INLINE T number_of(int64_t key) {
-  const Lane<T> ordered = static_cast<Lane<T>>(key), bits = ordered ^ (ordered >> (8 * sizeof(T) - 1) & std::numeric_limits<Lane<T>>::max());
+  const Lane<T> ordered = static_cast<Lane<T>>(key),
+                bits = ordered ^ (ordered >> (8 * sizeof(T) - 1) & std::numeric_limits<Lane<T>>::max());
   T x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
@@ -207,7 +212,9 @@ struct Block {
         due(padded),
         nearest(padded),
         candidates(padded * capacity),
-        height_stride(problem.k == 1 ? 0 : problem.k <= LISTED ? problem.k : round_up(capacity, LANES<T>)),
+        height_stride(problem.k == 1        ? 0
+                      : problem.k <= LISTED ? problem.k
+                                            : round_up(capacity, LANES<T>)),
         heights(padded * height_stride) {}
 
   void begin(int64_t first, int64_t count, const Tile<T>& tile) {
@@ -215,7 +222,8 @@ struct Block {
     for (int64_t i = 0; i < padded; ++i) {
       T* const row = rows.data + i % WIDTH<T> * stride;
       const double square = i < count ? tile.read(p.queries, p.queries_kind, (first + i) * p.queries_stride, row) : double(NAN);
-      trusted.data[i] = square <= most_square<T>(p.cosine) && !(p.cosine && tile.is_nearly_zero(square));  // everything is at distance 1 from zero
+      trusted.data[i] =
+          square <= most_square<T>(p.cosine) && !(p.cosine && tile.is_nearly_zero(square));  // everything is at distance 1 from zero
       counts.data[i] = 0;
       due.data[i] = static_cast<int32_t>(std::min(capacity, 2 * p.k));
       limit.data[i] = trusted.data[i] ? most : -infinity;  // the latter lets nothing in
@@ -318,7 +326,7 @@ struct Block {
   Scratch<T> height;       // k = 1: s + 2 e_b of the smallest
   Scratch<bool> trusted;
   Scratch<int32_t> counts;
-  Scratch<int32_t> due;  // k > LISTED: the count at which the next limit is selected
+  Scratch<int32_t> due;      // k > LISTED: the count at which the next limit is selected
   Scratch<Lane<T>> nearest;  // k = 1: the row of the smallest s
   Scratch<Candidate<T>> candidates;
   const int64_t height_stride;

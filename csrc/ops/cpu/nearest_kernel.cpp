@@ -119,8 +119,8 @@ void scan(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t first_qu
   int64_t i0 = LIST && first_row == 0 ? scan_first(tile, rows, first_query, column, block) : 0;
   for (; i0 < rows; i0 += MOST_ROWS) {
     Vec<T> s[MOST_ROWS][2];
-    scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, column, block.p.D,
-           tile.partial.data + i0 * WIDTH<T>, s);
+    scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, column, block.p.D, tile.partial.data + i0 * WIDTH<T>,
+           s);
     const Vec<T> limits[2] = {load(limit), load(limit + LANES<T>)};
     Vec<T> least[2];
     smallest<T>(s, least);
@@ -160,8 +160,8 @@ void scan_one(const Tile<T>& tile, int64_t rows, int32_t first_row, int64_t firs
   }
   for (int64_t i0 = 0; i0 < rows; i0 += MOST_ROWS) {
     Vec<T> s[MOST_ROWS][2];
-    scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, column, block.p.D,
-           tile.partial.data + i0 * WIDTH<T>, s);
+    scores(tile.rows.data + i0 * tile.stride, tile.stride, tile.low.data + i0, panel, column, block.p.D, tile.partial.data + i0 * WIDTH<T>,
+           s);
     if (first_row + i0 >= FEW_CHANGES<T>) {
       Vec<T> least[2];
       smallest<T>(s, least);

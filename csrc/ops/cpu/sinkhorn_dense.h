@@ -68,8 +68,7 @@ PK_INLINE Vec<T> load_part(const T* p, int64_t count, [[maybe_unused]] int64_t r
 
 template <class T>
 PK_INLINE void store_part(T* p, Vec<T> v, int64_t count) {
-  if (count >= LANES<T>)
-    store(p, v);
+  if (count >= LANES<T>) store(p, v);
 #if defined(__AVX512F__)
   else if constexpr (sizeof(T) == 4)
     __builtin_ia32_storeups512_mask(p, v, static_cast<uint16_t>((1u << count) - 1));

@@ -27,7 +27,8 @@ PK_INLINE Four<T> sum_four(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d) {
   } else if constexpr (LANES<T> == 8) {
     const Vec<T> ab = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
     const Vec<T> cd = __builtin_shufflevector(c, d, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
-    const Vec<T> s = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    const Vec<T> s =
+        __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
     return __builtin_shufflevector(s, s, 0, 1, 2, 3) + __builtin_shufflevector(s, s, 4, 5, 6, 7);
   } else {
     return Four<T>{reduce_sum(a), reduce_sum(b), reduce_sum(c), reduce_sum(d)};
@@ -105,13 +106,13 @@ PK_INLINE void fused_rows_narrow(const T* kernel, const Tail<T>& tail, int64_t b
   for (int c = 0; c < VECTORS; ++c) store(sums + c * LANES<T>, sum[c]);
   if constexpr (TAIL > 0) store(sums + VECTORS * LANES<T>, Vec<T>{});
 #pragma GCC unroll 4
-  for (int c = 0; c < TAIL; ++c)
-    sums[VECTORS * LANES<T> + c] = (tail_sum[c][0] + tail_sum[c][1]) + (tail_sum[c][2] + tail_sum[c][3]);
+  for (int c = 0; c < TAIL; ++c) sums[VECTORS * LANES<T> + c] = (tail_sum[c][0] + tail_sum[c][1]) + (tail_sum[c][2] + tail_sum[c][3]);
 }
 
 // Of more than a few vectors as a function of its own: all in one would have to share registers, which cost a tenth of the time.
 template <class T, int VECTORS, int TAIL, class Finish>
-__attribute__((noinline)) void fused_rows_apart(const T* kernel, Tail<T> tail, int64_t begin, int64_t end, const T* v, T* sums, Finish finish) {
+__attribute__((noinline)) void fused_rows_apart(const T* kernel, Tail<T> tail, int64_t begin, int64_t end, const T* v, T* sums,
+                                                Finish finish) {
   fused_rows_narrow<T, VECTORS, TAIL>(kernel, tail, begin, end, v, sums, finish);
 }
 template <class T, int VECTORS, int TAIL, class Finish>

@@ -32,10 +32,10 @@ struct Solver {
   T epsilon, lambda_a, lambda_b;
   bool balanced, any_lost = false, looks_at_error;
   Tail<T> tail;
-  T *kernel, *partial, *column_max;  // [rows, stride], [chunks, stride], [stride]
+  T *kernel, *partial, *column_max;                                              // [rows, stride], [chunks, stride], [stride]
   T *mass_a, *active_a, *log_a, *row_center, *row_scale, *next_scale, *row_sum;  // [rows]; active: 0 where infeasible
-  T *mass_b, *active_b, *log_b, *column_center, *column_scale;         // [stride]
-  Report<T>* reports;                                                  // [chunks]
+  T *mass_b, *active_b, *log_b, *column_center, *column_scale;                   // [stride]
+  Report<T>* reports;                                                            // [chunks]
 
   Solver(const SinkhornForward& problem, int64_t index, Arena& arena, SinkhornEach runner) : p(problem), b(index), each(runner) {
     chunks = sinkhorn_chunks(p.N, p.M);
@@ -319,8 +319,7 @@ struct Solver {
   }
 
   bool trusts(const Report<T>& row_half_step) const {
-    return row_half_step.ordinary ||
-           row_half_step.trusted(extremes_of(column_scale, column_scale, active_b, stride).largest_scale);
+    return row_half_step.ordinary || row_half_step.trusted(extremes_of(column_scale, column_scale, active_b, stride).largest_scale);
   }
 
   // After a half-step that is not ordinary: back to the log domain where the columns' cannot be trusted; what is out of range is absorbed.

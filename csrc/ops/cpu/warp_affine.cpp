@@ -138,8 +138,8 @@ void backward_unit(const WarpAffineBackward& b, const AffineRoom<T, DIMS>& room,
         const auto terms = [](Vec<T>(&v)[2 * DIMS], Vec<T> dx, const Vec<T>(&by)[DIMS]) {
           for (int i = 0; i < DIMS; ++i) v[2 * i] = by[i], v[2 * i + 1] = by[i] * dx;
         };
-        sample_row_back<padding.value, T, DIMS, 2 * DIMS>(room.images.source(partials), room.gradient.source(b.grad_images), map.course(z, y),
-                                                          b.out[2], g, terms, take);
+        sample_row_back<padding.value, T, DIMS, 2 * DIMS>(room.images.source(partials), room.gradient.source(b.grad_images),
+                                                          map.course(z, y), b.out[2], g, terms, take);
       }
   });
   for (int i = 0; partials && i < DIMS; ++i)

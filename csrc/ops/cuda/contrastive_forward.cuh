@@ -46,8 +46,8 @@ __device__ __forceinline__ void finish(const Forward& p, const Portion& portion,
   const int at = threadIdx.x, row = portion.rows.first + at;
   const bool speaks = at < tile_rows && row < portion.rows.end;
   if (portion.used > 1) {
-    float(*const partial)[tile_rows][PARTS] =
-        reinterpret_cast<float(*)[tile_rows][PARTS]>(p.partial) + static_cast<int64_t>(portion.tile) * p.shares;
+    float (*const partial)[tile_rows][PARTS] =
+        reinterpret_cast<float (*)[tile_rows][PARTS]>(p.partial) + static_cast<int64_t>(portion.tile) * p.shares;
     if (speaks) total.parts(partial[portion.share][at]);
     if (!arrives_last(p.tile_arrivals + portion.tile, portion.used)) return;
     if (speaks) {

@@ -43,7 +43,7 @@ __device__ __forceinline__ void forward_block(const Forward& p, unsigned* shared
         add_entries<S>(sums, scores, p.scale, others, same, p.ranges, row0, p.R - 1, column0 + S::warp_column(), end);
       });
 
-  float(*const gathered)[2][PARTS] = reinterpret_cast<float(*)[2][PARTS]>(shared);  // the columns are not needed any more
+  float (*const gathered)[2][PARTS] = reinterpret_cast<float (*)[2][PARTS]>(shared);  // the columns are not needed any more
 #pragma unroll
   for (int t = 0; t < 2; ++t)
 #pragma unroll

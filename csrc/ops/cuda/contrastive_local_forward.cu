@@ -72,7 +72,7 @@ __device__ __forceinline__ void forward_tile(const LocalForward& p, const TileWo
                       });
       });
 
-  float(*const gathered)[2][PARTS] = reinterpret_cast<float(*)[2][PARTS]>(shared);  // the columns are not needed any more
+  float (*const gathered)[2][PARTS] = reinterpret_cast<float (*)[2][PARTS]>(shared);  // the columns are not needed any more
 #pragma unroll
   for (int t = 0; t < 2; ++t)
 #pragma unroll
@@ -99,7 +99,7 @@ __device__ __forceinline__ void forward_blocks(const LocalForward& p, unsigned* 
   const int block = static_cast<int>(blockIdx.x);
   if (block >= work.blocks) return;
   const ForwardTiles tiles{ROWS, L::COLUMNS};
-  float(*const partial)[ROWS][PARTS] = reinterpret_cast<float(*)[ROWS][PARTS]>(p.partial);
+  float (*const partial)[ROWS][PARTS] = reinterpret_cast<float (*)[ROWS][PARTS]>(p.partial);
   const int at = threadIdx.x;
   double alone = 0;
   const int64_t end = work.begin_of(block + 1);
@@ -132,7 +132,7 @@ __device__ __forceinline__ void forward_blocks(const LocalForward& p, unsigned* 
       for (int k = 0; k < PARTS; ++k) part[k] = __ldcg(&partial[sharers.place(b)][at % ROWS][k]);
       total.merge(part);
     }
-    float(*const second)[PARTS] = reinterpret_cast<float(*)[PARTS]>(shared);
+    float (*const second)[PARTS] = reinterpret_cast<float (*)[PARTS]>(shared);
     if (half) total.parts(second[at % ROWS]);
     __syncthreads();
     if (!half) total.merge(second[at]);

@@ -57,13 +57,13 @@ struct NearestTask {
   NearestBounds bounds;
   // The workspace.
   NearestState* state;
-  double* center;  // [D]
-  void* packed_queries;  // half [query_tiles, blocks, 32, 32]
-  float* lengths;        // [query_tiles * 32]: of the packed queries, rounded up; NaN for those the filter cannot take
-  void* packed_bank;     // half [chunks * 4, blocks, 32, 32]
-  float* bias;           // [chunks * 64, 4]: of two rows, twice
-  int* flags;            // [N]: not 0 for queries among `left`
-  int64_t* left;         // [N]
+  double* center;                // [D]
+  void* packed_queries;          // half [query_tiles, blocks, 32, 32]
+  float* lengths;                // [query_tiles * 32]: of the packed queries, rounded up; NaN for those the filter cannot take
+  void* packed_bank;             // half [chunks * 4, blocks, 32, 32]
+  float* bias;                   // [chunks * 64, 4]: of two rows, twice
+  int* flags;                    // [N]: not 0 for queries among `left`
+  int64_t* left;                 // [N]
   NearestCandidate* candidates;  // [N, parts, k] if parts > 1
 };
 

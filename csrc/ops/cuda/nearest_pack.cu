@@ -158,8 +158,9 @@ __global__ void __launch_bounds__(THREADS, 4) pack_kernel(const NearestTask p) {
       if (repeat == 0) square += x[i] * x[i];
       if (repeat == (of_queries ? 2 : 1)) x[i] -= nearest_half(x[i]);
     }
-    if (padded) pk::store_vector(packed + block * 128 + row % NEAREST_TILE * 4 + member, 
-                                 uint4{pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7])});
+    if (padded)
+      pk::store_vector(packed + block * 128 + row % NEAREST_TILE * 4 + member,
+                       uint4{pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7])});
   }
   square = quad_sum(square);
   usable &= is_finite(square);

@@ -214,8 +214,7 @@ int backward_rows(const PrototypesBackward& p, const PrototypesBackwardRows& row
                              static_cast<Z*>(p.grad_z),
                              p.grad_prototypes ? rows.weights : nullptr,
                              rows.temperatures};
-  return rows.weights_stride == PANEL
-             ? p.D <= 64 ? launch_rows<Z, 1, 8>(backward, stream) : launch_rows<Z, 1, 16>(backward, stream)
+  return rows.weights_stride == PANEL       ? p.D <= 64 ? launch_rows<Z, 1, 8>(backward, stream) : launch_rows<Z, 1, 16>(backward, stream)
          : rows.weights_stride == 2 * PANEL ? launch_rows<Z, 2, 16>(backward, stream)
                                             : launch_rows<Z, 4, 16>(backward, stream);
 }

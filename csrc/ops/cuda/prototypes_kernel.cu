@@ -13,7 +13,7 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
-constexpr int ROWS = 64;                // rows of z in a tile
+constexpr int ROWS = 64;  // rows of z in a tile
 constexpr int64_t MAX_BLOCKS = 1 << 20;
 constexpr int DEPTH = 32;               // dimensions in shared memory at a time
 constexpr int STRIDE = DEPTH + 4;       // 4 group + member: the fragments of a warp touch 32 different banks
@@ -46,9 +46,9 @@ struct Assign {
   double temperature;
   bool cosine, skip_nonfinite, scores_in_shared;
   const float* uniform;  // [B] or null
-  T* assignment;        // [B, K]
-  int64_t* labels;      // [B] or null
-  T* entropy;           // [B] or null
+  T* assignment;         // [B, K]
+  int64_t* labels;       // [B] or null
+  T* entropy;            // [B] or null
 };
 
 // --------------------------------------------------------------------------------------------------------- products of a tile
@@ -245,8 +245,7 @@ int launch_assign(const PrototypesForward& p, void* stream) {
   const int64_t tiles = (p.B + ROWS - 1) / ROWS, blocks = tiles < MAX_BLOCKS ? tiles : MAX_BLOCKS;
   if (blocks == 0) return 0;
   const int64_t score_bytes = ROWS * p.K * static_cast<int64_t>(sizeof(T));
-  const bool in_shared =
-      score_bytes <= SCORE_BYTES && score_bytes + TILE_BYTES <= static_cast<int64_t>(pk::shared_memory_limit());
+  const bool in_shared = score_bytes <= SCORE_BYTES && score_bytes + TILE_BYTES <= static_cast<int64_t>(pk::shared_memory_limit());
   const Assign<T, Z> assign{p.B,
                             static_cast<int>(p.K),
                             static_cast<int>(p.D),

@@ -17,9 +17,9 @@
 namespace {
 
 constexpr int MAX_K = 256;
-constexpr int MAX_SUMMED = 1024;     // K D up to which sums are made on the way
-constexpr int MAX_SUMMED_D = 128;    // a warp then has two tiles in shared memory
-constexpr int SUMMED_BLOCKS = 256;   // at most: a constant, so that the order of summation does not depend on the GPU
+constexpr int MAX_SUMMED = 1024;    // K D up to which sums are made on the way
+constexpr int MAX_SUMMED_D = 128;   // a warp then has two tiles in shared memory
+constexpr int SUMMED_BLOCKS = 256;  // at most: a constant, so that the order of summation does not depend on the GPU
 
 // The tile's rows, added to the warp's sums [K, D] in their order.
 template <class Z>
@@ -67,7 +67,8 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, F > 8 ? 1 : 2) resident_kernel
   }
   pk::let_next_begin();
   prepare_prototypes<F>(p, fragments, factor, bias);
-  const float to_log2 = static_cast<float>(1.4426950408889634 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
+  const float to_log2 =
+      static_cast<float>(1.4426950408889634 / (p.temperature_pointer ? static_cast<double>(*p.temperature_pointer) : p.temperature));
   __syncthreads();
 
   for (int buffer = 0; t < p.tiles; t += stride, buffer ^= p.buffers - 1) {
@@ -184,11 +185,12 @@ int launch_prototypes_resident(const PrototypesForward& p, const PrototypesBlend
     int status = 0;
     if (!plan.summed && prototypes_warpgroup(p))
       status = launch_prototypes_warpgroup(p, stream);
-    else switch (p.z_kind) {
-      case Kind::f32: status = launch_resident<float>(plan, p, partial_sums, partial_counts, stream); break;
-      case Kind::bf16: status = launch_resident<__nv_bfloat16>(plan, p, partial_sums, partial_counts, stream); break;
-      default: status = launch_resident<__half>(plan, p, partial_sums, partial_counts, stream);
-    }
+    else
+      switch (p.z_kind) {
+        case Kind::f32: status = launch_resident<float>(plan, p, partial_sums, partial_counts, stream); break;
+        case Kind::bf16: status = launch_resident<__nv_bfloat16>(plan, p, partial_sums, partial_counts, stream); break;
+        default: status = launch_resident<__half>(plan, p, partial_sums, partial_counts, stream);
+      }
     if (status != 0) return status;
   }
   if (!p.sums) return 0;

@@ -14,8 +14,8 @@
 
 namespace {
 
-constexpr int TILE = 16;       // rows of z a warp has at a time
-constexpr int MAX_WARPS = 8;   // of a block
+constexpr int TILE = 16;      // rows of z a warp has at a time
+constexpr int MAX_WARPS = 8;  // of a block
 
 __device__ __forceinline__ unsigned magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 constexpr unsigned INFINITE_BITS = 0x7f800000u;
@@ -73,12 +73,12 @@ struct Resident {
   const float* temperature_pointer;
   double temperature;
   bool cosine, skip_nonfinite, z_aligned, q_aligned;
-  const float* uniform;   // [B] or null
-  float* assignment;      // [B, K]
-  int64_t* labels;        // [B] or null
-  float* entropy;         // [B] or null
-  double* partial_sums;   // [blocks, K, D] or null: sums are made elsewhere
-  int* partial_counts;    // [blocks, K]
+  const float* uniform;  // [B] or null
+  float* assignment;     // [B, K]
+  int64_t* labels;       // [B] or null
+  float* entropy;        // [B] or null
+  double* partial_sums;  // [blocks, K, D] or null: sums are made elsewhere
+  int* partial_counts;   // [blocks, K]
 };
 
 template <class Z>

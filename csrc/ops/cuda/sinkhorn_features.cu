@@ -14,9 +14,9 @@ namespace {
 
 template <class T>
 struct ShareSums {
-  int shares, columns;       // columns of a share
-  T* partial;                // [B, shares, parts, rows]
-  unsigned* tile_arrivals;   // [B, row tiles]; 0 between launches
+  int shares, columns;         // columns of a share
+  T* partial;                  // [B, shares, parts, rows]
+  unsigned* tile_arrivals;     // [B, row tiles]; 0 between launches
   unsigned* problem_arrivals;  // [B]
 };
 
@@ -231,8 +231,8 @@ struct WarpSolver : SplitSolver {
     const int64_t tiles = (step.rows.count + rows_of_tile - 1) / rows_of_tile;
     constexpr std::size_t bytes = HALF_STAGES * STAGE_UNITS<STEPS> * sizeof(uint4);
     if (status == 0)
-      status = PK_LAUNCH_BEHIND((half_kernel<STEPS, FRAGMENTS, walk>), dim3(static_cast<unsigned>(p.B * tiles * shares.count)), dim3(HALF_THREADS),
-                         bytes, stream, step);
+      status = PK_LAUNCH_BEHIND((half_kernel<STEPS, FRAGMENTS, walk>), dim3(static_cast<unsigned>(p.B * tiles * shares.count)),
+                                dim3(HALF_THREADS), bytes, stream, step);
   }
 
   int64_t run(void* workspace) {

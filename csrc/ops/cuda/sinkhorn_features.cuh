@@ -65,7 +65,7 @@ template <class T>
 struct Products;
 
 template <>
-struct Products<float> {  // warps 4 x 2, each 16 rows x 64 columns: 8 fragments of 16 x 8
+struct Products<float> {                                                  // warps 4 x 2, each 16 rows x 64 columns: 8 fragments of 16 x 8
   static constexpr int COLUMNS = 128, ROWS = 2, GROUPS = 2, SHARERS = 8;  // of a thread: rows, groups of 8 in one; threads of a row
   float sum[8][4] = {};
 
@@ -86,7 +86,7 @@ struct Products<float> {  // warps 4 x 2, each 16 rows x 64 columns: 8 fragments
       split(x[first + 8][k + member + 4], high[3], low[3]);
 #pragma unroll
       for (int f = 0; f < 8; ++f) {
-        const float(&vector)[STRIDE] = y[column0 + f * 8 + group];
+        const float (&vector)[STRIDE] = y[column0 + f * 8 + group];
         multiply_fragment(sum, f, high, low, vector[k + member], vector[k + member + 4]);
       }
     }

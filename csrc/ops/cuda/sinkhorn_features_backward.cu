@@ -13,7 +13,7 @@
 namespace {
 
 template <class T>
-struct Plan {  // the parts of a problem a block needs, in its roles
+struct Plan {                 // the parts of a problem a block needs, in its roles
   const T* row_potential;     // [B, rows], units of cost
   const T* column_potential;  // [B, columns]
   const T* epsilon;           // [B]
@@ -45,8 +45,8 @@ struct PlanProduct<float> {  // a warp: 16 rows x 64 dimensions over its own 64 
         split(plan.sum[f][2], high[1], low[1]);
         split(plan.sum[f][1], high[2], low[2]);
         split(plan.sum[f][3], high[3], low[3]);
-        const float(&even)[STRIDE] = tiles.y[half + f * 8 + member * 2];
-        const float(&odd)[STRIDE] = tiles.y[half + f * 8 + member * 2 + 1];
+        const float (&even)[STRIDE] = tiles.y[half + f * 8 + member * 2];
+        const float (&odd)[STRIDE] = tiles.y[half + f * 8 + member * 2 + 1];
 #pragma unroll
         for (int n = 0; n < 4; ++n) multiply_fragment(sum, stage * 4 + n, high, low, even[n * 8 + group], odd[n * 8 + group]);
       }
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(FEATURE_THREADS, 1) gradient_kernel(const Pair
 
 // In place: P Y becomes the gradient; a warp per vector. The second statistic becomes its share of the gradient of epsilon.
 template <class T>
-__global__ void __launch_bounds__(STREAM_THREADS) finish_kernel(int64_t total, int D, bool cosine, Vectors<T> side,
-                                                                const T* upstream, T* result, T* statistics) {
+__global__ void __launch_bounds__(STREAM_THREADS)
+    finish_kernel(int64_t total, int D, bool cosine, Vectors<T> side, const T* upstream, T* result, T* statistics) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * STREAM_WARPS + threadIdx.x / 32, b = at / side.count, i = at % side.count;
   if (at >= total) return;
   const int lane = threadIdx.x % 32;

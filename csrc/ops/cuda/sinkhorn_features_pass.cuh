@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(HALF_THREADS, 3) half_kernel(const HalfStep st
   using Total = RowTotal<walk>;
   constexpr int panel = PANEL<STEPS>, tile_rows = HALF_ROWS<FRAGMENTS>;
   constexpr int AT_ONCE = FRAGMENTS == 1 ? 4 : 2;  // times 8 columns whose products a thread holds
-  PK_DYNAMIC_SHARED(uint4, stages);  // [HALF_STAGES, STAGE_UNITS]
+  PK_DYNAMIC_SHARED(uint4, stages);                // [HALF_STAGES, STAGE_UNITS]
   PK_SHARED(float, shared, HALF_THREADS / 32, 2);
   const int N = step.rows.count, tiles = (N + tile_rows - 1) / tile_rows;
   const int b = static_cast<int>(blockIdx.x / (tiles * step.shares));
@@ -313,8 +313,7 @@ __global__ void __launch_bounds__(HALF_THREADS, 3) half_kernel(const HalfStep st
           for (int h = 0; h < 2; ++h) {
             float x[2];
 #pragma unroll
-            for (int k = 0; k < 2; ++k)
-              x[k] = factor[m][h] * (column_scale[k] * products[f][m][h * 2 + k]) + (bias[m][h] + column_bias[k]);
+            for (int k = 0; k < 2; ++k) x[k] = factor[m][h] * (column_scale[k] * products[f][m][h * 2 + k]) + (bias[m][h] + column_bias[k]);
             if constexpr (walk != Walk::values) {
               totals[m][h].add(x);
             } else {

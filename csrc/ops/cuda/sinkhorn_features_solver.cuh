@@ -25,7 +25,7 @@ struct SplitSolver {
       const int64_t padded = (count + PAD - 1) / PAD * PAD;
       float* const norms = pieces.take<float>(p.B * count);
       uint4* const split = pieces.take<uint4>(p.B * padded * units);
-      return SplitSide{static_cast<int>(count), static_cast<int>(padded), static_cast<const float*>(vectors), norms, split,
+      return SplitSide{static_cast<int>(count),          static_cast<int>(padded), static_cast<const float*>(vectors), norms, split,
                        pieces.take<float2>(p.B * padded)};
     };
     x = side(p.N, p.x), y = side(p.M, p.y);

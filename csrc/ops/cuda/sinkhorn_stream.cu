@@ -118,11 +118,10 @@ int64_t fused_forward(const SinkhornForward& p, void* workspace, void* stream, i
   unsigned* const arrivals = pieces.take<unsigned>(p.B);
   if (!status) return pieces.bytes();
   const bool aligned = p.M % 4 == 0 && reinterpret_cast<std::uintptr_t>(p.cost) % 16 == 0;
-  FusedStep step{solve,  static_cast<const float*>(p.cost), static_cast<int>(rows), static_cast<int>(chunks), aligned, partial, errors};
+  FusedStep step{solve, static_cast<const float*>(p.cost), static_cast<int>(rows), static_cast<int>(chunks), aligned, partial, errors};
   const auto problems = [&](const auto& op) {
     using Op = std::remove_cvref_t<decltype(op)>;
-    if (*status == 0)
-      *status = PK_LAUNCH((wide_kernel<float, Op>), dim3(static_cast<unsigned>(p.B)), dim3(WIDE_THREADS), 0, stream, op);
+    if (*status == 0) *status = PK_LAUNCH((wide_kernel<float, Op>), dim3(static_cast<unsigned>(p.B)), dim3(WIDE_THREADS), 0, stream, op);
   };
   const dim3 threads(FUSED_THREADS);
   const int panels = static_cast<int>((p.M + COLUMNS_PER_BLOCK - 1) / COLUMNS_PER_BLOCK);

@@ -93,7 +93,7 @@ template <class T>
 struct Matrix {
   int64_t blocks_per_problem;
   int N, M, chunk;
-  const T* cost;  // [B, N, M]
+  const T* cost;       // [B, N, M]
   T* partial;          // [B, chunks, parts, M]
   unsigned* arrivals;  // [B] for rows or [B, panels] for columns; 0 between launches
 };
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(STREAM_THREADS, sizeof(T) == 4 ? 4 : 2) row_ke
     const T* const cost = matrix.cost + (b * matrix.N + i) * matrix.M;
     typename Op::Sum sum;
     T c[STEP], next[STEP];  // the next entries are on their way while these are added
-    const auto load = [&](int64_t j, T (&values)[STEP]) {
+    const auto load = [&](int64_t j, T(&values)[STEP]) {
 #pragma unroll
       for (int k = 0; k < STEP; ++k) values[k] = j + 32 * k < matrix.M ? cost[j + 32 * k] : T(0);
     };
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(STREAM_COLUMNS, sizeof(T) == 4 ? 6 : 4) column
     const T* const cost = matrix.cost + b * matrix.N * matrix.M + j;
     typename Op::Sum sum;
     T c[STEP], next[STEP];
-    const auto load = [&](int i, T (&values)[STEP]) {
+    const auto load = [&](int i, T(&values)[STEP]) {
 #pragma unroll
       for (int k = 0; k < STEP; ++k) values[k] = i < last - k ? cost[static_cast<int64_t>(i + k) * matrix.M] : T(0);
     };
@@ -223,8 +223,14 @@ struct Streamer {
 
   // parts: of the sums over columns, 0 if there are none
   Streamer(int64_t B_, int64_t N_, int64_t M_, const void* costs, int parts, Pieces& pieces, void* on)
-      : B(B_), N(N_), M(M_), cost(static_cast<const T*>(costs)), partial(pieces.take<T>(B * chunk_count(N) * parts * M)),
-        arrivals(pieces.take<unsigned>(B * panels())), stream(on), status(0) {}
+      : B(B_),
+        N(N_),
+        M(M_),
+        cost(static_cast<const T*>(costs)),
+        partial(pieces.take<T>(B * chunk_count(N) * parts * M)),
+        arrivals(pieces.take<unsigned>(B * panels())),
+        stream(on),
+        status(0) {}
   void clear() { status = pk::memset_async(arrivals, 0, sizeof(unsigned) * static_cast<std::size_t>(B * panels()), stream); }
 
   Matrix<T> matrix(int64_t blocks) const {
@@ -241,8 +247,8 @@ struct Streamer {
   void columns(const Op& op) {
     const int64_t blocks = panels() * chunk_count(N);
     if (status == 0)
-      status = PK_LAUNCH((column_kernel<T, Op>), dim3(static_cast<unsigned>(B * blocks)), dim3(STREAM_COLUMNS), 0, stream,
-                         matrix(blocks), op);
+      status =
+          PK_LAUNCH((column_kernel<T, Op>), dim3(static_cast<unsigned>(B * blocks)), dim3(STREAM_COLUMNS), 0, stream, matrix(blocks), op);
   }
   template <class Op>
   void problems(const Op& op) {

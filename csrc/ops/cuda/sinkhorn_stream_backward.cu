@@ -44,13 +44,27 @@ struct WalkState {
   int t;
 
   WalkState(const SinkhornBackward& p, Pieces& pieces)
-      : B(p.B), N(static_cast<int>(p.N)), M(static_cast<int>(p.M)), num_iters(static_cast<int>(p.num_iters)),
-        rho_a(static_cast<T>(p.rho_a)), rho_b(static_cast<T>(p.rho_b)), a(static_cast<const T*>(p.a)), b(static_cast<const T*>(p.b)),
-        epsilon(static_cast<const T*>(p.epsilon)), g_init(static_cast<const T*>(p.g_init)), iterations(p.iterations),
-        history(static_cast<const T*>(p.history)), grad_f(static_cast<const T*>(p.grad_f)), grad_g(static_cast<const T*>(p.grad_g)),
+      : B(p.B),
+        N(static_cast<int>(p.N)),
+        M(static_cast<int>(p.M)),
+        num_iters(static_cast<int>(p.num_iters)),
+        rho_a(static_cast<T>(p.rho_a)),
+        rho_b(static_cast<T>(p.rho_b)),
+        a(static_cast<const T*>(p.a)),
+        b(static_cast<const T*>(p.b)),
+        epsilon(static_cast<const T*>(p.epsilon)),
+        g_init(static_cast<const T*>(p.g_init)),
+        iterations(p.iterations),
+        history(static_cast<const T*>(p.history)),
+        grad_f(static_cast<const T*>(p.grad_f)),
+        grad_g(static_cast<const T*>(p.grad_g)),
         grad_transport_cost(static_cast<const T*>(p.grad_transport_cost)),
-        grad_entropic_value(static_cast<const T*>(p.grad_entropic_value)), grad_cost(static_cast<T*>(p.grad_cost)),
-        grad_a(static_cast<T*>(p.grad_a)), grad_b(static_cast<T*>(p.grad_b)), grad_epsilon(static_cast<T*>(p.grad_epsilon)), t(0) {
+        grad_entropic_value(static_cast<const T*>(p.grad_entropic_value)),
+        grad_cost(static_cast<T*>(p.grad_cost)),
+        grad_a(static_cast<T*>(p.grad_a)),
+        grad_b(static_cast<T*>(p.grad_b)),
+        grad_epsilon(static_cast<T*>(p.grad_epsilon)),
+        t(0) {
     for (T** array : {&pull, &u_bar, &row_factor, &row_shift, &log_a_bar, &row_epsilon}) *array = pieces.take<T>(p.B * p.N);
     for (T** array : {&column_factor, &column_shift, &log_b_bar, &column_epsilon}) *array = pieces.take<T>(p.B * p.M);
   }

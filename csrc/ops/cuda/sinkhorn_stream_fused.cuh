@@ -92,9 +92,17 @@ struct FusedBlock {
   float scale;
 
   __device__ __forceinline__ FusedBlock(const FusedStep& all, FusedShared& memory, const float* kept, int kept_rows)
-      : step(all), shared(memory), resident(kept), resident_rows(kept_rows), b(static_cast<int>(blockIdx.x / all.chunks)),
-        chunk(static_cast<int>(blockIdx.x % all.chunks)), lane(threadIdx.x % 32), warp(threadIdx.x / 32), thread(threadIdx.x % S::TEAM),
-        team(threadIdx.x / S::TEAM), scale(LOG2_E * all.p.inverse_epsilon(blockIdx.x / all.chunks)) {
+      : step(all),
+        shared(memory),
+        resident(kept),
+        resident_rows(kept_rows),
+        b(static_cast<int>(blockIdx.x / all.chunks)),
+        chunk(static_cast<int>(blockIdx.x % all.chunks)),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        thread(threadIdx.x % S::TEAM),
+        team(threadIdx.x / S::TEAM),
+        scale(LOG2_E * all.p.inverse_epsilon(blockIdx.x / all.chunks)) {
     const int left = all.p.N - chunk * all.chunk_rows;
     rows = left < all.chunk_rows ? left : all.chunk_rows;
     costs = all.cost + row_at(0) * all.p.M;
@@ -112,7 +120,8 @@ struct FusedBlock {
   }
   __device__ __forceinline__ void load_columns(float (&v)[S::E]) const {
 #pragma unroll
-    for (int k = 0; k < S::E; ++k) v[k] = column(k) < step.p.M ? __ldcg(step.p.v + static_cast<int64_t>(b) * step.p.M + column(k)) * LOG2_E : -INFINITY;
+    for (int k = 0; k < S::E; ++k)
+      v[k] = column(k) < step.p.M ? __ldcg(step.p.v + static_cast<int64_t>(b) * step.p.M + column(k)) * LOG2_E : -INFINITY;
   }
   __device__ __forceinline__ void load_costs(int first, float (&c)[S::R][S::E]) const {
     const int M = step.p.M;

@@ -43,11 +43,20 @@ struct SolverState {
   int* done;                     // [B]
 
   SolverState(const SinkhornBackward& p, Pieces& pieces)
-      : B(p.B), N(static_cast<int>(p.N)), M(static_cast<int>(p.M)), f(static_cast<const T*>(p.f)), g(static_cast<const T*>(p.g)),
-        epsilon(static_cast<const T*>(p.epsilon)), grad_f(static_cast<const T*>(p.grad_f)), grad_g(static_cast<const T*>(p.grad_g)),
+      : B(p.B),
+        N(static_cast<int>(p.N)),
+        M(static_cast<int>(p.M)),
+        f(static_cast<const T*>(p.f)),
+        g(static_cast<const T*>(p.g)),
+        epsilon(static_cast<const T*>(p.epsilon)),
+        grad_f(static_cast<const T*>(p.grad_f)),
+        grad_g(static_cast<const T*>(p.grad_g)),
         grad_transport_cost(static_cast<const T*>(p.grad_transport_cost)),
-        grad_entropic_value(static_cast<const T*>(p.grad_entropic_value)), grad_cost(static_cast<T*>(p.grad_cost)),
-        grad_a(static_cast<T*>(p.grad_a)), grad_b(static_cast<T*>(p.grad_b)), grad_epsilon(static_cast<T*>(p.grad_epsilon)) {
+        grad_entropic_value(static_cast<const T*>(p.grad_entropic_value)),
+        grad_cost(static_cast<T*>(p.grad_cost)),
+        grad_a(static_cast<T*>(p.grad_a)),
+        grad_b(static_cast<T*>(p.grad_b)),
+        grad_epsilon(static_cast<T*>(p.grad_epsilon)) {
     for (T** array : {&row_mass, &row_right, &row_vector, &row_epsilon}) *array = pieces.take<T>(p.B * p.N);
     for (T** array : {&column_mass, &column_right, &y, &z, &of_z, &direction, &of_direction}) *array = pieces.take<T>(p.B * p.M);
     scalars = pieces.take<T>(p.B * 2);

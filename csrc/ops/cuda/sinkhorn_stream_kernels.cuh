@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1) fused_columns_kernel(const F
 // memory, as many as a block may have there (212992 bytes on sm_90); the rest comes through the L2 cache.
 // resources: dynamic shared 147456 bytes
 template <class S>
-__global__ void __launch_bounds__(FUSED_THREADS, 1) resident_kernel(const FusedStep step, unsigned* arrivals, int resident_rows, int panels) {
+__global__ void __launch_bounds__(FUSED_THREADS, 1)
+    resident_kernel(const FusedStep step, unsigned* arrivals, int resident_rows, int panels) {
   PK_SHARED(FusedShared, shared);
   PK_DYNAMIC_SHARED(float, kept);
   FusedBlock<S> block(step, shared, kept, 0);

@@ -38,15 +38,34 @@ struct Solve {
 
   template <class Problem>
   Solve(const Problem& p, T* kept, Pieces& pieces)
-      : B(p.B), N(static_cast<int>(p.N)), M(static_cast<int>(p.M)), num_iters(static_cast<int>(p.num_iters)),
-        balanced(p.rho_a == INFINITY && p.rho_b == INFINITY), by_turns(false), tolerance(static_cast<T>(p.tolerance)), rho_a(static_cast<T>(p.rho_a)),
-        rho_b(static_cast<T>(p.rho_b)), a(static_cast<const T*>(p.a)), b(static_cast<const T*>(p.b)),
-        epsilon(static_cast<const T*>(p.epsilon)), g_init(static_cast<const T*>(p.g_init)), f(static_cast<T*>(p.f)),
-        g(static_cast<T*>(p.g)), transport_cost(static_cast<T*>(p.transport_cost)), entropic_value(static_cast<T*>(p.entropic_value)),
-        marginal_error(static_cast<T*>(p.marginal_error)), iterations(p.iterations), feasible(p.feasible), history(kept),
-        u(pieces.take<T>(p.B * p.N)), u_next(pieces.take<T>(p.B * p.N)), v(pieces.take<T>(p.B * p.M)),
+      : B(p.B),
+        N(static_cast<int>(p.N)),
+        M(static_cast<int>(p.M)),
+        num_iters(static_cast<int>(p.num_iters)),
+        balanced(p.rho_a == INFINITY && p.rho_b == INFINITY),
+        by_turns(false),
+        tolerance(static_cast<T>(p.tolerance)),
+        rho_a(static_cast<T>(p.rho_a)),
+        rho_b(static_cast<T>(p.rho_b)),
+        a(static_cast<const T*>(p.a)),
+        b(static_cast<const T*>(p.b)),
+        epsilon(static_cast<const T*>(p.epsilon)),
+        g_init(static_cast<const T*>(p.g_init)),
+        f(static_cast<T*>(p.f)),
+        g(static_cast<T*>(p.g)),
+        transport_cost(static_cast<T*>(p.transport_cost)),
+        entropic_value(static_cast<T*>(p.entropic_value)),
+        marginal_error(static_cast<T*>(p.marginal_error)),
+        iterations(p.iterations),
+        feasible(p.feasible),
+        history(kept),
+        u(pieces.take<T>(p.B * p.N)),
+        u_next(pieces.take<T>(p.B * p.N)),
+        v(pieces.take<T>(p.B * p.M)),
         values(pieces.take<T>(p.B * p.N * 3)),
-        factors(pieces.take<T>(p.B * 3)), done(pieces.take<int>(p.B)), t(0) {}
+        factors(pieces.take<T>(p.B * 3)),
+        done(pieces.take<int>(p.B)),
+        t(0) {}
 
   __device__ __forceinline__ T* kept(int64_t problem, int iteration) const { return history + (problem * num_iters + iteration) * (N + M); }
   __device__ __forceinline__ const T* result(int64_t problem) const {

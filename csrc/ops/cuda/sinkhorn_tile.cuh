@@ -126,8 +126,15 @@ struct Tile {
   T k[SLOTS][S::E];
 
   __device__ __forceinline__ Tile(int rows, int columns, const T* problem_cost, T epsilon, T* dynamic_shared, Exchange<S, Row>* partial)
-      : N(rows), M(columns), lane(threadIdx.x % 32), warp(threadIdx.x / 32), buffer(0), inverse_epsilon(T(1) / epsilon), cost(problem_cost),
-        shared(dynamic_shared), exchange(partial) {}
+      : N(rows),
+        M(columns),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        buffer(0),
+        inverse_epsilon(T(1) / epsilon),
+        cost(problem_cost),
+        shared(dynamic_shared),
+        exchange(partial) {}
 
   __device__ __forceinline__ int row(int batch, int slot) const { return (batch * SLOTS + slot) * S::W + warp; }
   __device__ __forceinline__ int own_row(int batch) const { return row(batch, lane % SLOTS); }
