@@ -235,7 +235,7 @@ class TestScoring:
         results = self.score(replace(dataset, test=one_class))
         config = {"preset_name": "fair", "data": "made"}
         runs = {"paper": "byol", "config": config, "number_of_runs": 2, "complete": True}
-        splits = summarize_runs([results["splits"]] * 2)  # what several runs have in common: numbers alone
+        splits = summarize_runs([results["splits"]] * 2)  # of several runs: without the lists
         table = results_table({**results, **runs, "splits": splits})
         assert list(table.columns[-1].cells) == ["", "1.000 ±.000"]  # one label per image, and findings
         assert "left out of the means in test, where no image has them or all: c, yes" in str(table.caption)

@@ -212,11 +212,12 @@ class TestSession:
 
 class TestSummary:
     def test_mean_deviation_and_number(self) -> None:
-        runs = [{"knn": {"accuracy": value}, "name": "x"} for value in (0.5, 0.6, 0.9)]
+        runs = [{"knn": {"accuracy": value}, "unit": "mm", "name": str(value)} for value in (0.5, 0.6, 0.9)]
         summary = summarize_runs(runs)
         assert summary["knn"]["accuracy"]["mean"] == pytest.approx(2 / 3)
         assert summary["knn"]["accuracy"]["std"] == pytest.approx(0.2081666)  # denominator n - 1
-        assert summary["knn"]["accuracy"]["runs"] == 3 and "name" not in summary
+        assert summary["knn"]["accuracy"]["runs"] == 3
+        assert summary["unit"] == "mm" and "name" not in summary  # a text in which runs differ says nothing of all
         assert summarize_runs(runs[:1])["knn"]["accuracy"]["std"] is None
 
 

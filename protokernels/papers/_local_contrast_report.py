@@ -52,7 +52,7 @@ def results_table(results: Mapping[str, Any], paper: Mapping[str, Mapping[str, M
         for key, title in SCORES:
             row = scores[key]
             cells = [_cell(row.get("mean")), *(_cell(row["classes"].get(name)) for name in classes)]
-            table.add_row(f"{split} ({volumes[split]}): {title}", *cells)
+            table.add_row(f"{split} ({volumes[split]}): {_with_unit(key, title, scores)}", *cells)
             if published is not None and (split, key) == ("test", "pooled_dice"):
                 table.add_row("  the paper, four folds", f"{published:.3f}", *("" for _ in classes), style="dim")
     return table
@@ -70,8 +70,8 @@ def ablation_tables(results: Mapping[str, Any]) -> list[Table]:
             pad_edge=False,
         )
         table.add_column("ablation", no_wrap=True)
-        for _, title in SCORES:
-            table.add_column(title, justify="right", no_wrap=True)
+        for key, title in SCORES:
+            table.add_column(_with_unit(key, title, first["splits"][split]), justify="right", no_wrap=True)
         for name, result in results.items():
             scores = result["splits"].get(split, {})
             table.add_row(name, *(_cell(scores.get(key, {}).get("mean")) for key, _ in SCORES))
@@ -109,6 +109,10 @@ def draw_ablations(results: Mapping[str, Any], folder: Path) -> list[Path]:
         figure = sweep_figure([Panel(label, "Dice", values, means, deviations)], title=title)
         paths.append(save_figure(figure, folder / "figures" / f"sweep_{field}.png"))
     return paths
+
+
+def _with_unit(key: str, title: str, scores: Mapping[str, Any]) -> str:
+    return f"{title} ({scores['unit']})" if key == "hausdorff95" and "unit" in scores else title
 
 
 def _cell(value: Mapping[str, Any] | None) -> str:

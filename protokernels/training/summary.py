@@ -12,7 +12,7 @@ def summarize_runs(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Replaces every number in equally nested dictionaries by its mean, sample standard deviation and number of runs.
 
     The standard deviation (denominator n - 1) is ``None`` for a single run: one run says nothing about spread. A number
-    that some runs lack is summarised over those that have it.
+    that some runs lack is summarised over those that have it. A text is kept where all runs have the same.
 
     >>> from protokernels.training import summarize_runs
     >>> summarize_runs([{"knn": {"accuracy": 0.5}}, {"knn": {"accuracy": 0.7}}])["knn"]["accuracy"]["mean"]
@@ -26,6 +26,8 @@ def summarize_runs(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         elif all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
             deviation = statistics.stdev(values) if len(values) > 1 else None
             summary[key] = {"mean": statistics.fmean(values), "std": deviation, "runs": len(values)}
+        elif isinstance(values[0], str) and all(value == values[0] for value in values):
+            summary[key] = values[0]
     return summary
 
 
