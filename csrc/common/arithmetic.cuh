@@ -14,9 +14,8 @@ __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 __device__ __forceinline__ double logarithm(double x) { return log(x); }
 __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
 __device__ __forceinline__ double magnitude(double x) { return fabs(x); }
-__device__ __forceinline__ float quotient(float x, float y) {
-  return __fdividef(x, y);
-}  // two units in the last place up to y = 2^126, 0 beyond
+// Two units in the last place up to y = 2^126, 0 beyond.
+__device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
 __device__ __forceinline__ double quotient(double x, double y) { return x / y; }
 __device__ __forceinline__ float larger(float x, float y) { return fmaxf(x, y); }
 __device__ __forceinline__ double larger(double x, double y) { return fmax(x, y); }

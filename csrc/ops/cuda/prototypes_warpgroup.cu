@@ -9,8 +9,9 @@
 // Measured: 50 us (65 us while every call carried the code for entropy and drawing), 11 us at B = 2048. Warps wait for memory and, on average 8 us, at
 // the one barrier, perhaps because all blocks read the same prototypes in the same order at the same time (not tried otherwise).
 
-#include "common/hopper.cuh"
 #include "common/simt.cuh"
+
+#include "common/hopper.cuh"
 #include "ops/cuda/prototypes_softmax.cuh"
 
 namespace {
