@@ -308,12 +308,12 @@ def train_missing(
         if (job := job_of(described, values, options.seed + index, folder, options)) is not None
     ]
     part = [*(values for values, _ in made), *(values for values in combinations if values not in trained)]
-    for axis, value in ((axis, value) for axis, values in chosen.items() for value in values):
-        if not any(values[axis] == value for values in part):
-            known = ", ".join(map(str, described.axes[axis]))
-            raise ValueError(
-                f"no run of the table has {axis} {value}; it has some of {known}, but not all combinations"
-            )
+    asked = ((axis, value) for axis, values in chosen.items() for value in values)
+    lacking = [(axis, value) for axis, value in asked if not any(values[axis] == value for values in part)]
+    if lacking:  # data have names of their own, and lack a run for what else was asked
+        axis, value = min(lacking, key=lambda pair: (pair[1] in described.axes[pair[0]], pair[0] == "data"))
+        known = ", ".join(map(str, described.axes[axis]))
+        raise ValueError(f"no run of the table has {axis} {value}; it has some of {known}, but not all combinations")
     jobs = [job for _, job in made]
     check_seeds(described, folder, jobs, complete_config, data_root=options.data_root, keep_finished=options.keep)
     made_once: dict[Path, str] = {}

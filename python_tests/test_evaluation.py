@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
@@ -29,6 +30,7 @@ from protokernels.evaluation import (
     clustering_scores,
     evaluate_representation,
     evaluate_transfer,
+    fine_tune,
     knn_predict,
     label_subsets,
     linear_probe,
@@ -352,3 +354,17 @@ def test_transfer_trains_also_where_gradients_are_off(mode: Callable[[], Abstrac
     with mode():
         found = evaluate_transfer(encoder, *parts, class_names=["even", "odd"], config=config)
     assert found == evaluate_transfer(encoder, *parts, class_names=["even", "odd"], config=config)
+
+
+def test_fine_tuning_names_targets_that_do_not_fit() -> None:
+    """They were an IndexError of the loss."""
+    images, labels, protocol = torch.rand(6, 1, 8, 8), torch.arange(6) % 3, AdamWProtocol(1e-3, 1, 1, 4)
+    train, several = Labelled(images, labels), Labelled(images, F.one_hot(labels).float())
+    with pytest.raises(ValueError, match=r"fine_tune: targets must lie in 0\.\.1; got 0\.\.2"):
+        fine_tune(nn.Flatten(), train, train, 2, protocol)
+    with pytest.raises(ValueError, match=r"fine_tune: targets must be .* zeros and ones of shape \[6, 2\]"):
+        fine_tune(nn.Flatten(), several, several, 2, protocol)
+    with pytest.raises(
+        ValueError, match="fine_tune: train and val must both have one label per image, or both several"
+    ):
+        fine_tune(nn.Flatten(), train, several, 3, protocol)

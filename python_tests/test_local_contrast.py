@@ -150,6 +150,9 @@ class TestLosses:
         s, count = (vectors @ vectors.T / 0.5).exp(), len(vectors)
         terms = [-(s[i, (i + count // 2) % count] / (s[i].sum() - s[i, i])).log() for i in range(count)]
         torch.testing.assert_close(local_loss(f, None, config), torch.stack(terms).mean())
+        assert local_loss(f, None, replace(config, scope="image")) == local_loss(
+            f, None, config
+        )  # refused after stage 1 before
 
     @pytest.mark.parametrize("method", ["local-block", "local-stride", "global+local-self"])
     def test_steps_of_stage_2_lower_the_loss(self, method: str) -> None:

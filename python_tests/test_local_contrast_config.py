@@ -145,7 +145,7 @@ class TestConfig:
         assert not changed("global", method="global+local-self") and changed("local", method="local-block")
         own = replace(TINY, method="global+local-self")
         assert own.stage_record("local") == replace(own, labelled=0.5).stage_record("local")  # it reads no label
-        assert own.stage_record("local") == replace(own, form="paper").stage_record("local")
+        assert own.stage_record("local") == replace(own, form="paper", scope="image").stage_record("local")
 
     def test_every_method_has_its_published_numbers(self) -> None:
         assert len(METHODS) == 9

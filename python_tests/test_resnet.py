@@ -140,13 +140,15 @@ class TestWeights:
     def test_missing_damaged_and_strange_files(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
             ResNet18(3).load_imagenet_weights(tmp_path / "none.pth")
-        damaged, listed, pickled = (tmp_path / name for name in ("damaged.pth", "list.pth", "pickle.pth"))
+        damaged, listed, pickled, wrapped = (tmp_path / name for name in ("d.pth", "list.pth", "pickle.pth", "w.pth"))
         damaged.write_bytes(b"PK\x03\x04 no")
         torch.save([torch.zeros(1)], listed)
+        torch.save({"state_dict": ResNet18(3).state_dict(), "epoch": 3}, wrapped)
         pickled.write_bytes(pickle.dumps({"conv1.weight": Path("x")}))
         for path, message in (
             (damaged, "cannot be read"),
-            (listed, "dictionary of tensors"),
+            (listed, "dictionary of tensors by name, and nothing else; got list"),
+            (wrapped, "got a dictionary with OrderedDict under 'state_dict'"),
             (pickled, "cannot be read"),
         ):
             with pytest.raises(ValueError, match=message):

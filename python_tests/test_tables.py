@@ -64,6 +64,7 @@ class TestCommand:
             (["nowhere"], "nowhere is no folder"),
             (["nowhere.json"], "nowhere.json does not exist"),
             (["--preset", "best"], "no run of the table has preset best; it has some of fair, official"),
+            (["--data", "mnist", "digits", "--preset", "best"], "no run of the table has preset best; it has some of"),
             (["--only", "paper=magic"], "unknown paper magic; expected some of vaesim"),
             (["--only", "paper=vaesim", "--preset", "fair", "--set", "latent=3"], "did you mean latent_dim"),
             (["--only", "paper=vaesim", "--preset", "fair", "--set", "latent_dim=0"], "latent_dim must be positive"),

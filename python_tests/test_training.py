@@ -220,6 +220,12 @@ class TestSummary:
         assert summary["unit"] == "mm" and "name" not in summary  # a text in which runs differ says nothing of all
         assert summarize_runs(runs[:1])["knn"]["accuracy"]["std"] is None
 
+    def test_a_score_that_one_run_has_none_of_is_that_of_the_others(self) -> None:
+        """No distance of a class that one seed's network predicts nowhere."""
+        runs = [{"hausdorff95": {"mean": None}}, {"hausdorff95": {"mean": 3.0}}, {"hausdorff95": {"mean": 5.0}}]
+        assert summarize_runs(runs)["hausdorff95"]["mean"] == {"mean": 4.0, "std": pytest.approx(2**0.5), "runs": 2}
+        assert summarize_runs(runs[:1]) == {"hausdorff95": {}}
+
 
 def torchrun(tmp_path: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """Runs the helper script in ``processes`` gloo processes."""

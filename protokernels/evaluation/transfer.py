@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .classifier import AdamWProtocol, Fitted, Labelled, fit_adamw, fit_logistic, predict, seeded_linear
 from .fractions import label_subsets
-from .roc import auroc
+from .roc import as_multi_hot, auroc
 from .types import described
 
 Precision = Literal["fp32", "bf16"]
@@ -114,12 +114,13 @@ def evaluate_transfer(
         class_names: K names.
         config: default :class:`TransferConfig`.
         seed: subsets, order and initial heads.
-        precision: of the encoder's passes; probes are float64.
+        precision: of the encoder's passes; probes are fitted in float64 by ``lbfgs``, in float32 by ``adamw``.
 
     Returns:
         ``{"probe": {"1%": row, ...}, "fine_tune": {...}}``; a row holds ``macro_auroc`` (absent where no class can be scored),
         ``auroc`` by class, ``left_out`` (classes without both labels in the test split), ``accuracy`` for one label per
-        image, ``images`` trained on, ``val_score``, and the chosen ``weight_decay`` and ``epoch``.
+        image, ``images`` trained on, ``val_score``, and ``weight_decay`` and ``epoch`` as they were chosen: ``lbfgs`` chooses the
+        decay and has no epoch, AdamW has one decay and chooses the epoch.
 
     Raises:
         ValueError: features of another shape or not finite, targets and class names that do not fit or are of two kinds,
@@ -209,7 +210,28 @@ def fine_tune(
     seed: int = 0,
     precision: Precision = "fp32",
 ) -> Fitted:
-    """Trains a copy of the encoder with a new linear head."""
+    """Trains a copy of the encoder with a new linear head; the encoder itself is not modified.
+
+    Args:
+        encoder: [B, C, H, W] -> [B, D] or a dense map, on the device of the images; all of its copy is trained.
+        train: what is trained on.
+        val: chooses the epoch.
+        num_classes: K.
+        protocol: see :class:`AdamWProtocol`.
+        seed: initial head, order of the images, flips.
+        precision: of the forward passes.
+
+    Returns:
+        Encoder and head as one module, images -> logits [B, K], and how it was chosen.
+
+    Raises:
+        ValueError: features of another shape, targets that do not fit K or are of two kinds, a protocol that cannot be trained, another
+            precision.
+    """
+    if train.targets.ndim != val.targets.ndim:
+        raise ValueError("fine_tune: train and val must both have one label per image, or both several")
+    for part in (train, val):
+        as_multi_hot("fine_tune", part.targets, len(part), num_classes)
     pooled = PooledEncoder(copy.deepcopy(encoder)).requires_grad_()
     width = predict(pooled, train.inputs[:1], precision=precision).shape[1]
     head = seeded_linear(width, num_classes, seed).to(train.inputs.device)

@@ -130,7 +130,8 @@ class ResNet18(nn.Module):
         the colours' slightly different normalisation).
 
         Raises:
-            ValueError: the network is not the standard one, or names or shapes in the file differ.
+            ValueError: another width or stem than the standard network has (any ``last_stride`` will do), or names or shapes in the file
+                differ.
             FileNotFoundError: there is no such file.
         """
         path = Path(path).expanduser()

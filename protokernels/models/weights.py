@@ -76,6 +76,10 @@ def read_weights(path: Path, network: str, published: str) -> dict[str, Tensor]:
             f"(https://download.pytorch.org/models/{published}) and give their path"
         )
     state = load_untrusted(path, str(path))
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a dictionary of tensors by name; got {type(state).__name__}")
+    given = type(state).__name__
+    if isinstance(state, dict):
+        others = [(name, value) for name, value in state.items() if not isinstance(value, Tensor)]
+        given = f"a dictionary with {type(others[0][1]).__name__} under {others[0][0]!r}" if others else ""
+    if given:
+        raise ValueError(f"{path}: expected a dictionary of tensors by name, and nothing else; got {given}")
     return {str(name): value for name, value in state.items()}

@@ -103,11 +103,13 @@ class LocalContrastConfig(RunConfig):
     block_size: int = 16  # pixels; methods with "block"
     stride: int = 4  # pixels; methods with "stride" and "self"
     form: Literal["supcon", "in", "paper", "negout"] = "supcon"  # of methods with labels; without: "supcon"
-    scope: Literal["group", "image"] = "group"  # a pixel meets the pixels of all images, or of its own
+    scope: Literal["group", "image"] = (
+        "group"  # a pixel meets the pixels of all images, or of its own; without labels: "group"
+    )
     reduction: Literal["group", "anchor", "image"] = "group"  # image: Eq. 3, of every block and then over blocks
     drop_remainder: bool = False  # leave out the pixels beyond the last whole block
     identical_views: bool = False  # both views the same, as in the released code
-    spatial_views: bool = False  # deform both views, labels along with them
+    spatial_views: bool = False  # deform both views, labels along with them; methods with labels
     # Stage 3, segmentation
     fine_tune_epochs: int = 120
     fine_tune_steps: int = 0
@@ -165,6 +167,11 @@ class LocalContrastConfig(RunConfig):
         al. 2020."""
         return "supcon" if self.recipe.local_contrast == "self" else self.form
 
+    @property
+    def local_scope(self) -> Literal["group", "image"]:
+        """Whose pixels the loss of stage 2 compares. Without labels ``"group"`` whatever ``scope`` says: the positive is in another map."""
+        return "group" if self.recipe.local_contrast == "self" else self.scope
+
     def record(self) -> dict[str, Any]:
         """What goes into a run's ``config.json``: everything but where shared stages lie, on which nothing depends."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "stages"}
@@ -188,7 +195,7 @@ class LocalContrastConfig(RunConfig):
                 names.remove("global_head")
         if name == "local":
             names += [key for key in self.record() if key.startswith("local_")]
-            names += ["temperature", "scope", "reduction", "identical_views", "spatial_views", "cosine"]
+            names += ["temperature", "reduction", "identical_views", "spatial_views", "cosine"]
             names += ["block_size", "drop_remainder"] if self.recipe.local_contrast == "block" else ["stride"]
             if self.recipe.local_contrast != "self":
                 names.append("labelled")
@@ -198,6 +205,7 @@ class LocalContrastConfig(RunConfig):
                 "global": self.recipe.global_contrast,
                 "local": self.recipe.local_contrast,
                 "form": self.local_form,
+                "scope": self.local_scope,
             }
         return values
 

@@ -23,7 +23,7 @@ def local_loss(f: Tensor, labels: Tensor | None, config: LocalContrastConfig) ->
         block_size=config.block_size if in_blocks else None,
         stride=None if in_blocks else config.stride,
         form=config.local_form,
-        scope=config.scope,
+        scope=config.local_scope,
         reduction="none" if by_block else config.reduction,
         drop_remainder=config.drop_remainder,
     )

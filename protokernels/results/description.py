@@ -88,7 +88,7 @@ class PaperTable:
         """Every combination of the values of the axes, the last axis fastest; ``chosen`` replaces the values of an axis.
 
         Raises:
-            ValueError: an axis or a value that the table does not have.
+            ValueError: an axis that the table does not have.
         """
         if unknown := [name for name in chosen if name not in self.axes]:
             raise ValueError(f"unknown axis {', '.join(unknown)}; the table of {self.paper} has {', '.join(self.axes)}")

@@ -81,11 +81,14 @@ class Experiment(Generic[Config]):
                 local contrast a :class:`protokernels.data.SegmentationDataset`.
 
         Returns:
-            The content of ``results.json``, and the run's folder as ``"folder"``; on processes other than the main one an empty
-            dictionary.
+            The results, every score as ``mean``, ``std`` and number of ``runs`` (see :func:`protokernels.training.summarize_runs`), and
+            the folder as ``"folder"``; on processes other than the main one an empty dictionary. ``results.json`` in the folder holds the
+            same of several runs; of one run it has the scores as numbers.
 
         Raises:
             TypeError: a configuration, settings or a data set of another class.
+            ValueError: what does not go together; the subclass ``RunFolderError`` where ``out`` holds another run.
+            FloatingPointError: training diverged.
         """
         if download and self.no_download:
             raise ValueError(f"{self.name}: {self.no_download}")

@@ -12,7 +12,7 @@ def summarize_runs(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Replaces every number in equally nested dictionaries by its mean, sample standard deviation and number of runs.
 
     The standard deviation (denominator n - 1) is ``None`` for a single run: one run says nothing about spread. A number
-    that some runs lack is summarised over those that have it. A text is kept where all runs have the same.
+    that some runs lack, or have as ``None``, is summarised over those that have it. A text is kept where all runs have the same.
 
     >>> from protokernels.training import summarize_runs
     >>> summarize_runs([{"knn": {"accuracy": 0.5}}, {"knn": {"accuracy": 0.7}}])["knn"]["accuracy"]["mean"]
@@ -20,7 +20,9 @@ def summarize_runs(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     summary: dict[str, Any] = {}
     for key in dict.fromkeys(key for result in results for key in result):
-        values = [result[key] for result in results if key in result]
+        values = [result[key] for result in results if result.get(key) is not None]
+        if not values:
+            continue
         if all(isinstance(value, dict) for value in values):
             summary[key] = summarize_runs(values)
         elif all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
