@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,6 +210,11 @@ class TestGrids:
         assert [float(tile.mean()) for tile in tiles(figure)] == [0.0] * 5 + [1.0] * 5
         assert [text.get_text() for text in figure.axes[0].texts] == ["original", "reconstructed"]
 
+    @pytest.mark.parametrize(("count", "more"), [(0, {}), (2, {"captions": ["one"]}), (2, {"faded": [True] * 3})])
+    def test_grids_of_nothing_or_with_other_lengths_are_refused(self, count: int, more: Any) -> None:
+        with pytest.raises(ValueError, match=f"image_grid: expected at least one image.* got {count} images"):
+            image_grid(torch.zeros(count, 1, 4, 4), title="t", **more)
+
     @pytest.mark.parametrize("counts", [(), (0, 0), (2, 3)])
     def test_rows_of_different_lengths_are_refused(self, counts: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match="rows and captions of one length, at least 1"):
@@ -223,6 +229,8 @@ class TestCurvesAndHeatmap:
         assert figure.axes[0].lines[0].get_ydata().tolist() == [1 / epoch for epoch in range(1, 30)]
 
     def test_one_epoch_is_a_visible_point_and_none_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="no line of the metrics has kl; they have epoch, loss"):
+            loss_curves([{"epoch": 1, "loss": 2.0}], ["kl"], title="t")
         figure = loss_curves([{"epoch": 1, "loss": 2.0}], ["loss"], title="t")
         assert figure.axes[0].lines[0].get_marker() == "."
         with pytest.raises(ValueError, match="no metrics"):

@@ -18,13 +18,19 @@ def loss_curves(
     """One panel per metric that the lines of ``metrics.jsonl`` have; a dotted line at the epoch ``boundary``, between phases.
 
     Raises:
-        ValueError: there are no lines.
+        ValueError: there are no lines, or none has any of ``names``.
     """
     if not metrics:
         raise ValueError(
             "loss_curves: there are no metrics to draw; expected at least one finished epoch in metrics.jsonl"
         )
-    names = [name for name in names if any(name in line for line in metrics)]
+    asked = names
+    names = [name for name in asked if any(name in line for line in metrics)]
+    if not names:
+        raise ValueError(
+            f"loss_curves: no line of the metrics has {', '.join(asked) or 'a name, for none was asked for'}; they have "
+            f"{', '.join(metrics[0])}"
+        )
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = new_figure(3.2 * columns, 2.2 * rows + 0.4)

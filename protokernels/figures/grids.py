@@ -35,8 +35,17 @@ def image_grid(
     faded: Sequence[bool] | None = None,
     columns: int = 10,
 ) -> Figure:
-    """All images in rows of ``columns``, each with its caption; ``faded`` ones are drawn pale."""
+    """All images in rows of ``columns``, each with its caption; ``faded`` ones are drawn pale.
+
+    Raises:
+        ValueError: no image, or captions or ``faded`` of another length.
+    """
     count = len(images)
+    lengths = [len(given) for given in (captions, faded) if given]
+    if not count or any(length != count for length in lengths):
+        raise ValueError(
+            f"image_grid: expected at least one image, and captions and faded as many or none; got {count} images and {lengths}"
+        )
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
     tall = images.shape[-2] / images.shape[-1]
