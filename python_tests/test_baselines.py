@@ -103,6 +103,18 @@ class TestBYOL:
             make("byol", momentum=1.5)
 
 
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("barlow_twins", "redundancy"),
+        *(("vicreg", f"{term}_weight") for term in ("invariance", "variance", "covariance")),
+    ],
+)
+def test_terms_of_a_loss_cannot_be_rewarded(name: str, weight: str) -> None:
+    with pytest.raises(ValueError, match=f"{weight} must not be negative; got -1"):
+        make(name, **{weight: -1.0})
+
+
 class TestBarlowTwins:
     def test_against_loops(self) -> None:
         first, second = embeddings()

@@ -97,6 +97,12 @@ class TestConfig:
             ({"noise_std": -1.0}, "noise_std"),
             ({"blur_radius": -1}, r"blur_radius must lie in \[0, 64\]; got -1"),
             ({"crop_scale": 0.0}, "crop_scale"),
+            ({"knn_k": 0}, "knn_k must be positive"),  # else an error after training
+            ({"latent_dim": 0}, "latent_dim must be positive"),
+            ({"seed_channels": -1}, "seed_channels must be positive"),
+            ({"encoder_widths": ()}, "encoder_widths must hold at least one width"),
+            ({"encoder_widths": (4.5,)}, r"encoder_widths must hold .* got \(4.5,\)"),
+            ({"decoder_widths": (4, 0)}, r"decoder_widths must hold .* of at least 1; got \(4, 0\)"),
         ],
     )
     def test_refusals(self, changes: dict[str, Any], message: str) -> None:

@@ -27,6 +27,18 @@ from protokernels.training import RunFolder
 from protokernels.training.checkpoints import CheckpointError, CheckpointStore
 
 TINY = LocalContrastConfig.preset("fair", width=3, depth=2, image_size=16)
+STAGES = ("global", "local", "fine_tune")
+WRONG_SCALES: tuple[Any, ...] = (
+    (1.9, 0.5),
+    (0.0, 1.0),
+    (-1.0, 2.0),
+    (0.5, 0.9),
+    (1.0,),
+    (1.0, 1.0, 1.0),
+    (),
+    ("a", "b"),
+    5,
+)
 
 
 class TestConfig:
@@ -107,6 +119,15 @@ class TestConfig:
             ({"image_size": 30}, r"multiple of 2\*\*depth = 4"),
             ({"keep": "first"}, "keep must be one of best, last"),
             ({"global_head": "cls"}, "global_head must be one of linear, mlp"),
+            # Later stages would refuse these after hours, or take them without a word.
+            *(({f"{stage}_steps": -1}, f"{stage}_steps must not be negative") for stage in STAGES),
+            *(({f"{stage}_weight_decay": -1.0}, f"{stage}_weight_decay must not be negative") for stage in STAGES),
+            ({"global_flat_epochs": -1}, "global_flat_epochs must not be negative"),
+            ({"validation_volumes": -1}, "validation_volumes must not be negative"),
+            ({"tcsm_weight": -1.0}, "tcsm_weight must not be negative"),
+            ({"tcsm_noise": -1.0}, "tcsm_noise must not be negative"),
+            ({"tcsm_momentum": 3.0}, r"tcsm_momentum must lie in \[0, 1\]; got 3"),
+            *(({"augment_scale": scale}, r"augment_scale must be \(low, high\)") for scale in WRONG_SCALES),
         ],
     )
     def test_refusals(self, changes: dict[str, Any], message: str) -> None:

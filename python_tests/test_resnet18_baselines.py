@@ -96,6 +96,7 @@ class TestParts:
             ("resnet18_transfer", {"learning_rate": float("nan")}, "must be finite"),
             ("resnet18_kmeans", {"most_clusters": 3}, "exceed least_clusters by 2"),
             ("resnet18_kmeans", {"subset": -1}, "must not be negative"),
+            ("resnet18_kmeans", {"image_size": 0}, "image_size must be positive; got 0"),
         ],
     )
     def test_refusals(self, name: str, changes: dict[str, Any], message: str) -> None:

@@ -34,6 +34,10 @@ class BarlowTwinsConfig(PretrainingConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"hidden_dim": 8192, "output_dim": 8192}}
     POSITIVE: ClassVar[tuple[str, ...]] = ("hidden_dim", "output_dim")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_not_negative("redundancy")
+
 
 @in_float32
 def barlow_twins_loss(first: Tensor, second: Tensor, redundancy: float) -> dict[str, Tensor]:  # [N, D] each

@@ -20,7 +20,7 @@ largest entry of q(y|x), its embedding the mean of q(z|x, y).
 Presets
     ``paper``  the public model's defaults: K = 10, 64 dimensions, Adam 1e-3, batches of 64, 100 epochs, 28 x 28 pixels, and the
                evaluation of VAESim's released code (the 10-way linear probe of 10 epochs; k = 10 neighbours on PneumoniaMNIST).
-    ``fair``   ours: batches of 256 with a cosine schedule, fewer epochs, the evaluation of VAESim's ``fair``.
+    ``fair``   ours: batches of 256 (MNIST) or 128 with a cosine schedule, fewer epochs, the evaluation of VAESim's ``fair``.
 
 Known deviations
     Evaluation draws nothing: q(z|x, y) gets the probabilities q(y|x) for y, where the public code draws Gumbel noise in evaluation

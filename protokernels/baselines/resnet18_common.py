@@ -46,6 +46,10 @@ class FrozenResNet18Config(RunConfig):
         "fair": {"image_size": 64},
     }  # `fair`: a twelfth of the time
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("image_size")
+
     @classmethod
     def preset(cls: type[Config], name: PresetName = "fair", data: str = "digits", **changes: Any) -> Config:
         """The preset ``name`` for the data set ``data``, with single fields changed. ``ValueError`` for an unknown

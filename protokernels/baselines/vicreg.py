@@ -39,6 +39,10 @@ class VICRegConfig(PretrainingConfig):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"hidden_dim": 8192, "output_dim": 8192}}
     POSITIVE: ClassVar[tuple[str, ...]] = ("hidden_dim", "output_dim")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_not_negative("invariance_weight", "variance_weight", "covariance_weight")
+
 
 @in_float32
 def vicreg_loss(first: Tensor, second: Tensor, weights: tuple[float, float, float]) -> dict[str, Tensor]:

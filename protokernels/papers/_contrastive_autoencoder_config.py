@@ -98,6 +98,11 @@ class ContrastiveAutoencoderConfig(RunConfig):
         super().__post_init__()
         name = type(self).__name__
         self.check_positive("temperature", "assignment_temperature", "learning_rate")
+        self.check_positive("latent_dim", "seed_channels", "knn_k")
+        for field in ("encoder_widths", "decoder_widths"):
+            widths: Any = getattr(self, field)
+            if not isinstance(widths, tuple) or not widths or not all(isinstance(w, int) and w > 0 for w in widths):
+                raise ValueError(f"{name}: {field} must hold at least one width of at least 1; got {widths}")
         if self.warmup_epochs:
             self.check_pairs()
         self.check_not_negative("alpha", "num_prototypes", "first_rate", "last_rate", "ramp_epochs", "subset")

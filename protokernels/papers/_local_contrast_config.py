@@ -118,7 +118,7 @@ class LocalContrastConfig(RunConfig):
     fine_tune_weight_decay: float = 0.0
     cosine: bool = False  # stages 2 and 3: half a cosine of the learning rate
     augment: bool = True  # deform the labelled slices ...
-    augment_scale: tuple[float, float] = (0.5, 1.9)  # ... and magnify them by factors in this range
+    augment_scale: tuple[float, float] = (0.5, 1.9)  # ... showing so many times as much of each side, from < 1 to > 1
     keep: Literal["best", "last"] = "last"  # epoch: of the best validation score, or the last
     validations: int = 10  # how often the validation volumes are scored, evenly over stage 3
     validation_volumes: int = 0  # how many of them; 0: all
@@ -136,7 +136,17 @@ class LocalContrastConfig(RunConfig):
         positive = ["temperature", "global_temperature", "block_size", "stride", "width", "validations", "mixup_alpha"]
         for stage in ("global", "local", "fine_tune"):
             positive += [f"{stage}_{name}" for name in ("epochs", "batch_size", "learning_rate")]
+            self.check_not_negative(f"{stage}_steps", f"{stage}_weight_decay")
         self.check_positive(*positive)
+        self.check_not_negative("global_flat_epochs", "validation_volumes", "tcsm_weight", "tcsm_noise")
+        if not 0 <= self.tcsm_momentum <= 1:
+            raise ValueError(f"LocalContrastConfig: tcsm_momentum must lie in [0, 1]; got {self.tcsm_momentum}")
+        scale: Any = self.augment_scale
+        numbers = isinstance(scale, tuple) and all(isinstance(each, (int, float)) for each in scale)
+        if not numbers or len(scale) != 2 or not 0 < scale[0] <= 1 <= scale[1]:
+            raise ValueError(
+                f"LocalContrastConfig: augment_scale must be (low, high), 0 < low <= 1 <= high; got {scale}"
+            )
         self.check_pairs("global_batch_size")
         if self.image_size < 2**self.depth or self.image_size % 2**self.depth:
             raise ValueError(

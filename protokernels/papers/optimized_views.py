@@ -15,7 +15,8 @@ crop it away, since X_M must be classified as well.
 
 Presets
     ``paper``  the text: encoder widths 32 to 256, or DenseNet121 for chest X-rays; batches of 32 or 16, 100 epochs, Adam 1e-4.
-    ``fair``   ours, for minutes on one CPU core: 64 pixels, widths 8 to 64 for every data set, 10 epochs (chest_nih 30) with 1e-3.
+    ``fair``   ours, for minutes on one CPU core: 64 pixels, widths 8 to 64 for every data set, 10 epochs with 1e-3 (chest_nih 30 epochs;
+               digits 32 pixels and 5 epochs).
     The authors have not released their code, so there is no preset ``official``.
 
 Strategies of section 3 (``strategy``)
