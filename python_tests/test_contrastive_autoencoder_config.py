@@ -101,7 +101,7 @@ class TestConfig:
             ({"latent_dim": 0}, "latent_dim must be positive"),
             ({"seed_channels": -1}, "seed_channels must be positive"),
             ({"encoder_widths": ()}, "encoder_widths must hold at least one width"),
-            ({"encoder_widths": (4.5,)}, r"encoder_widths must hold .* got \(4.5,\)"),
+            ({"encoder_widths": (4.5,)}, r"encoder_widths takes a value of type tuple\[int, \.\.\.\]; got \(4.5,\)"),
             ({"decoder_widths": (4, 0)}, r"decoder_widths must hold .* of at least 1; got \(4, 0\)"),
         ],
     )

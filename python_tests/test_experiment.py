@@ -265,6 +265,9 @@ class TestRunConfig:
             ({"epochs": 1.5}, "epochs takes a value of type int; got 1.5"),
             ({"selection": "no"}, "selection takes a value of type bool; got 'no'"),
             ({"decay": None}, "decay takes a value of type float; got None"),
+            ({"decay": True}, "decay takes a value of type float; got True"),
+            ({"widths": 3}, r"widths takes a value of type tuple\[int, \.\.\.\]; got 3"),
+            ({"widths": (1, 2.5)}, r"widths takes a value of type tuple\[int, \.\.\.\]; got \(1, 2.5\)"),
         ],
     )
     def test_refuses_values_of_another_type(self, changes: dict[str, Any], message: str) -> None:

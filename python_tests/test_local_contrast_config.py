@@ -28,17 +28,7 @@ from protokernels.training.checkpoints import CheckpointError, CheckpointStore
 
 TINY = LocalContrastConfig.preset("fair", width=3, depth=2, image_size=16)
 STAGES = ("global", "local", "fine_tune")
-WRONG_SCALES: tuple[Any, ...] = (
-    (1.9, 0.5),
-    (0.0, 1.0),
-    (-1.0, 2.0),
-    (0.5, 0.9),
-    (1.0,),
-    (1.0, 1.0, 1.0),
-    (),
-    ("a", "b"),
-    5,
-)
+WRONG_SCALES = ((1.9, 0.5), (0.0, 1.0), (-1.0, 2.0), (0.5, 0.9))
 
 
 class TestConfig:

@@ -102,8 +102,9 @@ class TestConfig:
             ({"order": ("blur", "blur")}, "order must name some of blur, noise"),
             ({"order": ()}, "got nothing"),
             ({"order": ("solarise",)}, "got solarise"),
-            ({"alphas": (1, 1, 1, 1)}, "five numbers"),
-            ({"alphas": (1, 1, -1, 1, 1)}, "none negative"),
+            ({"alphas": (1, 1, 1, 1)}, r"alphas takes a value of type tuple.*; got \(1, 1, 1, 1\)"),
+            ({"alphas": (1, 1, -1, 1, 1)}, "alphas must not be negative"),
+            ({"m_learning_rate": "high"}, "m_learning_rate takes a value of type float \\| None; got .high."),
             ({"alphas": (1, 1, 1, 1, 1), "strategy": "supervised"}, "the strategy supervised does not minimise"),
             (
                 {"alphas": (0, 0, 1, 10, 10), "strategy": "random"},

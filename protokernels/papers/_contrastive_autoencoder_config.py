@@ -100,8 +100,8 @@ class ContrastiveAutoencoderConfig(RunConfig):
         self.check_positive("temperature", "assignment_temperature", "learning_rate")
         self.check_positive("latent_dim", "seed_channels", "knn_k")
         for field in ("encoder_widths", "decoder_widths"):
-            widths: Any = getattr(self, field)
-            if not isinstance(widths, tuple) or not widths or not all(isinstance(w, int) and w > 0 for w in widths):
+            widths: tuple[int, ...] = getattr(self, field)
+            if not widths or min(widths) < 1:
                 raise ValueError(f"{name}: {field} must hold at least one width of at least 1; got {widths}")
         if self.warmup_epochs:
             self.check_pairs()

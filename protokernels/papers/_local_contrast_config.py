@@ -141,11 +141,10 @@ class LocalContrastConfig(RunConfig):
         self.check_not_negative("global_flat_epochs", "validation_volumes", "tcsm_weight", "tcsm_noise")
         if not 0 <= self.tcsm_momentum <= 1:
             raise ValueError(f"LocalContrastConfig: tcsm_momentum must lie in [0, 1]; got {self.tcsm_momentum}")
-        scale: Any = self.augment_scale
-        numbers = isinstance(scale, tuple) and all(isinstance(each, (int, float)) for each in scale)
-        if not numbers or len(scale) != 2 or not 0 < scale[0] <= 1 <= scale[1]:
+        low, high = self.augment_scale
+        if not 0 < low <= 1 <= high:
             raise ValueError(
-                f"LocalContrastConfig: augment_scale must be (low, high), 0 < low <= 1 <= high; got {scale}"
+                f"LocalContrastConfig: augment_scale must be (low, high), 0 < low <= 1 <= high; got {self.augment_scale}"
             )
         self.check_pairs("global_batch_size")
         if self.image_size < 2**self.depth or self.image_size % 2**self.depth:

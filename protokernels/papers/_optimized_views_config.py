@@ -132,8 +132,8 @@ class OptimizedViewsConfig(RunConfig):
                 f"16, and has no ImageNet weights; got {self.image_size} and {self.initial_weights!r}"
             )
         if self.alphas is not None:
-            if len(self.alphas) != 5 or not all(alpha >= 0 for alpha in self.alphas):
-                raise ValueError(f"OptimizedViewsConfig: alphas must be five numbers, none negative; got {self.alphas}")
+            if min(self.alphas) < 0:
+                raise ValueError(f"OptimizedViewsConfig: alphas must not be negative; got {self.alphas}")
             if self.recipe.loss != "pairs":
                 raise ValueError(
                     f"OptimizedViewsConfig: alphas weigh Eq. 1, which the strategy {self.strategy} does not minimise; leave "

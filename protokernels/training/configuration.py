@@ -7,7 +7,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -32,19 +33,20 @@ class RunConfig:
         kind: type = type(self)
         for name, value in vars(self).items():
             object.__setattr__(self, name, _plain(value))
-        for name, expected in _simple(kind).items():
-            if not isinstance(value := getattr(self, name), _TYPES[expected]):
-                raise ValueError(f"{kind.__name__}: {name} takes a value of type {expected.__name__}; got {value!r}")
-        for name, words in _choices(kind).items():
-            if getattr(self, name) not in words:
-                known = ", ".join(map(str, words))
-                raise ValueError(f"{type(self).__name__}: {name} must be one of {known}; got {getattr(self, name)!r}")
         for name, value in vars(self).items():
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise ValueError(f"{kind.__name__}: {name} must be finite; got {number}")
                 if isinstance(number, int) and abs(number) >= 2**63:
                     raise ValueError(f"{kind.__name__}: {name} must lie between -2^63 and 2^63; got {number}")
+        for name, expected in _hints(kind).items():
+            if not _is_of(expected, value := getattr(self, name)):
+                words = expected.__name__ if expected in _TYPES else expected
+                raise ValueError(f"{kind.__name__}: {name} takes a value of type {words}; got {value!r}")
+        for name, words in _choices(kind).items():
+            if getattr(self, name) not in words:
+                known = ", ".join(map(str, words))
+                raise ValueError(f"{type(self).__name__}: {name} must be one of {known}; got {getattr(self, name)!r}")
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
@@ -88,10 +90,26 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
 
 
+def _is_of(expected: Any, value: Any) -> bool:
+    """Whether ``value`` is of a field's type: a plain one, None, a tuple of plain ones, or one of several of these."""
+    parts = get_args(expected)
+    if get_origin(expected) in (Union, UnionType):
+        return any(_is_of(part, value) for part in parts)
+    if get_origin(expected) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(parts) == len(value) and all(map(_is_of, parts, value))
+    if isinstance(value, bool):  # Python's are whole numbers, too
+        return expected is bool
+    return isinstance(value, _TYPES.get(expected, expected))
+
+
 @cache
-def _simple(kind: type) -> dict[str, type]:
-    """The fields of a plain type."""
-    return {name: hint for name, hint in get_type_hints(kind).items() if hint in _TYPES}
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of all other fields than those of :func:`_choices`."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind) if field.name not in _choices(kind)}
 
 
 @cache

@@ -138,11 +138,12 @@ class Session:
         optimizer: over the model's parameters.
         scheduler: stepped at the end of every epoch.
         plan: number of images, epochs, batch size and seed. A batch of more images than there are is all of them, with a warning.
-        resume: continue from the newest checkpoint in ``run``.
+        resume: continue from the newest checkpoint in ``run``; from the start where there is none yet.
         quiet: no progress output.
 
     Raises:
         CheckpointError: with ``resume``: no checkpoint is sound, or it is of another run.
+        ValueError: fewer images in a batch than processes.
     """
 
     def __init__(
@@ -197,7 +198,8 @@ class Session:
         return device
 
     def epochs(self) -> Iterator[int]:
-        """The epochs still to do. After each: scheduler step, metrics line, checkpoint."""
+        """The epochs still to do. After each: scheduler step, metrics line, checkpoint. ``FloatingPointError`` where a mean that was
+        recorded is not finite: training has diverged, and the checkpoints are those before."""
         with self._signals(), self._progress:
             while self.epoch < self.total_epochs:
                 self._started = time.perf_counter() - self._seconds
@@ -209,7 +211,7 @@ class Session:
 
     def steps(self) -> Iterator[Step]:
         """The steps still to do in this epoch; writes a checkpoint and raises :class:`Interrupted` between two steps
-        after Ctrl-C or SIGTERM."""
+        after Ctrl-C or SIGTERM. ``RuntimeError`` where an epoch ends and nothing was recorded."""
         order = epoch_order(self.count, self.seed, self.epoch)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         while self.step < self.steps_per_epoch:
