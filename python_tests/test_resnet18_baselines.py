@@ -170,6 +170,21 @@ class TestRuns:
         again = train(name, tmp_path / "again", data, initial_weights=str(tmp_path / "weights.pth"), **changes)
         assert again["splits"] == results["splits"]
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"subset": 10}, "most_clusters must not exceed what is clustered; got 19 and 10 training images"),
+            ({"num_prototypes": 5000}, "num_prototypes must not exceed what is clustered; got 5000 and"),
+        ],
+    )
+    def test_too_many_clusters_are_noticed_before_a_folder_is_made(
+        self, changes: dict[str, Any], message: str, data: str, tmp_path: Path
+    ) -> None:
+        config = kmeans.ResNet18KMeansConfig(data, image_size=32, **changes)
+        with pytest.raises(ValueError, match=message):
+            kmeans.BASELINE.train(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
     def test_a_missing_file_is_noticed_before_a_folder_is_made(self, data: str, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"none\.pth"):
             train("resnet18_transfer", tmp_path / "run", data, initial_weights=str(tmp_path / "none.pth"))

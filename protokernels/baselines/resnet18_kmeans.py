@@ -10,6 +10,7 @@ the middle if there is no elbow, KMeans on 3000 training images.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 import protokernels
 
 from ..cluster import KMeans, choose_n_clusters
+from ..data import ImageDataset
 from ..evaluation import Representation, statistical_mapping
 from ..papers._contrastive_autoencoder_scoring import subset
 from .resnet18_common import FrozenResNet18, FrozenResNet18Config
@@ -69,4 +71,14 @@ def predict(fitted: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     return fitted["classes"][clusters], clusters
 
 
-BASELINE = FrozenResNet18("resnet18_kmeans", ResNet18KMeansConfig, fit, predict, __doc__)
+class _KMeans(FrozenResNet18):
+    def check(self, config: Any, dataset: ImageDataset) -> None:
+        super().check(config, dataset)
+        count = len(self.training_split(dataset, config))
+        images = min(count, config.subset or count)
+        if (clusters := config.num_prototypes or config.most_clusters) > images:
+            name = "num_prototypes" if config.num_prototypes else "most_clusters"
+            raise ValueError(f"{name} must not exceed what is clustered; got {clusters} and {images} training images")
+
+
+BASELINE = _KMeans("resnet18_kmeans", ResNet18KMeansConfig, fit, predict, __doc__)
