@@ -112,7 +112,9 @@ class TestRun:
         after = json.loads((trained / "results.json").read_text())
         assert after["splits"] == before["splits"] and after["complete"] and after["stages"] == before["stages"]
         text = capsys.readouterr().out
-        assert "Global+local(block)" in text and "Dice, pooled" in text and "HD95 (pixels)" in text and "3 of 12" in text
+        assert (
+            "Global+local(block)" in text and "Dice, pooled" in text and "HD95 (pixels)" in text and "3 of 12" in text
+        )
         assert "phantoms: made volumes" in text.replace("\n", " ")
         assert main(["figures", str(trained)]) == 0
         names = {Path(line).name for line in capsys.readouterr().out.split()}

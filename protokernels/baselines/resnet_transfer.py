@@ -54,9 +54,8 @@ _PAPER: dict[str, Any] = {
 class ResNetTransferConfig(ClusteringConfig):
     """The shared settings and this method's own."""
 
-    embedding: Literal["mean", "sample"] = (
-        "mean"  # without effect: features are no distribution, and are evaluated as they are
-    )
+    # without effect: features are no distribution, and are evaluated as they are
+    embedding: Literal["mean", "sample"] = "mean"
     depth: Depth = 50
     initial_weights: str = ""  # file with ImageNet weights; empty: random, and labelled so
     frozen: bool = False  # train the linear layer alone
