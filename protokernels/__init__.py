@@ -14,6 +14,7 @@ Modules: ``protokernels.nn`` (torch modules), ``protokernels.reference`` (the sa
 
 from __future__ import annotations
 
+from . import _threads as _threads  # before torch
 from . import backend, cluster, nn, reference
 from ._version import __version__
 from .ops.contrastive import cross_view_loss, local_contrastive_loss, nt_xent_loss, supcon_loss

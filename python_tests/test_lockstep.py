@@ -32,7 +32,7 @@ LIBRARY_SERVICES = frozenset({"build_info"})
 """Schemas about the library itself, which are no ops."""
 
 FLOORS = {
-    **dict.fromkeys(("_version", "_native", "memory", "backend", "reference"), 0),
+    **dict.fromkeys(("_version", "_threads", "_native", "memory", "backend", "reference"), 0),
     **dict.fromkeys(("ops", "doctor"), 1),
     **dict.fromkeys(("nn", "cluster", "__init__"), 2),
     **dict.fromkeys(("models", "data", "evaluation", "training", "inference"), 3),
