@@ -7,23 +7,24 @@ They are made of the cells of the long tables, so that both say the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 Cells = list[list[str]]
 
-VAESIM_NAMES = {
-    "vaesim": "VAESim",
-    "vae_kmeans": "VAE + k-means",
-    "gmvae": "GMVAE",
-    "vade": "VaDE",
-    "resnet50_random_init": "ResNet50, all labels",
-}
+CLUSTERED, LABELLED = ("statistical", "kNN", "linear"), ("supervised",)
+VAESIM_LINES = (  # title, methods that are it, sets, scores
+    ("VAESim", ("vaesim",), ("val+test", "test"), CLUSTERED),
+    ("VAE + k-means", ("vae_kmeans",), ("test",), CLUSTERED),
+    ("GMVAE", ("gmvae",), ("test",), CLUSTERED),
+    ("VaDE", ("vade",), ("test",), CLUSTERED),
+    ("ResNet50, all labels", ("resnet_transfer", "resnet50_random_init"), ("test",), LABELLED),
+)
 VAESIM_SOURCES = {  # what stands above a column -> the presets in it
     "paper": ("*paper, Table 1*",),
     "released code": ("`official`", "`pytorch`"),
     "`paper`": ("`paper`",),
     "`fair`": ("`fair`",),
 }
-VAESIM_SCORES = ("statistical", "kNN", "linear", "supervised")
 
 AUTOENCODER_METHODS = ("statistical", "kNN on h", "linear on z", "kNN on z", "linear on h", "features+KM", "ResNet18")
 AUTOENCODER_PRESETS = ("`paper`", "`official`", "`fair`", "`untrained`", "random weights")  # the last: a ResNet18's
@@ -39,21 +40,22 @@ def vaesim_cells(cells: Cells) -> Cells:
 
     VAESim is scored on the paper's set and on the test set, its baselines on the test set, as the paper scores them.
     """
-    held: dict[tuple[str, str, str], dict[str, str]] = {}
-    for method, preset, which, *scores in columns_of(cells, "method", "preset", "set", *VAESIM_SCORES)[1:]:
-        for score, value in zip(VAESIM_SCORES, scores, strict=True):
-            if value:
-                held.setdefault((method.replace("resnet_transfer", "resnet50_random_init"), which, score), {})[
-                    preset
-                ] = value
+    wanted = (*CLUSTERED, *LABELLED)
+    held = {
+        (method, preset, which, score): value
+        for method, preset, which, *values in columns_of(cells, "method", "preset", "set", *wanted)
+        for score, value in zip(wanted, values, strict=True)
+        if value
+    }
     made = [["", "set", "score", *VAESIM_SOURCES]]
-    for method, name in VAESIM_NAMES.items():
-        for which in ("val+test", "test") if method == "vaesim" else ("test",):
-            for score in VAESIM_SCORES if method == "resnet50_random_init" else VAESIM_SCORES[:3]:
-                found = held.get((method, which, score), {})
-                line = [next((found[key] for key in keys if key in found), "") for keys in VAESIM_SOURCES.values()]
-                if any(line[1:]) and (line[0] or method == "vaesim"):
-                    made.append([name, which, score, *line])
+    for title, methods, sets, scores in VAESIM_LINES:
+        for which, score in product(sets, scores):
+            line = [
+                next((held[key] for key in product(methods, presets, [which], [score]) if key in held), "")
+                for presets in VAESIM_SOURCES.values()
+            ]
+            if any(line[1:]):
+                made.append([title, which, score, *line])
     for name, which, share in columns_of(cells, "method", "set", "statistical")[1:]:
         if name == "the larger class" and which != "val":
             made.append([name, which, "any", *(share for _ in VAESIM_SOURCES)])

@@ -15,6 +15,7 @@ from torch import nn
 pytest.importorskip("accelerate", reason="local contrast needs the extra protokernels[train]")
 
 from protokernels.models import UNet
+from protokernels.papers._local_contrast_report import ablation_tables
 from protokernels.papers._local_contrast_segmenter import Segmenter, load_segmenter, new_segmenter
 from protokernels.papers.local_contrast import (
     ABLATIONS,
@@ -209,3 +210,12 @@ class TestWhatCannotBeLoaded:
         stage = RunFolder.create(tmp_path / "stage", {"stage": "global", "seed": 0})
         with pytest.raises(ValueError, match="stage is no run of a paper"):
             load_segmenter(stage.path)
+
+
+@pytest.mark.parametrize("unit", ["mm", "pixels"])
+def test_the_table_of_ablations_says_what_the_distance_is_in(unit: str) -> None:
+    score = {"mean": {"mean": 2.5, "std": None, "runs": 1}, "classes": {}}
+    splits = {"test": {"pooled_dice": score, "volume_dice": score, "hausdorff95": score, "unit": unit}}
+    run = {"config": {"data": "x", "labelled": 0.1, "fold": 0}, "number_of_runs": 1, "splits": splits}
+    (table,) = ablation_tables({"full": run})
+    assert [column.header for column in table.columns][-1] == f"HD95 ({unit})"
